@@ -1,0 +1,20 @@
+"""Multi-task learning: loss and gradient balancing that can be trusted, compared and reproduced.
+
+Two lines put any strategy into a foreign training loop::
+
+    strategy = mtl.losses.PCGrad(tasks=3)
+    mtl.backward(losses, strategy, shared=backbone.parameters(), heads=[h.parameters() for h in heads])
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    # Lazy, so that `python train.py --help` and shell completion never import torch.
+    if name == "backward":
+        return importlib.import_module("mtl.engine.backward").backward
+    if name == "losses":
+        return importlib.import_module("mtl.losses")
+    raise AttributeError(f"module 'mtl' has no attribute {name!r}")

@@ -1,0 +1,55 @@
+"""One shared backbone and one linear head per task (hard parameter sharing)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mtl.tasks import Task
+
+
+class MultiTaskModel(nn.Module):
+    """Backbone → features (N, F) → a prediction (N, outputs) for each task.
+
+    Args:
+        backbone: a module from images (N, C, H, W) to features (N, F), with the width F as `out_features`.
+        tasks: the tasks, in the order in which predictions are returned.
+    """
+
+    def __init__(self, backbone: nn.Module, tasks: Sequence[Task]):
+        super().__init__()
+        if not isinstance(getattr(backbone, "out_features", None), int):
+            raise ValueError(f"{type(backbone).__name__} needs an int attribute out_features: the width of its features")
+        self.backbone = backbone
+        self.heads = nn.ModuleDict({task.name: nn.Linear(backbone.out_features, task.outputs) for task in tasks})
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        features = self.backbone(images)
+        return [head(features) for head in self.heads.values()]
+
+    def shared_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters that all tasks use; per-task gradients are taken of these."""
+        return self.backbone.parameters()
+
+    def head_parameters(self, task: str) -> Iterator[nn.Parameter]:
+        """Parameters that only `task` uses."""
+        return self.heads[task].parameters()
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@torch.no_grad()
+def count_macs(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
+    """Multiply-accumulates of one image's forward pass (convolutions and linear layers), on the model's device."""
+    training = model.training
+    parameter = next(model.parameters())
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(torch.zeros(1, *image_shape, device=parameter.device, dtype=parameter.dtype))
+    model.train(training)
+    return counter.get_total_flops() // 2

@@ -1,0 +1,119 @@
+"""ResNets for 32x32 images: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, and the wide form of
+Zagoruyko & Komodakis, "Wide Residual Networks", BMVC 2016.
+
+ResNet-20/32/44/56/110 have three stages of 16, 32 and 64 channels (section 4.2 of He et al.) with projection shortcuts
+(1x1 convolution and batch norm), the form whose CIFAR-100 figures are quoted most: 0.28 M parameters and 41 MMAC for
+ResNet-20, 0.86 M and 126 MMAC for ResNet-56. ResNet-18 is the ImageNet net with a 3x3 stem and no pooling.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+
+
+def _initialise(module: nn.Module) -> None:
+    """He initialisation by fan-out, as in the paper's code."""
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+
+class BasicBlock(nn.Module):
+    """conv–BN–ReLU–conv–BN plus the shortcut, then ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.conv1, self.bn1 = _conv3x3(inputs, outputs, stride), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = _conv3x3(outputs, outputs), nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x), inplace=True)
+
+
+class ResNet(nn.Module):
+    """ResNet for small images; features are the channel means of the last stage.
+
+    Args:
+        in_channels: image channels.
+        depth: 18 (64–512 channels, four stages) or one of 20, 32, 44, 56, 110 (16–64 channels, three stages).
+    """
+
+    def __init__(self, in_channels: int, depth: Literal[18, 20, 32, 44, 56, 110]):
+        super().__init__()
+        widths, blocks = ((64, 128, 256, 512), 2) if depth == 18 else ((16, 32, 64), (depth - 2) // 6)
+        self.conv, self.bn = _conv3x3(in_channels, widths[0]), nn.BatchNorm2d(widths[0])
+        stages, inputs = [], widths[0]
+        for i, width in enumerate(widths):
+            for block in range(blocks):
+                stages.append(BasicBlock(inputs, width, stride=2 if i > 0 and block == 0 else 1))
+                inputs = width
+        self.blocks = nn.Sequential(*stages)
+        self.out_features = inputs
+        _initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.conv(x)), inplace=True)
+        return self.blocks(x).mean((2, 3))
+
+
+class PreActivationBlock(nn.Module):
+    """BN–ReLU–conv, dropout, BN–ReLU–conv plus the shortcut (Wide ResNet's block)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, dropout: float):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(inputs), _conv3x3(inputs, outputs, stride)
+        self.bn2, self.conv2 = nn.BatchNorm2d(outputs), _conv3x3(outputs, outputs)
+        self.dropout = nn.Dropout(dropout)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(x), inplace=True)
+        # Where the width changes, the shortcut starts from the activated input, as in the authors' code.
+        shortcut = x if self.shortcut is None else self.shortcut(y)
+        y = self.dropout(F.relu(self.bn2(self.conv1(y)), inplace=True))
+        return self.conv2(y) + shortcut
+
+
+class WideResNet(nn.Module):
+    """Wide ResNet; depth 28 and width 10 is WRN-28-10 (36.5 M parameters).
+
+    Args:
+        in_channels: image channels.
+        depth: 6n + 4.
+        width: multiple k of the 16, 32 and 64 channels.
+        dropout: between the two convolutions of a block; the paper uses 0 or 0.3.
+
+    Raises:
+        ValueError: depth is not 6n + 4.
+    """
+
+    def __init__(self, in_channels: int, depth: int = 28, width: int = 10, dropout: float = 0.0):
+        super().__init__()
+        if depth < 10 or (depth - 4) % 6:
+            raise ValueError(f"depth: {depth} is not 6n + 4 (10, 16, 22, 28, 34, 40, …)")
+        self.conv = _conv3x3(in_channels, 16)
+        blocks, inputs = [], 16
+        for i, channels in enumerate((16 * width, 32 * width, 64 * width)):
+            for block in range((depth - 4) // 6):
+                blocks.append(PreActivationBlock(inputs, channels, 2 if i > 0 and block == 0 else 1, dropout))
+                inputs = channels
+        self.blocks = nn.Sequential(*blocks)
+        self.bn = nn.BatchNorm2d(inputs)
+        self.out_features = inputs
+        _initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.blocks(self.conv(x))), inplace=True).mean((2, 3))

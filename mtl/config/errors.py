@@ -1,0 +1,41 @@
+"""Errors that are the user's to mend: one line, no traceback, and an exit code that tells whose move it is."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """One line: what, where, allowed values, nearest match."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """The command or the config is wrong: exit code 2."""
+
+    exit_code = 2
+
+
+class SetupError(UserError):
+    """The machine is: missing or damaged data, a folder that cannot be written, a device that is not there. Code 1."""
+
+
+class Diverged(UserError):
+    """Training left the finite numbers: exit code 1, status "diverged"."""
+
+
+class Busy(UserError):
+    """Another process works on this very run: exit code 1."""
+
+
+def one_line(text: object) -> str:
+    """`text` on one line."""
+    return " ".join(str(text).split())
+
+
+def suggest(word: str, allowed: Iterable[str]) -> str:
+    """'; did you mean X?' for the allowed word nearest to `word`, or an empty string."""
+    matches = difflib.get_close_matches(str(word), list(allowed), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else ""

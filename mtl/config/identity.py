@@ -1,0 +1,83 @@
+"""Which run is this? A hash of everything that decides its numbers, and the directory and names that follow from it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# What does not decide a run's numbers: paths, device, logging, where the images lie; and the seed, which is named apart.
+EXCLUDED = (
+    "seed",
+    "output_root",
+    "logger",
+    "data.root",
+    "data.download",
+    "data.residency",
+    "data.workers",
+    "trainer.device",
+)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Names of one run.
+
+    Attributes:
+        data, arch, loss: the chosen config options.
+        digest: 8 hex digits of the config's hash, the same for all seeds.
+        seed: of the run.
+    """
+
+    data: str
+    arch: str
+    loss: str
+    digest: str
+    seed: int
+
+    @property
+    def group(self) -> str:
+        """Everything but the seed: runs of one group are averaged."""
+        return f"{self.data}/{self.arch}/{self.loss}/{self.digest}"
+
+    @property
+    def name(self) -> str:
+        """Readable and unique, e.g. resnet56-dwa-s0-1a2b3c4d; also the W&B id."""
+        return f"{self.arch}-{self.loss}-s{self.seed}-{self.digest}"
+
+    def directory(self, output_root: str | Path) -> Path:
+        """Where the run writes."""
+        return Path(output_root) / self.group / f"seed{self.seed}"
+
+
+def identify(config: Mapping[str, Any], choices: Mapping[str, str]) -> Identity:
+    """The identity of a resolved, checked config.
+
+    Args:
+        config: plain Python objects.
+        choices: the option chosen in each config group (`data`, `arch`, `loss`).
+    """
+    content = copy.deepcopy(dict(config))
+    for path in EXCLUDED:
+        *parents, key = path.split(".")
+        node = content
+        for parent in parents:
+            node = node.get(parent, {})
+        node.pop(key, None)
+    loss, name = content["loss"], choices["loss"]
+    if (file := loss.get("file")) and Path(file).is_file():
+        # A user's own loss is what the file says, not where it lies.
+        loss["file"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        name = f"{name}-{Path(file).stem}"
+    text = json.dumps(content, sort_keys=True)
+    return Identity(
+        data=choices["data"],
+        arch=choices["arch"],
+        loss=name,
+        digest=hashlib.sha256(text.encode()).hexdigest()[:8],
+        seed=config["seed"],
+    )

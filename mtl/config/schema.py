@@ -1,0 +1,132 @@
+"""The signature is the schema: a config node is checked against the callable that its `_target_` names.
+
+Unknown key, missing key, wrong type, value out of range: one line with the full key, what is allowed and the nearest
+match. Types and ranges come from the hints (`int`, `Literal[...]`, `Annotated[float, Gt(0)]`, …), so a class outside this
+repository is checked in the same way as ours. pydantic reads the hints; a hint it cannot read is no check.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import pkgutil
+import typing
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
+
+from mtl.config.errors import ConfigError, one_line, suggest
+
+TARGET = "_target_"
+
+
+def check(node: Any, path: str, supplied: Collection[str] = ()) -> None:
+    """Compare a config node with its target's signature.
+
+    Args:
+        node: a mapping with a `_target_` and its arguments, as plain Python objects.
+        path: of the node in the config, for the messages.
+        supplied: arguments that the engine adds when it builds the object.
+
+    Raises:
+        ConfigError: at the first thing that is wrong.
+    """
+    if not isinstance(node, Mapping) or TARGET not in node:
+        raise ConfigError(f"{path}: expected a node with a _target_, not {node!r}")
+    target = locate(node[TARGET], f"{path}.{TARGET}")
+    check_arguments(target, {k: v for k, v in node.items() if k != TARGET}, path, supplied)
+
+
+def check_arguments(target: Callable, arguments: Mapping, path: str, supplied: Collection[str] = ()) -> None:
+    """Compare keyword arguments with the signature of `target`; nested nodes with a `_target_` are checked as well."""
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):  # a builtin without a signature: nothing is known about its arguments
+        return
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    ours = sorted(n for n in named if n not in supplied)
+    hints = _hints(target)
+    prefix = f"{path}." if path else ""
+    for key, value in arguments.items():
+        if key not in ours and not open_ended:
+            raise ConfigError(f"{prefix}{key}: unknown key; allowed: {', '.join(ours) or 'none'}{suggest(key, ours)}")
+        if isinstance(value, Mapping) and TARGET in value:
+            check(value, f"{prefix}{key}")
+        elif key in hints:
+            _check_type(hints[key], value, f"{prefix}{key}")
+    for name in ours:
+        if named[name].default is inspect.Parameter.empty and (arguments.get(name, "???") == "???"):
+            raise ConfigError(f"{prefix}{name}: required; set it with {prefix}{name}=VALUE")
+
+
+def build(node: Mapping, path: str, **supplied: Any) -> Any:
+    """Build the object that a checked node describes; what its constructor refuses becomes a ConfigError."""
+    target = locate(node[TARGET], f"{path}.{TARGET}")
+    arguments = {
+        k: build(v, f"{path}.{k}") if isinstance(v, Mapping) and TARGET in v else v
+        for k, v in node.items()
+        if k != TARGET
+    }
+    try:
+        return target(**arguments, **supplied)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        # Our constructors begin their messages with the argument that is wrong.
+        separator = "." if str(error).partition(":")[0] in arguments else ": "
+        raise ConfigError(f"{path}{separator}{one_line(error)}") from error
+
+
+def locate(name: Any, path: str) -> Callable:
+    """Import the class or function that a `_target_` names."""
+    try:
+        target = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        parent = str(name).rpartition(".")[0]
+        try:
+            candidates = [f"{parent}.{n}" for n in vars(pkgutil.resolve_name(parent)) if not n.startswith("_")]
+        except (ImportError, AttributeError, ValueError):
+            candidates = []
+        raise ConfigError(f"{path}={name}: cannot be imported ({one_line(error)}){suggest(name, candidates)}") from error
+    if not callable(target):
+        raise ConfigError(f"{path}={name}: is not a class or function")
+    return target
+
+
+def _hints(target: Callable) -> dict[str, Any]:
+    if inspect.isclass(target) and not hasattr(target, "__dataclass_fields__"):
+        target = target.__init__
+    try:
+        return typing.get_type_hints(target, include_extras=True)
+    except (NameError, TypeError, AttributeError):  # hints that only a type checker can resolve
+        return {}
+
+
+def _check_type(hint: Any, value: Any, path: str) -> None:
+    try:
+        adapter = TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
+    except PydanticUserError:  # already configured (a dataclass, a model): its own settings hold
+        adapter = TypeAdapter(hint)
+    except (PydanticSchemaGenerationError, NameError, TypeError):
+        return
+    try:
+        # As JSON: strict about numbers and strings, yet a list passes for a tuple, as YAML has only lists.
+        adapter.validate_json(json.dumps(value))
+    except ValidationError as error:
+        raise ConfigError(f"{path}={_show(value)}: {_explain(error, value)}") from error
+
+
+def _explain(error: ValidationError, value: Any) -> str:
+    errors = error.errors(include_url=False)
+    # In a union every member complains; "or None" is said once, and the is-instance members can never come from YAML.
+    told = [e for e in errors if e["type"] not in ("none_required", "is_instance_of")] or errors
+    texts = dict.fromkeys(e["msg"].replace("Input should be ", "") for e in told)
+    choices = " or ".join(e["ctx"]["expected"] for e in told if e["type"] == "literal_error")
+    allowed = [choice.strip(" '") for choice in choices.replace(" or ", ",").split(",")]
+    none = " or null" if any(e["type"] == "none_required" for e in errors) else ""
+    return f"must be {' or '.join(texts)}{none}{suggest(value, allowed) if isinstance(value, str) else ''}"
+
+
+def _show(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -1,0 +1,1 @@
+"""Benchmarks (one module each) and the batches that training draws from them."""

@@ -1,0 +1,93 @@
+"""What a benchmark is: tasks, splits of uint8 images, and the augmentation of its protocol."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from annotated_types import Ge, Lt
+from torch import Tensor
+
+from mtl.random import stream
+from mtl.tasks import Task
+
+
+@dataclass(frozen=True)
+class Split:
+    """Labelled images on the host.
+
+    Attributes:
+        images: (N, H, W, C) uint8; may be memory-mapped when larger than memory.
+        targets: per task name, (N, …); −100 (classes) or NaN (numbers) where a sample carries no label.
+    """
+
+    images: Tensor
+    targets: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, index: Tensor | slice) -> Split:
+        """The samples at `index`."""
+        return Split(self.images[index], {name: t[index] for name, t in self.targets.items()})
+
+
+@dataclass
+class Benchmark(ABC):
+    """A data set with its tasks and its protocol's augmentation. Subclass it, say the class attributes, write `load`.
+
+    Args:
+        batch_size: training samples a step; the last batch of an epoch may be smaller.
+        limit_train: use only the first so many training samples.
+        limit_test: use only the first so many test samples.
+        val_fraction: share of the training samples held out for validation (after limit_train); the same samples
+            for every seed, so that seeds differ in training only.
+        residency: where the images live. auto: on the training device when they fit into half of its free memory.
+        workers: DataLoader processes when the images stay on the host.
+
+    Attributes:
+        tasks: the tasks; the first one's first metric chooses the best epoch.
+        mean, std: per channel, of images scaled to [0, 1].
+        crop_padding: zero padding of the random crop; 0 is no crop.
+        flip: whether images are flipped left-right at random.
+    """
+
+    batch_size: Annotated[int, Ge(1)] = 128
+    limit_train: Annotated[int, Ge(1)] | None = None
+    limit_test: Annotated[int, Ge(1)] | None = None
+    val_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0
+    residency: Literal["auto", "device", "host"] = "auto"
+    workers: Annotated[int, Ge(0)] = 2
+
+    tasks: ClassVar[Sequence[Task]]
+    image_shape: ClassVar[tuple[int, int, int]]  # (C, H, W)
+    mean: ClassVar[Sequence[float]]
+    std: ClassVar[Sequence[float]]
+    crop_padding: ClassVar[int] = 0
+    flip: ClassVar[bool] = False
+
+    @abstractmethod
+    def load(self) -> tuple[Split, Split]:
+        """Read the training and the test split; called once, after all checks of the config.
+
+        Raises:
+            mtl.config.SetupError: the data is missing, damaged or cannot be downloaded.
+        """
+
+    def splits(self) -> dict[str, Split]:
+        """`train`, `test` and, with a val_fraction, `val`, limited as the fields say."""
+        train, test = self.load()
+        train, test = train.take(slice(self.limit_train)), test.take(slice(self.limit_test))
+        if not self.val_fraction:
+            return {"train": train, "test": test}
+        held_out = round(len(train) * self.val_fraction)
+        order = torch.randperm(len(train), generator=stream(0, "val_split"))
+        # Sorted, so that memory-mapped images are read in file order.
+        return {
+            "train": train.take(order[held_out:].sort().values),
+            "val": train.take(order[:held_out].sort().values),
+            "test": test,
+        }

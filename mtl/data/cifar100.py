@@ -1,0 +1,87 @@
+"""CIFAR-100 with its fine (100) and coarse (20) labels: Krizhevsky, "Learning Multiple Layers of Features from Tiny
+Images", 2009. 50,000 training and 10,000 test images of 32x32 RGB; every coarse class is five fine classes.
+"""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+from torchvision.datasets import CIFAR100 as torchvision_CIFAR100
+from torchvision.datasets.utils import calculate_md5, download_and_extract_archive
+
+from mtl.config.errors import SetupError
+from mtl.data.base import Benchmark, Split
+from mtl.tasks import Classification
+
+FOLDER = torchvision_CIFAR100.base_folder
+MD5 = dict([*torchvision_CIFAR100.train_list, *torchvision_CIFAR100.test_list])
+
+
+@dataclass
+class CIFAR100(Benchmark):
+    """Two classification tasks on CIFAR-100, with the standard augmentation: RandomCrop(32, padding=4) and flip.
+
+    Args:
+        root: the folder that holds (or receives) cifar-100-python/.
+        download: fetch the data when it is missing.
+    """
+
+    root: str = "data"
+    download: bool = True
+
+    tasks = (Classification("fine", 100), Classification("coarse", 20))
+    image_shape = (3, 32, 32)
+    mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+    crop_padding, flip = 4, True
+
+    def load(self) -> tuple[Split, Split]:
+        folder = Path(self.root) / FOLDER
+        if not all((folder / name).is_file() for name in MD5):
+            if not self.download:
+                raise SetupError(
+                    f"CIFAR-100 is not in {folder.resolve()} and data.download=false; "
+                    "set data.root (or the environment variable MTL_DATA) to the folder that holds it"
+                )
+            _download(Path(self.root))
+        return _read(folder / "train"), _read(folder / "test")
+
+
+def _download(root: Path) -> None:
+    root = root.resolve()
+    print(f"downloading CIFAR-100 (169 MB) to {root}", flush=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        # Beside the target, so that the finished folder arrives in one rename and an interruption leaves nothing.
+        with tempfile.TemporaryDirectory(dir=root, prefix=".cifar-100-") as work:
+            source = torchvision_CIFAR100
+            download_and_extract_archive(source.url, work, filename=source.filename, md5=source.tgz_md5)
+            shutil.rmtree(root / FOLDER, ignore_errors=True)
+            (Path(work) / FOLDER).rename(root / FOLDER)
+    except (URLError, OSError, RuntimeError) as error:
+        raise SetupError(
+            f"CIFAR-100 is not in {root / FOLDER} and could not be downloaded ({_first_line(error)}); either put "
+            f"cifar-100-python/ there yourself (from {torchvision_CIFAR100.url}), or set data.root or MTL_DATA to the "
+            "folder that holds it, or try data=digits, which needs no download"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _read(file: Path) -> Split:
+    # The md5 first: a pickle from a damaged or foreign file must not be opened at all.
+    if calculate_md5(file) != MD5[file.name]:
+        raise SetupError(
+            f"{file.resolve()} is damaged (its md5 is not {MD5[file.name]}); delete it and run again to fetch it anew"
+        )
+    with file.open("rb") as f:
+        content = pickle.load(f, encoding="bytes")
+    images = torch.from_numpy(content[b"data"]).view(-1, 3, 32, 32).permute(0, 2, 3, 1).contiguous()
+    return Split(images, {t: torch.tensor(content[f"{t}_labels".encode()]) for t in ("fine", "coarse")})

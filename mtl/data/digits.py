@@ -1,0 +1,35 @@
+"""Handwritten digits: 1,797 real 8x8 images that ship with scikit-learn (Alpaydin & Kaynak, UCI, 1998).
+
+Small enough to train a grid in a minute without a download. Three tasks on every image: which digit it is (10 classes),
+whether it is odd (2 classes), and how much ink it took (a number: mean intensity, standardised).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from mtl.data.base import Benchmark, Split
+from mtl.random import stream
+from mtl.tasks import Classification, Regression
+
+
+@dataclass
+class Digits(Benchmark):
+    """Three tasks on 1,297 training and 500 test images, without augmentation."""
+
+    tasks = (Classification("digit", 10), Classification("odd", 2), Regression("ink"))
+    image_shape = (1, 8, 8)
+    mean, std = (0.305,), (0.376,)
+
+    def load(self) -> tuple[Split, Split]:
+        from sklearn.datasets import load_digits  # here, because it is slow to import and no other benchmark needs it
+
+        data = load_digits()
+        images = torch.from_numpy(data.images).float().mul(255 / 16).round().to(torch.uint8)[..., None]
+        digit = torch.from_numpy(data.target).long()
+        ink = torch.from_numpy(data.images).float().mean((1, 2))
+        ink = (ink - ink.mean()) / ink.std()
+        both = Split(images, {"digit": digit, "odd": digit % 2, "ink": ink})
+        # The file lists one group of writers after another: mixed once, the same way for every run.
+        both = both.take(torch.randperm(len(both), generator=stream(0, "digits_split")))
+        return both.take(slice(500, None)), both.take(slice(500))

@@ -1,0 +1,61 @@
+"""Procedural 32x32 images with 100 fine classes in 20 groups: any size, no file, for speed tests and smoke runs.
+
+Every group has a smooth random pattern, every class adds a weaker one of its own, and every image shifts the sum,
+scales it and adds noise: learnable, with the coarse task easier than the fine one.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from annotated_types import Ge
+from torch import Tensor
+
+from mtl.data.base import Benchmark, Split
+from mtl.random import stream
+from mtl.tasks import Classification
+
+
+@dataclass
+class Synthetic(Benchmark):
+    """Fine and coarse classification of procedural images.
+
+    Args:
+        train_size, test_size: number of images; the same prefix whatever the size.
+    """
+
+    train_size: Annotated[int, Ge(2)] = 5000
+    test_size: Annotated[int, Ge(1)] = 1000
+
+    tasks = (Classification("fine", 100), Classification("coarse", 20))
+    image_shape = (3, 32, 32)
+    mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+    crop_padding, flip = 4, False
+
+    def load(self) -> tuple[Split, Split]:
+        patterns = stream(0, "synthetic", "patterns")
+        groups, classes = _smooth(20, patterns), _smooth(100, patterns)
+        prototypes = groups.repeat_interleave(5, 0) + 0.7 * classes
+        return _sample(prototypes, self.train_size, "train"), _sample(prototypes, self.test_size, "test")
+
+
+def _smooth(count: int, generator: torch.Generator) -> Tensor:
+    """(count, 3, 32, 32) random fields with 4x4 degrees of freedom a channel."""
+    coarse = torch.randn(count, 3, 4, 4, generator=generator)
+    return F.interpolate(coarse, size=32, mode="bicubic", align_corners=False)
+
+
+def _sample(prototypes: Tensor, size: int, name: str) -> Split:
+    images = torch.empty(size, 32, 32, 3, dtype=torch.uint8)
+    fine = torch.empty(size, dtype=torch.int64)
+    for number, chunk in enumerate(torch.arange(size).split(4096)):
+        # One stream for each full chunk, so that a larger data set starts with the smaller one.
+        generator, full = stream(0, "synthetic", name, number), 4096
+        labels = torch.randint(0, 100, (full,), generator=generator)[: len(chunk)]
+        gain = (0.6 + 0.8 * torch.rand(full, 1, 1, 1, generator=generator))[: len(chunk)]
+        noise = torch.randn(len(chunk), 3, 32, 32, generator=generator)
+        x = 0.5 + 0.18 * (gain * prototypes[labels] + 0.8 * noise)
+        images[chunk] = x.clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        fine[chunk] = labels
+    return Split(images, {"fine": fine, "coarse": fine // 5})

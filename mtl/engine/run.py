@@ -1,0 +1,361 @@
+"""From a config to a finished run: check, identify, build, train, note the outcome. train.py is the only caller."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from annotated_types import Ge
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from mtl.archs.model import MultiTaskModel, count_macs, count_parameters
+from mtl.config import schema
+from mtl.config.cli import Grid, Terminated
+from mtl.config.errors import ConfigError, Diverged, SetupError, UserError, one_line
+from mtl.config.identity import Identity, identify
+from mtl.data.base import Benchmark
+from mtl.data.batches import EvaluationBatches, TrainingBatches
+from mtl.engine import checkpoint
+from mtl.engine.directory import RunDirectory, now, write_json
+from mtl.engine.trainer import Learner, Trainer
+from mtl.losses import GramianWeighting, LossWeighting, Strategy
+from mtl.random import derive
+from mtl.tasks import Task
+from mtl.tracking import RunInfo, Tracker, flatten
+from mtl.tracking.console import duration, epoch_line, table
+
+log = logging.getLogger("mtl")
+
+# The nodes of a config, and what the engine adds to each when it builds it.
+NODES: dict[str, tuple[str, ...]] = {
+    "data": (),
+    "arch": ("in_channels",),
+    "loss": ("tasks",),
+    "optimizer": ("params",),
+    "schedule": (),
+    "trainer": (),
+    "logger": (),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        status: finished, failed, diverged, interrupted, or refused (nothing was started).
+        code: exit code.
+        directory: of the run; empty when refused.
+        message: the error, if any.
+    """
+
+    status: str
+    code: int
+    directory: str = ""
+    message: str = ""
+
+
+def run_from_hydra(config: DictConfig) -> None:
+    """Run one composed config. In a grid, the outcome is noted beside the other cells' and the grid goes on."""
+    hydra = HydraConfig.get()
+    command = shlex.join(["python", "train.py", *hydra.overrides.task])
+    if not log.handlers:
+        console = logging.StreamHandler(sys.stdout)
+        console.setLevel(logging.INFO)
+        log.addHandler(console)
+        log.setLevel(logging.DEBUG)
+        log.propagate = False
+    try:
+        plain = OmegaConf.to_container(config, resolve=True)
+        outcome = run(plain, dict(hydra.runtime.choices), command)
+    except UserError as error:
+        outcome = Outcome("refused", error.exit_code, message=str(error))
+    if outcome.message:
+        print(f"error: {outcome.message}", file=sys.stderr)
+    if hydra.mode == RunMode.MULTIRUN:
+        cell = {"number": hydra.job.num, "command": command, **asdict(outcome)}
+        write_json(Path(hydra.sweep.dir) / f"cell-{hydra.job.num:05d}.json", cell)
+    Grid.codes.append(outcome.code)
+
+
+def _root(seed: Annotated[int, Ge(0)], output_root: str, data: dict, arch: dict, loss: dict, optimizer: dict,
+          schedule: dict, trainer: dict, logger: dict) -> None:  # fmt: skip
+    """The signature of a config's top level."""
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Compare the whole config with the signatures of what it builds.
+
+    Raises:
+        ConfigError: at the first thing that is wrong; nothing has been built or written.
+    """
+    schema.check_arguments(_root, {key: {} if key in NODES else value for key, value in config.items()}, "")
+    for name, supplied in NODES.items():
+        schema.check(config.get(name), name, supplied)
+
+
+def run(config: Mapping[str, Any], choices: Mapping[str, str], command: str) -> Outcome:
+    """Execute one run, or say that it is already done.
+
+    Args:
+        config: resolved, as plain Python objects.
+        choices: the option chosen in each config group.
+        command: the command line, for run.json and the footer.
+
+    Raises:
+        UserError: the config, the machine or another process stands in the way; nothing was written.
+    """
+    check(config)
+    identity = identify(config, choices)
+    path = identity.directory(config["output_root"])
+    done = RunDirectory(path).run
+    if done.get("status") == "finished":
+        log.info(f"{identity.name}: finished {done['finished']}, in {path} (delete that folder to run it again)")
+        return Outcome("finished", 0, str(path))
+
+    benchmark: Benchmark = schema.build(config["data"], "data")
+    strategy: Strategy = schema.build(config["loss"], "loss", tasks=[t.name for t in benchmark.tasks])
+    # A strategy may train fewer tasks than there are (loss=single): the others then do not exist in this run.
+    tasks = [task for task in benchmark.tasks if task.name in strategy.names]
+    trainer: Trainer = schema.build(config["trainer"], "trainer")
+    tracker: Tracker = schema.build(config["logger"], "logger")
+    if (warmup := config["schedule"].get("warmup_epochs", 0)) >= trainer.epochs:
+        raise ConfigError(f"schedule.warmup_epochs={warmup}: must be less than trainer.epochs={trainer.epochs}")
+    device = trainer.open_device()
+    learner = _build_learner(config, benchmark, tasks, strategy, trainer, device)
+
+    with RunDirectory(path) as directory:
+        splits = benchmark.splits()
+        if len(splits["train"]) < 2:
+            raise ConfigError(f"data: {len(splits['train'])} training samples; batch norm needs at least 2")
+        train = TrainingBatches(splits["train"], benchmark, device, config["seed"])
+        evaluations = {name: EvaluationBatches(s, benchmark, device) for name, s in splits.items() if name != "train"}
+        job = Job(config, identity, command, directory, benchmark, learner, train, evaluations, tracker)
+        return job.execute()
+
+
+def _build_learner(config, benchmark, tasks, strategy, trainer, device) -> Learner:
+    seed, schedule = config["seed"], schema.build(config["schedule"], "schedule")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "init"))
+        backbone = schema.build(config["arch"], "arch", in_channels=benchmark.image_shape[0])
+        try:
+            model = MultiTaskModel(backbone, tasks)
+            count_macs(model, benchmark.image_shape)
+        except (ValueError, RuntimeError) as error:
+            shape = "x".join(map(str, benchmark.image_shape))
+            raise ConfigError(f"arch: does not fit the images of data ({shape}): {one_line(error)}") from error
+    model, strategy = trainer.place(model, device), strategy.to(device)
+    groups = [{"params": list(model.parameters())}]
+    if own := list(strategy.parameters()):
+        # The method's parameters train at their own rate and without decay, unless its config follows the optimizer.
+        settings = {"lr": strategy.lr, "weight_decay": strategy.weight_decay}
+        groups.append({"params": own, **{k: v for k, v in settings.items() if v is not None}})
+    optimizer = schema.build(config["optimizer"], "optimizer", params=groups)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return Learner(trainer, model, tasks, strategy, optimizer, schedule, device, seed)
+
+
+@dataclass
+class Job:
+    """One run in its directory: resume if there is something to resume, train to the end, keep every file in order."""
+
+    config: Mapping[str, Any]
+    identity: Identity
+    command: str
+    directory: RunDirectory
+    benchmark: Benchmark
+    learner: Learner
+    train: TrainingBatches
+    evaluations: dict[str, EvaluationBatches]
+    tracker: Tracker
+
+    def execute(self) -> Outcome:
+        """Train; the outcome is in run.json and in the return value. Interruptions are noted and passed on."""
+        directory, path = self.directory, str(self.directory.path)
+        rows = self._resume()
+        directory.start(self.config, self._identity_fields(), self.learner.device)
+        where = self.tracker.start(self._info())
+        self._header(where, len(rows))
+        try:
+            self._train(rows)
+        except (KeyboardInterrupt, Terminated):
+            self._close("interrupted", rows, "stopped by a signal")
+            log.info(f"interrupted after {len(rows)} epochs; the same command goes on from there: {self.command}")
+            raise
+        except Diverged as error:
+            self._close("diverged", rows, str(error))
+            return Outcome("diverged", error.exit_code, path, str(error))
+        except Exception as error:
+            log.debug(traceback.format_exc())  # into train.log only
+            message = f"{type(error).__name__}: {one_line(error)} (traceback in {path}/train.log)"
+            self._close("failed", rows, message)
+            return Outcome("failed", 1, path, message)
+        self._close("finished", rows, None)
+        self._footer(rows)
+        return Outcome("finished", 0, path)
+
+    def _resume(self) -> list[dict[str, float]]:
+        if not self.directory.last.exists():
+            return self.directory.truncate(0)
+        state = checkpoint.load(self.directory.last)
+        self.learner.load_state(state)
+        rows = self.directory.truncate(state["epoch"])
+        # A kill between the two files leaves best.pt one epoch behind last.pt.
+        if self._is_best(rows):
+            checkpoint.link(self.directory.last, self.directory.best)
+        return rows
+
+    def _train(self, rows: list[dict[str, float]]) -> None:
+        epochs, units = self.learner.trainer.epochs, self._units()
+        for epoch in range(len(rows), epochs):
+            started = time.perf_counter()
+            row = {"epoch": epoch + 1, **self.learner.train_epoch(self.train, epoch)}
+            self._refuse_divergence(row)
+            for name, batches in self.evaluations.items():
+                row.update(self.learner.evaluate(batches, name))
+            row["time/seconds"] = time.perf_counter() - started
+            rows.append(row)
+            # Row, then checkpoint: on resume, rows that no checkpoint knows are cut. best.pt is last.pt, linked.
+            self.directory.append(row)
+            checkpoint.save({"epoch": epoch + 1, **self.learner.state()}, self.directory.last)
+            if self._is_best(rows):
+                checkpoint.link(self.directory.last, self.directory.best)
+            self.tracker.log(row)
+            remaining = row["time/seconds"] * (epochs - epoch - 1)
+            log.info(epoch_line(row, units, epochs, remaining))
+
+    def _refuse_divergence(self, row: Mapping[str, float]) -> None:
+        for key, value in row.items():
+            if not math.isfinite(value) and (key == "grad/norm" or self._has_labels(key)):
+                what = key.removeprefix("train/").replace("_", " ").replace("grad/norm", "gradient norm")
+                raise Diverged(
+                    f"{self.identity.name}: {what} became {value} in epoch {row['epoch']} "
+                    f"(last.pt holds the epoch before); try a smaller optimizer.lr or schedule.warmup_epochs"
+                )
+
+    def _has_labels(self, key: str) -> bool:
+        return any(key == f"train/{t.name}_loss" and not t.partial for t in self.learner.tasks)
+
+    # -- what is chosen and reported ----------------------------------------------------------------------------------
+
+    def _metrics(self, split: str) -> dict[str, bool]:
+        """{"test/fine_accuracy": higher is better, …}, the main one first."""
+        return {f"{split}/{t.name}_{m.name}": m.higher_is_better for t in self.learner.tasks for m in t.metrics}
+
+    @property
+    def _selector(self) -> tuple[str, bool]:
+        """What chooses best.pt: the first task's main metric on validation data, or, by the protocol, on test data."""
+        return next(iter(self._metrics("val" if "val" in self.evaluations else "test").items()))
+
+    def _is_best(self, rows: list[dict[str, float]]) -> bool:
+        key, higher = self._selector
+        return bool(rows) and _best(rows, key, higher) is rows[-1]
+
+    def summary(self, rows: list[dict[str, float]]) -> dict[str, Any]:
+        """The run's figures: best over epochs (each metric on its own), last epoch, and chosen on validation data."""
+        tests, (key, higher) = self._metrics("test"), self._selector
+        chosen = _best(rows, key, higher)
+        return {
+            "epochs": len(rows),
+            "best": {k: {"value": (row := _best(rows, k, h))[k], "epoch": row["epoch"]} for k, h in tests.items()},
+            "last": {k: rows[-1][k] for k in tests},
+            "selected": {"by": key, "epoch": chosen["epoch"], **{k: chosen[k] for k in tests}}
+            if key.startswith("val/")
+            else None,
+            "parameters": count_parameters(self.learner.model),
+            "macs": count_macs(self.learner.model, self.benchmark.image_shape),
+            "seconds": sum(r["time/seconds"] for r in rows),
+            "images_per_second": sum(r["time/images_per_second"] for r in rows) / len(rows),
+        }
+
+    def _close(self, status: str, rows: list[dict[str, float]], error: str | None) -> None:
+        summary = {"status": status, **(self.summary(rows) if rows else {})}
+        write_json(self.directory.summary, summary)
+        self.tracker.finish(flatten(summary), ok=status == "finished")
+        self.directory.update(status=status, error=error, finished=now())
+
+    def _identity_fields(self) -> dict[str, Any]:
+        return {**asdict(self.identity), "name": self.identity.name, "group": self.identity.group, "command": self.command}
+
+    def _info(self) -> RunInfo:
+        best = {**self._metrics("test"), **(self._metrics("val") if "val" in self.evaluations else {})}
+        root = Path(self.config["output_root"])
+        return RunInfo(self.identity, self.directory.path, root, flatten(self.config), best)
+
+    def _units(self) -> dict[str, tuple[str, str]]:
+        return {t.name: (t.metrics[0].name, t.metrics[0].unit) for t in self.learner.tasks}
+
+    # -- console ------------------------------------------------------------------------------------------------------
+
+    def _header(self, tracker: str, resumed: int) -> None:
+        learner, config, identity = self.learner, self.config, self.identity
+        trainer, strategy, optimizer = learner.trainer, learner.strategy, config["optimizer"]
+        family = (
+            "loss weighting" if isinstance(strategy, LossWeighting)
+            else "Gramian weighting" if isinstance(strategy, GramianWeighting)
+            else "Jacobian aggregation"
+        )  # fmt: skip
+        own = sum(p.numel() for p in strategy.parameters())
+        sizes = [f"{self.train.size:,} train", *(f"{b.size:,} {name}" for name, b in self.evaluations.items())]
+        heads = "" if isinstance(strategy, LossWeighting) else f", heads: {strategy.heads} gradient"
+        lines = {
+            "run": identity.name,
+            "data": f"{identity.data}: {', '.join(sizes)}; tasks " + ", ".join(f"{t.name} ({t.outputs})" for t in learner.tasks),
+            "model": f"{identity.arch}: {count_parameters(learner.model):,} parameters, "
+            f"{count_macs(learner.model, self.benchmark.image_shape) / 1e6:,.1f} MMAC an image",
+            "strategy": f"{identity.loss} ({family}{heads}{f', {own} own parameters' if own else ''})",
+            "training": f"{trainer.epochs} epochs of {len(self.train)} steps, batch {self.benchmark.batch_size}, "
+            f"{optimizer['_target_'].rpartition('.')[2]} lr {optimizer.get('lr', 'default')}, "
+            f"{config['schedule']['_target_'].rpartition('.')[2].lower()} schedule",
+            "device": f"{_device_name(learner.device)}, {trainer.precision}",
+            "output": str(self.directory.path),
+            "tracker": tracker,
+            "resumed": f"after epoch {resumed}" if resumed else "",
+        }
+        for key, value in lines.items():
+            if value:
+                log.info(f"{key:9s} {value}")
+
+    def _footer(self, rows: list[dict[str, float]]) -> None:
+        summary, chosen = self.summary(rows), None
+        chosen = summary["selected"]
+        header = ["test", "best", "at epoch", f"last ({len(rows)})", *([f"by {chosen['by']}"] if chosen else [])]
+        body = [
+            [
+                key.removeprefix("test/"),
+                f"{best['value']:.4g}",
+                str(best["epoch"]),
+                f"{summary['last'][key]:.4g}",
+                *([f"{chosen[key]:.4g}"] if chosen else []),
+            ]
+            for key, best in summary["best"].items()
+        ]
+        log.info(table(header, body))
+        speed = f"{summary['images_per_second']:,.0f} img/s in training"
+        log.info(f"{duration(summary['seconds'])}, {speed}; checkpoints last.pt and best.pt in {self.directory.path}")
+        log.info(f"reproduce: {self.command}")
+
+
+def _best(rows: list[dict[str, float]], key: str, higher: bool) -> dict[str, float]:
+    """The first row with the best value of `key`; a value that is not a number is never the best."""
+    sign = 1 if higher else -1
+    return max(rows, key=lambda row: sign * row[key] if math.isfinite(row[key]) else -math.inf)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({torch.get_num_threads()} threads)"

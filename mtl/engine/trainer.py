@@ -1,0 +1,227 @@
+"""Training and evaluation of one run. Nothing in a step waits for the device; the host reads once per epoch."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Ge
+from torch import Tensor
+
+from mtl.archs.model import MultiTaskModel
+from mtl.config.errors import SetupError
+from mtl.data.batches import EvaluationBatches, TrainingBatches
+from mtl.engine.backward import backward
+from mtl.losses import Statistics, Strategy
+from mtl.optim.schedules import Schedule
+from mtl.random import derive
+from mtl.tasks import Task
+from mtl.tracking.console import Progress
+
+
+class Sums:
+    """Named sums on the device, read by the host in a single transfer."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Add `value` (any shape, the same at every call) to the sum called `name`."""
+        value = value.detach().float()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def read(self) -> dict[str, list[float]]:
+        """All sums as flat lists; the only point at which the host waits for the device."""
+        if not self._sums:
+            return {}
+        numbers = torch.cat([t.flatten() for t in self._sums.values()]).tolist()
+        result, offset = {}, 0
+        for name, t in self._sums.items():
+            result[name] = numbers[offset : offset + t.numel()]
+            offset += t.numel()
+        return result
+
+
+@dataclass
+class Trainer:
+    """How a run is executed.
+
+    Args:
+        epochs: passes over the training data.
+        device: auto takes the first GPU when there is one.
+        precision: fp32, or bf16 autocast (parameters, gradients and losses stay fp32).
+        channels_last: the memory layout of images and convolutions.
+        deterministic: only deterministic GPU kernels; a CPU run is bit-reproducible anyway.
+    """
+
+    epochs: Annotated[int, Ge(1)] = 200
+    device: str = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    channels_last: bool = True
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        name, _, index = self.device.partition(":")
+        if name not in ("auto", "cpu", "cuda", "mps") or (index and not (name == "cuda" and index.isdigit())):
+            raise ValueError(f"device: {self.device!r} is none of auto, cpu, cuda, cuda:N, mps")
+
+    def open_device(self) -> torch.device:
+        """The device to train on.
+
+        Raises:
+            SetupError: this machine has no such device.
+        """
+        name = self.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = torch.device(name)
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if device.type == "cuda" and (device.index or 0) >= count:
+            raise SetupError(f"trainer.device={self.device}: this machine shows {count} CUDA devices; use trainer.device=auto or cpu")
+        if device.type == "mps" and not torch.backends.mps.is_available():
+            raise SetupError("trainer.device=mps: not available on this machine; use trainer.device=auto or cpu")
+        torch.use_deterministic_algorithms(self.deterministic)
+        torch.backends.cudnn.benchmark = not self.deterministic
+        return device
+
+    def place(self, model: MultiTaskModel, device: torch.device) -> MultiTaskModel:
+        """Move the model to the device, in the memory layout of this trainer."""
+        return model.to(device, memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
+
+    def autocast(self, device: torch.device) -> AbstractContextManager:
+        """The context of the forward pass."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def _images(self, images: Tensor) -> Tensor:
+        # Batches come in channels_last order by construction; the other layout is the one that costs a copy.
+        return images if self.channels_last else images.contiguous()
+
+
+@dataclass
+class Learner:
+    """Everything that learns in a run, and the one epoch of it.
+
+    Attributes:
+        trainer: precision, layout, number of epochs.
+        model: on the device.
+        tasks: in the order of the model's heads and of the strategy.
+        strategy: combines the losses or gradients.
+        optimizer: over the parameters of model and strategy; each group holds its full rate as "initial_lr".
+        schedule: multiplies the groups' rates.
+        device: of model and batches.
+        seed: of the run.
+    """
+
+    trainer: Trainer
+    model: MultiTaskModel
+    tasks: list[Task]
+    strategy: Strategy
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    device: torch.device
+    seed: int
+
+    def train_epoch(self, batches: TrainingBatches, epoch: int) -> dict[str, float]:
+        """Train for one epoch, counted from 0; a function of the learner's state, the seed and `epoch`.
+
+        Returns:
+            the row of metrics.jsonl, without evaluation: losses and metrics of the training batches as they were
+            passed, mean task weights, gradient statistics, learning rate, speed.
+        """
+        trainer, started = self.trainer, time.perf_counter()
+        # Dropout draws from the global stream: reseeded, it too is a function of (seed, epoch).
+        torch.manual_seed(derive(self.seed, "dropout", epoch))
+        self.strategy.epoch_start(epoch, trainer.epochs, derive(self.seed, "method", epoch))
+        self.model.train()
+        self.strategy.train()
+        shared = list(self.model.shared_parameters())
+        heads = [list(self.model.head_parameters(task.name)) for task in self.tasks]
+        partial = any(task.partial for task in self.tasks)
+        sums, progress = Sums(), Progress(len(batches), f"epoch {epoch + 1}/{trainer.epochs}")
+
+        for i, (images, targets) in enumerate(batches.epoch(epoch)):
+            if i == 0 or self.schedule.interval == "step":
+                self._set_rate(epoch + i / len(batches))
+            with trainer.autocast(self.device):
+                predictions = self.model(trainer._images(images))
+            predictions = [p.float() for p in predictions]
+            losses = [t.loss(p, targets[t.name]) for t, p in zip(self.tasks, predictions, strict=True)]
+            counts = torch.stack([t.count(targets[t.name]) for t in self.tasks])
+            self.optimizer.zero_grad(set_to_none=True)
+            step = backward(losses, self.strategy, shared, heads, counts > 0 if partial else None)
+            self.optimizer.step()
+
+            with torch.no_grad():
+                sums.add("count", counts)
+                for t, p, loss, count in zip(self.tasks, predictions, losses, counts, strict=True):
+                    sums.add(f"{t.name}_loss", loss * count)
+                    for m in t.metrics:
+                        sums.add(f"{t.name}_{m.name}", m.update(p, targets[t.name]))
+                for name in ("weights", "norm", "ratio", "cosine", "conflict"):
+                    if (value := getattr(step, name)) is not None:
+                        sums.add(f"step_{name}", value)
+            progress.update(i + 1)
+
+        read = sums.read()
+        progress.clear()
+        seconds = time.perf_counter() - started
+        row = self._figures("train", read)
+        self.strategy.epoch_end(Statistics(torch.tensor([row[f"train/{t.name}_loss"] for t in self.tasks])))
+        for task, weight in zip(self.tasks, read.get("step_weights", ()), strict=False):
+            row[f"weights/{task.name}"] = weight / len(batches)
+        for name in ("norm", "ratio", "cosine", "conflict"):
+            if f"step_{name}" in read:
+                row[f"grad/{name}"] = read[f"step_{name}"][0] / len(batches)
+        row["lr"] = self.optimizer.param_groups[0]["lr"]
+        row["time/seconds"] = seconds
+        row["time/images_per_second"] = batches.size / seconds
+        return row
+
+    @torch.inference_mode()
+    def evaluate(self, batches: Iterable, name: str) -> dict[str, float]:
+        """Losses and metrics over all samples, as {"<name>/<task>_loss": …, "<name>/<task>_<metric>": …}."""
+        self.model.eval()
+        sums = Sums()
+        for images, targets in batches:
+            with self.trainer.autocast(self.device):
+                predictions = self.model(self.trainer._images(images))
+            predictions = [p.float() for p in predictions]
+            sums.add("count", torch.stack([t.count(targets[t.name]) for t in self.tasks]))
+            for t, p in zip(self.tasks, predictions, strict=True):
+                sums.add(f"{t.name}_loss", t.criterion(p, targets[t.name]).sum())
+                for m in t.metrics:
+                    sums.add(f"{t.name}_{m.name}", m.update(p, targets[t.name]))
+        return self._figures(name, sums.read())
+
+    def _figures(self, name: str, read: dict[str, list[float]]) -> dict[str, float]:
+        row = {}
+        for task, count in zip(self.tasks, read["count"], strict=True):
+            row[f"{name}/{task.name}_loss"] = read[f"{task.name}_loss"][0] / count if count else math.nan
+            for m in task.metrics:
+                key = f"{task.name}_{m.name}"
+                row[f"{name}/{key}"] = m.compute(read[key], count) if count else math.nan
+        return row
+
+    def _set_rate(self, progress: float) -> None:
+        factor = self.schedule(progress, self.trainer.epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+    def state(self) -> dict:
+        """All that decides the rest of the run, besides (seed, epoch): model, optimizer and strategy."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "strategy": self.strategy.state_dict(),
+        }
+
+    def load_state(self, state: dict) -> None:
+        """Continue from `state`."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.strategy.load_state_dict(state["strategy"])

@@ -1,0 +1,44 @@
+"""Dynamic Weight Average (DWA).
+
+Liu, Johns, Davison, "End-to-End Multi-Task Learning with Attention", CVPR 2019, eq. 7:
+
+    w_i(t) = T exp(r_i(t-1) / τ) / Σ_k exp(r_k(t-1) / τ),   r_i(t-1) = L_i(t-1) / L_i(t-2),
+
+with L_i(t) the mean training loss of epoch t, and w = 1 in the first two epochs. τ = 2.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from annotated_types import Gt
+from torch import Tensor
+
+from mtl.losses.base import LossWeighting, Statistics, masked
+
+
+class DWA(LossWeighting):
+    """L = Σ_i w_i L_i with w from the ratio of the last two epochs' training losses.
+
+    Args:
+        tasks: number or names of the tasks.
+        temperature: τ; larger is closer to equal weights.
+    """
+
+    def __init__(self, tasks: int | Sequence[str], temperature: Annotated[float, Gt(0)] = 2.0):
+        super().__init__(tasks)
+        if not temperature > 0:
+            raise ValueError(f"temperature: {temperature} is not positive")
+        self.temperature = temperature
+        self.register_buffer("last", torch.full((self.tasks,), torch.nan))
+        self.register_buffer("weights", torch.ones(self.tasks))
+
+    def epoch_end(self, statistics: Statistics) -> None:
+        losses = statistics.losses.detach().to(self.last)
+        # NaN marks "no epoch yet" and "no label all epoch": such a task enters with ratio 1, and its state stays.
+        ratio = (losses / self.last).nan_to_num(nan=1.0, posinf=1.0)
+        self.weights.copy_(self.tasks * torch.softmax(ratio / self.temperature, 0))
+        self.last.copy_(torch.where(losses.isnan(), self.last, losses))
+
+    def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
+        return (self.weights.to(losses) * masked(losses, present)).sum()

@@ -1,0 +1,39 @@
+"""Static weighting: L = Σ_i w_i L_i with weights that never change.
+
+The tuned form is the strong baseline of Xin et al., "Do Current Multi-Task Optimization Methods in Deep Learning
+Even Help?", NeurIPS 2022.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mtl.losses.base import LossWeighting, masked
+
+
+class Static(LossWeighting):
+    """L = Σ_i w_i L_i.
+
+    Args:
+        tasks: number or names of the tasks.
+        weights: one weight a task, by name ({fine: 1, coarse: 0.5}; a task left out weighs 1) or in task order.
+
+    Raises:
+        ValueError: a name that is no task, a list of another length than T, or a weight that is negative.
+    """
+
+    def __init__(self, tasks: int | Sequence[str], weights: Mapping[str, float] | Sequence[float]):
+        super().__init__(tasks)
+        if isinstance(weights, Mapping):
+            if unknown := set(weights) - set(self.names):
+                raise ValueError(f"weights: {sorted(unknown)[0]!r} is no task; the tasks are {', '.join(self.names)}")
+            weights = [weights.get(name, 1.0) for name in self.names]
+        if len(weights) != self.tasks:
+            raise ValueError(f"weights: {len(weights)} given for {self.tasks} tasks ({', '.join(self.names)})")
+        if min(weights) < 0:
+            raise ValueError(f"weights: {min(weights)} is negative")
+        self.register_buffer("weights", torch.tensor(list(weights), dtype=torch.float32))
+
+    def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
+        return (self.weights.to(losses) * masked(losses, present)).sum()

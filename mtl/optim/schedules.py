@@ -1,0 +1,119 @@
+"""Learning-rate schedules as pure functions of progress: no state, so nothing to save and a resumed run is exact.
+
+Every schedule multiplies the optimizer's learning rate (of every parameter group) by `factor(progress, epochs)`, where
+`progress` counts epochs from 0, with a fraction when `interval` is "step". Linear warm-up, when asked for, multiplies on top:
+(progress + 1) / (warmup_epochs + 1) by epochs, progress / warmup_epochs by steps.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+
+
+@dataclass
+class Schedule(ABC):
+    """Base of the schedules.
+
+    Args:
+        warmup_epochs: epochs of linear warm-up; the schedule itself starts after them.
+        interval: whether the rate changes once an epoch or at every step.
+    """
+
+    warmup_epochs: Annotated[int, Ge(0)] = 0
+    interval: Literal["epoch", "step"] = "epoch"
+
+    def __call__(self, progress: float, epochs: int) -> float:
+        """Multiplier of the learning rate at `progress` of `epochs` epochs."""
+        if progress < self.warmup_epochs:
+            offset = 1 if self.interval == "epoch" else 0  # by epochs, the first one must not train at rate 0
+            return (progress + offset) / (self.warmup_epochs + offset) * self.factor(0.0, epochs - self.warmup_epochs)
+        return self.factor(progress - self.warmup_epochs, epochs - self.warmup_epochs)
+
+    @abstractmethod
+    def factor(self, progress: float, epochs: int) -> float:
+        """Multiplier without warm-up; 0 <= progress < epochs."""
+
+
+@dataclass
+class Constant(Schedule):
+    """1 throughout."""
+
+    def factor(self, progress: float, epochs: int) -> float:
+        return 1.0
+
+
+@dataclass
+class Cosine(Schedule):
+    """Half a cosine from 1 to `final`: Loshchilov & Hutter, "SGDR", ICLR 2017, without restarts.
+
+    Args:
+        final: multiplier that the end of the last epoch would reach.
+    """
+
+    final: Annotated[float, Ge(0), Le(1)] = 0.0
+
+    def factor(self, progress: float, epochs: int) -> float:
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * progress / epochs)) / 2
+
+
+@dataclass
+class Step(Schedule):
+    """Times `gamma` every `every` epochs."""
+
+    every: Annotated[int, Ge(1)] = 30
+    gamma: Annotated[float, Gt(0)] = 0.1
+
+    def factor(self, progress: float, epochs: int) -> float:
+        return self.gamma ** (int(progress) // self.every)
+
+
+@dataclass
+class MultiStep(Schedule):
+    """Times `gamma` at each of `milestones` (epochs after warm-up)."""
+
+    milestones: Sequence[Annotated[int, Ge(1)]] = (60, 120, 160)
+    gamma: Annotated[float, Gt(0)] = 0.2
+
+    def factor(self, progress: float, epochs: int) -> float:
+        return self.gamma ** sum(progress >= m for m in self.milestones)
+
+
+@dataclass
+class Polynomial(Schedule):
+    """(1 − progress / epochs) ** power: straight down for power 1."""
+
+    power: Annotated[float, Gt(0)] = 1.0
+
+    def factor(self, progress: float, epochs: int) -> float:
+        return (1 - progress / epochs) ** self.power
+
+
+@dataclass
+class OneCycle(Schedule):
+    """Up from 1/`initial_divisor` to 1, then down to 1/(initial_divisor · final_divisor), both along half a cosine.
+
+    Smith & Topin, "Super-Convergence", 2018. The optimizer's learning rate is the peak; momentum stays as it is.
+
+    Args:
+        peak: share of the run at which the peak is reached.
+    """
+
+    interval: Literal["epoch", "step"] = "step"
+    peak: Annotated[float, Gt(0), Lt(1)] = 0.3
+    initial_divisor: Annotated[float, Gt(0)] = 25.0
+    final_divisor: Annotated[float, Gt(0)] = 1e4
+
+    def factor(self, progress: float, epochs: int) -> float:
+        low, end = 1 / self.initial_divisor, 1 / (self.initial_divisor * self.final_divisor)
+        done = progress / epochs
+        if done < self.peak:
+            start, stop, share = low, 1.0, done / self.peak
+        else:
+            start, stop, share = 1.0, end, (done - self.peak) / (1 - self.peak)
+        return stop + (start - stop) * (1 + math.cos(math.pi * share)) / 2

@@ -1,0 +1,83 @@
+"""Weights & Biases. Online when logged in, otherwise offline: never a prompt, never a failed run because of a dashboard.
+
+All runs share <output_root>/wandb, so `wandb leet <output_root>/wandb` shows them side by side without an account and
+`wandb sync` uploads them later.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from mtl.tracking import RunInfo, Tracker
+
+log = logging.getLogger("mtl")
+
+
+class WandbTracker(Tracker):
+    """One W&B run per run: id and name from the identity, group = everything but the seed, epoch as the x-axis.
+
+    Args:
+        project, entity: where online runs go.
+        mode: auto is online when an API key is found, else offline.
+        tags: added to data, arch and loss.
+    """
+
+    def __init__(
+        self,
+        project: str = "mtl",
+        entity: str | None = None,
+        mode: Literal["auto", "online", "offline"] = "auto",
+        tags: Sequence[str] = (),
+    ):
+        self.project, self.entity, self.mode, self.tags = project, entity, mode, tuple(tags)
+        self.run = None
+
+    def start(self, info: RunInfo) -> str:
+        import wandb  # late: half a second that runs without W&B need not pay
+
+        identity = info.identity
+        mode = self.mode
+        if mode == "auto":
+            mode = "online" if wandb.api.api_key else "offline"
+        try:
+            info.output_root.joinpath("wandb").mkdir(parents=True, exist_ok=True)
+            self.run = wandb.init(
+                project=self.project,
+                entity=self.entity,
+                id=identity.name,
+                name=identity.name,
+                group=identity.group,
+                job_type="train",
+                tags=[identity.data, identity.arch, identity.loss, *self.tags],
+                config=dict(info.config),
+                dir=str(info.output_root),
+                mode=mode,
+                resume="allow",
+                settings=wandb.Settings(silent=True),
+            )
+            self.run.define_metric("epoch", hidden=True)
+            self.run.define_metric("*", step_metric="epoch")
+            for key, higher in info.best.items():
+                # With "last" too: "max" alone would remove the plain key from the summary.
+                self.run.define_metric(key, step_metric="epoch", summary="max,last" if higher else "min,last")
+        except Exception as error:
+            self.run = None
+            return f"not available ({type(error).__name__}: {error}); training goes on without it"
+        if mode == "online":
+            return str(self.run.url)
+        return f"offline; upload with: wandb sync {self.run.settings.sync_dir}"
+
+    def log(self, row: Mapping[str, float]) -> None:
+        if self.run is not None:
+            finite = {k: v for k, v in row.items() if not (isinstance(v, float) and not math.isfinite(v))}
+            # The step is given, not counted: a resumed run must go on where it was.
+            self.run.log(finite, step=int(row["epoch"]))
+
+    def finish(self, summary: Mapping[str, Any], ok: bool) -> None:
+        if self.run is not None:
+            self.run.summary.update(dict(summary))
+            self.run.finish(exit_code=0 if ok else 1)
+            self.run = None

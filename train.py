@@ -1,0 +1,18 @@
+"""Train: `python train.py arch=resnet56 loss=uncertainty`, or a grid: `python train.py -m loss=dwa,pcgrad seed=0,1,2`."""
+
+import sys
+
+import hydra
+
+from mtl.config.cli import launch
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(config) -> None:
+    from mtl.engine.run import run_from_hydra  # late: help and shell completion must not import torch
+
+    run_from_hydra(config)
+
+
+if __name__ == "__main__":
+    sys.exit(launch(main))
