@@ -10,14 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mtl.config.errors import ConfigError, SetupError, UserError, one_line, suggest
+from mtl.config.errors import ConfigError, SetupError, UserError, one_line, remove_empty, suggest
 
 CONF = Path(__file__).parents[2] / "conf"
+TARGET = "_target_"
 GROUPS = ("arch", "data", "loss", "optimizer", "schedule", "trainer", "logger", "experiment")
 
 
@@ -69,6 +70,7 @@ class Grid(Callback):
         cells = sorted(cls.directory.glob("cell-*.json"))
         if not cells:  # refused before the first run began: leave nothing behind
             shutil.rmtree(cls.directory, ignore_errors=True)
+            remove_empty(cls.directory.parents)
             return 0
         from mtl.study.grid import summarise  # late: it needs the plotting library
 
@@ -81,14 +83,15 @@ def _say(error: UserError) -> int:
 
 
 def _check_flags() -> None:
+    # argparse loses what follows a flag in the middle: `train.py logger=none -m seed=0,1` must work as well.
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
     parser = get_args_parser()
-    flags = [option for action in parser._actions for option in action.option_strings]
 
     def refuse(message: str):
-        word = next((a for a in sys.argv[1:] if a.startswith("-") and a.partition("=")[0] not in flags), "")
-        if word.startswith("--"):
-            option = word.removeprefix("--")
-            raise ConfigError(f"{word}: no such flag; options are written without dashes, e.g. {option.partition('=')[0]}=VALUE")
+        word = message.rpartition(": ")[2].split()[0]
+        if message.startswith("unrecognized arguments") and word.startswith("--"):
+            key = word.removeprefix("--").partition("=")[0]
+            raise ConfigError(f"{word}: no such flag; options are written without dashes: {key}=VALUE")
         raise ConfigError(one_line(message))
 
     parser.error = refuse
@@ -105,19 +108,18 @@ def _translate(error: Exception) -> ConfigError:
         )
     if isinstance(error, OverrideParseException):
         return ConfigError(
-            f"{error.override!r} is not KEY=VALUE; write it without spaces around = and quote values that hold , or spaces"
+            f"{error.override!r} is not KEY=VALUE; write it without spaces around = and quote values with spaces or commas"
         )
-    if isinstance(error, ConfigCompositionException) and "Could not override" in str(error):
-        key = str(error).partition("Could not override '")[2].partition("'")[0].lstrip("+~")
-        allowed = _keys_beside(cause, key)
-        return ConfigError(f"{key}: unknown key; allowed: {', '.join(allowed)}{suggest(key.rpartition('.')[2], allowed)}")
+    if str(error).startswith("Ambiguous value for argument"):
+        override = str(error).partition("'")[2].partition("'\n")[0]
+        return ConfigError(f"{override}: several values make a grid, which needs the flag -m: python train.py -m {override}")
+    if isinstance(getattr(cause, "parent_node", None), DictConfig) and "not in struct" in str(cause):
+        # The nearest word is sought among the keys beside the unknown one.
+        allowed = sorted(str(k) for k in cause.parent_node if k not in (TARGET, "hydra"))
+        key = cause.full_key
+        nearest = suggest(key.rpartition(".")[2], allowed)
+        return ConfigError(f"{key}: unknown key; allowed: {', '.join(allowed) or 'none'}{nearest}")
     return ConfigError(one_line(cause))
-
-
-def _keys_beside(error: Exception, key: str) -> list[str]:
-    parent = getattr(error, "parent_node", None)
-    names = [k for k in parent if k not in ("_target_", "hydra")] if isinstance(parent, DictConfig) else []
-    return sorted(map(str, names)) or list(GROUPS)
 
 
 def describe_groups() -> str:
@@ -125,16 +127,16 @@ def describe_groups() -> str:
     lines = []
     for group in GROUPS:
         lines.append(f"  {group}")
-        for file in sorted((CONF / group).glob("*.yaml"), key=lambda f: [int(t) if t.isdigit() else t for t in _parts(f.stem)]):
-            comment = next(l for l in file.read_text().splitlines() if not l.startswith("# @package")).lstrip("# ")
-            lines.append(f"    {file.stem:14s}{comment}")
+        for file in sorted((CONF / group).glob("*.yaml"), key=_natural):
+            comment = next(t for t in file.read_text().splitlines() if not t.startswith("# @package"))
+            lines.append(f"    {file.stem:14s}{comment.lstrip('# ')}")
     return "\n".join(lines)
 
 
-def _parts(name: str) -> list[str]:
-    """'resnet110' → ['resnet', '110', ''], so that numbers sort as numbers."""
-    letters = name.rstrip("0123456789")
-    return [letters, name[len(letters) :] or "0"]
+def _natural(file: Path) -> tuple[str, int]:
+    """resnet20 before resnet110."""
+    letters = file.stem.rstrip("0123456789")
+    return letters, int(file.stem[len(letters) :] or 0)
 
 
 OmegaConf.register_new_resolver("mtl.groups", describe_groups, replace=True)

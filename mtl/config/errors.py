@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -30,6 +31,15 @@ class Busy(UserError):
     """Another process works on this very run: exit code 1."""
 
 
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove `folders`, innermost first, up to the first that holds something: a refused run leaves nothing behind."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+
+
 def one_line(text: object) -> str:
     """`text` on one line."""
     return " ".join(str(text).split())
@@ -37,5 +47,7 @@ def one_line(text: object) -> str:
 
 def suggest(word: str, allowed: Iterable[str]) -> str:
     """'; did you mean X?' for the allowed word nearest to `word`, or an empty string."""
+    if not word:
+        return ""
     matches = difflib.get_close_matches(str(word), list(allowed), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]}?" if matches else ""

@@ -19,7 +19,7 @@ from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 
 from mtl.config.errors import ConfigError, one_line, suggest
 
-TARGET = "_target_"
+TARGET, MISSING = "_target_", "???"
 
 
 def check(node: Any, path: str, supplied: Collection[str] = ()) -> None:
@@ -55,10 +55,10 @@ def check_arguments(target: Callable, arguments: Mapping, path: str, supplied: C
             raise ConfigError(f"{prefix}{key}: unknown key; allowed: {', '.join(ours) or 'none'}{suggest(key, ours)}")
         if isinstance(value, Mapping) and TARGET in value:
             check(value, f"{prefix}{key}")
-        elif key in hints:
+        elif key in hints and value != MISSING:
             _check_type(hints[key], value, f"{prefix}{key}")
     for name in ours:
-        if named[name].default is inspect.Parameter.empty and (arguments.get(name, "???") == "???"):
+        if arguments.get(name, named[name].default) in (MISSING, inspect.Parameter.empty):
             raise ConfigError(f"{prefix}{name}: required; set it with {prefix}{name}=VALUE")
 
 
@@ -72,7 +72,7 @@ def build(node: Mapping, path: str, **supplied: Any) -> Any:
     }
     try:
         return target(**arguments, **supplied)
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, FileNotFoundError, RuntimeError) as error:
         # Our constructors begin their messages with the argument that is wrong.
         separator = "." if str(error).partition(":")[0] in arguments else ": "
         raise ConfigError(f"{path}{separator}{one_line(error)}") from error
@@ -120,7 +120,7 @@ def _check_type(hint: Any, value: Any, path: str) -> None:
 def _explain(error: ValidationError, value: Any) -> str:
     errors = error.errors(include_url=False)
     # In a union every member complains; "or None" is said once, and the is-instance members can never come from YAML.
-    told = [e for e in errors if e["type"] not in ("none_required", "is_instance_of")] or errors
+    told = [e for e in errors if e["type"] not in ("none_required", "is_instance_of", "needs_python_object")] or errors
     texts = dict.fromkeys(e["msg"].replace("Input should be ", "") for e in told)
     choices = " or ".join(e["ctx"]["expected"] for e in told if e["type"] == "literal_error")
     allowed = [choice.strip(" '") for choice in choices.replace(" or ", ",").split(",")]

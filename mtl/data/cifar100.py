@@ -15,7 +15,7 @@ import torch
 from torchvision.datasets import CIFAR100 as torchvision_CIFAR100
 from torchvision.datasets.utils import calculate_md5, download_and_extract_archive
 
-from mtl.config.errors import SetupError
+from mtl.config.errors import SetupError, one_line, remove_empty
 from mtl.data.base import Benchmark, Split
 from mtl.tasks import Classification
 
@@ -54,6 +54,7 @@ class CIFAR100(Benchmark):
 
 def _download(root: Path) -> None:
     root = root.resolve()
+    made = [folder for folder in (root, *root.parents) if not folder.exists()]
     print(f"downloading CIFAR-100 (169 MB) to {root}", flush=True)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -64,15 +65,12 @@ def _download(root: Path) -> None:
             shutil.rmtree(root / FOLDER, ignore_errors=True)
             (Path(work) / FOLDER).rename(root / FOLDER)
     except (URLError, OSError, RuntimeError) as error:
+        remove_empty(made)
         raise SetupError(
-            f"CIFAR-100 is not in {root / FOLDER} and could not be downloaded ({_first_line(error)}); either put "
+            f"CIFAR-100 is not in {root / FOLDER} and could not be downloaded ({one_line(error)}); either put "
             f"cifar-100-python/ there yourself (from {torchvision_CIFAR100.url}), or set data.root or MTL_DATA to the "
             "folder that holds it, or try data=digits, which needs no download"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _read(file: Path) -> Split:

@@ -17,7 +17,7 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from mtl.config.errors import Busy, SetupError
+from mtl.config.errors import Busy, SetupError, remove_empty
 
 PACKAGES = ("torch", "torchvision", "hydra-core", "omegaconf", "wandb")
 
@@ -48,7 +48,7 @@ class RunDirectory:
         except Timeout:
             raise Busy(f"another process is training {self.path}; this one leaves it alone") from None
         except OSError as error:
-            self._remove_empty()
+            remove_empty(self._made)
             raise SetupError(f"cannot write to {self.path}: {error.strerror}; set output_root=DIR") from error
         return self
 
@@ -59,14 +59,7 @@ class RunDirectory:
         self._lock.release()
         if not (self.path / "run.json").exists():
             (self.path / ".lock").unlink(missing_ok=True)
-            self._remove_empty()
-
-    def _remove_empty(self) -> None:
-        for folder in self._made:
-            try:
-                folder.rmdir()
-            except OSError:  # someone else has put something there
-                return
+            remove_empty(self._made)
 
     @property
     def run(self) -> dict[str, Any]:

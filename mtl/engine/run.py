@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from mtl.archs.model import MultiTaskModel, count_macs, count_parameters
 from mtl.config import schema
 from mtl.config.cli import Grid, Terminated
-from mtl.config.errors import ConfigError, Diverged, SetupError, UserError, one_line
+from mtl.config.errors import ConfigError, Diverged, UserError, one_line
 from mtl.config.identity import Identity, identify
 from mtl.data.base import Benchmark
 from mtl.data.batches import EvaluationBatches, TrainingBatches
@@ -31,7 +31,6 @@ from mtl.engine.directory import RunDirectory, now, write_json
 from mtl.engine.trainer import Learner, Trainer
 from mtl.losses import GramianWeighting, LossWeighting, Strategy
 from mtl.random import derive
-from mtl.tasks import Task
 from mtl.tracking import RunInfo, Tracker, flatten
 from mtl.tracking.console import duration, epoch_line, table
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mtl.archs.model import MultiTaskModel
 from mtl.config.errors import SetupError
-from mtl.data.batches import EvaluationBatches, TrainingBatches
+from mtl.data.batches import TrainingBatches
 from mtl.engine.backward import backward
 from mtl.losses import Statistics, Strategy
 from mtl.optim.schedules import Schedule

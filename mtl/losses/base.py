@@ -65,7 +65,7 @@ class Strategy(nn.Module, ABC):
         for generator in self._generators.values():
             generator.manual_seed(seed)
 
-    def epoch_end(self, statistics: Statistics) -> None:  # noqa: B027 (a hook: most methods need nothing)
+    def epoch_end(self, statistics: Statistics) -> None:
         """Learn from the epoch that has ended (DWA and its kin)."""
 
     def generator(self, device: torch.device) -> torch.Generator:

@@ -1,0 +1,51 @@
+"""Shared helpers: the command line in-process (a subprocess would import torch anew for every test)."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+
+ROOT = Path(__file__).parents[1]
+REAL_CIFAR100 = ROOT.parent / "shared" / "data"
+
+sys.path.insert(0, str(ROOT))  # train.py is a script beside the package
+torch.set_num_threads(2)
+
+needs_real_data = pytest.mark.skipif(
+    not (REAL_CIFAR100 / "cifar-100-python" / "train").is_file(), reason="the real CIFAR-100 is not at hand"
+)
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capfd):
+    """`cli("loss=dwa", "seed=0")` runs train.py in an empty folder; returns .code, .out, .err."""
+    import train
+    from mtl.config.cli import Grid, launch
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+    def call(*arguments: str):
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        GlobalHydra.instance().clear()
+        Grid.directory, Grid.codes = None, []
+        capfd.readouterr()
+        code = launch(train.main)
+        out, err = capfd.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err)
+
+    return call
+
+
+@pytest.fixture
+def smoke(cli, tmp_path):
+    """Like `cli`, with the smallest run there is: `smoke("loss=pcgrad")`."""
+
+    def call(*arguments: str):
+        return cli("experiment=smoke", "data.train_size=64", "data.test_size=32", "data.batch_size=32",
+                   f"output_root={tmp_path / 'out'}", *arguments)  # fmt: skip
+
+    return call
