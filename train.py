@@ -1,13 +1,13 @@
-"""Train: `python train.py arch=resnet56 loss=uncertainty`, or a grid: `python train.py -m loss=dwa,pcgrad seed=0,1,2`."""
+"""One run: `python train.py arch=resnet56 loss=uncertainty`; a grid: `python train.py -m loss=dwa,pcgrad seed=0,1`."""
 
 import sys
 
 import hydra
 
-from mtl.config.cli import launch
+from mtl.config.cli import CONF, launch
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(config) -> None:
     from mtl.engine.run import run_from_hydra  # late: help and shell completion must not import torch
 

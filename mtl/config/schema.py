@@ -120,7 +120,8 @@ def _check_type(hint: Any, value: Any, path: str) -> None:
 def _explain(error: ValidationError, value: Any) -> str:
     errors = error.errors(include_url=False)
     # In a union every member complains; "or None" is said once, and the is-instance members can never come from YAML.
-    told = [e for e in errors if e["type"] not in ("none_required", "is_instance_of", "needs_python_object")] or errors
+    silent = ("none_required", "is_instance_of", "needs_python_object")
+    told = [e for e in errors if e["type"] not in silent] or errors
     texts = dict.fromkeys(e["msg"].replace("Input should be ", "") for e in told)
     choices = " or ".join(e["ctx"]["expected"] for e in told if e["type"] == "literal_error")
     allowed = [choice.strip(" '") for choice in choices.replace(" or ", ",").split(",")]

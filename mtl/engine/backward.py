@@ -70,7 +70,7 @@ def backward(
     if not isinstance(strategy, GramianWeighting | JacobianAggregation):
         raise TypeError(f"{type(strategy).__name__} belongs to none of the three families of mtl.losses")
     if heads is None:
-        raise ValueError(f"heads: {type(strategy).__name__} needs the parameters of each task's own head (may be empty)")
+        raise ValueError(f"heads: {type(strategy).__name__} needs each task's own parameters (may be empty)")
     return _combine_gradients(losses, strategy, shared, [[p for p in h if p.requires_grad] for h in heads], present)
 
 

@@ -287,7 +287,8 @@ class Job:
         self.directory.update(status=status, error=error, finished=now())
 
     def _identity_fields(self) -> dict[str, Any]:
-        return {**asdict(self.identity), "name": self.identity.name, "group": self.identity.group, "command": self.command}
+        names = {"name": self.identity.name, "group": self.identity.group}
+        return {**asdict(self.identity), **names, "command": self.command}
 
     def _info(self) -> RunInfo:
         best = {**self._metrics("test"), **(self._metrics("val") if "val" in self.evaluations else {})}
@@ -312,7 +313,8 @@ class Job:
         heads = "" if isinstance(strategy, LossWeighting) else f", heads: {strategy.heads} gradient"
         lines = {
             "run": identity.name,
-            "data": f"{identity.data}: {', '.join(sizes)}; tasks " + ", ".join(f"{t.name} ({t.outputs})" for t in learner.tasks),
+            "data": f"{identity.data}: {', '.join(sizes)}; "
+            f"tasks {', '.join(f'{t.name} ({t.outputs})' for t in learner.tasks)}",
             "model": f"{identity.arch}: {count_parameters(learner.model):,} parameters, "
             f"{count_macs(learner.model, self.benchmark.image_shape) / 1e6:,.1f} MMAC an image",
             "strategy": f"{identity.loss} ({family}{heads}{f', {own} own parameters' if own else ''})",

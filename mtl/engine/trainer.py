@@ -82,7 +82,8 @@ class Trainer:
         device = torch.device(name)
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if device.type == "cuda" and (device.index or 0) >= count:
-            raise SetupError(f"trainer.device={self.device}: this machine shows {count} CUDA devices; use trainer.device=auto or cpu")
+            shown = f"this machine shows {count} CUDA devices"
+            raise SetupError(f"trainer.device={self.device}: {shown}; use trainer.device=auto or cpu")
         if device.type == "mps" and not torch.backends.mps.is_available():
             raise SetupError("trainer.device=mps: not available on this machine; use trainer.device=auto or cpu")
         torch.use_deterministic_algorithms(self.deterministic)

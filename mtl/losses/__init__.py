@@ -7,10 +7,15 @@ from mtl.losses.base import GramianWeighting, JacobianAggregation, LossWeighting
 
 __all__ = ["GramianWeighting", "JacobianAggregation", "LossWeighting", "Statistics", "Strategy"]
 
+
+def _export(module) -> None:
+    for name, item in vars(module).items():
+        if isinstance(item, type) and issubclass(item, Strategy) and item.__module__ == module.__name__:
+            globals()[name] = item
+            __all__.append(name)
+
+
 # Found, not listed: adding a method touches its own file and its YAML, nothing else.
-for _module in pkgutil.iter_modules(__path__):
-    for _name, _object in vars(importlib.import_module(f"{__name__}.{_module.name}")).items():
-        if isinstance(_object, type) and issubclass(_object, Strategy) and _object.__module__.endswith(f".{_module.name}"):
-            globals()[_name] = _object
-            if _name not in __all__:
-                __all__.append(_name)
+for _file in pkgutil.iter_modules(__path__):
+    if _file.name != "base":
+        _export(importlib.import_module(f"{__name__}.{_file.name}"))

@@ -1,8 +1,8 @@
 """Learning-rate schedules as pure functions of progress: no state, so nothing to save and a resumed run is exact.
 
 Every schedule multiplies the optimizer's learning rate (of every parameter group) by `factor(progress, epochs)`, where
-`progress` counts epochs from 0, with a fraction when `interval` is "step". Linear warm-up, when asked for, multiplies on top:
-(progress + 1) / (warmup_epochs + 1) by epochs, progress / warmup_epochs by steps.
+`progress` counts epochs from 0, with a fraction when `interval` is "step". Linear warm-up, when asked for, comes first:
+(progress + 1) / (warmup_epochs + 1) by epochs, progress / warmup_epochs by steps, of the rate that follows.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def learning_curves(cells: Sequence[Cell], file: Path) -> None:
-    """Every test metric over epochs: the mean of each group of seeds, with a band from the lowest to the highest seed."""
+    """Every test metric over epochs: each group's mean over seeds, in a band from its lowest to its highest."""
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(cell.run["group"], []).append(cell)

@@ -1,4 +1,4 @@
-"""Weights & Biases. Online when logged in, otherwise offline: never a prompt, never a failed run because of a dashboard.
+"""Weights & Biases: online when logged in, else offline; never a prompt, never a run lost to a dashboard.
 
 All runs share <output_root>/wandb, so `wandb leet <output_root>/wandb` shows them side by side without an account and
 `wandb sync` uploads them later.
