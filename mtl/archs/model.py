@@ -22,7 +22,9 @@ class MultiTaskModel(nn.Module):
     def __init__(self, backbone: nn.Module, tasks: Sequence[Task]):
         super().__init__()
         if not isinstance(getattr(backbone, "out_features", None), int):
-            raise ValueError(f"{type(backbone).__name__} needs an int attribute out_features: the width of its features")
+            raise ValueError(
+                f"{type(backbone).__name__} needs an int attribute out_features: the width of its features"
+            )
         self.backbone = backbone
         self.heads = nn.ModuleDict({task.name: nn.Linear(backbone.out_features, task.outputs) for task in tasks})
 

@@ -1,4 +1,4 @@
-"""The command line around Hydra: help from the config files themselves, and errors of one line instead of tracebacks."""
+"""The command line around Hydra: help out of the config files, and errors of one line instead of tracebacks."""
 
 from __future__ import annotations
 
@@ -101,22 +101,20 @@ def _check_flags() -> None:
 def _translate(error: Exception) -> ConfigError:
     """One line for what Hydra and OmegaConf say over many."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    text = str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
-        return ConfigError(
-            f"{group}={option}: no such option; {group} is one of {', '.join(error.options)}{suggest(option, error.options)}"
-        )
+        text = f"{group}={option}: no such option; {group} is one of {', '.join(error.options)}"
+        return ConfigError(text + suggest(option, error.options))
     if isinstance(error, OverrideParseException):
-        return ConfigError(
-            f"{error.override!r} is not KEY=VALUE; write it without spaces around = and quote values with spaces or commas"
-        )
-    if str(error).startswith("Ambiguous value for argument"):
-        override = str(error).partition("'")[2].partition("'\n")[0]
-        return ConfigError(f"{override}: several values make a grid, which needs the flag -m: python train.py -m {override}")
+        advice = "write it without spaces around = and quote values with spaces or commas"
+        return ConfigError(f"{error.override!r} is not KEY=VALUE; {advice}")
+    if text.startswith("Ambiguous value for argument"):
+        override = text.partition("'")[2].partition("'\n")[0]
+        return ConfigError(f"{override}: several values make a grid, which needs -m: python train.py -m {override}")
     if isinstance(getattr(cause, "parent_node", None), DictConfig) and "not in struct" in str(cause):
         # The nearest word is sought among the keys beside the unknown one.
-        allowed = sorted(str(k) for k in cause.parent_node if k not in (TARGET, "hydra"))
-        key = cause.full_key
+        allowed, key = sorted(str(k) for k in cause.parent_node if k not in (TARGET, "hydra")), cause.full_key
         nearest = suggest(key.rpartition(".")[2], allowed)
         return ConfigError(f"{key}: unknown key; allowed: {', '.join(allowed) or 'none'}{nearest}")
     return ConfigError(one_line(cause))

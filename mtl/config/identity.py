@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# What does not decide a run's numbers: paths, device, logging, where the images lie; and the seed, which is named apart.
+# What does not decide a run's numbers: paths, device, logging, where the images lie. The seed is named apart.
 EXCLUDED = (
     "seed",
     "output_root",

@@ -1,7 +1,7 @@
 """The signature is the schema: a config node is checked against the callable that its `_target_` names.
 
 Unknown key, missing key, wrong type, value out of range: one line with the full key, what is allowed and the nearest
-match. Types and ranges come from the hints (`int`, `Literal[...]`, `Annotated[float, Gt(0)]`, …), so a class outside this
+word. Types and ranges come from the hints (`int`, `Literal[...]`, `Annotated[float, Gt(0)]`), so a class outside this
 repository is checked in the same way as ours. pydantic reads the hints; a hint it cannot read is no check.
 """
 
@@ -88,7 +88,9 @@ def locate(name: Any, path: str) -> Callable:
             candidates = [f"{parent}.{n}" for n in vars(pkgutil.resolve_name(parent)) if not n.startswith("_")]
         except (ImportError, AttributeError, ValueError):
             candidates = []
-        raise ConfigError(f"{path}={name}: cannot be imported ({one_line(error)}){suggest(name, candidates)}") from error
+        raise ConfigError(
+            f"{path}={name}: cannot be imported ({one_line(error)}){suggest(name, candidates)}"
+        ) from error
     if not callable(target):
         raise ConfigError(f"{path}={name}: is not a class or function")
     return target

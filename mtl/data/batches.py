@@ -188,9 +188,7 @@ class _Chunks(Dataset):
 
 
 def _stream(split: Split, chunks, workers: int, device: torch.device) -> Iterator[Batch]:
-    loader = DataLoader(
-        _Chunks(split, chunks), batch_size=None, num_workers=workers, pin_memory=device.type == "cuda"
-    )
+    loader = DataLoader(_Chunks(split, chunks), batch_size=None, num_workers=workers, pin_memory=device.type == "cuda")
     for images, targets in loader:
         yield (
             images.to(device, non_blocking=True),

@@ -133,9 +133,7 @@ def _jacobian(losses, shared, heads) -> tuple[Tensor, list]:
             head_gradients.append([None] * len(head))
             continue
         with torch.enable_grad():
-            gradients = torch.autograd.grad(
-                loss, [*shared, *head], retain_graph=i < len(losses) - 1, allow_unused=True
-            )
+            gradients = torch.autograd.grad(loss, [*shared, *head], retain_graph=i < len(losses) - 1, allow_unused=True)
         offset = 0
         for p, g in zip(shared, gradients[: len(shared)], strict=True):
             if g is not None:

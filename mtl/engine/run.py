@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import resource
 import shlex
 import sys
 import time
@@ -132,7 +133,7 @@ def run(config: Mapping[str, Any], choices: Mapping[str, str], command: str) -> 
     if (warmup := config["schedule"].get("warmup_epochs", 0)) >= trainer.epochs:
         raise ConfigError(f"schedule.warmup_epochs={warmup}: must be less than trainer.epochs={trainer.epochs}")
     device = trainer.open_device()
-    learner = _build_learner(config, benchmark, tasks, strategy, trainer, device)
+    learner = build_learner(config, benchmark, tasks, strategy, trainer, device)
 
     with RunDirectory(path) as directory:
         splits = benchmark.splits()
@@ -144,7 +145,19 @@ def run(config: Mapping[str, Any], choices: Mapping[str, str], command: str) -> 
         return job.execute()
 
 
-def _build_learner(config, benchmark, tasks, strategy, trainer, device) -> Learner:
+def build_learner(
+    config: Mapping[str, Any],
+    benchmark: Benchmark,
+    tasks: list[Task],
+    strategy: Strategy,
+    trainer: Trainer,
+    device: torch.device,
+) -> Learner:
+    """Model and optimizer of a checked config, on the device; the initial weights are a function of the seed.
+
+    Raises:
+        ConfigError: the architecture does not fit the images, or the optimizer refuses its arguments.
+    """
     seed, schedule = config["seed"], schema.build(config["schedule"], "schedule")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "init"))
@@ -278,6 +291,7 @@ class Job:
             "macs": count_macs(self.learner.model, self.benchmark.image_shape),
             "seconds": sum(r["time/seconds"] for r in rows),
             "images_per_second": sum(r["time/images_per_second"] for r in rows) / len(rows),
+            "peak_memory_gib": _peak_memory(self.learner.device),
         }
 
     def _close(self, status: str, rows: list[dict[str, float]], error: str | None) -> None:
@@ -346,6 +360,7 @@ class Job:
         ]
         log.info(table(header, body))
         speed = f"{summary['images_per_second']:,.0f} img/s in training"
+        speed += f", peak memory {summary['peak_memory_gib']:.2f} GiB"
         log.info(f"{duration(summary['seconds'])}, {speed}; checkpoints last.pt and best.pt in {self.directory.path}")
         log.info(f"reproduce: {self.command}")
 
@@ -354,6 +369,14 @@ def _best(rows: list[dict[str, float]], key: str, higher: bool) -> dict[str, flo
     """The first row with the best value of `key`; a value that is not a number is never the best."""
     sign = 1 if higher else -1
     return max(rows, key=lambda row: sign * row[key] if math.isfinite(row[key]) else -math.inf)
+
+
+def _peak_memory(device: torch.device) -> float:
+    """GiB at most in use so far: of the GPU, or of this whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def _device_name(device: torch.device) -> str:

@@ -35,8 +35,6 @@ class GradDrop(JacobianAggregation):
     def aggregate(self, jacobian: Tensor, present: Tensor | None = None) -> Tensor:
         total, magnitude = jacobian.sum(0), jacobian.abs().sum(0)
         purity = torch.where(magnitude > 0, 0.5 * (1 + total / magnitude), torch.full_like(total, 0.5))
-        draw = torch.rand(
-            total.shape, generator=self.generator(total.device), device=total.device, dtype=total.dtype
-        )
+        draw = torch.rand(total.shape, generator=self.generator(total.device), device=total.device, dtype=total.dtype)
         kept = torch.where(purity > draw, jacobian.clamp(min=0).sum(0), jacobian.clamp(max=0).sum(0))
         return self.leak * total + (1 - self.leak) * kept

@@ -1,0 +1,34 @@
+# make quickstart   a real comparison in a minute or two: 3 strategies x 2 seeds on handwritten digits
+# make test         the test suite
+# make bench        speed, side by side with plain PyTorch
+# All three create .venv on first use and are safe to repeat. PYTHON=python3.12 chooses the interpreter (3.10 to 3.13).
+PYTHON ?= python3
+VENV := .venv/bin
+
+.PHONY: quickstart test bench lint
+quickstart: .venv/installed
+	$(VENV)/python train.py -m experiment=quickstart loss=equal,uncertainty,pcgrad seed=0,1
+
+test: .venv/installed-test
+	$(VENV)/python -m pytest
+
+bench: .venv/installed
+	$(VENV)/python benchmarks/throughput.py
+
+lint: .venv/installed-test
+	$(VENV)/pip install --quiet ruff
+	$(VENV)/ruff check . && $(VENV)/ruff format --check .
+
+.venv/bin/pip:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v < (3, 14) else f"error: Python 3.10 to 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.12")'
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "error: python3 -m venv failed; on Debian or Ubuntu: apt install python3-venv"; exit 1; }
+
+# The stamps are written last, so an interrupted installation is simply done again.
+.venv/installed: .venv/bin/pip pyproject.toml
+	@echo "installing into .venv (PyTorch is several GB on the first time)"
+	$(VENV)/pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+.venv/installed-test: .venv/installed
+	$(VENV)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@
