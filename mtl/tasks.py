@@ -68,7 +68,10 @@ class Classification(Task):
 
 @dataclass(frozen=True)
 class Regression(Task):
-    """Squared error of one number; targets (N,) float, NaN where there is no label."""
+    """Smooth L1 (Huber) loss of one number; targets (N,) float, NaN where there is no label.
+
+    Its gradient is bounded, so a regression head bears the learning rates that classification is trained with.
+    """
 
     outputs: int = 1
 
@@ -80,5 +83,5 @@ class Regression(Task):
         return ~target.isnan()
 
     def criterion(self, prediction: Tensor, target: Tensor) -> Tensor:
-        error = prediction.squeeze(1) - target.nan_to_num(0.0)
-        return torch.where(target.isnan(), 0.0, error.square())
+        loss = F.smooth_l1_loss(prediction.squeeze(1), target.nan_to_num(0.0), reduction="none")
+        return torch.where(target.isnan(), 0.0, loss)

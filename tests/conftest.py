@@ -5,14 +5,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from hydra.core.global_hydra import GlobalHydra
 
 ROOT = Path(__file__).parents[1]
 REAL_CIFAR100 = ROOT.parent / "shared" / "data"
 
 sys.path.insert(0, str(ROOT))  # train.py is a script beside the package
-torch.set_num_threads(2)
 
 needs_real_data = pytest.mark.skipif(
     not (REAL_CIFAR100 / "cifar-100-python" / "train").is_file(), reason="the real CIFAR-100 is not at hand"

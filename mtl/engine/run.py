@@ -32,6 +32,7 @@ from mtl.engine.directory import RunDirectory, now, write_json
 from mtl.engine.trainer import Learner, Trainer
 from mtl.losses import GramianWeighting, LossWeighting, Strategy
 from mtl.random import derive
+from mtl.tasks import Task
 from mtl.tracking import RunInfo, Tracker, flatten
 from mtl.tracking.console import duration, epoch_line, table
 

@@ -41,7 +41,7 @@ class WandbTracker(Tracker):
         identity = info.identity
         mode = self.mode
         if mode == "auto":
-            mode = "online" if wandb.api.api_key else "offline"
+            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
         try:
             info.output_root.joinpath("wandb").mkdir(parents=True, exist_ok=True)
             self.run = wandb.init(
