@@ -4,9 +4,9 @@
     python benchmarks/throughput.py --arch resnet56 --steps 10
 
 The plain loop is what a tutorial writes: PIL images through torchvision's RandomCrop, flip, ToTensor and Normalize in a
-DataLoader with two workers, an eager fp32 model in PyTorch's default layout, SGD, equal weighting. Ours is `Learner.train_epoch`,
-as train.py runs it. Rounds alternate between the contenders, so that a change of the machine's pace hits all alike; the
-table gives each one's median and the median of its ratios to the plain loop of the same round.
+DataLoader with two workers, an eager fp32 model in the default layout, SGD, equal weighting. Ours is
+`Learner.train_epoch`, as train.py runs it. Rounds alternate between the contenders, so that a change of the machine's
+pace hits all alike; the table gives each one's median, and the median of its ratios to the plain loop of the same round.
 """
 
 from __future__ import annotations
