@@ -6,7 +6,7 @@
 The plain loop is what a tutorial writes: PIL images through torchvision's RandomCrop, flip, ToTensor and Normalize in a
 DataLoader with two workers, an eager fp32 model in the default layout, SGD, equal weighting. Ours is
 `Learner.train_epoch`, as train.py runs it. Rounds alternate between the contenders, so that a change of the machine's
-pace hits all alike; the table gives each one's median, and the median of its ratios to the plain loop of the same round.
+pace hits all alike; the table gives medians, of the speeds and of the ratios to the plain loop of the same round.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def test_every_shown_command_composes():
     commands = re.findall(r"python train\.py ([^`\n#]+)", README)
     mistakes = ("temprature", "fp16", "loss=dwa,pcgrad", "loss=mine")
     single = [c.split() for c in commands if " -" not in f" {c}" and not any(m in c for m in mistakes)]
-    assert len(single) >= 4
+    assert len(single) >= 2
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for words in single:
