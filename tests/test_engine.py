@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import multiprocessing
 import os
 import pickle
@@ -69,6 +70,9 @@ class Sparse(Digits):
 @pytest.fixture(autouse=True)
 def _machine(tmp_path):
     torch.set_num_threads(1)  # nets this small only lose by sharing
+    log = logging.getLogger("mtl")  # as a new process finds it
+    log.handlers.clear()
+    log.propagate = True
     (tmp_path / "my_loss.py").write_text(CUSTOM)
 
 
@@ -148,7 +152,7 @@ def script(patch, **curves: list[float]) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [("loss=graddrop",), ("data=synthetic", "+data.train_size=50", "+data.test_size=20")]
+    "options", [("loss=graddrop",), ("data=synthetic", "data.train_size=50", "data.test_size=20")]
 )
 def test_the_same_command_gives_the_same_bits_and_another_seed_does_not(run, options):
     """Whatever the state of the global generator; order, crops, dropout and GradDrop's draws included."""
@@ -169,7 +173,7 @@ OPTIMIZERS = [("loss=uncertainty", f"optimizer={o}", f"schedule={s}")
 
 @pytest.mark.parametrize(
     "options",
-    [*((f"loss={k}", *v) for k, v in STRATEGIES.items()), *OPTIMIZERS, ("data=synthetic", "+data.train_size=50")],
+    [*((f"loss={k}", *v) for k, v in STRATEGIES.items()), *OPTIMIZERS, ("data=synthetic", "data.train_size=50", "data.test_size=20")],
     ids=" ".join,
 )
 def test_an_interrupted_run_goes_on_exactly(run, monkeypatch, options):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from mtl.tracking import RunInfo, Tracker
@@ -74,10 +74,18 @@ class WandbTracker(Tracker):
         if self.run is not None:
             finite = {k: v for k, v in row.items() if not (isinstance(v, float) and not math.isfinite(v))}
             # The step is given, not counted: a resumed run must go on where it was.
-            self.run.log(finite, step=int(row["epoch"]))
+            self._try(lambda: self.run.log(finite, step=int(row["epoch"])))
 
     def finish(self, summary: Mapping[str, Any], ok: bool) -> None:
         if self.run is not None:
-            self.run.summary.update(dict(summary))
-            self.run.finish(exit_code=0 if ok else 1)
+            self._try(lambda: self.run.summary.update(dict(summary)))
+        if self.run is not None:
+            self._try(lambda: self.run.finish(exit_code=0 if ok else 1))
+            self.run = None
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:  # a full disk, a dead service: metrics.jsonl holds everything anyway
+            log.warning(f"W&B stopped ({type(error).__name__}: {error}); training goes on without it")
             self.run = None
