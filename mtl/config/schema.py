@@ -35,6 +35,8 @@ def check(node: Any, path: str, supplied: Collection[str] = ()) -> None:
     """
     if not isinstance(node, Mapping) or TARGET not in node:
         raise ConfigError(f"{path}: expected a node with a _target_, not {node!r}")
+    if node[TARGET] == MISSING:
+        raise ConfigError(f"{path}.{TARGET}: required; set it to the path of a class, e.g. torch.optim.RMSprop")
     target = locate(node[TARGET], f"{path}.{TARGET}")
     check_arguments(target, {k: v for k, v in node.items() if k != TARGET}, path, supplied)
 

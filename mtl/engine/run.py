@@ -345,7 +345,7 @@ class Job:
             if value:
                 log.info(f"{key:9s} {value}")
         if trainer.slow_precision(learner.device):
-            log.info("WARNING   this CPU has no bf16 instructions: trainer.precision=fp32 is about ten times faster here")
+            log.info("WARNING   this CPU has no bf16 instructions: trainer.precision=fp32 is about 10x faster here")
 
     def _footer(self, rows: list[dict[str, float]]) -> None:
         summary, chosen = self.summary(rows), None
