@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
+from pydantic.errors import PydanticUserError
 
 from mtl.config.errors import ConfigError, one_line, suggest
 
@@ -110,9 +110,7 @@ def _hints(target: Callable) -> dict[str, Any]:
 def _check_type(hint: Any, value: Any, path: str) -> None:
     try:
         adapter = TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
-    except PydanticUserError:  # already configured (a dataclass, a model): its own settings hold
-        adapter = TypeAdapter(hint)
-    except (PydanticSchemaGenerationError, NameError, TypeError):
+    except (PydanticUserError, NameError, TypeError):
         return
     try:
         # As JSON: strict about numbers and strings, yet a list passes for a tuple, as YAML has only lists.
