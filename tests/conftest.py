@@ -1,5 +1,6 @@
 """Shared helpers: the command line in-process (a subprocess would import torch anew for every test)."""
 
+import logging
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,11 +26,13 @@ def cli(tmp_path, monkeypatch, capfd):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
+    log = logging.getLogger("mtl")
 
     def call(*arguments: str):
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         GlobalHydra.instance().clear()
         Grid.directory, Grid.codes = None, []
+        log.handlers, log.propagate = [], True  # the console's handler holds the stdout of the call before
         capfd.readouterr()
         code = launch(train.main)
         out, err = capfd.readouterr()

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 import multiprocessing
 import os
 import random
@@ -22,15 +21,17 @@ from mtl.data.batches import EvaluationBatches
 from mtl.data.digits import Digits
 from mtl.engine import checkpoint
 from mtl.engine.directory import RunDirectory
-from mtl.engine.trainer import Learner, Sums
+from mtl.engine.trainer import Learner
 from mtl.tasks import Classification, Regression
 from mtl.tracking import Tracker
 
 # 50 samples make batches of 32 and 18; a run of three epochs takes less than a second.
 SMALL = ("data=digits", "data.limit_train=50", "data.limit_test=40", "data.batch_size=32", "arch=wide_resnet",
-         "arch.depth=10", "arch.width=1", "arch.dropout=0.3", "optimizer.lr=0.01", "trainer.epochs=3", "logger=none")  # fmt: skip
-STRATEGIES = ("loss=equal", "loss=static loss.weights={digit:1,odd:0.5}", "loss=single loss.task=odd", "loss=uncertainty",
-              "loss=dwa", "loss=pcgrad", "loss=graddrop", "loss=custom loss.file=my_loss.py")  # fmt: skip
+         "arch.depth=10", "arch.width=1", "arch.dropout=0.3", "optimizer.lr=0.01", "trainer.epochs=3",
+         "logger=none")  # fmt: skip
+STRATEGIES = ("loss=equal", "loss=static loss.weights={digit:1,odd:0.5}", "loss=single loss.task=odd",
+              "loss=uncertainty", "loss=dwa", "loss=pcgrad", "loss=graddrop",
+              "loss=custom loss.file=my_loss.py")  # fmt: skip
 CUSTOM = """
 import torch
 class MultiTaskLoss(torch.nn.Module):
@@ -39,6 +40,9 @@ class MultiTaskLoss(torch.nn.Module):
         self.s = torch.nn.Parameter(torch.zeros(3))
     def forward(self, digit, odd, ink, epoch, total_epochs):
         return (torch.exp(-self.s) * torch.stack([digit, odd, ink]) + self.s).sum()
+class Late(torch.nn.Module):
+    def forward(self, digit, odd, ink, epoch, total_epochs):
+        return (digit + odd + ink) * 1e30**epoch
 """
 SYNTHETIC = "data=synthetic data.train_size=50 data.test_size=20"  # with random crops
 TESTS = {"test/digit_accuracy": max, "test/odd_accuracy": max, "test/ink_mae": min}
@@ -70,9 +74,6 @@ def run(cli, tmp_path):
     """`run("a", "loss=dwa seed=1")` runs the small command into the output root a, as a new process would."""
     torch.set_num_threads(1)  # nets this small only lose by sharing
     (tmp_path / "my_loss.py").write_text(CUSTOM)
-    log = logging.getLogger("mtl")
-    log.handlers.clear()
-    log.propagate = True
     return lambda root, options="": cli(*SMALL, f"output_root={root}", *options.split())
 
 
@@ -181,30 +182,31 @@ def half_a_row(directory: RunDirectory, row: dict) -> None:
     directory.metrics.open("a").write(json.dumps(row)[:40])
 
 
+def half_a_file(state: dict, path: Path) -> None:
+    path.with_suffix(".tmp").write_bytes(b"PK")
+
+
 @pytest.mark.parametrize(
-    ("owner", "name", "epoch_of", "left"),
-    [
-        (RunDirectory, "append", lambda directory, row: row["epoch"], half_a_row),
-        (checkpoint, "save", lambda state, path: state["epoch"], lambda s, p: p.with_suffix(".tmp").write_bytes(b"PK")),
-        (checkpoint, "link", lambda last, best: checkpoint.load(last)["epoch"], lambda last, best: None),
-    ],
+    ("owner", "name", "done"),
+    [(RunDirectory, "append", half_a_row), (checkpoint, "save", half_a_file), (checkpoint, "save", checkpoint.save)],
     ids=("in the row", "between row and last.pt", "between last.pt and best.pt"),
 )
-def test_a_kill_while_an_epoch_is_saved_costs_that_epoch_at_most(run, monkeypatch, owner, name, epoch_of, left):
+def test_a_kill_while_an_epoch_is_saved_costs_that_epoch_at_most(run, monkeypatch, owner, name, done):
     """One run, killed at the same spot of every epoch, each of them the best so far."""
     script(monkeypatch, test=[10.0, 20.0, 30.0])
     assert run("whole").code == 0
     real = getattr(owner, name)
     for epoch in (1, 2, 3):
 
-        def killed(*arguments, epoch=epoch):
-            if epoch_of(*arguments) != epoch:
-                return real(*arguments)
-            left(*arguments)
-            raise Killed
+        def deadly(*arguments, epoch=epoch):
+            (content,) = (a for a in arguments if isinstance(a, dict))  # a row or a state
+            if content["epoch"] == epoch:
+                done(*arguments)
+                raise Killed
+            real(*arguments)
 
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(owner, name, killed)
+            patch.setattr(owner, name, deadly)
             run("parts")
     assert run("parts").code == 0
     assert_same("whole", "parts")
@@ -212,7 +214,7 @@ def test_a_kill_while_an_epoch_is_saved_costs_that_epoch_at_most(run, monkeypatc
 
 
 def test_no_epoch_is_trained_twice_when_a_row_is_lost(run, monkeypatch):
-    """last.pt is synced to disk, a row is not: after a power cut the last one may be torn. Refusing would do as well."""
+    """last.pt is synced to disk, a row is not: a power cut may tear the last one. Refusing would do as well."""
     with monkeypatch.context() as patch:
         after_epoch(patch, 3, fail)
         run("parts")
@@ -262,20 +264,15 @@ def test_a_bad_checkpoint_is_refused_in_one_line(run, monkeypatch, content):
 
 
 @pytest.mark.parametrize(
-    ("options", "curves", "chosen"),
-    [
-        ("", {"test": [10.0, 30.0, 30.0]}, 2),
-        ("", {"test": [30.0, 10.0, 20.0]}, 1),
-        ("data.val_fraction=0.2", {"test": [30.0, 10.0, 20.0], "val": [5.0, 6.0, 7.0]}, 3),
-    ],
-    ids=("first of two equals", "first", "by validation"),
+    ("curves", "chosen"), [([[1.0, 3.0, 3.0]], 2), ([[3.0, 1.0, 2.0]], 1), ([[3.0, 1.0, 2.0], [5.0, 6.0, 7.0]], 3)]
 )
-def test_best_and_summary_follow_from_the_rows(run, monkeypatch, options, curves, chosen):
-    """best.pt is all of the epoch with the best first-task accuracy, on validation data if there is any."""
+def test_best_and_summary_follow_from_the_rows(run, monkeypatch, curves, chosen):
+    """best.pt is all of the first epoch with the best first-task accuracy, on validation data if there is any."""
+    curves = dict(zip(("test", "val"), curves, strict=False))
     script(monkeypatch, **curves)
     saved, save = [], checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda s, path: save(s, path) or saved.append(path.read_bytes()))
-    assert run("a", options).code == 0
+    assert run("a", f"data.val_fraction={0.2 * ('val' in curves)}").code == 0
     a = read("a")
     assert (a.path / "best.pt").read_bytes() == saved[chosen - 1] and a.states["best.pt"]["epoch"] == chosen
     assert a.summary["last"] == {key: a.rows[-1][key] for key in TESTS}
@@ -311,17 +308,21 @@ def test_a_failed_run_says_so_waits_for_its_lock_and_can_be_repeated(run, monkey
     assert_same("whole", "parts")
 
 
-@pytest.mark.parametrize("loss", ["equal", "pcgrad", "uncertainty"])
-def test_divergence_is_named(run, loss):
+DIVERGING = [(f"loss={loss} optimizer.lr=1e20", loss, 1) for loss in ("equal", "pcgrad", "uncertainty")]
+
+
+@pytest.mark.parametrize(
+    ("options", "loss", "epoch"), [*DIVERGING, (f"{STRATEGIES[-1]} loss.class_name=Late", "custom-my_loss", 2)]
+)
+def test_divergence_is_named(run, options, loss, epoch):
     """And no row holds what is no number; last.pt is mentioned only if there is one."""
-    result = run("a", f"loss={loss} optimizer.lr=1e20")
+    result = run("a", options)
     a = read("a")
     assert (result.code, a.status, result.err) == (1, "diverged", f"error: {a.error}\n")
-    epoch = re.search(rf"wide_resnet-{loss}-s42-\w+: (?:digit|odd|ink) loss became (?:nan|inf) in epoch (\d)", a.error)[
-        1
-    ]
-    assert len(a.rows) == int(epoch) - 1
-    assert ("last.pt" in a.error) == ("last.pt" in a.states)
+    what = r"(digit loss|odd loss|ink loss|gradient norm) became (nan|inf)"
+    assert re.match(rf"wide_resnet-{loss}-s42-\w+: {what} in epoch {epoch}\b", a.error), a.error
+    assert len(a.rows) == epoch - 1
+    assert ("last.pt" in a.error) == ("last.pt" in a.states) == (epoch > 1)
 
 
 @every_strategy
@@ -375,6 +376,17 @@ def test_the_methods_parameters_are_a_group_of_their_own(build, options, lr, dec
     assert [(g["lr"], g["weight_decay"]) for g in groups] == [(0.01, 5e-4), (lr, decay)]
     learner.train_epoch(batches, 1)  # a third of the cosine: three quarters of the rate
     assert [g["lr"] for g in groups] == pytest.approx([0.0075, 0.75 * lr])
+
+
+def test_an_epochs_losses_reach_the_strategy(build):
+    """DWA: the weights of the third epoch follow from the losses that the rows of the first two hold."""
+    learner, batches = build("loss=dwa")
+    rows = [learner.train_epoch(batches, epoch) for epoch in range(3)]
+    losses = torch.tensor([[row[f"train/{task}_loss"] for task in ("digit", "odd", "ink")] for row in rows])
+    weights = torch.tensor([[row[f"weights/{task}"] for task in ("digit", "odd", "ink")] for row in rows])
+    expected = torch.ones(3, 3)
+    expected[2] = 3 * torch.softmax(losses[1] / losses[0] / 2, 0)
+    torch.testing.assert_close(weights, expected)
 
 
 def test_evaluation_is_the_mean_over_all_samples(build, monkeypatch):
@@ -448,12 +460,3 @@ def test_no_step_waits_for_the_device(build, monkeypatch, options):
             learner.train_epoch(batches, 0)
         counts[len(batches)] = reads
     assert [] != counts[2] == counts[6]
-
-
-def test_sums_come_back_in_the_shape_they_were_added():
-    sums = Sums()
-    for factor in (1, 2):
-        sums.add("scalar", torch.tensor(1.5 * factor, requires_grad=True))
-        sums.add("row", torch.tensor([True, False, True]))
-        sums.add("matrix", factor * torch.ones(2, 2, dtype=torch.int64))
-    assert sums.read() == {"scalar": [4.5], "row": [2.0, 0.0, 2.0], "matrix": [3.0] * 4} and Sums().read() == {}

@@ -8,10 +8,14 @@ ResNet-20, 0.86 M and 126 MMAC for ResNet-56. ResNet-18 is the ImageNet net with
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
+from annotated_types import Ge, Lt
 from torch import Tensor, nn
+
+Positive = Annotated[int, Ge(1)]
+Share = Annotated[float, Ge(0), Lt(1)]
 
 
 def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
@@ -98,7 +102,7 @@ class WideResNet(nn.Module):
         ValueError: depth is not 6n + 4.
     """
 
-    def __init__(self, in_channels: int, depth: int = 28, width: int = 10, dropout: float = 0.0):
+    def __init__(self, in_channels: int, depth: int = 28, width: Positive = 10, dropout: Share = 0.0):
         super().__init__()
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(f"depth: {depth} is not 6n + 4 (10, 16, 22, 28, 34, 40, …)")

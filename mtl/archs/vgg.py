@@ -3,6 +3,9 @@
 15.3 M parameters and 314 MMAC; the 34 M net that goes by the same name elsewhere has 4096-wide layers.
 """
 
+from typing import Annotated
+
+from annotated_types import Ge, Lt
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
@@ -17,7 +20,7 @@ class VGG16BN(nn.Module):
 
     out_features = 512
 
-    def __init__(self, in_channels: int, dropout: float = 0.5):
+    def __init__(self, in_channels: int, dropout: Annotated[float, Ge(0), Lt(1)] = 0.5):
         super().__init__()
         self.features = make_layers(cfgs["D"], batch_norm=True)
         if in_channels != 3:

@@ -10,14 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mtl.config.errors import ConfigError, SetupError, UserError, one_line, remove_empty, suggest
+from mtl.config.identity import CONF
 
-CONF = Path(__file__).parents[2] / "conf"
 TARGET = "_target_"
 GROUPS = ("arch", "data", "loss", "optimizer", "schedule", "trainer", "logger", "experiment")
 
@@ -36,10 +36,12 @@ def launch(main: Callable[[], None]) -> int:
         code = max(Grid.codes, default=0)
     except UserError as error:
         code = _say(error)
-    except (HydraException, OmegaConfBaseException) as error:
-        code = _say(_translate(error))
+    except MissingConfigException as error:  # an OSError by inheritance, but not about the disk
+        code = _say(translate(error))
     except OSError as error:
-        code = _say(SetupError(f"{error.strerror or one_line(error)}: {error.filename or 'output_root'}"))
+        code = _say(SetupError(f"cannot write to {error.filename}: {error.strerror}; set output_root=DIR"))
+    except Exception as error:  # a run's own errors end in its outcome: what arrives here is Hydra's
+        code = _say(translate(error))
     except (KeyboardInterrupt, Terminated) as error:
         code = 143 if isinstance(error, Terminated) else 130
     return max(code, Grid.close())
@@ -98,7 +100,7 @@ def _check_flags() -> None:
     parser.parse_args()
 
 
-def _translate(error: Exception) -> ConfigError:
+def translate(error: Exception) -> ConfigError:
     """One line for what Hydra and OmegaConf say over many."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     text = str(error)
@@ -107,7 +109,7 @@ def _translate(error: Exception) -> ConfigError:
         text = f"{group}={option}: no such option; {group} is one of {', '.join(error.options)}"
         return ConfigError(text + suggest(option, error.options))
     if isinstance(error, OverrideParseException):
-        advice = "write it without spaces around = and quote values with spaces or commas"
+        advice = "write it without spaces around = and quote values that hold spaces, commas or ~"
         return ConfigError(f"{error.override!r} is not KEY=VALUE; {advice}")
     if text.startswith("Ambiguous value for argument"):
         override = text.partition("'")[2].partition("'\n")[0]

@@ -49,5 +49,5 @@ def suggest(word: str, allowed: Iterable[str]) -> str:
     """'; did you mean X?' for the allowed word nearest to `word`, or an empty string."""
     if not word:
         return ""
-    matches = difflib.get_close_matches(str(word), list(allowed), n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(str(word), list(allowed), n=1, cutoff=0.6)
     return f"; did you mean {matches[0]}?" if matches else ""

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+CONF = Path(__file__).parents[2] / "conf"
+
 # What does not decide a run's numbers: paths, device, logging, where the images lie. The seed is named apart.
 EXCLUDED = (
     "seed",
@@ -68,16 +70,33 @@ def identify(config: Mapping[str, Any], choices: Mapping[str, str]) -> Identity:
         for parent in parents:
             node = node.get(parent, {})
         node.pop(key, None)
-    loss, name = content["loss"], choices["loss"]
+    loss, name = content["loss"], _label("loss", content, choices)
     if (file := loss.get("file")) and Path(file).is_file():
         # A user's own loss is what the file says, not where it lies.
         loss["file"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
         name = f"{name}-{Path(file).stem}"
-    text = json.dumps(content, sort_keys=True)
+    text = json.dumps(_canonical(content), sort_keys=True)
     return Identity(
-        data=choices["data"],
-        arch=choices["arch"],
+        data=_label("data", content, choices),
+        arch=_label("arch", content, choices),
         loss=name,
         digest=hashlib.sha256(text.encode()).hexdigest()[:8],
         seed=config["seed"],
     )
+
+
+def _label(group: str, config: Mapping[str, Any], choices: Mapping[str, str]) -> str:
+    """The chosen option's name; the class's own where another class was put into that option's place."""
+    target, file = config[group]["_target_"], CONF / group / f"{choices[group]}.yaml"
+    if file.is_file() and f"_target_: {target}" not in file.read_text().splitlines():
+        return target.rpartition(".")[2].lower()
+    return choices[group]
+
+
+def _canonical(value: Any) -> Any:
+    """2.0 as 2: a default spelled out in another way is the same run."""
+    if isinstance(value, Mapping):
+        return {k: _canonical(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_canonical(v) for v in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

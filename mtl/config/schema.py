@@ -109,7 +109,7 @@ def _hints(target: Callable) -> dict[str, Any]:
 
 def _check_type(hint: Any, value: Any, path: str) -> None:
     try:
-        adapter = TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
+        adapter = TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False))
     except (PydanticUserError, NameError, TypeError):
         return
     try:
@@ -124,7 +124,8 @@ def _explain(error: ValidationError, value: Any) -> str:
     # In a union every member complains; "or None" is said once, and the is-instance members can never come from YAML.
     silent = ("none_required", "is_instance_of", "needs_python_object")
     told = [e for e in errors if e["type"] not in silent] or errors
-    texts = dict.fromkeys(e["msg"].replace("Input should be ", "") for e in told)
+    lengths = {"missing": "a longer list", "too_long": "a shorter list"}
+    texts = dict.fromkeys(lengths.get(e["type"], e["msg"].replace("Input should be ", "")) for e in told)
     choices = " or ".join(e["ctx"]["expected"] for e in told if e["type"] == "literal_error")
     allowed = [choice.strip(" '") for choice in choices.replace(" or ", ",").split(",")]
     none = " or null" if any(e["type"] == "none_required" for e in errors) else ""

@@ -19,10 +19,11 @@ from annotated_types import Ge
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from mtl.archs.model import MultiTaskModel, count_macs, count_parameters
 from mtl.config import schema
-from mtl.config.cli import Grid, Terminated
+from mtl.config.cli import Grid, Terminated, translate
 from mtl.config.errors import ConfigError, Diverged, UserError, one_line
 from mtl.config.identity import Identity, identify
 from mtl.data.base import Benchmark
@@ -82,6 +83,11 @@ def run_from_hydra(config: DictConfig) -> None:
         outcome = run(plain, dict(hydra.runtime.choices), command)
     except UserError as error:
         outcome = Outcome("refused", error.exit_code, message=str(error))
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        outcome = Outcome("refused", 2, message=str(translate(error)))
+    except Exception as error:  # a bug, before the run had a log to put it into
+        traceback.print_exc()
+        outcome = Outcome("failed", 1, message=f"{type(error).__name__}: {one_line(error)}")
     if outcome.message:
         print(f"error: {outcome.message}", file=sys.stderr)
     if hydra.mode == RunMode.MULTIRUN:

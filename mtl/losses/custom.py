@@ -10,8 +10,9 @@ import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from mtl.losses.base import LossWeighting
@@ -39,8 +40,8 @@ class Custom(LossWeighting):
         file: str,
         class_name: str = "MultiTaskLoss",
         args: Mapping[str, Any] | None = None,
-        lr: float | None = None,
-        weight_decay: float | None = None,
+        lr: Annotated[float, Ge(0)] | None = None,
+        weight_decay: Annotated[float, Ge(0)] | None = None,
     ):
         super().__init__(tasks)
         self.lr, self.weight_decay = lr, weight_decay

@@ -10,9 +10,10 @@ loss-combination benchmark. s starts at 0 (σ = 1). The losses must be bounded b
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from mtl.losses.base import LossWeighting, masked
@@ -36,8 +37,8 @@ class Uncertainty(LossWeighting):
         tasks: int | Sequence[str],
         form: Literal["classification", "regression", "benchmark"] = "classification",
         init: float = 0.0,
-        lr: float | None = None,
-        weight_decay: float | None = 0.0,
+        lr: Annotated[float, Ge(0)] | None = None,
+        weight_decay: Annotated[float, Ge(0)] | None = 0.0,
     ):
         super().__init__(tasks)
         if form not in _FORMS:

@@ -1,0 +1,236 @@
+"""What leaves a run: the W&B file as W&B reads it, TensorBoard events, the console, and the closing table of a grid."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+from urllib.parse import urlparse
+
+import numpy as np
+import pytest
+import torch
+import wandb
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.sdk.lib import wbauth
+
+from mtl.config.identity import Identity
+from mtl.engine.trainer import Learner
+from mtl.tracking import RunInfo, console, flatten
+from mtl.tracking.wandb import WandbTracker
+
+SMALL = ("data=digits", "data.limit_train=50", "data.limit_test=40", "data.batch_size=32", "arch=wide_resnet",
+         "arch.depth=10", "arch.width=1", "optimizer.lr=0.01", "trainer.epochs=3")  # fmt: skip
+TESTS = {"test/digit_accuracy": "max", "test/odd_accuracy": "max", "test/ink_mae": "min"}
+KEY = {"WANDB_API_KEY": "0" * 40}
+
+
+@pytest.fixture
+def run(cli, tmp_path, monkeypatch):
+    """`run("logger=wandb")` as in a new process: W&B neither logged in nor told to be offline, stdin closed."""
+    torch.set_num_threads(1)
+    for variable in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr(sys, "stdin", None)
+    # An absolute root: W&B's service outlives a test, and its working directory with it.
+    return lambda *options: cli(*SMALL, f"output_root={tmp_path / 'outputs'}", *options)
+
+
+def results() -> SimpleNamespace:
+    """The files of the only run."""
+    (file,) = Path("outputs").rglob("run.json")
+    rows = [json.loads(line) for line in (file.parent / "metrics.jsonl").read_text().splitlines()]
+    return SimpleNamespace(path=file.parent, rows=rows, **json.loads(file.read_text()))
+
+
+def fragments() -> list[SimpleNamespace]:
+    """What `wandb leet inspect` reads in each run folder under outputs/wandb, oldest first."""
+    found = []
+    for folder in sorted(Path("outputs/wandb").glob("offline-run-*")):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        records = [json.loads(line) for line in lines]
+        (run,), (end,) = ([r[kind] for r in records if r["type"] == kind] for kind in ("run", "exit"))
+        rows = [r["history"]["item"] for r in records if r["type"] == "history"]
+        summary = {k: v for r in records if r["type"] == "summary" for k, v in r["summary"]["update"].items()}
+        found.append(SimpleNamespace(run=run, rows=rows, summary=summary, code=end["exit_code"]))
+    return found
+
+
+def test_wandb_holds_the_run(run):
+    """Identity, flat config, tags, a row an epoch, last and best in the summary; no word on stderr."""
+    result = run("loss=dwa", "logger=wandb", "logger.tags=[mine]")
+    assert (result.code, result.err) == (0, "") and "wandb sync" in result.out
+    files, (fragment,) = results(), fragments()
+    names = tuple(fragment.run[key] for key in ("run_id", "display_name", "run_group", "tags"))
+    assert names == (files.name, files.name, files.group, ["digits", "wide_resnet", "dwa", "mine"])
+    config = fragment.run["config"]["update"]
+    assert {"loss._target_": "mtl.losses.DWA", "optimizer.lr": 0.01, "seed": 42}.items() <= config.items()
+    assert not [key for key, value in config.items() if isinstance(value, dict) and key != "_wandb"]
+    for row, logged in zip(files.rows, fragment.rows, strict=True):
+        assert {key: logged[key] for key in (*row, "_step")} == pytest.approx({**row, "_step": row["epoch"]})
+    assert {"weights/odd", *TESTS} <= set(files.rows[0])
+    for key, better in TESTS.items():
+        column = [row[key] for row in files.rows]
+        assert fragment.summary[key] == pytest.approx({"last": column[-1], better: getattr(np, better)(column)})
+    assert (fragment.code, fragment.summary["status"], fragment.summary["epochs"]) == (0, "finished", 3)
+
+
+def test_a_failed_wandb_run_goes_on_where_it_was(run, monkeypatch):
+    """Marked as failed; then the same id, the steps that follow, and none twice."""
+    train_epoch = Learner.train_epoch
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "train_epoch", lambda *a: train_epoch(*a) if a[2] < 1 else 1 / 0)
+        assert run("logger=wandb").code == 1
+    time.sleep(1.1)  # W&B names a folder by the second
+    assert run("logger=wandb").code == 0
+    first, second = fragments()
+    assert first.run["run_id"] == second.run["run_id"]
+    assert [[row["_step"] for row in f.rows] for f in (first, second)] == [[1], [2, 3]]
+    assert [(f.code, f.summary["status"]) for f in (first, second)] == [(1, "failed"), (0, "finished")]
+
+
+def test_two_runs_of_a_grid_are_two_wandb_runs(run):
+    assert run("-m", "logger=wandb", "seed=0,1").code == 0
+    assert [(f.run["run_id"].split("-")[2], len(f.rows), f.code) for f in fragments()] == [("s0", 3, 0), ("s1", 3, 0)]
+
+
+@pytest.mark.parametrize("broken", ["login", "init", "define_metric", "log", "summary", "finish"])
+def test_wandb_cannot_stop_a_run(run, monkeypatch, broken):
+    """Whichever of its calls raises: one line says so, and all files are written."""
+    fake, error = mock.MagicMock(), mock.Mock(side_effect=wandb.Error("no service"))
+    if broken in ("login", "init"):
+        monkeypatch.setattr(wandb, broken, error)
+    else:
+        fake.configure_mock(**{"summary.update" if broken == "summary" else broken: error})
+        monkeypatch.setattr(wandb, "init", lambda **settings: fake)
+    result = run("logger=wandb")
+    assert result.code == 0 and error.called and result.out.count("without it") == 1
+    assert results().status == "finished" and len(results().rows) == 3
+
+
+@pytest.mark.parametrize("mode", ["auto", "online"])
+def test_wandb_never_asks(run, monkeypatch, mode):
+    """On a terminal, not logged in."""
+
+    class Keyboard(io.StringIO):
+        isatty, asked = (lambda self: True), False
+
+        def readline(self, *arguments):
+            self.asked = True
+            return ""
+
+    monkeypatch.setattr(sys, "stdin", Keyboard())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    result = run("logger=wandb", f"logger.mode={mode}")
+    assert result.code == 0 and not sys.stdin.asked
+
+
+def arguments_of_init(monkeypatch, mode: str) -> dict:
+    monkeypatch.setattr(wandb, "init", init := mock.MagicMock())
+    identity = Identity("digits", "resnet20", "dwa", "0a1b2c3d", 7)
+    WandbTracker(mode=mode).start(RunInfo(identity, Path("run"), Path("outputs"), {"a.b": 1}, {"test/ink_mae": False}))
+    return init.call_args.kwargs
+
+
+@pytest.mark.parametrize(
+    ("environment", "login", "mode", "expected"),
+    [({}, "", "auto", "offline"), (KEY, "", "auto", "online"), ({}, "0" * 40, "auto", "online"),
+     (KEY, "", "offline", "offline"), ({**KEY, "WANDB_MODE": "offline"}, "", "auto", "offline")],
+)  # fmt: skip
+def test_wandb_is_online_when_logged_in_and_not_told_otherwise(run, monkeypatch, environment, login, mode, expected):
+    """By key or by `wandb login`; W&B's own variable counts too."""
+    wandb.teardown()
+    for name, value in {"WANDB_SILENT": "true", **environment}.items():
+        monkeypatch.setenv(name, value)
+    if login:
+        host = urlparse(wandb.Settings().base_url).hostname
+        Path("netrc").write_text(f"machine {host}\n  login user\n  password {login}\n")
+        Path("netrc").chmod(0o600)
+    try:
+        assert arguments_of_init(monkeypatch, mode)["mode"] == expected
+    finally:
+        wbauth.unauthenticate_session()
+        wandb.teardown()
+
+
+def test_wandbs_service_is_given_an_absolute_path(run, monkeypatch):
+    """Another process, which may be older than this run and work in another directory, writes the files."""
+    assert Path(arguments_of_init(monkeypatch, "offline")["dir"]).is_absolute()
+
+
+def test_tensorboard_holds_the_rows(run):
+    result = run("logger=tensorboard")
+    assert (result.code, result.err) == (0, "") and f"tensorboard --logdir {Path('outputs').resolve()}" in result.out
+    events = EventAccumulator(str(results().path / "tensorboard")).Reload()
+    for row in results().rows:
+        values = {key: e.value for key in row for e in events.Scalars(key) if e.step == row["epoch"]}
+        assert values == pytest.approx(row, rel=1e-6)
+
+
+def test_tensorboard_missing_is_one_line_and_leaves_nothing(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    result = run("logger=tensorboard")
+    assert result.code == 1 and re.fullmatch(r"error: .*pip install tensorboard\n", result.err)
+    assert not Path("outputs").exists()
+
+
+def test_flatten_keeps_lists_and_empty_nodes():
+    nested = {"seed": 0, "loss": {"a": {"b": None}, "w": [1, 2]}, "args": {}}
+    assert flatten(nested) == {"seed": 0, "loss.a.b": None, "loss.w": [1, 2], "args": {}}
+
+
+def test_an_epoch_is_one_line_of_what_there_is():
+    row = {"epoch": 7, "train/fine_loss": 1.23456, "train/fine_accuracy": 61.5, "lr": 0.1}
+    row |= {"train/size_loss": 0.5, "train/size_mae": 0.12345, "time/images_per_second": 12345.6}
+    tasks = {"fine": ("accuracy", "%"), "size": ("mae", "")}
+    line = console.epoch_line(row, tasks, 200, 75)
+    assert line == "epoch   7/200 | train fine 1.235 61.5%, size 0.500 0.1235 | lr 0.1 | 12,346 img/s | ETA 1m15s"
+    tests = {key.replace("train", "test"): 2 * value for key, value in row.items() if key.startswith("train/")}
+    line = console.epoch_line({**row, **tests, "weights/fine": 1.5, "weights/size": 0.5}, tasks, 7, 0)
+    assert line == ("epoch 7/7 | train fine 1.235 61.5%, size 0.500 0.1235 | test fine 2.469 123%, size 1.000 0.2469 | "
+                    "w 1.50/0.50 | lr 0.1 | 12,346 img/s")  # fmt: skip
+
+
+def test_tables_and_durations():
+    expected = "loss  accuracy\n----  --------\ndwa       67.5\nx            8"
+    assert console.table(["loss", "accuracy"], [["dwa", "67.5"], ["x", "8"]]) == expected
+    durations = {0: "0s", 59.4: "59s", 59.6: "1m00s", 75: "1m15s", 3599.7: "1h00m", 4000: "1h06m"}
+    assert {seconds: console.duration(seconds) for seconds in durations} == durations
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_live_line_is_for_terminals_only(monkeypatch, terminal):
+    """Redrawn in place when a fifth of a second has gone by, and removed in the end."""
+    stream, clock = io.StringIO(), iter([0.0, 0.1, 10.0, 10.1])
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(console, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    progress = console.Progress(4, "epoch 1/2")
+    for done in (1, 2, 3):
+        progress.update(done)
+    progress.clear()
+    assert stream.getvalue() == ("\r\033[Kepoch 1/2: step 2/4, 10s left\r\033[K" if terminal else "")
+
+
+def test_a_grid_ends_with_a_table_a_figure_and_what_failed(run):
+    """Mean and sample standard deviation over the seeds that finished; the exit code is the refused cell's."""
+    result = run("-m", "logger=none", "seed=0,1,-1")
+    assert result.code == 2 and "2 of 3 runs finished" in result.out
+    assert re.search(r"refused: python train.py .*seed=-1.*: seed=-1: must be .*0", result.out)
+    seeds = [[json.loads(line) for line in f.read_text().splitlines()] for f in Path("outputs").rglob("metrics.jsonl")]
+    cells = ["equal", "2"]
+    for key, better in TESTS.items():
+        columns = np.array([[row[key] for row in rows] for rows in seeds])
+        for values in (columns[:, -1], getattr(columns, better)(axis=1)):
+            digits = 2 if values.mean() >= 10 else 4
+            cells.append(f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}")
+    (line,) = (line for line in result.out.splitlines() if line.startswith("equal "))
+    assert re.split(r"\s{2,}", line) == cells
+    figure = Path(re.search(r"figure: (.*)", result.out)[1])
+    assert figure.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
