@@ -114,6 +114,10 @@ def translate(error: Exception) -> ConfigError:
     if text.startswith("Ambiguous value for argument"):
         override = text.partition("'")[2].partition("'\n")[0]
         return ConfigError(f"{override}: several values make a grid, which needs -m: python train.py -m {override}")
+    if text.startswith("Config group override must be"):
+        names = {arg.partition("=")[0] for arg in sys.argv[1:]}
+        group = next((g for g in GROUPS if g in names), "a config group")
+        return ConfigError(f"{group}: must be the name of one of its options, see --help ({one_line(text)})")
     if isinstance(getattr(cause, "parent_node", None), DictConfig) and "not in struct" in str(cause):
         # The nearest word is sought among the keys beside the unknown one.
         allowed, key = sorted(str(k) for k in cause.parent_node if k not in (TARGET, "hydra")), cause.full_key

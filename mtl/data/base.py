@@ -83,7 +83,7 @@ class Benchmark(ABC):
         train, test = train.take(slice(self.limit_train)), test.take(slice(self.limit_test))
         if not self.val_fraction:
             return {"train": train, "test": test}
-        held_out = round(len(train) * self.val_fraction)
+        held_out = max(1, round(len(train) * self.val_fraction))
         order = torch.randperm(len(train), generator=stream(0, "val_split"))
         # Sorted, so that memory-mapped images are read in file order.
         return {

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import tempfile
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
 
@@ -64,7 +65,10 @@ def _download(root: Path) -> None:
             download_and_extract_archive(source.url, work, filename=source.filename, md5=source.tgz_md5)
             shutil.rmtree(root / FOLDER, ignore_errors=True)
             (Path(work) / FOLDER).rename(root / FOLDER)
-    except (URLError, OSError, RuntimeError) as error:
+    except KeyboardInterrupt:
+        remove_empty(made)
+        raise
+    except (URLError, HTTPException, OSError, RuntimeError) as error:
         remove_empty(made)
         raise SetupError(
             f"CIFAR-100 is not in {root / FOLDER} and could not be downloaded ({one_line(error)}); either put "

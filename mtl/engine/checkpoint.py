@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from mtl.config.errors import SetupError
 
 
 def save(state: dict[str, Any], path: Path) -> None:
@@ -32,5 +35,14 @@ def link(source: Path, path: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; refuses anything but tensors and plain containers."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """Read a checkpoint onto the CPU.
+
+    Raises:
+        SetupError: the file is damaged, or holds anything but tensors and plain containers (which is never run).
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise SetupError(
+            f"{path} is damaged or no checkpoint of this project; delete it to start the run afresh"
+        ) from error

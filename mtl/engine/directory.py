@@ -95,6 +95,8 @@ class RunDirectory:
         """Add one row to metrics.jsonl."""
         with self.metrics.open("a") as f:
             f.write(json.dumps(row) + "\n")
+            f.flush()
+            os.fsync(f.fileno())  # as durable as the checkpoint that follows
 
     def truncate(self, epochs: int) -> list[dict[str, float]]:
         """Keep only the rows of the first `epochs` epochs (those the checkpoint knows) and return them."""

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mtl.archs.model import MultiTaskModel, count_macs, count_parameters
 from mtl.config import schema
 from mtl.config.cli import Grid, Terminated, translate
-from mtl.config.errors import ConfigError, Diverged, UserError, one_line
+from mtl.config.errors import ConfigError, Diverged, SetupError, UserError, one_line
 from mtl.config.identity import Identity, identify
 from mtl.data.base import Benchmark
 from mtl.data.batches import EvaluationBatches, TrainingBatches
@@ -232,6 +232,11 @@ class Job:
         state = checkpoint.load(self.directory.last)
         self.learner.load_state(state)
         rows = self.directory.truncate(state["epoch"])
+        if [row["epoch"] for row in rows] != list(range(1, state["epoch"] + 1)):
+            raise SetupError(
+                f"{self.directory.metrics} lacks rows that last.pt (after epoch {state['epoch']}) has seen; "
+                "delete last.pt to start the run afresh"
+            )
         # A kill between the two files leaves best.pt one epoch behind last.pt.
         if self._is_best(rows):
             checkpoint.link(self.directory.last, self.directory.best)
@@ -260,9 +265,10 @@ class Job:
         for key, value in row.items():
             if not math.isfinite(value) and (key == "grad/norm" or self._has_labels(key)):
                 what = key.removeprefix("train/").replace("_", " ").replace("grad/norm", "gradient norm")
+                kept = " (last.pt holds the epoch before)" if row["epoch"] > 1 else ""
                 raise Diverged(
-                    f"{self.identity.name}: {what} became {value} in epoch {row['epoch']} "
-                    f"(last.pt holds the epoch before); try a smaller optimizer.lr or schedule.warmup_epochs"
+                    f"{self.identity.name}: {what} became {value} in epoch {row['epoch']}{kept}; "
+                    "try a smaller optimizer.lr or schedule.warmup_epochs"
                 )
 
     def _has_labels(self, key: str) -> bool:

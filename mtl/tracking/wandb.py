@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ class WandbTracker(Tracker):
 
     Args:
         project, entity: where online runs go.
-        mode: auto is online when an API key is found, else offline.
+        mode: auto and online are online when W&B is logged in, else offline; WANDB_MODE=disabled is obeyed.
         tags: added to data, arch and loss.
     """
 
@@ -36,13 +37,15 @@ class WandbTracker(Tracker):
         self.run = None
 
     def start(self, info: RunInfo) -> str:
-        import wandb  # late: half a second that runs without W&B need not pay
-
-        identity = info.identity
-        mode = self.mode
-        if mode == "auto":
-            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+        identity, mode = info.identity, self.mode
         try:
+            import wandb  # late: half a second that runs without W&B need not pay
+
+            if os.environ.get("WANDB_MODE") == "disabled":
+                mode = "disabled"
+            elif mode != "offline":
+                # Asked without a prompt, and before init, which would ask with one.
+                mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
             info.output_root.joinpath("wandb").mkdir(parents=True, exist_ok=True)
             self.run = wandb.init(
                 project=self.project,
@@ -53,7 +56,8 @@ class WandbTracker(Tracker):
                 job_type="train",
                 tags=[identity.data, identity.arch, identity.loss, *self.tags],
                 config=dict(info.config),
-                dir=str(info.output_root),
+                # Absolute: W&B's service is another process, which may work in another folder.
+                dir=str(info.output_root.resolve()),
                 mode=mode,
                 resume="allow",
                 settings=wandb.Settings(silent=True),
@@ -68,7 +72,10 @@ class WandbTracker(Tracker):
             return f"not available ({type(error).__name__}: {error}); training goes on without it"
         if mode == "online":
             return str(self.run.url)
-        return f"offline; upload with: wandb sync {self.run.settings.sync_dir}"
+        if mode == "disabled":
+            return "disabled by WANDB_MODE"
+        wish = "not logged in (wandb login), so " if self.mode == "online" else ""
+        return f"{wish}offline; upload with: wandb sync {self.run.settings.sync_dir}"
 
     def log(self, row: Mapping[str, float]) -> None:
         if self.run is not None:
