@@ -28,6 +28,7 @@ from mtl.config.cli import CONF
 from mtl.data.base import Benchmark
 from mtl.data.batches import TrainingBatches
 from mtl.engine.run import build_learner
+from mtl.engine.trainer import Trainer
 from mtl.tracking.console import table
 
 BATCH = 128
@@ -111,6 +112,9 @@ def main() -> None:
 
     contenders = {"plain PyTorch loop, fp32": plain(options.arch, images, options.device)}
     for loss, precision in OURS:
+        if precision == "bf16" and Trainer(precision="bf16").slow_precision(torch.device(options.device)):
+            print("bf16 is left out: this CPU emulates it")
+            continue
         contenders[f"mtl, {loss}, {precision}"] = ours(options.arch, loss, precision, images, options.device)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(options.rounds + 1):

@@ -71,7 +71,8 @@ class Outcome:
 def run_from_hydra(config: DictConfig) -> None:
     """Run one composed config. In a grid, the outcome is noted beside the other cells' and the grid goes on."""
     hydra = HydraConfig.get()
-    command = shlex.join(["python", "train.py", *hydra.overrides.task])
+    # As typed: resolving would trip over an interpolation that leads nowhere.
+    command = shlex.join(["python", "train.py", *OmegaConf.to_container(hydra.overrides.task, resolve=False)])
     if not log.handlers:
         console = logging.StreamHandler(sys.stdout)
         console.setLevel(logging.INFO)
