@@ -4,12 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from mtl.losses.base import GramianWeighting, JacobianAggregation, LossWeighting, Strategy
+from mtl.losses.base import GramianWeighting, JacobianAggregation, LossWeighting, Strategy, count
+
+
+@dataclass(frozen=True)
+class Switches:
+    """What can be varied of a step whatever the strategy.
+
+    Args:
+        gradients: of what per-task gradients are taken: the shared parameters, or the features between backbone and
+            heads (the upper bound of MGDA-UB, Sener & Koltun 2018: one backward pass through the backbone instead
+            of T).
+        transform: log runs the strategy on log-losses, which makes any of them blind to the losses' scales.
+        heads: what the heads receive under a gradient method: the gradient of their own loss, that gradient times
+            the task's weight, or whichever of the two the method's paper says.
+        scale: of the step. sum: the weights add up to the number of tasks, as equal weighting's do; norm: the
+            shared gradient is as long as equal weighting's; paper: as published.
+    """
+
+    gradients: Literal["parameters", "features"] = "parameters"
+    transform: Literal["none", "log"] = "none"
+    heads: Literal["paper", "own", "weighted"] = "paper"
+    scale: Literal["paper", "sum", "norm"] = "paper"
+
+    def check(self, strategy: Strategy) -> None:
+        """Raises:
+        ValueError: this strategy cannot be switched like that.
+        """
+        name = type(strategy).__name__
+        if isinstance(strategy, LossWeighting) and self.gradients == "features":
+            raise ValueError(f"gradients=features: {name} weighs losses and takes no per-task gradients; drop it")
+        if isinstance(strategy, JacobianAggregation) and self.heads == "weighted":
+            raise ValueError(f"heads=weighted: {name} merges gradients without task weights; use heads=own")
+        if isinstance(strategy, JacobianAggregation) and self.scale == "sum":
+            raise ValueError(f"scale=sum: {name} merges gradients without task weights; use scale=norm or paper")
+        if strategy.samples > 1 and self.gradients == "features":
+            raise ValueError(f"gradients=features: {name} compares gradients of different batches; use parameters")
 
 
 @dataclass(frozen=True)
@@ -17,12 +53,11 @@ class Step:
     """What one backward pass did; tensors stay on the device, nothing is synchronised.
 
     Attributes:
-        weights: (T,) weight of each task: ∂total/∂L_i for loss weighting, the Gramian weights, or None for an
-            aggregator, which has none.
+        weights: (T,) weight of each task's gradient, or None for an aggregator, which has none.
         norm: () norm of the shared parameters' gradient as this call left it.
-        ratio: () norm relative to equal weighting's on the same batch; None for loss weighting, whose single backward
-            pass does not tell.
-        cosine: () mean cosine between the task gradients, over all pairs; None for loss weighting and for T = 1.
+        ratio: () norm relative to equal weighting's on the same batch (for gradients=features, of the features'
+            gradients); None where no per-task gradients were taken.
+        cosine: () mean cosine between the task gradients, over all pairs; None as above and for T = 1.
         conflict: () share of the pairs with a negative cosine; None as above.
     """
 
@@ -39,77 +74,140 @@ def backward(
     shared: Iterable[Parameter],
     heads: Sequence[Iterable[Parameter]] | None = None,
     present: Tensor | None = None,
+    features: Tensor | None = None,
+    switches: Switches = Switches(),
 ) -> Step:
     """Fill `.grad` of all parameters as `strategy` decides; like `Tensor.backward`, it adds to what is there.
 
     Args:
-        losses: T scalar losses (or a (T,) tensor), in the order of the strategy's tasks.
+        losses: T scalar losses (or a (T,) tensor), in the order of the strategy's tasks; for a strategy with
+            `samples` = S > 1 a sequence of S of these, from independent batches.
         strategy: of any family.
         shared: the parameters that several tasks share; per-task gradients are taken of these.
         heads: for each task the parameters that are its own (may be empty). Gradient methods need it, because a
             parameter in neither list would never be trained; loss weighting reaches every parameter by itself.
         present: (T,) bool, False where the batch holds no label of that task (its loss is then ignored).
+        features: what the backbone returned and all heads started from; needed for gradients=features.
+        switches: variations of the step.
 
     Returns:
         weights and gradient statistics of this step.
 
     Raises:
-        ValueError: the number of losses or heads is not the strategy's T, `shared` holds nothing trainable,
-            or heads is missing for a gradient method.
+        ValueError: the number of losses or heads is not the strategy's T, `shared` holds nothing trainable, heads or
+            features are missing where they are needed, or the switches do not fit the strategy.
     """
-    losses = list(losses)
+    switches.check(strategy)
+    samples = [list(losses)] if strategy.samples == 1 else [list(part) for part in losses]
     shared = [p for p in shared if p.requires_grad]
-    if len(losses) != strategy.tasks:
-        raise ValueError(f"{len(losses)} losses for a strategy of {strategy.tasks} tasks ({', '.join(strategy.names)})")
+    if len(samples) != strategy.samples:
+        needed = f"{type(strategy).__name__} needs the losses of {strategy.samples} independent batches"
+        raise ValueError(f"{needed}, not of {len(samples)}")
+    if any(len(part) != strategy.tasks for part in samples):
+        wrong = next(len(part) for part in samples if len(part) != strategy.tasks)
+        raise ValueError(f"{wrong} losses for a strategy of {strategy.tasks} tasks ({', '.join(strategy.names)})")
     if not shared:
         raise ValueError("shared: no parameter in it requires a gradient")
     if heads is not None and len(heads) != strategy.tasks:
         raise ValueError(f"heads: {len(heads)} collections of parameters for {strategy.tasks} tasks")
-    if isinstance(strategy, LossWeighting):
-        return _weight_losses(losses, strategy, shared, present)
-    if not isinstance(strategy, GramianWeighting | JacobianAggregation):
+    if not isinstance(strategy, LossWeighting | GramianWeighting | JacobianAggregation):
         raise TypeError(f"{type(strategy).__name__} belongs to none of the three families of mtl.losses")
+    if switches.gradients == "features" and features is None:
+        raise ValueError("features: gradients=features needs the tensor that all heads start from")
+    if switches.transform == "log":
+        # A loss that is exactly 0 has no logarithm; clamped, it also has no gradient any more.
+        samples = [[x.clamp(min=1e-12).log() if x.requires_grad else x for x in part] for part in samples]
+
+    weighting = isinstance(strategy, LossWeighting)
+    if weighting and switches.scale != "norm" and switches.heads != "own":
+        return _weight_losses(samples[0], strategy, shared, present, switches)
     if heads is None:
-        raise ValueError(f"heads: {type(strategy).__name__} needs each task's own parameters (may be empty)")
-    return _combine_gradients(losses, strategy, shared, [[p for p in h if p.requires_grad] for h in heads], present)
+        why = f"{type(strategy).__name__}" if not weighting else f"scale={switches.scale}, heads={switches.heads}"
+        raise ValueError(f"heads: {why} needs each task's own parameters (may be empty)")
+    heads = [[p for p in h if p.requires_grad] for h in heads]
+    return _combine_gradients(samples, strategy, shared, heads, present, features, switches)
 
 
-def _weight_losses(losses: list[Tensor], strategy: LossWeighting, shared: list[Parameter], present) -> Step:
+def _weights_of_losses(losses: list[Tensor], strategy: LossWeighting, present) -> tuple[Tensor, Tensor]:
+    """(the stacked losses, ∂total/∂L_i): the weight that each task really has, whatever the method, a user's too.
+
+    The method's own parameters get their gradient here.
+    """
     stacked = torch.stack(losses)
-    total = strategy(stacked, present)
-    # ∂total/∂L_i, kept on the way through: the weight that each task really has, whatever the method (a user's too).
     if not stacked.requires_grad:  # no task has a label in this batch, and absent losses may be constants
-        return Step(weights=torch.zeros_like(stacked), norm=_norm(shared))
-    stacked.retain_grad()
-    total.backward()
-    weights = torch.zeros_like(stacked) if stacked.grad is None else stacked.grad
+        return stacked, torch.zeros_like(stacked)
+    total = strategy(stacked, present)
+    own = [p for p in strategy.parameters() if p.requires_grad]
+    weights, *gradients = torch.autograd.grad(total, [stacked, *own], retain_graph=True, allow_unused=True)
+    _add(own, gradients)
+    return stacked, torch.zeros_like(stacked) if weights is None else weights.detach()
+
+
+def _weight_losses(losses, strategy: LossWeighting, shared: list[Parameter], present, switches: Switches) -> Step:
+    stacked, weights = _weights_of_losses(losses, strategy, present)
+    if switches.scale == "sum":
+        weights = weights * (count(present, weights) / weights.sum())
+    if stacked.requires_grad:
+        stacked.backward(weights)
     return Step(weights=weights, norm=_norm(shared))
 
 
-@torch.no_grad()
-def _combine_gradients(losses, strategy, shared, heads, present) -> Step:
-    jacobian, head_gradients = _jacobian(losses, shared, heads)
-    gramian = jacobian @ jacobian.T
-    if isinstance(strategy, GramianWeighting):
-        weights = strategy.weights(gramian, present)
-        direction = weights @ jacobian
-        norm = (weights @ gramian @ weights).clamp(min=0).sqrt()
+def _combine_gradients(samples, strategy, shared, heads, present, features, switches) -> Step:
+    losses = samples[-1]
+    if isinstance(strategy, LossWeighting):
+        _, weights = _weights_of_losses(losses, strategy, present)
+    with torch.no_grad():
+        where = [features] if switches.gradients == "features" else shared
+        jacobian, own, cross = _jacobians(samples, where, heads)
+        gramian = jacobian @ jacobian.T
+        values = torch.stack([loss.detach() for loss in losses])
+        if isinstance(strategy, JacobianAggregation):
+            result = strategy.aggregate(jacobian, present, values)
+            direction, weights = result if isinstance(result, tuple) else (result, None)
+            norm = direction.norm()
+        else:
+            if isinstance(strategy, GramianWeighting):
+                weights = strategy.weights(gramian if cross is None else cross, present, values).to(jacobian)
+            if switches.scale == "sum":
+                weights = weights * (count(present, weights) / weights.sum())
+            direction = weights @ jacobian
+            norm = direction.norm()
+        equal = gramian.sum().clamp(min=torch.finfo(gramian.dtype).tiny).sqrt()
+        factor = None
+        if switches.scale == "norm":
+            factor = equal / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+        elif switches.scale == "paper" and strategy.max_norm is not None:
+            factor = (strategy.max_norm / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1.0)
+        if factor is not None:
+            direction, norm = direction * factor, norm * factor
+
+        factors = _head_weights(strategy, weights, switches)
+        for i, (parameters, gradients) in enumerate(zip(heads, own, strict=True)):
+            if factors is not None:
+                gradients = [None if g is None else factors[i] * g for g in gradients]
+            _add(parameters, gradients)
+
+    if switches.gradients == "features":
+        features.backward(direction.view_as(features))
+        shared_norm = _norm(shared)
     else:
-        weights, direction = None, strategy.aggregate(jacobian, present)
-        norm = direction.norm()
-
-    _accumulate(shared, direction)
-    for i, (parameters, gradients) in enumerate(zip(heads, head_gradients, strict=True)):
-        for p, g in zip(parameters, gradients, strict=True):
-            if g is not None:
-                g = weights[i] * g if strategy.heads == "weighted" else g
-                p.grad = g if p.grad is None else p.grad + g
-
+        _accumulate(shared, direction)
+        shared_norm = norm
     cosine = conflict = None
     if len(losses) > 1:
         cosine, conflict = _similarity(gramian, present)
-    ratio = norm / gramian.sum().clamp(min=torch.finfo(gramian.dtype).tiny).sqrt()
-    return Step(weights, norm, ratio, cosine, conflict)
+    if factor is not None and weights is not None:
+        weights = weights * factor
+    return Step(weights, shared_norm, norm / equal, cosine, conflict)
+
+
+def _head_weights(strategy: Strategy, weights: Tensor | None, switches: Switches) -> Tensor | None:
+    """(T,) what each head's own gradient is multiplied by; None leaves them alone."""
+    if switches.heads == "own":
+        return None
+    if switches.heads == "weighted" or isinstance(strategy, LossWeighting):
+        return weights
+    return strategy.head_weights(weights)
 
 
 def _similarity(gramian: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -119,28 +217,54 @@ def _similarity(gramian: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor
     rows, columns = torch.triu_indices(len(gramian), len(gramian), 1, device=gramian.device)
     cosines = gramian[rows, columns] / (lengths[rows] * lengths[columns]).clamp(min=tiny)
     pairs = torch.ones_like(cosines) if present is None else (present[rows] & present[columns]).to(cosines)
-    count = pairs.sum().clamp(min=1)
-    return (cosines * pairs).sum() / count, ((cosines < 0) * pairs).sum() / count
+    total = pairs.sum().clamp(min=1)
+    return (cosines * pairs).sum() / total, ((cosines < 0) * pairs).sum() / total
 
 
-def _jacobian(losses, shared, heads) -> tuple[Tensor, list]:
-    """(T, P) gradients of the losses for the shared parameters, and each head's own gradients, in T passes in all."""
-    size = sum(p.numel() for p in shared)
-    jacobian = torch.zeros(len(losses), size, dtype=shared[0].dtype, device=shared[0].device)
-    head_gradients = []
+def _jacobians(samples, where, heads) -> tuple[Tensor, list[list[Tensor | None]], Tensor | None]:
+    """The last batch's (T, P) Jacobian, each head's own gradient (mean over batches), and J₁J₂ᵀ if there are three."""
+    *others, last = samples
+    cross, parts = None, []
+    if others:
+        first, own = _jacobian(others[0], where, heads)
+        second, more = _jacobian(others[1], where, heads)
+        cross, parts = first @ second.T, [own, more]
+        del first, second
+    jacobian, own = _jacobian(last, where, heads)
+    if parts:
+        for i, head in enumerate(own):
+            for k, g in enumerate(head):
+                found = [x for x in (g, parts[0][i][k], parts[1][i][k]) if x is not None]
+                head[k] = sum(found) / len(samples) if found else None
+    return jacobian, own, cross
+
+
+def _jacobian(losses, where, heads) -> tuple[Tensor, list[list[Tensor | None]]]:
+    """(T, P) gradients of the losses for `where`, and each head's own gradients, in T passes in all."""
+    size = sum(p.numel() for p in where)
+    jacobian = torch.zeros(len(losses), size, dtype=where[0].dtype, device=where[0].device)
+    own = []
     for i, (loss, head) in enumerate(zip(losses, heads, strict=True)):
         if not loss.requires_grad:  # an absent task: its loss is a constant
-            head_gradients.append([None] * len(head))
+            own.append([None] * len(head))
             continue
+        # The graph stays for the tasks to come, and for the pass through the backbone that follows feature gradients.
+        keep = i < len(losses) - 1 or not isinstance(where[0], Parameter)
         with torch.enable_grad():
-            gradients = torch.autograd.grad(loss, [*shared, *head], retain_graph=i < len(losses) - 1, allow_unused=True)
+            gradients = torch.autograd.grad(loss, [*where, *head], retain_graph=keep, allow_unused=True)
         offset = 0
-        for p, g in zip(shared, gradients[: len(shared)], strict=True):
+        for p, g in zip(where, gradients[: len(where)], strict=True):
             if g is not None:
                 jacobian[i, offset : offset + p.numel()].view(p.shape).copy_(g)
             offset += p.numel()
-        head_gradients.append(gradients[len(shared) :])
-    return jacobian, head_gradients
+        own.append(list(gradients[len(where) :]))
+    return jacobian, own
+
+
+def _add(parameters: Iterable[Parameter], gradients: Iterable[Tensor | None]) -> None:
+    for p, g in zip(parameters, gradients, strict=True):
+        if g is not None:
+            p.grad = g if p.grad is None else p.grad + g
 
 
 def _accumulate(parameters: list[Parameter], direction: Tensor) -> None:
@@ -157,7 +281,8 @@ def _accumulate(parameters: list[Parameter], direction: Tensor) -> None:
         else:
             p.grad += piece
     if gradients:
-        torch._foreach_copy_(gradients, pieces)
+        with torch.no_grad():
+            torch._foreach_copy_(gradients, pieces)
 
 
 def _norm(parameters: list[Parameter]) -> Tensor:

@@ -32,7 +32,7 @@ class GradDrop(JacobianAggregation):
             raise ValueError(f"leak: {leak} is not in [0, 1]")
         self.leak = leak
 
-    def aggregate(self, jacobian: Tensor, present: Tensor | None = None) -> Tensor:
+    def aggregate(self, jacobian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
         total, magnitude = jacobian.sum(0), jacobian.abs().sum(0)
         purity = torch.where(magnitude > 0, 0.5 * (1 + total / magnitude), torch.full_like(total, 0.5))
         draw = torch.rand(total.shape, generator=self.generator(total.device), device=total.device, dtype=total.dtype)

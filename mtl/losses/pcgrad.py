@@ -10,22 +10,29 @@ g̃_i·g_j = (C G)_ij and the projection subtracts from c_ij. The sum, as in the
 """
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from mtl.losses.base import GramianWeighting, masked
+from mtl.losses.solvers import double
 
 
 class PCGrad(GramianWeighting):
     """weights = Σ_i c_i, with c_i the coefficients of task i's projected gradient."""
 
-    def weights(self, gramian: Tensor, present: Tensor | None = None) -> Tensor:
-        T, norms = len(gramian), gramian.diagonal()
-        # Row i: the other tasks in random order. Task i itself sorts last (its key is above all others) and is cut.
-        keys = torch.rand(T, T, generator=self.generator(gramian.device), device=gramian.device)
-        order = keys.fill_diagonal_(2.0).argsort(1)[:, : T - 1]
-        coefficients = torch.eye(T, dtype=gramian.dtype, device=gramian.device)
-        for j in order.unbind(1):  # (T,) the task that each row is projected against in this round
-            dots = (coefficients * gramian[j]).sum(1)
-            step = torch.where(dots < 0, -dots / norms[j], torch.zeros_like(dots))
-            coefficients.scatter_add_(1, j[:, None], step[:, None])
+    def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
+        G = double(gramian)
+        order = random_orders(len(G), self.generator(G.device))
+        squares = G.diagonal()[order]
+        inverse = torch.where(squares > 0, -1 / squares, 0.0)
+        coefficients = torch.eye(len(G), dtype=G.dtype, device=G.device)
+        for others, j, over in zip(G[order].unbind(1), order[..., None].unbind(1), inverse.unbind(1), strict=True):
+            dots = torch.linalg.vecdot(coefficients, others)
+            coefficients.scatter_add_(1, j, (dots.clamp_(max=0) * over)[:, None])
         return masked(coefficients.sum(0), present)
+
+
+def random_orders(tasks: int, generator: Generator) -> Tensor:
+    """(T, T−1) int64: row i holds the tasks that task i meets, all but itself, in a random order of its own."""
+    keys = torch.rand(tasks, tasks, generator=generator, device=generator.device)
+    # A task's own key is above all others: it sorts last and is cut.
+    return keys.fill_diagonal_(2.0).argsort(1)[:, : tasks - 1]

@@ -1,0 +1,37 @@
+"""CAGrad: conflict-averse gradient descent, the best worst-case improvement near the mean gradient.
+
+Liu et al., "Conflict-Averse Gradient Descent for Multi-task Learning", NeurIPS 2021, eq. 3 and algorithm 1:
+
+    d = argmax min_i g_i·d  over ‖d − g₀‖ ≤ c‖g₀‖,  g₀ = (1/T) Σ_i g_i;   d = g₀ + c‖g₀‖ g_w / ‖g_w‖.
+
+c = 0.4 (NYUv2; 0.5 in the toy). c = 0 is the mean gradient; large c tends to MGDA. The authors' code also divides by
+1 + c² (`rescale: true`); heads get their own gradient there. Solved exactly (mtl/losses/solvers.py): the SLSQP of the
+authors' code stops at its starting point, w = 1/T, when gradients are small.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from annotated_types import Ge
+from torch import Tensor
+
+from mtl.losses.base import GramianWeighting, uniform
+from mtl.losses.solvers import double, steepest_worst_case
+
+
+class CAGrad(GramianWeighting):
+    """weights = 1/T + c‖g₀‖/‖g_w‖ w.
+
+    Args:
+        tasks: number or names of the tasks.
+        c: radius around the mean gradient, as a share of its norm.
+        rescale: divide by 1 + c², as the authors' code does.
+    """
+
+    def __init__(self, tasks: int | Sequence[str], c: Annotated[float, Ge(0)] = 0.4, rescale: bool = False):
+        super().__init__(tasks)
+        self.c, self.rescale = c, rescale
+
+    def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
+        weights = steepest_worst_case(gramian, uniform(present, double(gramian)[0]), self.c, present)
+        return weights / (1 + self.c**2) if self.rescale else weights

@@ -1,0 +1,22 @@
+"""DualProj: the mean gradient projected on the dual cone of the task gradients.
+
+Lopez-Paz & Ranzato, "Gradient Episodic Memory for Continual Learning", NeurIPS 2017, eq. 11, which projects the current
+task's gradient so that no memory's loss grows; for several tasks at once the mean gradient takes its place (Quinton &
+Rey 2024, section 4):
+
+    d = the vector nearest to (1/T) Σ_i g_i with g_i·d ≥ 0 for all i.
+
+Heads get their own gradient.
+"""
+
+from torch import Tensor
+
+from mtl.losses.base import GramianWeighting, masked, uniform
+from mtl.losses.solvers import double, project_on_cone
+
+
+class DualProj(GramianWeighting):
+    """weights = argmin over v ≥ 1/T of vᵀGv."""
+
+    def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
+        return masked(project_on_cone(gramian, uniform(present, double(gramian)[0])[None])[0], present)

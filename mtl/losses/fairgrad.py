@@ -1,0 +1,42 @@
+"""FairGrad: α-fair allocation of the loss decrease to the tasks.
+
+Ban & Ji, "Fair Resource Allocation in Multi-Task Learning", ICML 2024, eq. 5-7: d = Σ_i w_i g_i maximises the α-fair
+utility Σ_i (g_i·d)^{1−α}/(1−α) in a ball, which gives
+
+    G w = w^{−1/α},  w > 0.
+
+α = 1 is Nash-MTL, α = 2 (minimum potential delay) the authors' choice in all experiments. Their code solves it by
+scipy's least squares, multiplies d by T and clips it to norm 1 (`max_norm`); T then only matters when the clip does not
+act, and is left out. Heads get the gradient of their own loss.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from annotated_types import Gt
+from torch import Tensor
+
+from mtl.losses.base import GramianWeighting, masked
+from mtl.losses.solvers import fair_weights
+
+
+class FairGrad(GramianWeighting):
+    """weights = w with (G w)_i = w_i^{−1/α}.
+
+    Args:
+        tasks: number or names of the tasks.
+        alpha: fairness; larger favours the task that gains least.
+        max_norm: clip of the shared gradient's norm; None does not clip.
+    """
+
+    def __init__(
+        self,
+        tasks: int | Sequence[str],
+        alpha: Annotated[float, Gt(0)] = 2.0,
+        max_norm: Annotated[float, Gt(0)] | None = 1.0,
+    ):
+        super().__init__(tasks)
+        self.alpha, self.max_norm = alpha, max_norm
+
+    def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
+        return masked(fair_weights(gramian, self.alpha), present)

@@ -1,0 +1,59 @@
+"""GradNorm: task weights under which all weighted gradients have the norm that the task's progress asks for.
+
+Chen et al., "GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep Multitask Networks", ICML 2018,
+eq. 1-2 and algorithm 1: with n_i = ‖g_i‖ and the inverse training rate r_i = (L_i/L_i(0)) / mean_j (L_j/L_j(0)),
+
+    w ← w − η ∇_w Σ_i |w_i n_i − Ḡ r_i^α|,   Ḡ = mean_i w_i n_i (target held constant),   then Σ_i w_i = T.
+
+α = 1.5 and η = 0.025 (NYUv2). The paper takes the norms at the last shared layer to save time;
+`step.gradients=features` takes them at that layer's output, at the same cost; the default is all shared parameters.
+A weight stays above 1e-4, since nothing in the rule keeps it positive. Shared parameters and heads follow Σ w_i L_i,
+with the weights before the update.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from annotated_types import Ge, Gt
+from torch import Tensor
+
+from mtl.losses.base import GramianWeighting, count, masked
+from mtl.losses.solvers import double
+
+
+class GradNorm(GramianWeighting):
+    """weights = w, Σ = T.
+
+    Args:
+        tasks: number or names of the tasks.
+        alpha: strength of the pull towards equal training rates.
+        lr: η, step size of the weights.
+    """
+
+    heads = "weighted"
+
+    def __init__(
+        self, tasks: int | Sequence[str], alpha: Annotated[float, Ge(0)] = 1.5, lr: Annotated[float, Gt(0)] = 0.025
+    ):
+        super().__init__(tasks)
+        self.alpha, self.step_size = alpha, lr
+        self.register_buffer("task_weights", torch.ones(self.tasks, dtype=torch.float64))
+        self.register_buffer("initial", torch.full((self.tasks,), torch.nan, dtype=torch.float64))
+
+    def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
+        if losses is None:
+            raise ValueError("GradNorm needs the losses of the step")
+        on = torch.ones_like(losses, dtype=torch.bool) if present is None else present
+        norms, losses = double(gramian).diagonal().clamp(min=0).sqrt(), double(losses)
+        self.initial.copy_(torch.where(self.initial.isnan() & on, losses, self.initial))
+        old = self.task_weights.clone()
+        number = count(present, old)
+        progress = torch.where(on, losses / self.initial.clamp(min=1e-12), 0.0)
+        rate = progress / (progress.sum() / number).clamp(min=1e-12)
+        target = (old * norms * on).sum() / number * rate**self.alpha
+        moved = (old - self.step_size * norms * (old * norms - target).sign()).clamp(min=1e-4)
+        # Absent tasks keep their weight; the present ones share what they shared before.
+        moved = moved * (old * on).sum() / (moved * on).sum().clamp(min=1e-12)
+        self.task_weights.copy_(torch.where(on, moved, old))
+        return masked(old, present)

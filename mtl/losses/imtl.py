@@ -1,0 +1,43 @@
+"""IMTL: impartial multi-task learning, both parts: IMTL-L on the losses, IMTL-G on the gradients of the scaled losses.
+
+Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021, algorithm 1: the losses become e^{s_i} L_i with s
+learned from Σ_i e^{s_i} L_i − s_i; the shared parameters follow Σ_i α_i e^{s_i} g_i with IMTL-G's α, each head follows
+e^{s_i} ∇L_i. s starts at 0.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from annotated_types import Ge
+from torch import Tensor, nn
+
+from mtl.losses.base import GramianWeighting, masked
+from mtl.losses.imtl_g import equal_projections
+from mtl.losses.solvers import double
+
+
+class IMTL(GramianWeighting):
+    """weights = α_i e^{s_i}.
+
+    Args:
+        tasks: number or names of the tasks.
+        lr: learning rate of s; None follows the optimizer's.
+    """
+
+    def __init__(self, tasks: int | Sequence[str], lr: Annotated[float, Ge(0)] | None = None):
+        super().__init__(tasks)
+        self.lr = lr
+        self.scales = nn.Parameter(torch.zeros(self.tasks))
+
+    def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
+        if losses is None:
+            raise ValueError("IMTL needs the losses of the step; imtl_g does not")
+        factors = self.scales.detach().exp()
+        gradient = masked(factors * losses.to(factors) - 1, present)  # of e^s L − s
+        self.scales.grad = gradient if self.scales.grad is None else self.scales.grad + gradient
+        factors = factors.to(double(gramian))
+        return equal_projections(double(gramian) * factors * factors[:, None], present) * factors
+
+    def head_weights(self, weights: Tensor) -> Tensor:
+        return self.scales.detach().exp().to(weights)

@@ -1,0 +1,39 @@
+"""Nash-MTL: the Nash bargaining solution of the tasks.
+
+Navon et al., "Multi-Task Learning as a Bargaining Game", ICML 2022, claim 3.1 and eq. 4: the direction in the unit ball
+that maximises Σ_i log g_i·d is d = Σ_i α_i g_i with
+
+    G α = 1/α,  α > 0,          so that ‖d‖² = T.
+
+The authors solve it by a sequence of convex programs (cvxpy with ECOS; without ECOS six public codes silently fall back
+to equal weighting); here Newton's method solves it to rounding. `max_norm` = 1 is the authors' clip of the shared
+gradient, which makes the step's norm 1. Heads receive α_i ∇L_i. Identical to FairGrad with α = 1. Where 0 lies in the
+gradients' hull (a Pareto-stationary point) the equation has no solution; the weights then grow until Jᵀα vanishes.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from annotated_types import Gt
+from torch import Tensor
+
+from mtl.losses.base import GramianWeighting, masked
+from mtl.losses.solvers import fair_weights
+
+
+class NashMTL(GramianWeighting):
+    """weights = α with α_i (G α)_i = 1.
+
+    Args:
+        tasks: number or names of the tasks.
+        max_norm: clip of the shared gradient's norm; None does not clip.
+    """
+
+    heads = "weighted"
+
+    def __init__(self, tasks: int | Sequence[str], max_norm: Annotated[float, Gt(0)] | None = 1.0):
+        super().__init__(tasks)
+        self.max_norm = max_norm
+
+    def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
+        return masked(fair_weights(gramian, 1.0), present)

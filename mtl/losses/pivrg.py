@@ -1,0 +1,68 @@
+"""PIVRG: performance-informed variance reduction of the tasks' results.
+
+Qin, Wang, Yan, "Revisiting Fairness in Multitask Learning: A Performance-Driven Approach for Variance Reduction",
+CVPR 2025: FairGrad's equation with α = 2 and a target for each task,
+
+    G w = (v / w)^{1/2},   v = T softmax(Δ / τ),   τ = max((max Δ − min Δ) / ln b, τ_min),
+
+where Δ_i is task i's drop in per cent against its single-task result (positive: worse), so that the tasks that lost
+most are served most. b = 2 and τ_min = 10 (NYUv2); 1.8 and 20 for Cityscapes, 1.8 and 100 for QM9. Δ is taken after
+each epoch, from validation data where the run has some, else from training data; the authors' code partly reads test
+predictions. v = 1 in the first epoch. Heads get their own gradient; `max_norm` = 1 is the authors' clip.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+import torch
+from annotated_types import Gt
+from torch import Tensor
+
+from mtl.losses.base import GramianWeighting, Statistics, by_task, masked
+from mtl.losses.solvers import fair_weights
+
+
+class PIVRG(GramianWeighting):
+    """weights = w with (G w)_i = (v_i / w_i)^½.
+
+    Args:
+        tasks: number or names of the tasks.
+        baselines: each task's single-task result, as the tables print it (accuracies in percent), by name or in task
+            order; train them with loss=single.
+        bound: b, the largest ratio between two targets while τ_min does not act.
+        min_temperature: τ_min, in per cent.
+        max_norm: clip of the shared gradient's norm; None does not clip.
+
+    Raises:
+        ValueError: a baseline is missing, unknown or 0.
+    """
+
+    def __init__(
+        self,
+        tasks: int | Sequence[str],
+        baselines: Mapping[str, float] | Sequence[float],
+        bound: Annotated[float, Gt(1)] = 2.0,
+        min_temperature: Annotated[float, Gt(0)] = 10.0,
+        max_norm: Annotated[float, Gt(0)] | None = 1.0,
+    ):
+        super().__init__(tasks)
+        self.bound, self.min_temperature, self.max_norm = bound, min_temperature, max_norm
+        baselines = by_task("baselines", baselines, self.names)
+        if 0 in baselines:
+            raise ValueError("baselines: a result of 0 cannot be compared with")
+        self.register_buffer("baselines", torch.tensor(baselines, dtype=torch.float64))
+        self.register_buffer("targets", torch.ones(self.tasks, dtype=torch.float64))
+
+    def epoch_end(self, statistics: Statistics) -> None:
+        if statistics.scores is None or statistics.higher_is_better is None:
+            raise ValueError("PIVRG needs the epoch's scores and their direction")
+        scores, higher = (x.to(self.baselines.device) for x in (statistics.scores, statistics.higher_is_better))
+        drop = 100 * (scores.to(self.baselines) - self.baselines) / self.baselines * torch.where(higher, -1.0, 1.0)
+        known = ~drop.isnan()  # a task without labels all epoch keeps an average target
+        drop = torch.where(known, drop, drop[known].mean() if known.any() else 0.0)
+        spread = (drop.max() - drop.min()) / math.log(self.bound)
+        self.targets.copy_(self.tasks * torch.softmax(drop / spread.clamp(min=self.min_temperature), 0))
+
+    def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
+        return masked(fair_weights(gramian, 2.0, self.targets), present)

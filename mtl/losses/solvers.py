@@ -1,0 +1,258 @@
+"""Small dense problems behind the Gramian methods: simplex QPs, cone projections, fairness equations.
+
+Everything is tensor arithmetic in float64 on the gradients' own device. Iterations are bounded in number, so that
+nothing waits for a GPU; on a CPU, where looking is free, they stop at convergence. Every problem is solved on the
+matrix of cosines, C = D⁻¹GD⁻¹ with D = diag ‖g_i‖, and scaled back analytically: the answer is the same at 1e-8 and
+at 1e8, and a task whose gradients are a million times smaller than another's is not lost in rounding.
+
+Tasks are absent in exact terms: where a function takes `present` (T,) bool, its result is that of the problem without
+the absent tasks, with weight 0 there. A present task whose gradient is 0 counts: zero is the shortest gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def cosines(gramian: Tensor) -> tuple[Tensor, Tensor]:
+    """(C, norms) in float64: the (T, T) cosines of the task gradients, and their norms (T,), 1 where a gradient is 0.
+
+    The diagonal of C is 1 plus a ridge of a few rounding errors of the Gramian's own precision: with more tasks than
+    independent gradients, rounding would else make C indefinite and the weights arbitrary.
+    """
+    ridge = 8 * len(gramian) * torch.finfo(gramian.dtype).eps
+    gramian = double(gramian)
+    norms = gramian.diagonal().clamp(min=0).sqrt()
+    norms = norms.masked_fill(norms == 0, 1.0)
+    matrix = gramian / norms / norms[:, None]
+    matrix.diagonal().fill_(1.0 + ridge)
+    return matrix, norms
+
+
+def double(x: Tensor) -> Tensor:
+    """`x` in float64, or in float32 on a device (MPS) that has no float64."""
+    return x.float() if x.device.type == "mps" else x.double()
+
+
+def shortest(gramian: Tensor, present: Tensor | None = None) -> Tensor:
+    """argmin over the simplex of ‖Σ w_i g_i‖² (T,): the weights of the shortest vector in the gradients' convex hull.
+
+    As the ray of argmin ½ uᵀGu − Σu over u ≥ 0, whose optimality conditions are those of the simplex up to scale.
+    """
+    matrix, norms = cosines(gramian)
+    zero = gramian.diagonal() <= 0
+    goal = 1 / norms
+    if present is not None:
+        goal, zero = torch.where(present, goal, -goal), zero & present
+    u = complementarity(matrix, -(goal / goal.abs().max())[None])[0] / norms
+    # A zero gradient is itself the shortest vector; several share the weight.
+    u = torch.where(zero.any(), zero.to(u), u)
+    return u / u.sum().clamp(min=torch.finfo(u.dtype).tiny)
+
+
+def project_on_cone(gramian: Tensor, weights: Tensor) -> Tensor:
+    """Project vectors Jᵀw on the dual cone {d: g_i·d ≥ 0 for all i}, in terms of weights: argmin over v ≥ w of vᵀGv.
+
+    Args:
+        gramian: (T, T).
+        weights: (B, T), each row the weights w of one vector.
+
+    Returns:
+        (B, T) v.
+    """
+    matrix, norms = cosines(gramian)
+    start = weights.to(matrix) * norms
+    largest = start.abs().amax(1, keepdim=True)
+    largest = torch.where(largest > 0, largest, 1.0)
+    return (start + largest * complementarity(matrix, (start / largest) @ matrix)) / norms
+
+
+def complementarity(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """Solve x ≥ 0, y = Mx + q ≥ 0, xᵀy = 0: the optimum of ½xᵀMx + qᵀx over x ≥ 0, for several q at once.
+
+    Args:
+        matrix: (T, T) positive definite.
+        vectors: (B, T), each row a q.
+
+    Returns:
+        (B, T) x.
+    """
+    if not vectors.is_cpu:
+        return _pivot(matrix, vectors, rounds=4 + 2 * len(matrix))[0].clamp(min=0)
+    x, unsolved = _pivot(matrix, vectors, rounds=12)
+    if unsolved.any():
+        # Gradients whose hull nearly holds 0 can send the pivoting round in circles.
+        x[unsolved] = _interior_point(matrix, vectors[unsolved])
+    return x.clamp(min=0)
+
+
+def _interior_point(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """The same problem by Mehrotra's predictor-corrector: slower than pivoting, but never lost."""
+    largest = vectors.abs().amax(1, keepdim=True)
+    q = vectors / largest
+    x, y = torch.ones_like(q), torch.ones_like(q)
+    best, smallest = x, torch.full_like(largest, torch.inf)
+    for _ in range(60):
+        residual = x @ matrix + q - y
+        gap = (x * y).mean(1, keepdim=True)
+        error = gap + residual.abs().amax(1, keepdim=True)
+        best, smallest = torch.where(error < smallest, x, best), torch.minimum(error, smallest)
+        if (smallest < 1e-15).all():
+            break
+        factor, _ = torch.linalg.cholesky_ex(matrix + torch.diag_embed(y / x))
+
+        def solve(products, factor=factor, residual=residual, x=x, y=y):  # x∘dy + y∘dx = products
+            dx = torch.cholesky_solve((products / x - residual).unsqueeze(2), factor).squeeze(2)
+            dy = (products - y * dx) / x
+            down = torch.cat([torch.where(dx < 0, -x / dx, 1.0), torch.where(dy < 0, -y / dy, 1.0)], 1)
+            return dx, dy, down.amin(1, keepdim=True).clamp(max=1.0)
+
+        dx, dy, length = solve(-x * y)
+        centring = (((x + length * dx) * (y + length * dy)).mean(1, keepdim=True) / gap) ** 3
+        dx, dy, length = solve(centring * gap - x * y - dx * dy)
+        x, y = (x + 0.99 * length * dx).clamp(min=1e-200), (y + 0.99 * length * dy).clamp(min=1e-200)
+    return largest * best
+
+
+def _pivot(matrix: Tensor, vectors: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
+    """Block principal pivoting (Júdice & Pires 1994; Kim & Park 2011).
+
+    Guess which x are positive, solve for them and swap all that come out with the wrong sign; when three such rounds
+    bring no progress, swap only the last one (Murty's rule).
+
+    Returns:
+        x (B, T), and whether the round limit came first (B,).
+    """
+    B, T = vectors.shape
+    solution, positive = torch.zeros_like(vectors), vectors < 0
+    rows = torch.arange(B, device=vectors.device)
+    fewest = torch.full((B, 1), T + 1, device=vectors.device)
+    tries = torch.full((B, 1), 3, device=vectors.device)
+    order = torch.arange(1, T + 1, device=vectors.device)
+    largest = vectors.abs().amax(1, keepdim=True)
+    for _ in range(rounds):
+        x = _masked_solve(matrix, -vectors, positive)
+        y = torch.addmm(vectors, x, matrix)
+        wrong = torch.where(positive, x, y) < -1e-12 * (largest + x.abs().amax(1, keepdim=True))
+        count = wrong.sum(1, keepdim=True)
+        solution[rows] = x
+        left = count[:, 0] > 0
+        if vectors.is_cpu:  # go on with the unfinished problems only; a GPU is not asked
+            if not left.any():
+                break
+            if not left.all():
+                rows, vectors, positive, wrong, count, fewest, tries, largest = (
+                    t[left] for t in (rows, vectors, positive, wrong, count, fewest, tries, largest)
+                )
+        progress = count < fewest
+        fewest = torch.minimum(fewest, count)
+        tries = torch.where(progress, 3, tries - 1)
+        last = order == (wrong * order).amax(1, keepdim=True)
+        positive = positive ^ torch.where(tries >= 0, wrong, wrong & last)
+    unsolved = torch.zeros(B, dtype=torch.bool, device=left.device)
+    unsolved[rows] = left[left] if len(rows) < len(left) else left
+    return solution, unsolved
+
+
+def _masked_solve(matrix: Tensor, right: Tensor, mask: Tensor) -> Tensor:
+    """x with M_SS x_S = right_S and 0 outside S, for each row's set S; M symmetric positive definite."""
+    kept = mask.to(matrix)
+    blocks = matrix * kept[:, :, None] * kept[:, None, :]
+    blocks.diagonal(dim1=1, dim2=2).add_(1 - kept)
+    factor, _ = torch.linalg.cholesky_ex(blocks)
+    return torch.cholesky_solve((right * kept).unsqueeze(2), factor).squeeze(2)
+
+
+def steepest_worst_case(gramian: Tensor, centre: Tensor, radius: float, present: Tensor | None = None) -> Tensor:
+    """argmax of min_i g_i·d over the ball ‖d − g₀‖ ≤ c‖g₀‖, with g₀ = Jᵀ centre, in terms of weights: d = Jᵀw.
+
+    The optimum is d = g₀ + Jᵀu with u ≥ 0 and uᵀGu = c²‖g₀‖², positive only on tasks whose g_i·d attains the minimum λ.
+    Given the set of these tasks, u is linear in λ, and the radius fixes λ by a quadratic equation; the set is found as
+    in `complementarity`.
+
+    Args:
+        gramian: (T, T).
+        centre: (T,) weights of g₀.
+        radius: c.
+        present: (T,) bool; an absent task is no part of the minimum.
+
+    Returns:
+        (T,) w = centre + u.
+    """
+    matrix, norms = cosines(gramian)
+    T = len(matrix)
+    on = torch.ones_like(norms, dtype=torch.bool) if present is None else present
+    centre = centre.to(matrix)
+    slope = double(gramian) @ centre  # g_i·g₀
+    length = (centre @ slope).clamp(min=0)  # ‖g₀‖²
+    unit = torch.where(length > 0, length, 1.0).sqrt()
+    p, q = 1 / norms, slope / norms / unit  # from here on g₀ has norm 1, and x = u∘norms
+    p = p / p[on].min() if p.is_cpu else p / torch.where(on, p, torch.inf).min()
+    target = radius**2
+    order = torch.arange(1, T + 1, device=p.device)
+    active = on & (slope <= torch.where(on, slope, torch.inf).min())
+    fewest, tries = torch.full_like(order[0], T + 1), torch.full_like(order[0], 3)
+    for _ in range(60):
+        P, Q = _masked_solve(matrix, torch.stack([p, q]), active.expand(2, T))
+        a, b, c = p @ P, q @ P, q @ Q - target
+        level = (b + (b * b - a * c).clamp(min=0).sqrt()) / a  # λ, in units of the p
+        x = level * P - Q
+        y = matrix @ x + q - level * p
+        wrong = on & (torch.where(active, x, y) < -1e-12 * (1 + x.abs().max()))
+        count = wrong.sum()
+        if p.is_cpu and not count:
+            break
+        progress = count < fewest
+        fewest = torch.minimum(fewest, count)
+        tries = torch.where(progress, 3, tries - 1)
+        last = order == (wrong * order).max()
+        active = active ^ torch.where(tries >= 0, wrong, wrong & last)
+    return centre + torch.where(length > 0, unit * x.clamp(min=0) / norms, 0.0)
+
+
+def fair_weights(gramian: Tensor, alpha: float, targets: Tensor | None = None, iterations: int = 60) -> Tensor:
+    """Solve G w = (v / w)^(1/α) for w > 0: the fairness equation of Nash-MTL (α = 1, v = 1), FairGrad and PIVRG.
+
+    Newton's method on the strictly convex potential ½xᵀCx − Σ b x^(1−1/α)/(1−1/α) that the equation is the stationarity
+    of, with x = w∘‖g‖ and b = v^(1/α) ‖g‖^(1/α−1); steps are multiplicative, so that x stays positive.
+
+    Args:
+        gramian: (T, T); a task with a zero row is decoupled and gets a finite weight.
+        alpha: α > 0.
+        targets: (T,) v > 0; None is 1.
+        iterations: bound on the Newton steps.
+
+    Returns:
+        (T,) w.
+    """
+    matrix, norms = cosines(gramian)
+    b = norms ** (1 / alpha - 1)
+    if targets is not None:
+        b = b * targets.to(b) ** (1 / alpha)
+    mean = b.log().mean().exp()
+    b = b / mean
+    power = alpha / (1 + alpha)
+    x = (b / matrix.sum(1).clamp(min=1)) ** power
+    for _ in range(iterations):
+        pull = b * x ** (1 - 1 / alpha)
+        residual = pull - x * (matrix @ x)
+        if residual.is_cpu and residual.abs().max() <= 1e-14 * pull.abs().max():
+            break
+        hessian = matrix * x * x[:, None]
+        hessian.diagonal().add_(pull / alpha)
+        factor, _ = torch.linalg.cholesky_ex(hessian)
+        step = torch.cholesky_solve(residual[:, None], factor)[:, 0]
+        x = x * step.clamp(-1, 1).exp()
+    return mean**power * x / norms
+
+
+def project_on_simplex(v: Tensor, present: Tensor | None = None) -> Tensor:
+    """Euclidean projection of v (T,) onto {x ≥ 0, Σx = 1} (Held, Wolfe, Crowder 1974); absent tasks stay at 0."""
+    if present is not None:
+        v = torch.where(present, v, -torch.inf)
+    ordered = v.sort(descending=True).values
+    sums = ordered.nan_to_num(neginf=0.0).cumsum(0) - 1
+    count = torch.arange(1, len(v) + 1, device=v.device, dtype=v.dtype)
+    size = (ordered * count > sums).sum()
+    return (v - sums.gather(0, size[None] - 1) / size).clamp(min=0)

@@ -1,0 +1,22 @@
+"""UPGrad: the mean of the task gradients, each projected on the dual cone, so that no task is harmed.
+
+Quinton & Rey, "Jacobian Descent for Multi-Objective Optimization", 2024 (arXiv 2406.16232), eq. 3-5:
+
+    d = (1/T) Σ_i π(g_i),   π(x) = the vector nearest to x with g_j·π(x) ≥ 0 for all j,
+
+where π(g_i) = Jᵀv_i with v_i = argmin over v ≥ e_i of vᵀGv. Heads get their own gradient. For T = 2 it is PCGrad / 2.
+"""
+
+import torch
+from torch import Tensor
+
+from mtl.losses.base import GramianWeighting, masked, uniform
+from mtl.losses.solvers import double, project_on_cone
+
+
+class UPGrad(GramianWeighting):
+    """weights = (1/T) Σ_i v_i."""
+
+    def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
+        projected = project_on_cone(gramian, torch.eye(len(gramian), device=gramian.device))
+        return masked(uniform(present, double(gramian)[0]) @ projected, present)
