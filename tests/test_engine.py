@@ -381,7 +381,10 @@ def test_the_methods_parameters_are_a_group_of_their_own(build, options, lr, dec
 def test_an_epochs_losses_reach_the_strategy(build):
     """DWA: the weights of the third epoch follow from the losses that the rows of the first two hold."""
     learner, batches = build("loss=dwa")
-    rows = [learner.train_epoch(batches, epoch) for epoch in range(3)]
+    rows = []
+    for epoch in range(3):
+        rows.append(learner.train_epoch(batches, epoch))
+        learner.epoch_end(rows[-1])
     losses = torch.tensor([[row[f"train/{task}_loss"] for task in ("digit", "odd", "ink")] for row in rows])
     weights = torch.tensor([[row[f"weights/{task}"] for task in ("digit", "odd", "ink")] for row in rows])
     expected = torch.ones(3, 3)

@@ -30,7 +30,11 @@ class MultiTaskModel(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         features = self.backbone(images)
-        return [head(features) for head in self.heads.values()]
+        return self.predict([features] * len(self.heads))
+
+    def predict(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Each task's prediction from its own view (N, F) of the features; usually all views are the same tensor."""
+        return [head(view) for head, view in zip(self.heads.values(), features, strict=True)]
 
     def shared_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters that all tasks use; per-task gradients are taken of these."""

@@ -97,9 +97,11 @@ class TrainingBatches:
         benchmark: gives batch size, augmentation and normalisation.
         device: of the batches.
         seed: of the run.
+        smallest: an epoch's last batch is left out when it has fewer samples (batch norm needs two in each part that a
+            strategy splits a batch into).
     """
 
-    def __init__(self, split: Split, benchmark: Benchmark, device: torch.device, seed: int):
+    def __init__(self, split: Split, benchmark: Benchmark, device: torch.device, seed: int, smallest: int = 2):
         self.benchmark, self.device, self.seed, self.size = benchmark, device, seed, len(split)
         self.normalise = Normalise(benchmark.mean, benchmark.std, device)
         self.padding = benchmark.crop_padding
@@ -107,8 +109,8 @@ class TrainingBatches:
         self.split = split
         if self.resident:
             self.split = _move(Split(pad(split.images, self.padding), split.targets), device)
-        # Batch norm cannot train on a single sample: a remainder of one is left out.
-        self.steps = self.size // benchmark.batch_size + (self.size % benchmark.batch_size > 1)
+        full, rest = divmod(self.size, benchmark.batch_size)
+        self.steps = full + (rest >= smallest)
 
     def __len__(self) -> int:
         return self.steps

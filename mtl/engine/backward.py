@@ -33,6 +33,13 @@ class Switches:
     heads: Literal["paper", "own", "weighted"] = "paper"
     scale: Literal["paper", "sum", "norm"] = "paper"
 
+    def transformed(self, losses: list[Tensor]) -> list[Tensor]:
+        """The losses as the strategy sees them."""
+        if self.transform == "none":
+            return losses
+        # A loss that is exactly 0 has no logarithm; clamped, it also has no gradient any more.
+        return [x.clamp(min=1e-12).log() for x in losses]
+
     def check(self, strategy: Strategy) -> None:
         """Raises:
         ValueError: this strategy cannot be switched like that.
@@ -114,13 +121,11 @@ def backward(
         raise TypeError(f"{type(strategy).__name__} belongs to none of the three families of mtl.losses")
     if switches.gradients == "features" and features is None:
         raise ValueError("features: gradients=features needs the tensor that all heads start from")
-    if switches.transform == "log":
-        # A loss that is exactly 0 has no logarithm; clamped, it also has no gradient any more.
-        samples = [[x.clamp(min=1e-12).log() if x.requires_grad else x for x in part] for part in samples]
+    samples = [switches.transformed(part) for part in samples]
 
     weighting = isinstance(strategy, LossWeighting)
     if weighting and switches.scale != "norm" and switches.heads != "own":
-        return _weight_losses(samples[0], strategy, shared, present, switches)
+        return _weight_losses(samples[0], strategy, shared, present, features, switches)
     if heads is None:
         why = f"{type(strategy).__name__}" if not weighting else f"scale={switches.scale}, heads={switches.heads}"
         raise ValueError(f"heads: {why} needs each task's own parameters (may be empty)")
@@ -143,7 +148,9 @@ def _weights_of_losses(losses: list[Tensor], strategy: LossWeighting, present) -
     return stacked, torch.zeros_like(stacked) if weights is None else weights.detach()
 
 
-def _weight_losses(losses, strategy: LossWeighting, shared: list[Parameter], present, switches: Switches) -> Step:
+def _weight_losses(losses, strategy: LossWeighting, shared: list[Parameter], present, features, switches) -> Step:
+    if (extra := strategy.regulariser(losses, features)) is not None:
+        extra.backward(retain_graph=True)
     stacked, weights = _weights_of_losses(losses, strategy, present)
     if switches.scale == "sum":
         weights = weights * (count(present, weights) / weights.sum())
@@ -158,7 +165,9 @@ def _combine_gradients(samples, strategy, shared, heads, present, features, swit
         _, weights = _weights_of_losses(losses, strategy, present)
     with torch.no_grad():
         where = [features] if switches.gradients == "features" else shared
-        jacobian, own, cross = _jacobians(samples, where, heads)
+        # The graph stays for what follows: feature gradients on their way through the backbone, or terms of the heads.
+        more = switches.gradients == "features" or _overrides(strategy, GramianWeighting, "head_terms")
+        jacobian, own, cross = _jacobians(samples, where, heads, keep=more)
         gramian = jacobian @ jacobian.T
         values = torch.stack([loss.detach() for loss in losses])
         if isinstance(strategy, JacobianAggregation):
@@ -181,6 +190,11 @@ def _combine_gradients(samples, strategy, shared, heads, present, features, swit
         if factor is not None:
             direction, norm = direction * factor, norm * factor
 
+        if isinstance(strategy, GramianWeighting):
+            with torch.enable_grad():
+                terms = strategy.head_terms(losses, features, weights, heads, own)
+            for parameters, gradients in zip(heads, terms or [], strict=False):
+                _add(parameters, gradients)
         factors = _head_weights(strategy, weights, switches)
         for i, (parameters, gradients) in enumerate(zip(heads, own, strict=True)):
             if factors is not None:
@@ -188,7 +202,7 @@ def _combine_gradients(samples, strategy, shared, heads, present, features, swit
             _add(parameters, gradients)
 
     if switches.gradients == "features":
-        features.backward(direction.view_as(features))
+        features.backward(direction.view_as(features).to(features.dtype))
         shared_norm = _norm(shared)
     else:
         _accumulate(shared, direction)
@@ -221,37 +235,45 @@ def _similarity(gramian: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor
     return (cosines * pairs).sum() / total, ((cosines < 0) * pairs).sum() / total
 
 
-def _jacobians(samples, where, heads) -> tuple[Tensor, list[list[Tensor | None]], Tensor | None]:
-    """The last batch's (T, P) Jacobian, each head's own gradient (mean over batches), and J₁J₂ᵀ if there are three."""
-    *others, last = samples
-    cross, parts = None, []
-    if others:
-        first, own = _jacobian(others[0], where, heads)
-        second, more = _jacobian(others[1], where, heads)
-        cross, parts = first @ second.T, [own, more]
-        del first, second
-    jacobian, own = _jacobian(last, where, heads)
-    if parts:
-        for i, head in enumerate(own):
-            for k, g in enumerate(head):
-                found = [x for x in (g, parts[0][i][k], parts[1][i][k]) if x is not None]
-                head[k] = sum(found) / len(samples) if found else None
-    return jacobian, own, cross
+def _overrides(strategy: Strategy, base: type, method: str) -> bool:
+    return isinstance(strategy, base) and getattr(type(strategy), method) is not getattr(base, method)
 
 
-def _jacobian(losses, where, heads) -> tuple[Tensor, list[list[Tensor | None]]]:
+def _jacobians(samples, where, heads, keep) -> tuple[Tensor, list[list[Tensor | None]], Tensor | None]:
+    """The (T, P) Jacobian to combine, each head's own gradients (mean over the batches), and J₁J₂ᵀ of two batches."""
+    jacobian, own = _jacobian(samples[0], where, heads, keep)
+    if len(samples) == 1:
+        return jacobian, own, None
+    heads_of = [own]
+    second, own = _jacobian(samples[1], where, heads, keep)
+    heads_of.append(own)
+    cross = jacobian @ second.T
+    if len(samples) == 2:
+        jacobian = jacobian.add_(second).div_(2)
+    else:
+        jacobian, own = _jacobian(samples[2], where, heads, keep)
+        heads_of.append(own)
+    mean = []
+    for parts in zip(*heads_of, strict=True):  # one head, all batches
+        found = [[g for g in gradients if g is not None] for gradients in zip(*parts, strict=True)]
+        mean.append([sum(gradients) / len(samples) if gradients else None for gradients in found])
+    return jacobian, mean, cross
+
+
+def _jacobian(losses, where, heads, keep) -> tuple[Tensor, list[list[Tensor | None]]]:
     """(T, P) gradients of the losses for `where`, and each head's own gradients, in T passes in all."""
     size = sum(p.numel() for p in where)
-    jacobian = torch.zeros(len(losses), size, dtype=where[0].dtype, device=where[0].device)
+    # Under autocast features are bf16; inner products of their gradients need more.
+    dtype = torch.promote_types(where[0].dtype, torch.float32)
+    jacobian = torch.zeros(len(losses), size, dtype=dtype, device=where[0].device)
     own = []
     for i, (loss, head) in enumerate(zip(losses, heads, strict=True)):
         if not loss.requires_grad:  # an absent task: its loss is a constant
             own.append([None] * len(head))
             continue
-        # The graph stays for the tasks to come, and for the pass through the backbone that follows feature gradients.
-        keep = i < len(losses) - 1 or not isinstance(where[0], Parameter)
+        retain = keep or i < len(losses) - 1
         with torch.enable_grad():
-            gradients = torch.autograd.grad(loss, [*where, *head], retain_graph=keep, allow_unused=True)
+            gradients = torch.autograd.grad(loss, [*where, *head], retain_graph=retain, allow_unused=True)
         offset = 0
         for p, g in zip(where, gradients[: len(where)], strict=True):
             if g is not None:

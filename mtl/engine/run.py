@@ -29,8 +29,9 @@ from mtl.config.identity import Identity, identify
 from mtl.data.base import Benchmark
 from mtl.data.batches import EvaluationBatches, TrainingBatches
 from mtl.engine import checkpoint
+from mtl.engine.backward import Switches
 from mtl.engine.directory import RunDirectory, now, write_json
-from mtl.engine.trainer import Learner, Trainer
+from mtl.engine.trainer import Learner, Trainer, defines
 from mtl.losses import GramianWeighting, LossWeighting, Strategy
 from mtl.random import derive
 from mtl.tasks import Task
@@ -46,6 +47,7 @@ NODES: dict[str, tuple[str, ...]] = {
     "loss": ("tasks",),
     "optimizer": ("params",),
     "schedule": (),
+    "step": (),
     "trainer": (),
     "logger": (),
 }
@@ -98,7 +100,7 @@ def run_from_hydra(config: DictConfig) -> None:
 
 
 def _root(seed: Annotated[int, Ge(0)], output_root: str, data: dict, arch: dict, loss: dict, optimizer: dict,
-          schedule: dict, trainer: dict, logger: dict) -> None:  # fmt: skip
+          schedule: dict, step: dict, trainer: dict, logger: dict) -> None:  # fmt: skip
     """The signature of a config's top level."""
 
 
@@ -138,16 +140,22 @@ def run(config: Mapping[str, Any], choices: Mapping[str, str], command: str) -> 
     tasks = [task for task in benchmark.tasks if task.name in strategy.names]
     trainer: Trainer = schema.build(config["trainer"], "trainer")
     tracker: Tracker = schema.build(config["logger"], "logger")
+    switches: Switches = schema.build(config["step"], "step")
+    try:
+        switches.check(strategy)
+    except ValueError as error:
+        raise ConfigError(f"step.{error}") from error
     if (warmup := config["schedule"].get("warmup_epochs", 0)) >= trainer.epochs:
         raise ConfigError(f"schedule.warmup_epochs={warmup}: must be less than trainer.epochs={trainer.epochs}")
     device = trainer.open_device()
-    learner = build_learner(config, benchmark, tasks, strategy, trainer, device)
+    learner = build_learner(config, benchmark, tasks, strategy, trainer, device, switches)
 
     with RunDirectory(path) as directory:
         splits = benchmark.splits()
-        if len(splits["train"]) < 2:
-            raise ConfigError(f"data: {len(splits['train'])} training samples; batch norm needs at least 2")
-        train = TrainingBatches(splits["train"], benchmark, device, config["seed"])
+        smallest = 2 * max(strategy.samples, 2 if defines(strategy, "look_ahead") else 1)
+        if len(splits["train"]) < smallest:
+            raise ConfigError(f"data: {len(splits['train'])} training samples; batch norm needs at least {smallest}")
+        train = TrainingBatches(splits["train"], benchmark, device, config["seed"], smallest)
         evaluations = {name: EvaluationBatches(s, benchmark, device) for name, s in splits.items() if name != "train"}
         job = Job(config, identity, command, directory, benchmark, learner, train, evaluations, tracker)
         return job.execute()
@@ -160,6 +168,7 @@ def build_learner(
     strategy: Strategy,
     trainer: Trainer,
     device: torch.device,
+    switches: Switches | None = None,
 ) -> Learner:
     """Model and optimizer of a checked config, on the device; the initial weights are a function of the seed.
 
@@ -185,7 +194,7 @@ def build_learner(
     optimizer = schema.build(config["optimizer"], "optimizer", params=groups)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    return Learner(trainer, model, tasks, strategy, optimizer, schedule, device, seed)
+    return Learner(trainer, model, tasks, strategy, optimizer, schedule, device, seed, switches or Switches())
 
 
 @dataclass
@@ -251,6 +260,7 @@ class Job:
             self._refuse_divergence(row)
             for name, batches in self.evaluations.items():
                 row.update(self.learner.evaluate(batches, name))
+            self.learner.epoch_end(row)
             row["time/seconds"] = time.perf_counter() - started
             rows.append(row)
             # Row, then checkpoint: on resume, rows that no checkpoint knows are cut. best.pt is last.pt, linked.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from mtl.archs.model import MultiTaskModel
 from mtl.config.errors import SetupError
 from mtl.data.batches import TrainingBatches
-from mtl.engine.backward import backward
+from mtl.engine.backward import Switches, backward
 from mtl.losses import Statistics, Strategy
 from mtl.optim.schedules import Schedule
 from mtl.random import derive
@@ -120,6 +120,7 @@ class Learner:
         schedule: multiplies the groups' rates.
         device: of model and batches.
         seed: of the run.
+        switches: variations of the step.
     """
 
     trainer: Trainer
@@ -130,6 +131,7 @@ class Learner:
     schedule: Schedule
     device: torch.device
     seed: int
+    switches: Switches = field(default_factory=Switches)
 
     def train_epoch(self, batches: TrainingBatches, epoch: int) -> dict[str, float]:
         """Train for one epoch, counted from 0; a function of the learner's state, the seed and `epoch`.
@@ -147,19 +149,33 @@ class Learner:
         shared = list(self.model.shared_parameters())
         heads = [list(self.model.head_parameters(task.name)) for task in self.tasks]
         partial = any(task.partial for task in self.tasks)
-        sums, progress = Sums(), Progress(len(batches), f"epoch {epoch + 1}/{trainer.epochs}")
+        strategy, sums = self.strategy, Sums()
+        progress = Progress(len(batches), f"epoch {epoch + 1}/{trainer.epochs}")
 
         for i, (images, targets) in enumerate(batches.epoch(epoch)):
             if i == 0 or self.schedule.interval == "step":
                 self._set_rate(epoch + i / len(batches))
-            with trainer.autocast(self.device):
-                predictions = self.model(trainer._images(images))
-            predictions = [p.float() for p in predictions]
-            losses = [t.loss(p, targets[t.name]) for t, p in zip(self.tasks, predictions, strict=True)]
             counts = torch.stack([t.count(targets[t.name]) for t in self.tasks])
+            present = counts > 0 if partial else None
+            if defines(strategy, "look_ahead"):
+                self._look_ahead(images, targets)
+            if strategy.samples == 1:
+                predictions, features = self.predict(images)
+                losses = self._losses(predictions, targets)
+                seen = losses
+            else:  # independent batches: the parts of this one
+                parts = [self.predict(part)[0] for part in images.chunk(strategy.samples)]
+                labels = {name: y.chunk(strategy.samples) for name, y in targets.items()}
+                seen = [self._losses(p, {name: y[k] for name, y in labels.items()}) for k, p in enumerate(parts)]
+                predictions, features = [torch.cat(p) for p in zip(*parts, strict=True)], None
+                losses = self._losses(predictions, targets)
             self.optimizer.zero_grad(set_to_none=True)
-            step = backward(losses, self.strategy, shared, heads, counts > 0 if partial else None)
+            step = backward(seen, strategy, shared, heads, present, features, self.switches)
             self.optimizer.step()
+            if defines(strategy, "after_step"):
+                with torch.no_grad(), self._frozen_statistics():
+                    again = self._losses(self.predict(images)[0], targets)
+                strategy.after_step(torch.stack(self.switches.transformed(again)), present)
 
             with torch.no_grad():
                 sums.add("count", counts)
@@ -176,7 +192,6 @@ class Learner:
         progress.clear()
         seconds = time.perf_counter() - started
         row = self._figures("train", read)
-        self.strategy.epoch_end(Statistics(torch.tensor([row[f"train/{t.name}_loss"] for t in self.tasks])))
         for task, weight in zip(self.tasks, read.get("step_weights", ()), strict=False):
             row[f"weights/{task.name}"] = weight / len(batches)
         for name in ("norm", "ratio", "cosine", "conflict"):
@@ -187,15 +202,55 @@ class Learner:
         row["time/images_per_second"] = batches.size / seconds
         return row
 
+    def predict(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Each task's prediction in fp32, and the features (N, F) that the heads started from."""
+        with self.trainer.autocast(self.device):
+            features = self.model.backbone(self.trainer._images(images))
+            predictions = self.model.predict(self.strategy.views(features))
+        return [p.float() for p in predictions], features
+
+    def _losses(self, predictions: list[Tensor], targets: dict[str, Tensor]) -> list[Tensor]:
+        return [t.loss(p, targets[t.name]) for t, p in zip(self.tasks, predictions, strict=True)]
+
+    def _look_ahead(self, images: Tensor, targets: dict[str, Tensor]) -> None:
+        halves = images.chunk(2)
+
+        def losses_of(k: int) -> Tensor:
+            half = {name: y.chunk(2)[k] for name, y in targets.items()}
+            return torch.stack(self.switches.transformed(self._losses(self.predict(halves[k])[0], half)))
+
+        with self._frozen_statistics():
+            parameters = [p for p in self.model.parameters() if p.requires_grad]
+            self.strategy.look_ahead(losses_of, parameters, self.optimizer.param_groups[0]["lr"])
+
+    @contextmanager
+    def _frozen_statistics(self) -> Iterator[None]:
+        """Forward passes in here normalise by the batch, as in training, but leave the running averages alone."""
+        norms = [m for m in self.model.modules() if getattr(m, "track_running_stats", False)]
+        for m in norms:
+            m.track_running_stats = False
+        try:
+            yield
+        finally:
+            for m in norms:
+                m.track_running_stats = True
+
+    def epoch_end(self, row: dict[str, float]) -> None:
+        """Tell the strategy how the epoch went: training losses, and scores on validation data where there is some."""
+        keys = [f"{t.name}_{t.metrics[0].name}" for t in self.tasks]
+        split = "val" if f"val/{keys[0]}" in row else "train"
+        losses = torch.tensor([row[f"train/{t.name}_loss"] for t in self.tasks])
+        scores = torch.tensor([row[f"{split}/{key}"] for key in keys])
+        higher = torch.tensor([t.metrics[0].higher_is_better for t in self.tasks])
+        self.strategy.epoch_end(Statistics(losses, scores, higher))
+
     @torch.inference_mode()
     def evaluate(self, batches: Iterable, name: str) -> dict[str, float]:
         """Losses and metrics over all samples, as {"<name>/<task>_loss": …, "<name>/<task>_<metric>": …}."""
         self.model.eval()
         sums = Sums()
         for images, targets in batches:
-            with self.trainer.autocast(self.device):
-                predictions = self.model(self.trainer._images(images))
-            predictions = [p.float() for p in predictions]
+            predictions, _ = self.predict(images)
             sums.add("count", torch.stack([t.count(targets[t.name]) for t in self.tasks]))
             for t, p in zip(self.tasks, predictions, strict=True):
                 sums.add(f"{t.name}_loss", t.criterion(p, targets[t.name]).sum())
@@ -230,3 +285,7 @@ class Learner:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.strategy.load_state_dict(state["strategy"])
+
+
+def defines(strategy: Strategy, hook: str) -> bool:
+    return getattr(type(strategy), hook) is not getattr(Strategy, hook)

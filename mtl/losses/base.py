@@ -6,13 +6,16 @@ Shapes: T tasks, P shared parameters. losses (T,), jacobian (T, P), gramian (T, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 HEADS = ("own", "weighted")
+FLOOR = 1e-12  # losses are held above it where a logarithm or a ratio is taken of them
+Mean = Literal["arithmetic", "geometric"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Strategy(nn.Module, ABC):
             ("own"), or that gradient times the task's weight ("weighted"); each paper's way. Loss weighting always
             weights them.
         max_norm: norm to which the shared parameters' gradient is clipped, where that is part of the method.
-        samples: how many independent batches a step needs (1; 3 for the double-sampling methods).
+        lazy: names of buffers whose shape the first step decides (such as (T, P) averages); None until then.
+        samples: how many independent batches a step needs: 1, or 2 or 3 for the double-sampling methods.
         epoch, epochs: training progress, epoch counted from 0; set by `epoch_start`.
         lr, weight_decay: of the method's own parameters; None follows the optimizer's.
     """
@@ -49,6 +53,7 @@ class Strategy(nn.Module, ABC):
     heads: str = "own"
     max_norm: float | None = None
     samples: int = 1
+    lazy: tuple[str, ...] = ()
     lr: float | None = None
     weight_decay: float | None = 0.0
 
@@ -59,6 +64,8 @@ class Strategy(nn.Module, ABC):
             raise ValueError("tasks: at least one task is needed")
         self.epoch, self.epochs = 0, 1
         self._seed = 0
+        for name in self.lazy:
+            self.register_buffer(name, None)
         self._generators: dict[torch.device, torch.Generator] = {}
 
     @property
@@ -84,6 +91,19 @@ class Strategy(nn.Module, ABC):
         The engine makes the extra forward pass for the methods that define this; a foreign loop does so itself.
         """
 
+    def views(self, features: Tensor) -> list[Tensor]:
+        """What each head sees of the backbone's features (N, F): the features themselves, but for RotoGrad."""
+        return [features] * self.tasks
+
+    def look_ahead(self, losses_of: Callable[[int], Tensor], parameters: Sequence[nn.Parameter], lr: float) -> None:
+        """Try steps out before the real one (the bilevel methods).
+
+        Args:
+            losses_of: losses_of(k) is a fresh forward pass over half k (0 or 1) of the batch: (T,) with a graph.
+            parameters: all trainable parameters of the model; to be left as they were.
+            lr: the optimizer's current learning rate.
+        """
+
     def head_weights(self, weights: Tensor | None) -> Tensor | None:
         """(T,) what the heads' own gradients are multiplied by; None leaves them alone.
 
@@ -91,6 +111,12 @@ class Strategy(nn.Module, ABC):
             weights: (T,) of this step's gradients, as the method returned them.
         """
         return weights if self.heads == "weighted" else None
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        for name in self.lazy:
+            if prefix + name in state_dict:
+                self.register_buffer(name, torch.empty_like(state_dict[prefix + name]))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The method's own random stream on `device`: never the global one, which data and dropout share."""
@@ -114,9 +140,32 @@ class LossWeighting(Strategy):
             () the scalar to differentiate.
         """
 
+    def regulariser(self, losses: Sequence[Tensor], features: Tensor | None) -> Tensor | None:
+        """() a further term that reaches the parameters by other ways than the losses (Rep-MTL), or None."""
+        return None
+
 
 class GramianWeighting(Strategy):
     """Family 2: the update is `jacobian.T @ weights` with weights a function of the Gramian alone."""
+
+    def head_terms(
+        self,
+        losses: Sequence[Tensor],
+        features: Tensor | None,
+        weights: Tensor,
+        heads: Sequence[Sequence[nn.Parameter]],
+        own: Sequence[Sequence[Tensor | None]],
+    ) -> list[list[Tensor | None]] | None:
+        """What is added to each head's own gradients (ConsMTL), or None.
+
+        Args:
+            losses: T scalars with their graph.
+            features: as in `mtl.backward`.
+            weights: (T,) of this step.
+            heads: each head's parameters.
+            own: their gradients, as they stand.
+        """
+        return None
 
     @abstractmethod
     def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
@@ -124,7 +173,8 @@ class GramianWeighting(Strategy):
 
         Args:
             gramian: (T, T) inner products of the task gradients, J Jᵀ; an absent task's row and column are 0. For a
-                method with `samples` = 3 it is J₁ J₂ᵀ of the first two batches, and the third one is weighed.
+                method with `samples` > 1 it is J₁ J₂ᵀ of the first two batches; what is weighed then is the mean of the
+                two gradients, or the third batch's.
             present: (T,) bool as in `LossWeighting.forward`.
             losses: (T,) values, without a graph; a few methods read them, and say so when they are missing.
 
@@ -188,3 +238,35 @@ def by_task(key: str, values: Mapping[str, float] | Sequence[float], names: Sequ
     if len(values) != len(names):
         raise ValueError(f"{key}: {len(values)} given for {len(names)} tasks ({', '.join(names)})")
     return [float(value) for value in values]
+
+
+def logs(values: Tensor, present: Tensor | None) -> Tensor:
+    """(T,) log of values >= 0, 0 where the task is absent. A value of 0 counts as `FLOOR` and has gradient 0."""
+    if present is not None:
+        values = torch.where(present, values, torch.ones_like(values))
+    return values.clamp(min=FLOOR).log()
+
+
+def combine(losses: Tensor, weights: Tensor, present: Tensor | None, mean: Mean = "arithmetic") -> Tensor:
+    """() Σ_i w_i L_i, or the geometric mean Π_i L_i^{w_i/Σw}, over the present tasks.
+
+    The geometric mean (Yun & Cho, ICCV 2023) goes through logs: the product of many losses over- or underflows, and an
+    absent task's 0^w would make the total 0 and its gradient NaN.
+    """
+    weights = masked(weights.to(losses), present)
+    if mean == "arithmetic":
+        return (weights * masked(losses, present)).sum()
+    return (weights / weights.sum().clamp(min=FLOOR) * logs(losses, present)).sum().exp()
+
+
+def moving_average(average: Tensor, values: Tensor, share: float) -> Tensor:
+    """(T,) `average` moved to `values` by `share`; NaN there is "no value yet", here "no value this time"."""
+    moved = torch.where(average.isnan(), values, share * values + (1 - share) * average)
+    return torch.where(values.isnan(), average, moved)
+
+
+def choose(name: str, value: str, options: Any) -> str:
+    """`value`, if the Literal type `options` allows it for the argument `name`; else a ValueError that says so."""
+    if value not in get_args(options):
+        raise ValueError(f"{name}: {value!r} is none of {', '.join(get_args(options))}")
+    return value

@@ -33,5 +33,8 @@ class CAGrad(GramianWeighting):
         self.c, self.rescale = c, rescale
 
     def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
-        weights = steepest_worst_case(gramian, uniform(present, double(gramian)[0]), self.c, present)
+        mean = uniform(present, double(gramian)[0])
+        slopes = double(gramian) @ mean  # g_i·g₀
+        length = (mean @ slopes).clamp(min=0).sqrt()
+        weights = mean + steepest_worst_case(gramian, slopes, self.c * length, present)
         return weights / (1 + self.c**2) if self.rescale else weights

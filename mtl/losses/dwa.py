@@ -4,7 +4,9 @@ Liu, Johns, Davison, "End-to-End Multi-Task Learning with Attention", CVPR 2019,
 
     w_i(t) = T exp(r_i(t-1) / τ) / Σ_k exp(r_k(t-1) / τ),   r_i(t-1) = L_i(t-1) / L_i(t-2),
 
-with L_i(t) the mean training loss of epoch t, and w = 1 in the first two epochs. τ = 2.
+with L_i(t) the mean training loss of epoch t, and w = 1 in the first two epochs. τ = 2. Σw = T.
+
+`mean=geometric` is DWA-G of Yun & Cho, ICCV 2023 (AMTL): L = Π_i L_i^{w_i/Σw}.
 """
 
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ import torch
 from annotated_types import Gt
 from torch import Tensor
 
-from mtl.losses.base import LossWeighting, Statistics, masked
+from mtl.losses.base import LossWeighting, Mean, Statistics, choose, combine
 
 
 class DWA(LossWeighting):
@@ -23,13 +25,16 @@ class DWA(LossWeighting):
     Args:
         tasks: number or names of the tasks.
         temperature: τ; larger is closer to equal weights.
+        mean: how the weighted losses are combined.
     """
 
-    def __init__(self, tasks: int | Sequence[str], temperature: Annotated[float, Gt(0)] = 2.0):
+    def __init__(
+        self, tasks: int | Sequence[str], temperature: Annotated[float, Gt(0)] = 2.0, mean: Mean = "arithmetic"
+    ):
         super().__init__(tasks)
         if not temperature > 0:
             raise ValueError(f"temperature: {temperature} is not positive")
-        self.temperature = temperature
+        self.temperature, self.mean = temperature, choose("mean", mean, Mean)
         self.register_buffer("last", torch.full((self.tasks,), torch.nan))
         self.register_buffer("weights", torch.ones(self.tasks))
 
@@ -41,4 +46,4 @@ class DWA(LossWeighting):
         self.last.copy_(torch.where(losses.isnan(), self.last, losses))
 
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
-        return (self.weights.to(losses) * masked(losses, present)).sum()
+        return combine(losses, self.weights, present, self.mean)

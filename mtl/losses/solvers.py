@@ -164,38 +164,34 @@ def _masked_solve(matrix: Tensor, right: Tensor, mask: Tensor) -> Tensor:
     return torch.cholesky_solve((right * kept).unsqueeze(2), factor).squeeze(2)
 
 
-def steepest_worst_case(gramian: Tensor, centre: Tensor, radius: float, present: Tensor | None = None) -> Tensor:
-    """argmax of min_i g_i·d over the ball ‖d − g₀‖ ≤ c‖g₀‖, with g₀ = Jᵀ centre, in terms of weights: d = Jᵀw.
+def steepest_worst_case(gramian: Tensor, slopes: Tensor, radius: Tensor, present: Tensor | None = None) -> Tensor:
+    """argmax of min_i (slope_i + g_i·d) over the ball ‖d‖ ≤ radius, in terms of weights: d = Jᵀu.
 
-    The optimum is d = g₀ + Jᵀu with u ≥ 0 and uᵀGu = c²‖g₀‖², positive only on tasks whose g_i·d attains the minimum λ.
-    Given the set of these tasks, u is linear in λ, and the radius fixes λ by a quadratic equation; the set is found as
-    in `complementarity`.
+    The optimum has u ≥ 0 and uᵀGu = radius², with u positive only on tasks that attain the minimum λ. Given the set of
+    these tasks, u is linear in λ, and the radius fixes λ by a quadratic equation; the set is found as in
+    `complementarity`.
 
     Args:
         gramian: (T, T).
-        centre: (T,) weights of g₀.
-        radius: c.
+        slopes: (T,).
+        radius: () ≥ 0.
         present: (T,) bool; an absent task is no part of the minimum.
 
     Returns:
-        (T,) w = centre + u.
+        (T,) u.
     """
     matrix, norms = cosines(gramian)
     T = len(matrix)
     on = torch.ones_like(norms, dtype=torch.bool) if present is None else present
-    centre = centre.to(matrix)
-    slope = double(gramian) @ centre  # g_i·g₀
-    length = (centre @ slope).clamp(min=0)  # ‖g₀‖²
-    unit = torch.where(length > 0, length, 1.0).sqrt()
-    p, q = 1 / norms, slope / norms / unit  # from here on g₀ has norm 1, and x = u∘norms
-    p = p / p[on].min() if p.is_cpu else p / torch.where(on, p, torch.inf).min()
-    target = radius**2
+    unit = torch.where(radius > 0, radius, 1.0).to(matrix)
+    p, q = 1 / norms, slopes.to(matrix) / norms / unit  # from here on the radius is 1, and x = u∘norms / radius
+    p = p / torch.where(on, p, torch.inf).min()
     order = torch.arange(1, T + 1, device=p.device)
-    active = on & (slope <= torch.where(on, slope, torch.inf).min())
+    active = on & (slopes <= torch.where(on, slopes, torch.inf).min())
     fewest, tries = torch.full_like(order[0], T + 1), torch.full_like(order[0], 3)
     for _ in range(60):
         P, Q = _masked_solve(matrix, torch.stack([p, q]), active.expand(2, T))
-        a, b, c = p @ P, q @ P, q @ Q - target
+        a, b, c = p @ P, q @ P, q @ Q - 1
         level = (b + (b * b - a * c).clamp(min=0).sqrt()) / a  # λ, in units of the p
         x = level * P - Q
         y = matrix @ x + q - level * p
@@ -208,7 +204,7 @@ def steepest_worst_case(gramian: Tensor, centre: Tensor, radius: float, present:
         tries = torch.where(progress, 3, tries - 1)
         last = order == (wrong * order).max()
         active = active ^ torch.where(tries >= 0, wrong, wrong & last)
-    return centre + torch.where(length > 0, unit * x.clamp(min=0) / norms, 0.0)
+    return torch.where(radius > 0, unit * x.clamp(min=0) / norms, 0.0)
 
 
 def fair_weights(gramian: Tensor, alpha: float, targets: Tensor | None = None, iterations: int = 60) -> Tensor:

@@ -1,0 +1,52 @@
+"""ConicGrad: the best worst-case improvement among directions within an angle of the mean gradient.
+
+Hassanpour et al., ConicGrad, 2025 (arXiv 2502.00217): with g₀ the mean gradient,
+
+    d = ‖g₀‖ · argmax over unit d of min_i g_i·d   subject to cos(d, g₀) ≥ c,
+
+c = 0.25. Unlike CAGrad's ball, the cone limits the direction alone and never the length. The paper descends on the dual
+weights by one step an iteration; here the problem is solved: it is MGDA's direction where that lies in the cone, and
+else on the cone's boundary, where what is orthogonal to g₀ solves CAGrad's problem. (Only the problem, not the paper's
+algorithm, could be checked against the source: the full text was not at hand.) Heads get their own gradient.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from annotated_types import Ge, Lt
+from torch import Tensor
+
+from mtl.losses.base import GramianWeighting, masked, uniform
+from mtl.losses.solvers import double, shortest, steepest_worst_case
+
+
+class ConicGrad(GramianWeighting):
+    """weights of ‖g₀‖ d.
+
+    Args:
+        tasks: number or names of the tasks.
+        c: least cosine between update and mean gradient.
+    """
+
+    def __init__(self, tasks: int | Sequence[str], c: Annotated[float, Ge(0), Lt(1)] = 0.25):
+        super().__init__(tasks)
+        self.c = c
+
+    def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
+        G = double(gramian)
+        mean = uniform(present, G[0])
+        slopes = G @ mean
+        length = (mean @ slopes).clamp(min=0).sqrt()
+        unit = torch.where(length > 0, length, 1.0)
+        free = shortest(gramian, present)
+        norm = (free @ G @ free).clamp(min=0).sqrt()
+        free = free * (length / torch.where(norm > 0, norm, 1.0))
+        inside = (free @ slopes) >= self.c * length**2
+        # On the boundary d/‖g₀‖ = c ĝ₀ + √(1−c²) v, with v orthogonal to g₀.
+        along = slopes / unit  # g_i·ĝ₀
+        across = (G - torch.outer(along, along)).to(gramian.dtype)
+        radius = torch.full_like(unit, (1 - self.c**2) ** 0.5)
+        v = steepest_worst_case(across, self.c * along, radius, present)
+        edge = length * v + (self.c - (v @ along)) * mean * (length / unit)
+        return masked(torch.where(length > 0, torch.where(inside, free, edge), mean), present)

@@ -1,0 +1,63 @@
+"""DB-MTL: dual balancing, of the losses by a logarithm and of the gradients' lengths.
+
+Lin et al., "Dual-Balancing for Multi-Task Learning", 2023 (arXiv 2308.12029), algorithm 1: with g_i = ∇ log(L_i + ε),
+
+    ĝ_i ← β_t ĝ_i + (1 − β_t) g_i,    d = max_j ‖ĝ_j‖ Σ_i ĝ_i / (‖ĝ_i‖ + ε),
+
+β_t = β/t^σ, β = 0.9, σ = 0, ε = 1e-8; ĝ starts at 0 and is not corrected for it. Heads follow the log-losses' gradient.
+The average holds T×P numbers.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from annotated_types import Ge, Le
+from torch import Tensor
+
+from mtl.losses.base import JacobianAggregation, masked
+
+
+class DBMTL(JacobianAggregation):
+    """direction = max_j ‖ĝ_j‖ Σ_i ĝ_i / ‖ĝ_i‖.
+
+    Args:
+        tasks: number or names of the tasks.
+        beta: β, how much of the average is kept at a step.
+        sigma: σ, decay of β over the steps.
+    """
+
+    lazy = ("average",)
+    heads = "weighted"
+
+    def __init__(
+        self,
+        tasks: int | Sequence[str],
+        beta: Annotated[float, Ge(0), Le(1)] = 0.9,
+        sigma: Annotated[float, Ge(0)] = 0.0,
+    ):
+        super().__init__(tasks)
+        self.beta, self.sigma = beta, sigma
+        self.register_buffer("steps", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("inverse", torch.ones(self.tasks))
+
+    def aggregate(
+        self, jacobian: Tensor, present: Tensor | None = None, losses: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if losses is None:
+            raise ValueError("DB-MTL needs the losses of the step")
+        if self.average is None:
+            self.average = torch.zeros_like(jacobian)
+        self.steps += 1
+        inverse = 1 / (losses.to(jacobian) + 1e-8)  # ∇ log(L + ε) = ∇L / (L + ε)
+        self.inverse.copy_(inverse)
+        rate = (1 - self.beta * self.steps**-self.sigma).to(jacobian).expand(self.tasks)
+        if present is not None:
+            rate = torch.where(present, rate, 0.0)
+        self.average.lerp_(jacobian * inverse[:, None], rate[:, None])
+        norms = self.average.norm(dim=1)
+        weights = masked(masked(norms, present).max() / (norms + 1e-8), present)
+        return weights @ self.average, weights
+
+    def head_weights(self, weights: Tensor | None) -> Tensor:
+        return self.inverse

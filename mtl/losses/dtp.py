@@ -1,0 +1,66 @@
+"""Dynamic Task Prioritization (DTP): the focal loss's weights from each task's accuracy; hard tasks come first.
+
+Guo et al., "Dynamic Task Prioritization for Multitask Learning", ECCV 2018:
+
+    w_i = −(1 − κ_i)^γ log κ_i,   κ_i ← α acc_i + (1 − α) κ_i   after every epoch.
+
+w = 1 before the first accuracy. γ = 1 and α = 0.1, as in the code of AMTL's authors, who recommend γ = 0.5. Σw is
+whatever the accuracies say: it shrinks to 0 as they grow. κ = 0 counts as 1e-12, which is a weight of 28.
+
+κ must be a share of right answers, here the score in percent over 100: an error has no such scale, so a task whose
+score is better when lower is refused. AMTL's authors feed it test accuracies; `Statistics` holds none.
+`mean=geometric` is their DTP-G (Yun & Cho, ICCV 2023): L = Π_i L_i^{w_i/Σw}.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from annotated_types import Ge, Gt, Le
+from torch import Tensor
+
+from mtl.losses.base import FLOOR, LossWeighting, Mean, Statistics, choose, combine, moving_average
+
+
+class DTP(LossWeighting):
+    """L = Σ_i w_i L_i with w = −(1 − κ)^γ log κ.
+
+    Args:
+        tasks: number or names of the tasks.
+        gamma: γ; larger leans harder towards the tasks of low accuracy.
+        ema: α, the share of the newest accuracy in κ; 1 keeps no history.
+        mean: how the weighted losses are combined.
+    """
+
+    def __init__(
+        self,
+        tasks: int | Sequence[str],
+        gamma: Annotated[float, Ge(0)] = 1.0,
+        ema: Annotated[float, Gt(0), Le(1)] = 0.1,
+        mean: Mean = "arithmetic",
+    ):
+        super().__init__(tasks)
+        self.gamma, self.ema, self.mean = gamma, ema, choose("mean", mean, Mean)
+        self.register_buffer("average", torch.full((self.tasks,), torch.nan))
+        self.register_buffer("weights", torch.ones(self.tasks))
+
+    def epoch_end(self, statistics: Statistics) -> None:
+        """Follow the accuracies.
+
+        Raises:
+            ValueError: no scores were given, or a score is not an accuracy.
+        """
+        if statistics.scores is None:
+            raise ValueError("scores: DTP weighs the tasks by their accuracies, and Statistics holds none")
+        if statistics.higher_is_better is not None and not statistics.higher_is_better.all():
+            name = self.names[int(statistics.higher_is_better.int().argmin())]
+            raise ValueError(
+                f"scores: DTP needs accuracies, and {name!r} has a score that is better when lower; use AMTL"
+            )
+        self.average.copy_(moving_average(self.average, statistics.scores.to(self.average), self.ema))
+        kappa = (self.average / 100).clamp(FLOOR, 1)
+        weights = (1 - kappa) ** self.gamma * -kappa.log()
+        self.weights.copy_(torch.where(self.average.isnan(), self.weights, weights))
+
+    def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
+        return combine(losses, self.weights, present, self.mean)

@@ -1,0 +1,56 @@
+"""ExcessMTL: task weights that grow with the excess risk, robust to noisy labels.
+
+He et al., "Robust Multi-Task Learning with Excess Risks", ICML 2024, eq. 5-7 and algorithm 1: with the AdaGrad sums
+S_i ← S_i + g_i² as a diagonal Hessian, the excess risk of task i is estimated by
+
+    E_i = Σ_p g_ip² / √(S_ip + 1e-7),     w_i ← w_i exp(η E_i / E_i(0)),  normalised to Σ w = T,
+
+and d = Σ w_i g_i; heads follow w_i ∇L_i. η = 0.01; w starts at 1 and the first step only records E(0). The sums hold
+T×P numbers.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from annotated_types import Gt
+from torch import Tensor
+
+from mtl.losses.base import JacobianAggregation, masked
+
+
+class ExcessMTL(JacobianAggregation):
+    """direction = Σ_i w_i g_i.
+
+    Args:
+        tasks: number or names of the tasks.
+        eta: η, step size of the weights.
+    """
+
+    lazy = ("squares",)
+    heads = "weighted"
+
+    def __init__(self, tasks: int | Sequence[str], eta: Annotated[float, Gt(0)] = 0.01):
+        super().__init__(tasks)
+        self.eta = eta
+        self.register_buffer("task_weights", torch.ones(self.tasks, dtype=torch.float64))
+        self.register_buffer("initial", torch.full((self.tasks,), torch.nan, dtype=torch.float64))
+
+    def aggregate(
+        self, jacobian: Tensor, present: Tensor | None = None, losses: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if self.squares is None:
+            self.squares = torch.zeros_like(jacobian)
+        on = torch.ones(self.tasks, dtype=torch.bool, device=jacobian.device) if present is None else present
+        squared = jacobian * jacobian
+        self.squares += squared  # an absent task's row is 0
+        excess = (squared / (self.squares + 1e-7).sqrt()).sum(1).double()
+        first = self.initial.isnan() & on & (excess > 0)
+        self.initial.copy_(torch.where(first, excess, self.initial))
+        growth = torch.where(on & ~first, (self.eta * excess / self.initial).nan_to_num(0.0).exp(), 1.0)
+        moved = self.task_weights * growth
+        # Absent tasks keep their weight; the present ones share what they shared before.
+        moved = moved * masked(self.task_weights, present).sum() / masked(moved, present).sum().clamp(min=1e-12)
+        self.task_weights.copy_(torch.where(on, moved, self.task_weights))
+        weights = masked(self.task_weights, present).to(jacobian)
+        return weights @ jacobian, weights

@@ -1,0 +1,70 @@
+"""Fast Adaptive Multitask Optimization (FAMO): all losses fall at the same rate, at the price of a forward pass.
+
+Liu et al., "FAMO: Fast Adaptive Multitask Optimization", NeurIPS 2023, algorithm 1. Before the step, with ξ the logits:
+
+    L = c Σ_i z_i log D_i,   z = softmax(ξ),   D_i = L_i + ε,   c = 1 / Σ_i (z_i / D_i), constant;
+
+so w_i = c z_i / D_i, Σw = 1. After it, with D' of the same batch under the new parameters, Adam moves ξ along
+
+    (diag z − z zᵀ) (log D − log D') + γ ξ        (the tasks whose loss fell most lose weight).
+
+ξ = 0 at first, Adam with lr 0.025 and betas (0.9, 0.999), ε = 1e-8; the losses' lower bound is 0. γ is 1e-3, the
+authors' value for most data sets (0.01 for Cityscapes). ξ and Adam's moments are buffers, not parameters of the main
+optimizer, so a checkpoint holds all of them. An absent task keeps its ξ and its moments.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from annotated_types import Ge
+from torch import Tensor
+
+from mtl.losses.base import LossWeighting, masked, softmax
+
+EPS, BETA1, BETA2 = 1e-8, 0.9, 0.999
+
+
+class FAMO(LossWeighting):
+    """L = c Σ_i z_i log L_i with z learned from how the losses change; needs `after_step` after every step.
+
+    Args:
+        tasks: number or names of the tasks.
+        lr: of the logits.
+        gamma: γ, weight decay of the logits, which pulls z towards 1/T.
+    """
+
+    def __init__(
+        self, tasks: int | Sequence[str], lr: Annotated[float, Ge(0)] = 0.025, gamma: Annotated[float, Ge(0)] = 1e-3
+    ):
+        super().__init__(tasks)
+        self.lr, self.gamma = lr, gamma
+        for name in ("logits", "first_moment", "second_moment", "steps"):
+            self.register_buffer(name, torch.zeros(self.tasks))
+        self.register_buffer("before", torch.full((self.tasks,), torch.nan))  # D of the last step; NaN: was absent
+
+    def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
+        gaps = masked(losses, present) + EPS
+        z = softmax(self.logits.to(losses), present)
+        self.before.copy_(gaps.detach() if present is None else torch.where(present, gaps.detach(), torch.nan))
+        # Nobody present: all z are 0, and so is the total.
+        scale = 1 / (z / gaps.detach()).sum().clamp(min=torch.finfo(z.dtype).tiny)
+        return scale * (z * gaps.log()).sum()
+
+    def after_step(self, losses: Tensor, present: Tensor | None = None) -> None:
+        present = ~self.before.isnan() if present is None else present & ~self.before.isnan()
+        fall = masked(self.before.log() - (losses.detach().to(self.before) + EPS).log(), present)
+        z = softmax(self.logits, present)
+        gradient = z * (fall - z @ fall) + self.gamma * self.logits
+        steps = self.steps + 1
+        first = BETA1 * self.first_moment + (1 - BETA1) * gradient
+        second = BETA2 * self.second_moment + (1 - BETA2) * gradient.square()
+        unbiased = first / (1 - BETA1**steps), second / (1 - BETA2**steps)
+        logits = self.logits - self.lr * unbiased[0] / (unbiased[1].sqrt() + EPS)
+        for state, new in (
+            (self.logits, logits),
+            (self.first_moment, first),
+            (self.second_moment, second),
+            (self.steps, steps),
+        ):
+            state.copy_(torch.where(present, new, state))

@@ -1,0 +1,41 @@
+"""IMTL-L: learned scales that make all scaled losses equal.
+
+Liu et al., "Towards Impartial Multi-Task Learning", ICLR 2021, the loss half of IMTL:
+
+    L = Σ_i e^{s_i} L_i − s_i,   minimal over s at e^{s_i} L_i = 1.
+
+s starts at 0. Base e, as the authors'. It is twice `uncertainty`'s regression form with s for −s. Σw is whatever the
+scales say. The losses must be bounded below by 0, or s diverges.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from annotated_types import Ge
+from torch import Tensor, nn
+
+from mtl.losses.base import LossWeighting, masked
+
+
+class IMTLL(LossWeighting):
+    """L = Σ_i e^{s_i} L_i − s_i with s learned.
+
+    Args:
+        tasks: number or names of the tasks.
+        lr: learning rate of s; None follows the optimizer's.
+        weight_decay: of s; 0 by default, since decay pulls every weight to 1. None follows the optimizer's.
+    """
+
+    def __init__(
+        self,
+        tasks: int | Sequence[str],
+        lr: Annotated[float, Ge(0)] | None = None,
+        weight_decay: Annotated[float, Ge(0)] | None = 0.0,
+    ):
+        super().__init__(tasks)
+        self.lr, self.weight_decay = lr, weight_decay
+        self.log_scales = nn.Parameter(torch.zeros(self.tasks))
+
+    def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
+        return masked(self.log_scales.exp() * losses - self.log_scales, present).sum()

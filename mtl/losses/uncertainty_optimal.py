@@ -1,0 +1,37 @@
+"""Optimal uncertainty weighting (UW-O): uncertainty weighting with σ at its optimum for the present loss.
+
+Kirchdorfer et al., "Analytical Uncertainty-Based Loss Weighting in Multi-Task Learning", GCPR 2024; also Elich et al.,
+"Examining Common Paradigms in Multi-Task Learning", 2024 (eq. 2). The minimum over σ, in closed form:
+
+    gaussian (L2)   L / (2σ²) + log σ   at σ² = L:   w_i = 1 / (2 sg[L_i])
+    laplace (L1)    L / σ + log σ       at σ = L:    w_i = 1 / sg[L_i]
+
+(classification, L / σ² + log σ, gives the gaussian's weights too). sg[·] stops the gradient, so these are the gradients
+of ½ Σ log L_i and Σ log L_i, and that is what is computed: UW-O is `scale_invariant`, halved for the gaussian. A loss
+of exactly 0 therefore weighs 0 instead of infinity. Σw is whatever the losses say.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from mtl.losses.base import LossWeighting, choose, logs
+
+Form = Literal["gaussian", "laplace"]
+
+
+class UncertaintyOptimal(LossWeighting):
+    """Weights 1 / (2 L_i) or 1 / L_i.
+
+    Args:
+        tasks: number or names of the tasks.
+        form: the likelihood whose σ is optimal.
+    """
+
+    def __init__(self, tasks: int | Sequence[str], form: Form = "gaussian"):
+        super().__init__(tasks)
+        self.factor = {"gaussian": 0.5, "laplace": 1.0}[choose("form", form, Form)]
+
+    def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
+        return self.factor * logs(losses, present).sum()

@@ -1,0 +1,374 @@
+"""The loss weightings against the oracles of `oracles/weighting.py` (numpy, float64), by way of `mtl.backward`."""
+
+import io
+from collections import Counter
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+from oracles import weighting as oracle
+from torch import nn
+
+import mtl
+from mtl.config import schema
+from mtl.losses import (
+    AMTL,
+    DTP,
+    DWA,
+    FAMO,
+    GLS,
+    IMTLL,
+    RLW,
+    STCH,
+    GO4Align,
+    ScaleInvariant,
+    Statistics,
+    Uncertainty,
+    UncertaintyOptimal,  # fmt: skip
+    UncertaintySigma,
+    UncertaintySoftmax,
+)
+from mtl.losses.go4align import group_means
+
+SIZES, EPOCHS, STEPS = (1, 2, 3, 11, 40), 5, 2
+DISTRIBUTIONS = ("normal", "uniform", "dirichlet", "bernoulli", "constrained_bernoulli")
+YAMLS = {
+    **dict.fromkeys(("uncertainty_sigma", "uncertainty_optimal", "uncertainty_softmax", "scale_invariant", "gls"), ()),
+    **dict.fromkeys(("imtl_l", "rlw", "dtp", "famo", "stch", "go4align", "dwa"), ()),
+    "amtl": ("loss.potentials={fine: 68.8, coarse: 78.9}",),
+}
+
+
+def tensor(array) -> torch.Tensor:
+    return torch.as_tensor(np.array(array), dtype=torch.float64)
+
+
+def assert_close(actual, expected, tol: float = 1e-9) -> None:
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    np.testing.assert_allclose(actual, expected, rtol=tol, atol=tol * np.abs(expected).max())
+
+
+def step(strategy, losses, present=None):
+    """Weights, total and gradients of the method's parameters from one backward pass of a linear model."""
+    theta, totals = nn.Parameter(torch.zeros(3, dtype=torch.float64)), []
+    slopes = tensor(np.random.default_rng(1).normal(size=(len(losses), 3)))
+    there = [True] * len(losses) if present is None else present
+    values = [x + a @ theta if p else 0 * x for x, a, p in zip(tensor(losses), slopes, there, strict=True)]
+    hook = strategy.register_forward_hook(lambda module, args, out: totals.append(out.detach().numpy()))
+    strategy.zero_grad()
+    info = mtl.backward(values, strategy, shared=[theta], present=present)
+    hook.remove()
+    assert_close(theta.grad, slopes.T @ info.weights, tol=1e-12)
+    return info.weights.numpy(), totals[0], [p.grad.numpy() for p in strategy.parameters()]
+
+
+def best_groups(x, clusters: int) -> np.ndarray:
+    """Group of each number in the partition of least squared distance from the means: all partitions of a line."""
+    order, best = np.argsort(x), (np.inf, None)
+    for cuts in combinations(range(1, len(x)), clusters - 1):
+        labels = np.searchsorted(cuts, np.arange(len(x)), side="right")
+        cost = sum(((y - y.mean()) ** 2).sum() for y in np.split(x[order], cuts))
+        best = min(best, (cost, labels.tolist()))
+    return np.array(best[1])[np.argsort(order)]
+
+
+class Peer:
+    """A strategy and the oracle's answer to the same history. Arguments away from the defaults where one is shown."""
+
+    def __init__(self, case: str, tasks: int):
+        rng = np.random.default_rng(tasks)
+        self.kind, _, self.option = case.partition("-")
+        self.potentials, self.losses, self.scores = rng.uniform(60, 90, tasks), [], []
+        if self.kind == "famo":
+            self.oracle = oracle.FamoOracle(tasks)
+        if self.kind == "go4align":
+            self.oracle = oracle.Go4AlignOracle(tasks, step_size=0.05)
+        self.strategy = {
+            "uncertainty_sigma": lambda: UncertaintySigma(tasks, regulariser=self.option),
+            "uncertainty_optimal": lambda: UncertaintyOptimal(tasks, form=self.option),
+            "uncertainty_softmax": lambda: UncertaintySoftmax(tasks, temperature=0.7),
+            "scale_invariant": lambda: ScaleInvariant(tasks),
+            "gls": lambda: GLS(tasks),
+            "imtl_l": lambda: IMTLL(tasks),
+            "rlw": lambda: RLW(tasks, distribution=self.option),
+            "rlw_g": lambda: RLW(tasks, mean="geometric"),
+            "dwa": lambda: DWA(tasks, mean=self.option),
+            "dtp": lambda: DTP(tasks, gamma=0.5, ema=0.3, mean=self.option),
+            "amtl": lambda: AMTL(
+                tasks, self.potentials.tolist(), norm=self.option.split("-")[0], ema=0.3, mean=self.option.split("-")[1]
+            ),  # fmt: skip
+            "famo": lambda: FAMO(tasks),
+            "stch": lambda: STCH(tasks, mu=0.3, warmup_epochs=1),
+            "go4align": lambda: GO4Align(tasks, clusters=min(int(self.option), tasks), step_size=0.05),
+        }[self.kind]().double()
+        if self.kind == "amtl":  # what float32 rounded
+            self.strategy.potentials.copy_(tensor(self.potentials))
+
+    def step(self, losses, epoch: int, first: bool, weights):
+        """The oracle's `Out`; `weights` is what the strategy did, of which a mask is taken where it draws one."""
+        name, own = self.option, [p.detach().numpy() for p in self.strategy.parameters()]
+        if self.kind == "uncertainty_sigma":
+            return oracle.uncertainty_sigma(losses, own[0], regulariser=name)
+        if self.kind == "uncertainty_optimal":
+            return oracle.uncertainty_optimal(losses, half=name == "gaussian")._replace(value=None)  # an integral of it
+        if self.kind == "uncertainty_softmax":
+            return oracle.uncertainty_softmax(losses, temperature=0.7)
+        if self.kind == "imtl_l":
+            return oracle.imtl_l(losses, own[0])
+        if self.kind in ("rlw", "rlw_g"):
+            draw = torch.rand if name == "uniform" else torch.randn
+            if first:
+                self.random = torch.Generator().manual_seed(epoch)
+            z = draw(len(losses), generator=self.random, dtype=torch.float64).numpy()
+            if name in ("dirichlet", "bernoulli", "constrained_bernoulli"):
+                z = weights if name == "dirichlet" else (weights > 0).astype(float)
+                assert abs(weights.sum() - 1) < 1e-12 and weights.min() >= 0
+            w = oracle.rlw_weights(z, name or "normal", uniform="softmax")
+            return oracle.geometric(losses, w) if self.kind == "rlw_g" else oracle.Out(w, value=w @ losses)
+        if self.kind in ("dwa", "dtp"):
+            out = (oracle.dwa(losses, self.losses) if self.kind == "dwa" else
+                   oracle.dtp(losses, np.array(self.scores) / 100, gamma=0.5, ema=0.3, floor=1e-12))  # fmt: skip
+            return oracle.geometric(losses, out.weights / out.weights.sum()) if name == "geometric" else out
+        if self.kind == "amtl":
+            norm, mean = name.split("-")
+            scores = oracle.accuracy_average(self.scores, 0.3) if self.scores else None
+            return oracle.amtl(losses, scores, self.potentials, norm=norm, mean=mean)
+        if self.kind == "famo":
+            return oracle.Out(self.oracle.step(losses), value=self.oracle.value)
+        if self.kind == "stch":
+            return (oracle.stch(losses, self.losses[1], mu=0.3) if epoch > 1 else
+                    oracle.scale_invariant(losses)._replace(value=None))  # fmt: skip
+        if self.kind == "go4align":
+            groups = best_groups(oracle.Go4AlignOracle.indicate(self.oracle, losses), self.strategy.clusters)
+            means = np.array([self.oracle.indicators[groups == g].mean() for g in groups])
+            return oracle.Out(means, value=means @ losses)
+        return getattr(oracle, self.kind)(losses)
+
+
+CASES = [
+    *(f"{kind}-{option}" for kind, options in {
+        "uncertainty_sigma": ("sum", "product"), "uncertainty_optimal": ("gaussian", "laplace"), "rlw": DISTRIBUTIONS,
+        "dwa": ("arithmetic", "geometric"), "dtp": ("arithmetic", "geometric"), "go4align": "123",
+        "amtl": ("softmax-geometric", "softmax-arithmetic", "sum-geometric", "sum-arithmetic")}.items()
+      for option in options),
+    "uncertainty_softmax", "scale_invariant", "gls", "imtl_l", "rlw_g", "famo", "stch",
+]  # fmt: skip
+
+
+def history(tasks: int, seed: int = 0):
+    """What a run of `EPOCHS` epochs sees: (epoch, [(losses, losses after the step)], mean losses, scores)."""
+    rng = np.random.default_rng([seed, tasks])
+    for epoch in range(EPOCHS):
+        steps = [(10 ** rng.uniform(-2, 2, tasks), 10 ** rng.uniform(-2, 2, tasks)) for _ in range(STEPS)]
+        yield epoch, steps, 10 ** rng.uniform(-1, 1, tasks), rng.uniform(epoch, 100, tasks)
+
+
+def play(strategy, tasks: int, epochs=range(EPOCHS), absent: int | None = None, without: int | None = None):
+    """Every step's weights and gradients; one task may be absent throughout, or left out."""
+    out, keep = [], [i for i in range(tasks) if i != without]
+    present = None if absent is None else torch.arange(tasks) != absent
+    for epoch, steps, means, scores in history(tasks):
+        if epoch in epochs:
+            strategy.epoch_start(epoch, EPOCHS, seed=epoch)
+            for losses, again in steps:
+                losses = losses if absent is None else losses * present.numpy()
+                weights, _, gradients = step(strategy, losses[keep], present)
+                out.append([weights, *gradients])
+                strategy.after_step(tensor(again if absent is None else again * present.numpy())[keep], present)
+            if absent is not None:
+                means[absent] = scores[absent] = np.nan
+            strategy.epoch_end(Statistics(tensor(means)[keep], tensor(scores)[keep]))
+    return np.array(out)
+
+
+@pytest.mark.parametrize("tasks", SIZES)
+@pytest.mark.parametrize("case", CASES)
+def test_oracle(case, tasks):
+    """Weights, value and gradients of the learned parameters in every step of a run."""
+    peer, rng = Peer(case, tasks), np.random.default_rng(3)
+    for epoch, steps, means, scores in history(tasks):
+        peer.strategy.epoch_start(epoch, EPOCHS, seed=epoch)
+        for i, (losses, again) in enumerate(steps):
+            for p in peer.strategy.parameters():
+                p.data.copy_(tensor(rng.uniform(0.3, 2, tasks)))
+            weights, total, gradients = step(peer.strategy, losses)
+            expected = peer.step(losses, epoch, i == 0, weights)
+            assert_close(weights, expected.weights)
+            if expected.value is not None:
+                assert_close(total, expected.value)
+            for gradient in gradients:
+                assert_close(gradient, expected.grad)
+            peer.strategy.after_step(tensor(again))
+            if case == "famo":
+                peer.oracle.after(again)
+        peer.losses.append(means)
+        peer.scores.append(scores)
+        peer.strategy.epoch_end(Statistics(tensor(means), tensor(scores), torch.ones(tasks, dtype=torch.bool)))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not c.startswith("rlw")])
+def test_an_absent_task_is_as_if_it_did_not_exist(case):
+    """The same weights and gradients for the others as without it (DWA, whose weights are in sum T: in proportion),
+    0 for itself, its own state untouched. In one step it returns, and nothing is NaN."""
+    tasks, absent = 4, 2
+    with_it, without = Peer(case, tasks).strategy, Peer(case, tasks - 1).strategy
+    if case.startswith("amtl"):
+        without.potentials.copy_(with_it.potentials[torch.arange(tasks) != absent])
+    start = {k: v.clone() for k, v in with_it.state_dict().items()}
+    actual, expected = play(with_it, tasks, absent=absent), play(without, tasks, without=absent)
+    assert (actual[..., absent] == 0).all()
+    actual = np.delete(actual, absent, axis=-1)
+    if case == "dwa-arithmetic":
+        actual, expected = (x / x.sum(axis=-1, keepdims=True) for x in (actual, expected))
+    assert_close(actual, expected)
+    for name, value in with_it.state_dict().items():
+        if value.ndim and not case.startswith("dwa"):
+            torch.testing.assert_close(value[absent], start[name][absent], rtol=0, atol=0, equal_nan=True)
+    assert np.isfinite(play(with_it, tasks, epochs=[0])).all()
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.startswith("rlw")])
+def test_rlw_with_an_absent_task_draws_for_the_others(case):
+    weights = play(Peer(case, 4).strategy, 4, absent=2)[:, 0]
+    assert (weights[:, 2] == 0).all() and (weights.max(1) > 0).all() and np.isfinite(weights).all()
+    if case != "rlw_g":
+        assert_close(weights.sum(1), np.ones(EPOCHS * STEPS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", CASES)
+def test_extreme_losses_stay_finite(case, dtype):
+    """A loss of 0 among others, all 0, tiny, huge, T = 40, and nobody present (gradient 0)."""
+    for tasks in (1, 3, 40):
+        strategy = Peer(case, tasks).strategy.to(dtype)
+        strategy.epoch_start(0, 1)
+        some = torch.arange(tasks) != tasks // 2
+        for values, present in ((1.0 * some, None), (0.0 * some, None), (1e-30 + 0 * some, None), (1e8 * some, some),
+                                (1e8 + 0 * some, None), (0.0 * some, some & False)):  # fmt: skip
+            losses = values.to(dtype).requires_grad_()
+            total = strategy(losses, present)
+            gradients = torch.autograd.grad(total, [losses, *strategy.parameters()])
+            assert total.isfinite() and all(g.isfinite().all() for g in gradients), (values, present)
+            assert present is None or all((g[~present] == 0).all() for g in gradients)
+            strategy.after_step(losses, present)
+            assert all(b.isfinite().all() for n, b in strategy.named_buffers() if n in ("logits", "log_p"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_checkpoint_holds_everything(case):
+    """Two epochs, save, load into a new strategy: the rest is bit for bit that of an undisturbed run."""
+    straight, stopped, resumed = (Peer(case, 3).strategy for _ in range(3))
+    expected, first = play(straight, 3), play(stopped, 3, epochs=range(2))
+    torch.save(stopped.state_dict(), file := io.BytesIO())
+    resumed.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    assert np.array_equal(np.concatenate([first, play(resumed, 3, epochs=range(2, EPOCHS))]), expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_waits_for_the_device(case, monkeypatch):
+    """Tensors without data cannot be read: whatever a step asks of the host raises here."""
+    strategy = Peer(case, 3).strategy.to("meta")
+    monkeypatch.setattr(strategy, "generator", lambda device: None)
+    losses, present = torch.ones(3, device="meta", requires_grad=True), torch.ones(3, device="meta", dtype=torch.bool)
+    for mask in (None, present):
+        assert strategy(losses, mask).shape == ()
+        strategy.after_step(losses, mask)
+
+
+def test_identities():
+    losses, ones = np.array([0.2, 3.0, 1.5]), np.ones(3)
+    weights = lambda strategy: step(strategy.double(), losses)[0]  # noqa: E731
+    imtl, uw = IMTLL(3).double(), Uncertainty(3, form="regression").double()
+    imtl.log_scales.data = tensor([0.3, -1.0, 0.7])
+    uw.log_variances.data = -imtl.log_scales.data
+    for a, b, sign in zip(step(imtl, losses), step(uw, losses), (1, 1, -1), strict=True):
+        assert_close(a, 2 * sign * np.array(b))
+    sigma, uw = UncertaintySigma(3).double(), Uncertainty(3).double()
+    sigma.sigmas.data = tensor([0.5, 1.0, -2.0])  # the sign does not matter
+    uw.log_variances.data = sigma.sigmas.data.square().log()
+    assert_close(step(sigma, losses)[0], step(uw, losses)[0], tol=1e-6)
+    si, gls = weights(ScaleInvariant(3)), weights(GLS(3))
+    assert_close(gls, np.prod(losses) ** (1 / 3) / 3 * si)
+    assert_close(weights(UncertaintyOptimal(3)), si / 2)
+    assert_close(weights(STCH(3)), si)
+    assert_close(weights(FAMO(3)), si / si.sum(), tol=1e-6)
+    for same in (AMTL(3, [50.0, 60, 70]), DWA(3, mean="geometric"), DTP(3, mean="geometric")):
+        assert_close(weights(same), gls)
+    assert_close(weights(GO4Align(3, clusters=1)), ones * weights(GO4Align(3, clusters=3)).mean(), tol=1e-6)
+
+
+def test_rlw_distributions():
+    """Frequencies of 6000 draws of 3 tasks: all masks but the empty one equally often; means 1/T."""
+    draws = {}
+    for name in DISTRIBUTIONS:
+        strategy, losses = RLW(3, distribution=name).double(), torch.ones(3, dtype=torch.float64)
+        draws[name] = torch.stack([strategy._draw(losses, None) for _ in range(6000)]).numpy()
+        assert_close(draws[name].mean(0), np.full(3, 1 / 3), tol=0.05)
+    for name, masks in (("bernoulli", 7), ("constrained_bernoulli", 3)):
+        counts = Counter(map(tuple, draws[name] > 0))
+        assert len(counts) == masks and all(abs(n - 6000 / masks) < 150 for n in counts.values())
+    assert draws["dirichlet"].var(0) == pytest.approx([1 / 18] * 3, rel=0.1)
+
+
+def test_group_means_is_exact():
+    """Against every partition; ties, and values that take no part."""
+    rng = np.random.default_rng(0)
+    for size in range(1, 8):
+        for values in (10 ** rng.uniform(-3, 3, size), rng.integers(0, 3, size) / 2):
+            active = rng.random(size) < 0.8
+            active[0] = True
+            for clusters in range(1, size + 1):
+                means, x = group_means(tensor(values), torch.tensor(active), clusters).numpy(), values[active]
+                groups = best_groups(x, min(clusters, len(x)))
+                expected = np.array([x[groups == g].mean() for g in groups])
+                assert (means[~active] == 0).all()
+                assert ((means[active] - x) ** 2).sum() == pytest.approx(((expected - x) ** 2).sum(), abs=1e-12)
+
+
+def test_scores():
+    """AMTL inverts errors, stops at its potential and keeps what a NaN does not tell; DTP refuses errors."""
+    strategy = AMTL(("a", "b", "c"), {"b": 0.1, "a": 80, "c": 50}, norm="sum", mean="arithmetic", ema=1.0, margin=0.0)
+    tell = lambda *scores: strategy.epoch_end(Statistics(torch.ones(3), torch.tensor(scores), up))  # noqa: E731
+    up = torch.tensor([True, False, True])
+    tell(40.0, 0.2, float("nan"))
+    assert_close(step(strategy.double(), [1.0, 1, 1])[0], [1 / 6, 1 / 6, 2 / 3], tol=1e-6)
+    tell(90.0, float("nan"), 60.0)
+    assert_close(step(strategy, [1.0, 1, 1])[0], [0, 1, 0], tol=1e-6)
+    tell(90.0, 0.05, 60.0)
+    assert_close(step(strategy, [1.0, 1, 1])[0], [1 / 3] * 3)
+    with pytest.raises(ValueError, match="'b' has a score that is better when lower"):
+        DTP(("a", "b", "c")).epoch_end(Statistics(torch.ones(3), torch.ones(3), up))
+    for silent in (strategy, DTP(3)):
+        with pytest.raises(ValueError, match="Statistics holds none"):
+            silent.epoch_end(Statistics(torch.ones(3)))
+
+
+@pytest.mark.parametrize("bad", [
+    lambda: GO4Align(3, clusters=4), lambda: GO4Align(3, clusters=0), lambda: AMTL(2, [1.0]), lambda: STCH(2, mu=0.0),
+    lambda: AMTL(2, [1.0, 0.0]), lambda: AMTL(("a", "b"), {"a": 1.0}), lambda: AMTL(2, [1.0, 1.0], norm="max"),
+    lambda: DWA(2, mean="harmonic"), lambda: RLW(2, distribution="cauchy"), lambda: UncertaintyOptimal(2, form="c"),
+    lambda: UncertaintySigma(2, regulariser="none"), lambda: UncertaintySoftmax(2, temperature=0.0),
+])  # fmt: skip
+def test_wrong_arguments_are_refused(bad):
+    with pytest.raises(ValueError):
+        bad()
+
+
+@pytest.mark.parametrize("name", YAMLS)
+def test_yaml(name):
+    """It composes, passes the schema, spells every argument out with its default, and names in line one what it is."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        node = OmegaConf.to_container(compose("config", [f"loss={name}", *YAMLS[name]]).loss)
+    schema.check(node, "loss", supplied=["tasks"])
+    strategy = schema.build(node, "loss", tasks=("fine", "coarse"))
+    default = {k: p.default for k, p in schema.inspect.signature(type(strategy)).parameters.items() if k != "tasks"}
+    given = {k: v for k, v in node.items() if k != "_target_"}
+    assert given.keys() == default.keys() and (name == "amtl" or given == default)
+    text = (ROOT / "conf" / "loss" / f"{name}.yaml").read_text()
+    assert text.startswith("# ") and text.splitlines()[1].startswith("_target_:")
