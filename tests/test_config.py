@@ -25,7 +25,8 @@ ROOT = CONF.parent
 FILES = sorted(CONF.glob("*/*.yaml"))
 OPTIONS = [(f.parent.name, f.stem) for f in FILES]
 NODE_OPTIONS = [(group, option) for group, option in OPTIONS if group in NODES]
-REQUIRED = {"single": ["loss.task=fine"], "static": ["loss.weights={fine: 2}"], "custom": ["loss.file=my_loss.py"],
+REQUIRED = {
+    "pivrg": ["loss.baselines={fine: 60, coarse: 70}"],"single": ["loss.task=fine"], "static": ["loss.weights={fine: 2}"], "custom": ["loss.file=my_loss.py"],
             "other": ["optimizer._target_=torch.optim.RMSprop"]}  # fmt: skip
 # Where a YAML of ours says something else than its class, on purpose.
 DIFFERENT = {("data", "digits"): {"batch_size": 64}}

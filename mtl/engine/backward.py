@@ -20,7 +20,7 @@ class Switches:
     Args:
         gradients: of what per-task gradients are taken: the shared parameters, or the features between backbone and
             heads (the upper bound of MGDA-UB, Sener & Koltun 2018: one backward pass through the backbone instead
-            of T).
+            of T), or whichever the method is made for.
         transform: log runs the strategy on log-losses, which makes any of them blind to the losses' scales.
         heads: what the heads receive under a gradient method: the gradient of their own loss, that gradient times
             the task's weight, or whichever of the two the method's paper says.
@@ -28,7 +28,7 @@ class Switches:
             shared gradient is as long as equal weighting's; paper: as published.
     """
 
-    gradients: Literal["parameters", "features"] = "parameters"
+    gradients: Literal["paper", "parameters", "features"] = "paper"
     transform: Literal["none", "log"] = "none"
     heads: Literal["paper", "own", "weighted"] = "paper"
     scale: Literal["paper", "sum", "norm"] = "paper"
@@ -40,11 +40,17 @@ class Switches:
         # A loss that is exactly 0 has no logarithm; clamped, it also has no gradient any more.
         return [x.clamp(min=1e-12).log() for x in losses]
 
+    def of_features(self, strategy: Strategy) -> bool:
+        """Whether this strategy's step takes its per-task gradients of the features."""
+        return (strategy.gradients if self.gradients == "paper" else self.gradients) == "features"
+
     def check(self, strategy: Strategy) -> None:
         """Raises:
         ValueError: this strategy cannot be switched like that.
         """
         name = type(strategy).__name__
+        if strategy.gradients == "features" and self.gradients == "parameters":
+            raise ValueError(f"gradients=parameters: {name} is defined on the gradients of features only; drop it")
         if isinstance(strategy, LossWeighting) and self.gradients == "features":
             raise ValueError(f"gradients=features: {name} weighs losses and takes no per-task gradients; drop it")
         if isinstance(strategy, JacobianAggregation) and self.heads == "weighted":
@@ -83,6 +89,7 @@ def backward(
     present: Tensor | None = None,
     features: Tensor | None = None,
     switches: Switches = Switches(),
+    per_task: bool = False,
 ) -> Step:
     """Fill `.grad` of all parameters as `strategy` decides; like `Tensor.backward`, it adds to what is there.
 
@@ -96,6 +103,8 @@ def backward(
         present: (T,) bool, False where the batch holds no label of that task (its loss is then ignored).
         features: what the backbone returned and all heads started from; needed for gradients=features.
         switches: variations of the step.
+        per_task: also leave the weighted gradients of the tasks as `task_grads` (T, *p.shape) on the shared parameters,
+            and `present` as `task_present`, for the optimizers of `mtl.optim.taskwise`.
 
     Returns:
         weights and gradient statistics of this step.
@@ -119,18 +128,20 @@ def backward(
         raise ValueError(f"heads: {len(heads)} collections of parameters for {strategy.tasks} tasks")
     if not isinstance(strategy, LossWeighting | GramianWeighting | JacobianAggregation):
         raise TypeError(f"{type(strategy).__name__} belongs to none of the three families of mtl.losses")
-    if switches.gradients == "features" and features is None:
-        raise ValueError("features: gradients=features needs the tensor that all heads start from")
+    if switches.of_features(strategy) and features is None:
+        raise ValueError("features: gradients of features need the tensor that all heads start from")
     samples = [switches.transformed(part) for part in samples]
 
     weighting = isinstance(strategy, LossWeighting)
-    if weighting and switches.scale != "norm" and switches.heads != "own":
+    if per_task and (isinstance(strategy, JacobianAggregation) or switches.of_features(strategy)):
+        raise ValueError(f"per_task: {type(strategy).__name__} leaves no weighted gradient for each task and parameter")
+    if weighting and switches.scale != "norm" and switches.heads != "own" and not per_task:
         return _weight_losses(samples[0], strategy, shared, present, features, switches)
     if heads is None:
-        why = f"{type(strategy).__name__}" if not weighting else f"scale={switches.scale}, heads={switches.heads}"
+        why = type(strategy).__name__ if not weighting else "a step with per-task gradients"
         raise ValueError(f"heads: {why} needs each task's own parameters (may be empty)")
     heads = [[p for p in h if p.requires_grad] for h in heads]
-    return _combine_gradients(samples, strategy, shared, heads, present, features, switches)
+    return _combine_gradients(samples, strategy, shared, heads, present, features, switches, per_task)
 
 
 def _weights_of_losses(losses: list[Tensor], strategy: LossWeighting, present) -> tuple[Tensor, Tensor]:
@@ -156,22 +167,25 @@ def _weight_losses(losses, strategy: LossWeighting, shared: list[Parameter], pre
         weights = weights * (count(present, weights) / weights.sum())
     if stacked.requires_grad:
         stacked.backward(weights)
-    return Step(weights=weights, norm=_norm(shared))
+    return Step(weights=weights, norm=gradient_norm(shared))
 
 
-def _combine_gradients(samples, strategy, shared, heads, present, features, switches) -> Step:
+def _combine_gradients(samples, strategy, shared, heads, present, features, switches, per_task) -> Step:
     losses = samples[-1]
     if isinstance(strategy, LossWeighting):
+        if (extra := strategy.regulariser(losses, features)) is not None:
+            extra.backward(retain_graph=True)
         _, weights = _weights_of_losses(losses, strategy, present)
     with torch.no_grad():
-        where = [features] if switches.gradients == "features" else shared
+        of_features = switches.of_features(strategy)
+        where = [features] if of_features else shared
         # The graph stays for what follows: feature gradients on their way through the backbone, or terms of the heads.
-        more = switches.gradients == "features" or _overrides(strategy, GramianWeighting, "head_terms")
+        more = of_features or _overrides(strategy, GramianWeighting, "head_terms")
         jacobian, own, cross = _jacobians(samples, where, heads, keep=more)
         gramian = jacobian @ jacobian.T
         values = torch.stack([loss.detach() for loss in losses])
         if isinstance(strategy, JacobianAggregation):
-            result = strategy.aggregate(jacobian, present, values)
+            result = strategy.aggregate(jacobian, present, values, features if of_features else None)
             direction, weights = result if isinstance(result, tuple) else (result, None)
             norm = direction.norm()
         else:
@@ -201,12 +215,14 @@ def _combine_gradients(samples, strategy, shared, heads, present, features, swit
                 gradients = [None if g is None else factors[i] * g for g in gradients]
             _add(parameters, gradients)
 
-    if switches.gradients == "features":
+    if of_features:
         features.backward(direction.view_as(features).to(features.dtype))
-        shared_norm = _norm(shared)
+        shared_norm = gradient_norm(shared)
     else:
         _accumulate(shared, direction)
         shared_norm = norm
+    if per_task:
+        _leave_rows(shared, jacobian * (weights if factor is None else weights * factor)[:, None], present)
     cosine = conflict = None
     if len(losses) > 1:
         cosine, conflict = _similarity(gramian, present)
@@ -307,7 +323,13 @@ def _accumulate(parameters: list[Parameter], direction: Tensor) -> None:
             torch._foreach_copy_(gradients, pieces)
 
 
-def _norm(parameters: list[Parameter]) -> Tensor:
+def _leave_rows(parameters: list[Parameter], rows: Tensor, present: Tensor | None) -> None:
+    for p, part in zip(parameters, rows.split([p.numel() for p in parameters], dim=1), strict=True):
+        p.task_grads, p.task_present = part.view(len(rows), *p.shape), present
+
+
+def gradient_norm(parameters: list[Parameter]) -> Tensor:
+    """() norm of all the parameters' `.grad` taken together."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return torch.zeros((), device=parameters[0].device)

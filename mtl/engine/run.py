@@ -32,7 +32,7 @@ from mtl.engine import checkpoint
 from mtl.engine.backward import Switches
 from mtl.engine.directory import RunDirectory, now, write_json
 from mtl.engine.trainer import Learner, Trainer, defines
-from mtl.losses import GramianWeighting, LossWeighting, Strategy
+from mtl.losses import Equal, GramianWeighting, JacobianAggregation, LossWeighting, Strategy
 from mtl.random import derive
 from mtl.tasks import Task
 from mtl.tracking import RunInfo, Tracker, flatten
@@ -185,6 +185,7 @@ def build_learner(
         except (ValueError, RuntimeError) as error:
             shape = "x".join(map(str, benchmark.image_shape))
             raise ConfigError(f"arch: does not fit the images of data ({shape}): {one_line(error)}") from error
+        strategy.prepare(backbone.out_features)
     model, strategy = trainer.place(model, device), strategy.to(device)
     groups = [{"params": list(model.parameters())}]
     if own := list(strategy.parameters()):
@@ -192,6 +193,13 @@ def build_learner(
         settings = {"lr": strategy.lr, "weight_decay": strategy.weight_decay}
         groups.append({"params": own, **{k: v for k, v in settings.items() if v is not None}})
     optimizer = schema.build(config["optimizer"], "optimizer", params=groups)
+    if getattr(optimizer, "alternates", False) and type(strategy) is not Equal:
+        raise ConfigError("optimizer=mtl_io: the tasks take turns and nothing is left to weigh; use loss=equal")
+    if getattr(optimizer, "per_task", False) and isinstance(strategy, JacobianAggregation):
+        raise ConfigError(
+            f"optimizer=adatask: needs each task's gradient, and {type(strategy).__name__} merges them; "
+            "use another loss or optimizer"
+        )
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return Learner(trainer, model, tasks, strategy, optimizer, schedule, device, seed, switches or Switches())

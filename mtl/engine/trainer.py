@@ -16,7 +16,7 @@ from torch import Tensor
 from mtl.archs.model import MultiTaskModel
 from mtl.config.errors import SetupError
 from mtl.data.batches import TrainingBatches
-from mtl.engine.backward import Switches, backward
+from mtl.engine.backward import Step, Switches, backward, gradient_norm
 from mtl.losses import Statistics, Strategy
 from mtl.optim.schedules import Schedule
 from mtl.random import derive
@@ -149,7 +149,7 @@ class Learner:
         shared = list(self.model.shared_parameters())
         heads = [list(self.model.head_parameters(task.name)) for task in self.tasks]
         partial = any(task.partial for task in self.tasks)
-        strategy, sums = self.strategy, Sums()
+        sums = Sums()
         progress = Progress(len(batches), f"epoch {epoch + 1}/{trainer.epochs}")
 
         for i, (images, targets) in enumerate(batches.epoch(epoch)):
@@ -157,25 +157,10 @@ class Learner:
                 self._set_rate(epoch + i / len(batches))
             counts = torch.stack([t.count(targets[t.name]) for t in self.tasks])
             present = counts > 0 if partial else None
-            if defines(strategy, "look_ahead"):
-                self._look_ahead(images, targets)
-            if strategy.samples == 1:
-                predictions, features = self.predict(images)
-                losses = self._losses(predictions, targets)
-                seen = losses
-            else:  # independent batches: the parts of this one
-                parts = [self.predict(part)[0] for part in images.chunk(strategy.samples)]
-                labels = {name: y.chunk(strategy.samples) for name, y in targets.items()}
-                seen = [self._losses(p, {name: y[k] for name, y in labels.items()}) for k, p in enumerate(parts)]
-                predictions, features = [torch.cat(p) for p in zip(*parts, strict=True)], None
-                losses = self._losses(predictions, targets)
-            self.optimizer.zero_grad(set_to_none=True)
-            step = backward(seen, strategy, shared, heads, present, features, self.switches)
-            self.optimizer.step()
-            if defines(strategy, "after_step"):
-                with torch.no_grad(), self._frozen_statistics():
-                    again = self._losses(self.predict(images)[0], targets)
-                strategy.after_step(torch.stack(self.switches.transformed(again)), present)
+            if getattr(self.optimizer, "alternates", False):
+                predictions, losses, step = self._take_turns(images, targets, shared)
+            else:
+                predictions, losses, step = self._step(images, targets, shared, heads, present)
 
             with torch.no_grad():
                 sums.add("count", counts)
@@ -201,6 +186,42 @@ class Learner:
         row["time/seconds"] = seconds
         row["time/images_per_second"] = batches.size / seconds
         return row
+
+    def _step(self, images, targets, shared, heads, present) -> tuple[list[Tensor], list[Tensor], Step]:
+        strategy = self.strategy
+        if defines(strategy, "look_ahead"):
+            self._look_ahead(images, targets)
+        if strategy.samples == 1:
+            predictions, features = self.predict(images)
+            losses = seen = self._losses(predictions, targets)
+        else:  # independent batches: the parts of this one
+            parts = [self.predict(part)[0] for part in images.chunk(strategy.samples)]
+            labels = {name: y.chunk(strategy.samples) for name, y in targets.items()}
+            seen = [self._losses(p, {name: y[k] for name, y in labels.items()}) for k, p in enumerate(parts)]
+            predictions, features = [torch.cat(p) for p in zip(*parts, strict=True)], None
+            losses = self._losses(predictions, targets)
+        self.optimizer.zero_grad(set_to_none=True)
+        per_task = getattr(self.optimizer, "per_task", False)
+        step = backward(seen, strategy, shared, heads, present, features, self.switches, per_task)
+        self.optimizer.step()
+        if defines(strategy, "after_step"):
+            with torch.no_grad(), self._frozen_statistics():
+                again = self._losses(self.predict(images)[0], targets)
+            strategy.after_step(torch.stack(self.switches.transformed(again)), present)
+        return predictions, losses, step
+
+    def _take_turns(self, images, targets, shared) -> tuple[list[Tensor], list[Tensor], Step]:
+        """MTL-IO: each task in turn makes a forward pass and a step with its own optimizer."""
+        predictions, losses = [], []
+        for k, task in enumerate(self.tasks):
+            prediction = self.predict(images)[0][k]
+            loss = task.loss(prediction, targets[task.name])
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step_task(k, len(self.tasks))
+            predictions.append(prediction)
+            losses.append(loss)
+        return predictions, losses, Step(torch.ones(len(losses), device=self.device), gradient_norm(shared))
 
     def predict(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Each task's prediction in fp32, and the features (N, F) that the heads started from."""

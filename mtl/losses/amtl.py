@@ -21,7 +21,18 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from mtl.losses.base import LossWeighting, Mean, Statistics, choose, combine, masked, moving_average, softmax, uniform
+from mtl.losses.base import (
+    LossWeighting,
+    Mean,
+    Statistics,
+    by_task,
+    choose,
+    combine,
+    masked,
+    moving_average,
+    softmax,
+    uniform,
+)
 
 Norm = Literal["softmax", "sum"]
 Potential = Annotated[float, Gt(0)]
@@ -55,18 +66,12 @@ class AMTL(LossWeighting):
         mean: Mean = "geometric",
     ):
         super().__init__(tasks)
-        if isinstance(potentials, Mapping):
-            if set(potentials) != set(self.names):
-                given = ", ".join(map(str, potentials))
-                raise ValueError(f"potentials: one for each of {', '.join(self.names)} is needed, given for {given}")
-            potentials = [potentials[name] for name in self.names]
-        if len(potentials) != self.tasks:
-            raise ValueError(f"potentials: {len(potentials)} given for {self.tasks} tasks ({', '.join(self.names)})")
+        potentials = by_task("potentials", potentials, self.names)
         if min(potentials) <= 0:
             raise ValueError(f"potentials: {min(potentials)} is not positive")
         self.gamma, self.margin, self.ema = gamma, margin, ema
         self.norm, self.mean = choose("norm", norm, Norm), choose("mean", mean, Mean)
-        self.register_buffer("potentials", torch.tensor(list(potentials), dtype=torch.float32))
+        self.register_buffer("potentials", torch.tensor(potentials, dtype=torch.float32))
         self.register_buffer("average", torch.full((self.tasks,), torch.nan))
         self.register_buffer("raw", torch.ones(self.tasks))  # weights before norm; 1 is an achievement of 0
 

@@ -40,6 +40,7 @@ class Strategy(nn.Module, ABC):
         tasks: the number of tasks, or their names (then weights may be given by name).
 
     Attributes:
+        gradients: of what the method takes per-task gradients: "parameters" or "features".
         heads: what task-specific parameters receive under a gradient method: the gradient of their own loss
             ("own"), or that gradient times the task's weight ("weighted"); each paper's way. Loss weighting always
             weights them.
@@ -50,6 +51,7 @@ class Strategy(nn.Module, ABC):
         lr, weight_decay: of the method's own parameters; None follows the optimizer's.
     """
 
+    gradients: str = "parameters"
     heads: str = "own"
     max_norm: float | None = None
     samples: int = 1
@@ -72,6 +74,9 @@ class Strategy(nn.Module, ABC):
     def tasks(self) -> int:
         """Number of tasks T."""
         return len(self.names)
+
+    def prepare(self, features: int) -> None:
+        """Create the parameters whose shape depends on the width of the features; before the optimizer is built."""
 
     def epoch_start(self, epoch: int, epochs: int, seed: int = 0) -> None:
         """Tell the progress and reseed the method's random stream.
@@ -188,13 +193,18 @@ class JacobianAggregation(Strategy):
 
     @abstractmethod
     def aggregate(
-        self, jacobian: Tensor, present: Tensor | None = None, losses: Tensor | None = None
+        self,
+        jacobian: Tensor,
+        present: Tensor | None = None,
+        losses: Tensor | None = None,
+        features: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Merge the task gradients.
 
         Args:
             jacobian: (T, P) one task gradient a row; an absent task's row is 0.
             present, losses: as in `GramianWeighting.weights`.
+            features: (N, …) the representation, when the Jacobian is of it; then P = N · ….
 
         Returns:
             (P,) the direction; parameters move against it. A method that has task weights returns (direction, weights).

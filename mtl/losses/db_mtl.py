@@ -42,7 +42,11 @@ class DBMTL(JacobianAggregation):
         self.register_buffer("inverse", torch.ones(self.tasks))
 
     def aggregate(
-        self, jacobian: Tensor, present: Tensor | None = None, losses: Tensor | None = None
+        self,
+        jacobian: Tensor,
+        present: Tensor | None = None,
+        losses: Tensor | None = None,
+        features: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         if losses is None:
             raise ValueError("DB-MTL needs the losses of the step")

@@ -37,7 +37,11 @@ class ExcessMTL(JacobianAggregation):
         self.register_buffer("initial", torch.full((self.tasks,), torch.nan, dtype=torch.float64))
 
     def aggregate(
-        self, jacobian: Tensor, present: Tensor | None = None, losses: Tensor | None = None
+        self,
+        jacobian: Tensor,
+        present: Tensor | None = None,
+        losses: Tensor | None = None,
+        features: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         if self.squares is None:
             self.squares = torch.zeros_like(jacobian)

@@ -5,7 +5,9 @@ Chen et al., "Just Pick a Sign: Optimizing Deep Multitask Models with Gradient S
     P = ½ (1 + Σ_i g_i / Σ_i |g_i|),   M_i = 1[P > U]·1[g_i > 0] + 1[P < U]·1[g_i < 0],   U ~ Uniform(0, 1),
     d = Σ_i (ℓ_i + (1 − ℓ_i) M_i) g_i       element by element, with leak ℓ = 0.
 
-The paper masks the gradients of the shared activations; here the same rule acts on parameter gradients.
+The paper masks the gradients of the shared activations z, `step.gradients=features`: there the sign and size of an
+element are those of Σ_n z_n g_in, summed over the batch, and one draw an element masks all samples. By default the same
+rule acts on each parameter's gradient, as in the CAGrad and Nash-MTL codes.
 """
 
 from collections.abc import Sequence
@@ -32,9 +34,22 @@ class GradDrop(JacobianAggregation):
             raise ValueError(f"leak: {leak} is not in [0, 1]")
         self.leak = leak
 
-    def aggregate(self, jacobian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
-        total, magnitude = jacobian.sum(0), jacobian.abs().sum(0)
+    def aggregate(
+        self,
+        jacobian: Tensor,
+        present: Tensor | None = None,
+        losses: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> Tensor:
+        if features is None:
+            votes = jacobian
+        else:  # (T, F): the gradients for |z|, which samples with activations of either sign can sum up
+            jacobian = jacobian.view(self.tasks, *features.shape)
+            votes = (features.sign() * jacobian).sum(1)
+        total, magnitude = votes.sum(0), votes.abs().sum(0)
         purity = torch.where(magnitude > 0, 0.5 * (1 + total / magnitude), torch.full_like(total, 0.5))
         draw = torch.rand(total.shape, generator=self.generator(total.device), device=total.device, dtype=total.dtype)
-        kept = torch.where(purity > draw, jacobian.clamp(min=0).sum(0), jacobian.clamp(max=0).sum(0))
-        return self.leak * total + (1 - self.leak) * kept
+        kept = torch.where(purity > draw, votes > 0, votes < 0)
+        if features is not None:
+            kept = kept.unsqueeze(1)
+        return ((self.leak + (1 - self.leak) * kept) * jacobian).sum(0).flatten()

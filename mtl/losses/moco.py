@@ -51,7 +51,11 @@ class MoCo(JacobianAggregation):
         self.register_buffer("steps", torch.zeros((), dtype=torch.float64))
 
     def aggregate(
-        self, jacobian: Tensor, present: Tensor | None = None, losses: Tensor | None = None
+        self,
+        jacobian: Tensor,
+        present: Tensor | None = None,
+        losses: Tensor | None = None,
+        features: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         if self.trackers is None:
             self.trackers = torch.zeros_like(jacobian)

@@ -1,0 +1,43 @@
+"""What methods need that train their task weights by themselves, apart from the model's optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Adam(nn.Module):
+    """Adam (Kingma & Ba, ICLR 2015) for one small vector, with its state in buffers, so that checkpoints hold it.
+
+    torch.optim.Adam keeps its state in a dictionary of its own, which a strategy's `state_dict` would lose.
+
+    Args:
+        size: length of the vector.
+        lr: learning rate.
+    """
+
+    def __init__(self, size: int, lr: float):
+        super().__init__()
+        self.lr = lr
+        for name in ("first", "second", "steps"):
+            self.register_buffer(name, torch.zeros(size))
+
+    def forward(self, value: Tensor, gradient: Tensor, present: Tensor | None = None) -> Tensor:
+        """`value` (T,) after one step against `gradient`; entries that are not present keep value and state."""
+        steps = self.steps + 1
+        first = torch.lerp(self.first, gradient.to(self.first), 0.1)
+        second = torch.lerp(self.second, gradient.to(self.second).square(), 0.001)
+        step = first / (1 - 0.9**steps) / ((second / (1 - 0.999**steps)).sqrt() + 1e-8)
+        for old, new in ((self.first, first), (self.second, second), (self.steps, steps)):
+            old.copy_(new if present is None else torch.where(present, new, old))
+        moved = value - self.lr * step.to(value)
+        return moved if present is None else torch.where(present, moved, value)
+
+
+@torch.no_grad()
+def move(parameters: Sequence[nn.Parameter], start, directions, length: Tensor | float) -> None:
+    """Set parameters to start + length · direction; where the direction is None, to start."""
+    for p, s, d in zip(parameters, start, directions, strict=True):
+        p.copy_(s if d is None else s + length * d)

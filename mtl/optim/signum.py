@@ -1,0 +1,47 @@
+"""signSGD with momentum (Signum): steps of the same size for every parameter, whatever the gradients' scale."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from annotated_types import Ge, Gt, Lt
+
+
+class Signum(torch.optim.Optimizer):
+    """signSGD with momentum.
+
+    Bernstein et al., "signSGD: Compressed Optimisation for Non-Convex Problems", ICML 2018, algorithm 2:
+
+        m ← β m + (1 − β) g,     θ ← θ − lr (sign(m) + λ θ).
+
+    Learning rates are Adam's, far below SGD's. Heads are exactly invariant to the scale of their loss.
+
+    Args:
+        params: as in torch.optim.
+        lr: learning rate, the size of every parameter's step.
+        momentum: β; 0 is plain signSGD.
+        weight_decay: λ.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: Annotated[float, Gt(0)] = 1e-4,
+        momentum: Annotated[float, Ge(0), Lt(1)] = 0.9,
+        weight_decay: Annotated[float, Ge(0)] = 0.0,
+    ):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["m"] = torch.zeros_like(p)
+                state["m"].lerp_(p.grad, 1 - group["momentum"])
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(group["lr"] * state["m"].sign())
