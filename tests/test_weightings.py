@@ -266,7 +266,8 @@ def test_identities():
     sigma, uw = m.UncertaintySigma(3).double(), m.Uncertainty(3).double()
     sigma.sigmas.data = tensor([0.5, 1.0, -2.0])  # the sign does not matter
     uw.log_variances.data = sigma.sigmas.data.square().log()
-    assert_close(step(sigma, losses)[0], step(uw, losses)[0], tol=1e-6)
+    for a, b in zip(step(sigma, losses)[:2], step(uw, losses)[:2], strict=True):
+        assert_close(a, b, tol=1e-6)
     si, gls = weights(m.ScaleInvariant(3)), weights(m.GLS(3))
     assert_close(gls, np.prod(losses) ** (1 / 3) / 3 * si)
     assert_close(weights(m.UncertaintyOptimal(3)), si / 2)
@@ -275,6 +276,11 @@ def test_identities():
     for same in (m.AMTL(3, [50.0, 60, 70]), m.DWA(3, mean="geometric"), m.DTP(3, mean="geometric")):
         assert_close(weights(same), gls)
     assert_close(weights(m.GO4Align(3, clusters=1)), [weights(m.GO4Align(3, clusters=3)).mean()] * 3, tol=1e-6)
+    go4align = m.GO4Align(3).double()
+    assert_close(step(go4align, [0.0, 2, 2])[0], [0, 1, 1])  # a loss of 0 takes no part
+    for _ in range(3):
+        step(go4align, losses)
+    assert abs(go4align.log_p.sum()) < 1e-12 < abs(go4align.log_p).sum()
 
 
 def test_rlw_distributions():
@@ -316,6 +322,8 @@ def test_scores():
     assert_close(step(strategy, [1.0, 1, 1])[0], [0, 1, 0], tol=1e-6)
     tell(90.0, 0.05, 60.0)
     assert_close(step(strategy, [1.0, 1, 1])[0], [1 / 3] * 3)
+    (dtp := m.DTP(2)).epoch_end(Statistics(torch.ones(2), torch.tensor([0.0, 100.0])))
+    assert_close(step(dtp.double(), [1.0, 1])[0], [-np.log(1e-12), 0], tol=1e-6)
     with pytest.raises(ValueError, match="'b' has a score that is better when lower"):
         m.DTP(("a", "b", "c")).epoch_end(Statistics(torch.ones(3), torch.ones(3), up))
     for silent in (strategy, m.DTP(3)):

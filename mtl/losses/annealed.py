@@ -1,0 +1,133 @@
+"""Annealed auxiliary tasks: one main task, and others whose weight falls over training, gated by a signal.
+
+The best published rows of the CIFAR-100 loss-combination benchmark are instances of one idea: with progress t = epoch
+/ epochs,
+
+    L = L_main + Σ_aux f(t) · gate · L_aux,      f(t) = end + (start − end) · shape((t − hold) / (1 − hold)),
+
+f constant at `start` while t ≤ hold, and then falling as a cosine (1 + cos πu)/2, a square (1 − u)² or an exponential
+e^{−rate·u}. `uncertainty` puts learned log-variances on all tasks, e^{−s} L + s, and lets f multiply the auxiliary's
+whole term or only its precision e^{−s}. The gates:
+
+- calibrated: the ratio of the mean losses, main to auxiliary, of the first `calibration` batches (1 until then); -
+boosted: (1 + ¼ L_main/L_main(0)) · 2ρ_aux/(ρ_main + ρ_aux), with ρ = L / its moving average (decay 0.95). The
+benchmark
+  says no more of the second factor than that it comes from normalised losses; this form averages 1;
+- guarded: exp(−3 max(0, ρ_main − 1, ρ_aux − 1)), which cuts the auxiliary at a spike of either loss; the main task's
+weight is
+  then 2 − the auxiliary's.
+
+The five published instances are conf/loss/annealed_*.yaml. The first task is the main one unless `main` names another.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Ge, Gt, Lt
+from torch import Tensor, nn
+
+from mtl.losses.base import LossWeighting, masked
+
+
+class Annealed(LossWeighting):
+    """L = L_main + Σ_aux f(t) · gate · L_aux.
+
+    Args:
+        tasks: number or names of the tasks.
+        main: name of the main task; None is the first.
+        shape: how the auxiliary weight falls.
+        start, end: its value at the beginning and (but for the exponential) at the end.
+        hold: share of training for which it stays at start.
+        rate: of the exponential.
+        gate: signal that multiplies it.
+        calibration: batches of the calibrated gate.
+        uncertainty: learned log-variances: of none, with f on the whole auxiliary term, or on its precision.
+        lr, weight_decay: of the log-variances; None follows the optimizer's.
+
+    Raises:
+        ValueError: `main` is no task.
+    """
+
+    def __init__(
+        self,
+        tasks: int | Sequence[str],
+        main: str | None = None,
+        shape: Literal["cosine", "square", "exponential"] = "cosine",
+        start: Annotated[float, Ge(0)] = 1.0,
+        end: Annotated[float, Ge(0)] = 0.1,
+        hold: Annotated[float, Ge(0), Lt(1)] = 0.0,
+        rate: Annotated[float, Gt(0)] = 3.0,
+        gate: Literal["none", "calibrated", "boosted", "guarded"] = "none",
+        calibration: Annotated[int, Ge(1)] = 50,
+        uncertainty: Literal["none", "term", "precision"] = "none",
+        lr: Annotated[float, Ge(0)] | None = None,
+        weight_decay: Annotated[float, Ge(0)] | None = None,
+    ):
+        super().__init__(tasks)
+        if main is not None and main not in self.names:
+            raise ValueError(f"main: {main!r} is no task; the tasks are {', '.join(self.names)}")
+        self.shape, self.start, self.end, self.hold, self.rate = shape, start, end, hold, rate
+        self.gate, self.calibration, self.uncertainty = gate, calibration, uncertainty
+        self.lr, self.weight_decay = lr, weight_decay
+        self.register_buffer("is_main", torch.tensor([n == (main or self.names[0]) for n in self.names]))
+        self.register_buffer("batches", torch.zeros(self.tasks))
+        self.register_buffer("sums", torch.zeros(self.tasks))
+        self.register_buffer("first", torch.full((self.tasks,), torch.nan))
+        self.register_buffer("average", torch.full((self.tasks,), torch.nan))
+        if uncertainty != "none":
+            self.log_variances = nn.Parameter(torch.zeros(self.tasks))
+
+    def factor(self) -> float:
+        """f at the current epoch."""
+        t = self.epoch / self.epochs
+        u = max(0.0, (t - self.hold) / (1 - self.hold))
+        falls = {
+            "cosine": (1 + math.cos(math.pi * u)) / 2,
+            "square": (1 - u) ** 2,
+            "exponential": math.exp(-self.rate * u),
+        }
+        return self.end + (self.start - self.end) * falls[self.shape]
+
+    def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
+        on = torch.ones_like(self.is_main) if present is None else present
+        gates = self._gates(losses.detach().to(self.sums), on).to(losses)
+        auxiliary = self.factor() * gates
+        weights = torch.where(self.is_main, 1.0, auxiliary)
+        if self.gate == "guarded":
+            others = masked(auxiliary, on & ~self.is_main)
+            mean = others.sum() / (on & ~self.is_main).sum().clamp(min=1)
+            weights = torch.where(self.is_main, 2 - mean, weights)
+        if self.uncertainty == "none":
+            return (weights * masked(losses, present)).sum()
+        s = self.log_variances
+        precision = torch.exp(-s) * losses
+        if self.uncertainty == "term":
+            return (weights * masked(precision + s, present)).sum()
+        return masked(weights * precision + s, present).sum()
+
+    @torch.no_grad()
+    def _gates(self, losses: Tensor, on: Tensor) -> Tensor:
+        """(T,) the gate of each task (the main task's is not used); updates the statistics of the present tasks."""
+        if self.gate == "none":
+            return torch.ones_like(losses)
+        if self.gate == "calibrated":
+            counts = on & (self.batches < self.calibration)
+            self.batches += counts
+            self.sums += torch.where(counts, losses, 0.0)
+            means = self.sums / self.batches.clamp(min=1)
+            main = (means * self.is_main).sum()
+            full = (self.batches >= self.calibration) & (self.batches * self.is_main).sum().ge(self.calibration)
+            return torch.where(full, main / means.clamp(min=1e-12), 1.0)
+        self.first.copy_(torch.where(self.first.isnan() & on, losses, self.first))
+        # Against the average of the batches before this one; the first batch is its own average.
+        average = torch.where(self.average.isnan(), losses, self.average)
+        ratio = torch.where(on, losses / average.clamp(min=1e-12), 1.0)
+        self.average.copy_(torch.where(on, torch.lerp(average, losses, 0.05), self.average))
+        main = (ratio * self.is_main).sum()
+        if self.gate == "guarded":
+            return torch.exp(-3 * torch.maximum(ratio, main).sub(1).clamp(min=0))
+        began = self.first.nan_to_num(nan=1.0).clamp(min=1e-12)
+        remaining = (torch.where(on, losses / began, 1.0) * self.is_main).sum()
+        return (1 + 0.25 * remaining) * 2 * ratio / (main + ratio).clamp(min=1e-12)
