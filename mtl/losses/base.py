@@ -40,6 +40,8 @@ class Strategy(nn.Module, ABC):
         tasks: the number of tasks, or their names (then weights may be given by name).
 
     Attributes:
+        claims: properties that its paper claims, by their names in `mtl.certify`.
+        takes_logs: whether it takes logarithms of the losses, and so cannot see log-losses.
         gradients: of what the method takes per-task gradients: "parameters" or "features".
         heads: what task-specific parameters receive under a gradient method: the gradient of their own loss
             ("own"), or that gradient times the task's weight ("weighted"); each paper's way. Loss weighting always
@@ -51,6 +53,8 @@ class Strategy(nn.Module, ABC):
         lr, weight_decay: of the method's own parameters; None follows the optimizer's.
     """
 
+    claims: tuple[str, ...] = ()
+    takes_logs: bool = False
     gradients: str = "parameters"
     heads: str = "own"
     max_norm: float | None = None

@@ -28,6 +28,8 @@ class CAGrad(GramianWeighting):
         rescale: divide by 1 + c², as the authors' code does.
     """
 
+    claims = ("scale_free",)
+
     def __init__(self, tasks: int | Sequence[str], c: Annotated[float, Ge(0)] = 0.4, rescale: bool = False):
         super().__init__(tasks)
         self.c, self.rescale = c, rescale

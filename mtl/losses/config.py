@@ -19,6 +19,8 @@ from mtl.losses.solvers import double
 class ConFIG(GramianWeighting):
     """weights = (Σ_j g_j·x) / ‖x‖² · (C⁺ 1)_i / ‖g_i‖."""
 
+    claims = ("task_scale_free", "scale_free")
+
     def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
         rtol = 8 * len(gramian) * torch.finfo(gramian.dtype).eps
         G = double(gramian)

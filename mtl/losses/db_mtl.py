@@ -29,6 +29,7 @@ class DBMTL(JacobianAggregation):
 
     lazy = ("average",)
     heads = "weighted"
+    takes_logs = True
 
     def __init__(
         self,

@@ -18,5 +18,7 @@ from mtl.losses.solvers import double, project_on_cone
 class DualProj(GramianWeighting):
     """weights = argmin over v ≥ 1/T of vᵀGv."""
 
+    claims = ("non_conflicting", "scale_free")
+
     def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
         return masked(project_on_cone(gramian, uniform(present, double(gramian)[0])[None])[0], present)

@@ -29,6 +29,8 @@ class FairGrad(GramianWeighting):
         max_norm: clip of the shared gradient's norm; None does not clip.
     """
 
+    claims = ("non_conflicting", "scale_free")
+
     def __init__(
         self,
         tasks: int | Sequence[str],

@@ -21,8 +21,9 @@ from annotated_types import Ge
 from torch import Tensor
 
 from mtl.losses.base import LossWeighting, masked, softmax
+from mtl.losses.meta import Adam
 
-EPS, BETA1, BETA2 = 1e-8, 0.9, 0.999
+EPS = 1e-8
 
 
 class FAMO(LossWeighting):
@@ -34,13 +35,14 @@ class FAMO(LossWeighting):
         gamma: γ, weight decay of the logits, which pulls z towards 1/T.
     """
 
+    takes_logs = True
+
     def __init__(
         self, tasks: int | Sequence[str], lr: Annotated[float, Ge(0)] = 0.025, gamma: Annotated[float, Ge(0)] = 1e-3
     ):
         super().__init__(tasks)
-        self.lr, self.gamma = lr, gamma
-        for name in ("logits", "first_moment", "second_moment", "steps"):
-            self.register_buffer(name, torch.zeros(self.tasks))
+        self.gamma, self.adam = gamma, Adam(self.tasks, lr)
+        self.register_buffer("logits", torch.zeros(self.tasks))
         self.register_buffer("before", torch.full((self.tasks,), torch.nan))  # D of the last step; NaN: was absent
 
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
@@ -56,15 +58,4 @@ class FAMO(LossWeighting):
         fall = masked(self.before.log() - (losses.detach().to(self.before) + EPS).log(), present)
         z = softmax(self.logits, present)
         gradient = z * (fall - z @ fall) + self.gamma * self.logits
-        steps = self.steps + 1
-        first = BETA1 * self.first_moment + (1 - BETA1) * gradient
-        second = BETA2 * self.second_moment + (1 - BETA2) * gradient.square()
-        unbiased = first / (1 - BETA1**steps), second / (1 - BETA2**steps)
-        logits = self.logits - self.lr * unbiased[0] / (unbiased[1].sqrt() + EPS)
-        for state, new in (
-            (self.logits, logits),
-            (self.first_moment, first),
-            (self.second_moment, second),
-            (self.steps, steps),
-        ):
-            state.copy_(torch.where(present, new, state))
+        self.logits.copy_(self.adam(self.logits, gradient, present))

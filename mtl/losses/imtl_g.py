@@ -19,6 +19,8 @@ from mtl.losses.solvers import double
 class IMTLG(GramianWeighting):
     """weights = α, Σ = 1."""
 
+    claims = ("task_scale_free", "scale_free")
+
     def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
         return equal_projections(gramian, present)
 

@@ -29,6 +29,7 @@ class MGDA(GramianWeighting):
         normalization: by what the gradients are divided to find α.
     """
 
+    claims = ("non_conflicting", "stationary", "scale_free")
     heads = "weighted"
 
     def __init__(self, tasks: int | Sequence[str], normalization: Literal["none", "l2", "loss", "loss+"] = "none"):

@@ -29,6 +29,7 @@ class NashMTL(GramianWeighting):
         max_norm: clip of the shared gradient's norm; None does not clip.
     """
 
+    claims = ("non_conflicting", "task_scale_free", "scale_free")
     heads = "weighted"
 
     def __init__(self, tasks: int | Sequence[str], max_norm: Annotated[float, Gt(0)] | None = 1.0):

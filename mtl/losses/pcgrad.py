@@ -19,6 +19,8 @@ from mtl.losses.solvers import double
 class PCGrad(GramianWeighting):
     """weights = Σ_i c_i, with c_i the coefficients of task i's projected gradient."""
 
+    claims = ("scale_free",)
+
     def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
         G = double(gramian)
         order = random_orders(len(G), self.generator(G.device))

@@ -38,6 +38,8 @@ class PIVRG(GramianWeighting):
         ValueError: a baseline is missing, unknown or 0.
     """
 
+    claims = ("non_conflicting", "scale_free")
+
     def __init__(
         self,
         tasks: int | Sequence[str],

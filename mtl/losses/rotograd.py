@@ -76,7 +76,7 @@ class RotoGrad(JacobianAggregation):
         length = (pace * norms).sum() / pace.sum().clamp(min=1e-12)
 
         mean = jacobian.mean(0).norm() * unit.mean(0)  # v: all gradients at the length of their mean
-        v, own = mean.view_as(features).float(), jacobian.view(self.tasks, *features.shape).float()
+        v, own = (x.to(self.generators) for x in (mean.view_as(features), jacobian.view(self.tasks, *features.shape)))
         with torch.enable_grad():
             rotations = self.rotations()
             gap = v @ rotations.mT - own @ rotations.detach().mT

@@ -16,5 +16,8 @@ from mtl.losses.base import LossWeighting, logs
 class ScaleInvariant(LossWeighting):
     """L = Σ_i log L_i."""
 
+    claims = ("task_scale_free",)
+    takes_logs = True
+
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
         return logs(losses, present).sum()

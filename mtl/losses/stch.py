@@ -31,6 +31,8 @@ class STCH(LossWeighting):
         warmup_epochs: epochs before the one that gives the nadir.
     """
 
+    takes_logs = True
+
     def __init__(
         self, tasks: int | Sequence[str], mu: Annotated[float, Gt(0)] = 1.0, warmup_epochs: Annotated[int, Ge(0)] = 4
     ):

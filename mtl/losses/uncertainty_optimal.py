@@ -29,6 +29,9 @@ class UncertaintyOptimal(LossWeighting):
         form: the likelihood whose σ is optimal.
     """
 
+    claims = ("task_scale_free",)
+    takes_logs = True
+
     def __init__(self, tasks: int | Sequence[str], form: Form = "gaussian"):
         super().__init__(tasks)
         self.factor = {"gaussian": 0.5, "laplace": 1.0}[choose("form", form, Form)]

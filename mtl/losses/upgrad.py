@@ -17,6 +17,8 @@ from mtl.losses.solvers import double, project_on_cone
 class UPGrad(GramianWeighting):
     """weights = (1/T) Σ_i v_i."""
 
+    claims = ("non_conflicting", "linear", "scale_free")
+
     def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
         projected = project_on_cone(gramian, torch.eye(len(gramian), device=gramian.device))
         return masked(uniform(present, double(gramian)[0]) @ projected, present)

@@ -12,22 +12,6 @@ from scipy.optimize import minimize
 from .gramian import OracleError, project_simplex
 from .weighting import ExcessMtlOracle
 
-__all__ = [
-    "DbMtlOracle",
-    "ExcessMtlOracle",
-    "MocoOracle",
-    "ModoOracle",
-    "OracleError",
-    "SdmGradOracle",
-    "config",
-    "conicgrad",
-    "conicgrad_value",
-    "graddrop",
-    "graddrop_features",
-    "ntkmtl",
-    "project_simplex",
-]
-
 
 def _rows(J):
     J = np.array(J, dtype=np.float64)
@@ -195,7 +179,7 @@ def graddrop(J, uniform, leak=0.0):
         size = np.abs(J[:, e]).sum()
         P = 0.5 * (1.0 + (J[:, e].sum() / size if size > 0 else 0.0))
         for g in J[:, e]:
-            keep = (P > uniform[e] and g > 0) or (P < uniform[e] and g < 0)
+            keep = (g > 0 and uniform[e] < P) or (g < 0 and uniform[e] > P)
             d[e] += g if keep else leak * g
     return d
 
@@ -212,7 +196,7 @@ def graddrop_features(z, grads, uniform, leak=0.0):
         size = np.abs(s[:, f]).sum()
         P = 0.5 * (1.0 + (s[:, f].sum() / size if size > 0 else 0.0))
         for i in range(len(s)):
-            keep = (P > uniform[f] and s[i, f] > 0) or (P < uniform[f] and s[i, f] < 0)
+            keep = (s[i, f] > 0 and uniform[f] < P) or (s[i, f] < 0 and uniform[f] > P)
             d[:, f] += grads[i][:, f] * (1.0 if keep else leak)
     return d
 
@@ -265,3 +249,100 @@ def conicgrad(J, c):
     if best is None:
         raise OracleError("Pareto stationary, or no convergence")
     return scale * length * (best @ V)
+
+
+# -------------------------------------------------------------------------------------------------- for the tests
+
+
+def stepper(method, T, P, uniform=None, **options):
+    """step(J of each batch, losses) -> d, of the method called so (file name in mtl/losses), with its state."""
+    if method in ("modo", "sdmgrad"):
+        peer = {"modo": ModoOracle, "sdmgrad": SdmGradOracle}[method](T, **options)
+        return lambda J, losses: peer.step(*J)
+    if method in ("moco", "db_mtl"):
+        peer = {"moco": MocoOracle, "db_mtl": DbMtlOracle}[method](T, P, **options)
+        return lambda J, losses: peer.step(J[0], losses)
+    if method == "excess_mtl":
+        peer = ExcessMtlOracle(T, **options)
+        return lambda J, losses: _combine(peer.step(J[0]), J[0])
+    if method == "ntkmtl":
+        return lambda J, losses: _combine(ntkmtl(J[0], **options), J[0])
+    if method == "graddrop":
+        return lambda J, losses: graddrop(J[0], uniform, **options)
+    return {"config": lambda J, losses: config(J[0])}[method]
+
+
+CASES = {  # stepper[-variant]: the strategy, its arguments, the oracle's; an empty {} checks the strategy's defaults
+    "moco": ("MoCo", {}, dict(beta=0.5, sigma=0.5, gamma=0.1, rho=0.0, normalise=True)),
+    "moco-rho": ("MoCo", a := dict(beta=0.2, gamma=0.7, sigma=0.0, rho=0.4, normalise=False), a),
+    "modo": ("MoDo", {}, dict(gamma=0.1, rho=0.1)),
+    "modo-small": ("MoDo", dict(lr=1e-3, rho=0.0), dict(gamma=1e-3, rho=0.0)),
+    "sdmgrad": ("SDMGrad", {}, dict(lam=0.3, lr=10.0, momentum=0.5, steps=20)),
+    "sdmgrad-short": ("SDMGrad", dict(regularisation=0.1, lr=0.3, momentum=0.0, steps=1),
+                      dict(lam=0.1, lr=0.3, momentum=0.0, steps=1)),
+    "config": ("ConFIG", {}, {}),
+    "db_mtl": ("DBMTL", {}, dict(beta=0.9, sigma=0.0)),
+    "db_mtl-decay": ("DBMTL", a := dict(beta=0.4, sigma=0.5), a),
+    "excess_mtl": ("ExcessMTL", {}, dict(eta=0.01)),
+    "excess_mtl-fast": ("ExcessMTL", a := dict(eta=1.0), a),
+    "ntkmtl": ("NTKMTL", {}, dict(p=0.5)),
+    "ntkmtl-nyu": ("NTKMTL", dict(power=0.75), dict(p=0.75)),
+    "graddrop": ("GradDrop", {}, dict(leak=0.0)),
+    "graddrop-leak": ("GradDrop", a := dict(leak=0.25), a),
+}  # fmt: skip
+
+
+def assert_close(actual, expected, tol=1e-9, scale=None):
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    scale = np.abs(expected).max() if scale is None else scale
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tol * scale)
+
+
+def batches(T, P, samples, steps, kind="", scale=1.0):
+    """`steps` times ([(T, P) Jacobian of each batch], losses (T,)); the batches are correlated, as those of one
+    network are. kind: "" random, or one of the degenerate ones below."""
+    rng, i = np.random.default_rng(T), np.arange(T)[:, None]
+    centre, length = rng.normal(size=(T, P)), scale * 10.0 ** rng.uniform(-1, 0.5, (T, 1))
+    change = {
+        "": lambda J: J,
+        "zero_row": lambda J: J * (i != T // 2),
+        "zeros": lambda J: 0 * J,
+        "identical": lambda J: J[:1] + 0 * J,
+        "opposite": lambda J: J[:1] * (-1.0) ** i,
+    }[kind]
+    for _ in range(steps):
+        J = [change(length * (centre + 0.5 * rng.normal(size=(T, P)))) for _ in range(samples)]
+        yield J, rng.uniform(0.1, 3, T)
+
+
+class TwoHeads:
+    """z = tanh(x W), prediction z.h_i, L_i = mean squared error: data, parameters and, on paper, all gradients."""
+
+    def __init__(self, samples=9, seed=3):
+        rng = np.random.default_rng(seed)
+        self.x, self.y = rng.normal(size=(samples, 4)), rng.normal(size=(2, samples))
+        self.W, self.h = rng.normal(size=(4, 3)), rng.normal(size=(2, 3))
+
+    def features(self, rows=slice(None)):
+        return np.tanh(self.x[rows] @ self.W)
+
+    def losses(self, rows=slice(None)):
+        return np.mean((self.features(rows) @ self.h.T - self.y[:, rows].T) ** 2, axis=0)
+
+    def of_features(self, rows=slice(None)):
+        """(T, N, 3): dL_i/dz = 2/N (z.h_i - y_i) h_i."""
+        z = self.features(rows)
+        return np.array([np.outer(2 * (z @ h - y[rows]) / len(z), h) for h, y in zip(self.h, self.y, strict=True)])
+
+    def of_heads(self, rows=slice(None)):
+        """(T, 3): dL_i/dh_i = 2/N sum_n (z.h_i - y_i) z."""
+        z = self.features(rows)
+        return np.array([2 * (z @ h - y[rows]) @ z / len(z) for h, y in zip(self.h, self.y, strict=True)])
+
+    def chain(self, dz, rows=slice(None)):
+        """(12,): a gradient of the features (N, 3) taken through the backbone, x^T (dz (1 - z^2))."""
+        return (self.x[rows].T @ (dz * (1 - self.features(rows) ** 2))).reshape(-1)
+
+    def of_shared(self, rows=slice(None)):
+        """(T, 12)."""
+        return np.array([self.chain(dz, rows) for dz in self.of_features(rows)])

@@ -9,7 +9,7 @@ from itertools import combinations
 
 import numpy as np
 from scipy.linalg import expm
-from scipy.optimize import root
+from scipy.optimize import minimize, root
 
 Params = dict[str, np.ndarray]
 
@@ -163,10 +163,7 @@ def rotation_loss_paper(rotation, gradients, rotated):
     return -(np.einsum("ab,na->nb", rotation, rotated) * v).sum()
 
 
-def rotation(free, d):
-    """exp of the skew matrix with the free numbers below its diagonal, row by row."""
-    a = np.zeros((d, d), dtype=np.asarray(free).dtype)
-    a[np.tril_indices(d, -1)] = free
+def rotation(a):
     return expm(a - a.T)
 
 
@@ -273,9 +270,11 @@ def min_norm(rows):
 
 # ------------------------------------------------------------------------------------------------------ 4.2 ConsMTL
 def fairgrad(gram):
-    """a > 0 with G a = a^(-1/2), by a root finder on log a."""
-    a = root(lambda s: gram @ np.exp(s) * np.exp(s / 2) - 1, -np.log(np.diag(gram)) / 3, tol=1e-14)
-    assert np.abs(a.fun).max() < 1e-9
+    """a > 0 with G a = a^(-1/2): the minimum of a convex function of log a near it, polished by a root finder."""
+    value = lambda s: np.exp(s) @ gram @ np.exp(s) / 2 - 2 * np.exp(s / 2).sum()  # noqa: E731
+    near = minimize(value, -np.log(np.diag(gram)) / 1.5, method="Nelder-Mead", options={"maxiter": 4000}).x
+    a = root(lambda s: gram @ np.exp(s) * np.exp(s / 2) - 1, near, tol=1e-14)
+    assert np.abs(a.fun).max() < 1e-9, a
     return np.exp(a.x)
 
 

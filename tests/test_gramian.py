@@ -1,0 +1,665 @@
+"""The Gramian weightings against `oracles/gramian.py` (explicit gradients, float64), TorchJD, and what papers claim.
+
+A further method is one line of `METHODS`, and one of `PEERS` where TorchJD has it. Errors are measured against
+Σ |w_i| ‖g_i‖, the length that a direction would have if nothing cancelled out.
+"""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from oracles import gramian as oracle
+
+from mtl import losses as m
+from mtl.losses import Statistics
+from mtl.losses.pcgrad import random_orders
+
+SIZES, SEED = (1, 2, 3, 11, 40), 5
+KINDS = ("random", "rank_deficient", "stationary", "duplicated", "nearly_aligned", "opposite", "zero_row", "spread")
+
+
+def make_jacobian(kind: str, T: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng([KINDS.index(kind), T, seed])
+    J, common = rng.normal(size=(T, T + 6)), rng.normal(size=T + 6)
+    if kind == "rank_deficient":
+        return (J + 2 * common)[:, : max(1, T // 2)]
+    if kind == "stationary" and T > 1:
+        J = J[:, : max(1, T // 4)]
+        J[0] = -rng.uniform(0.5, 2, size=T - 1) @ J[1:]
+    if kind == "duplicated":
+        J = (J + 0.3 * common)[np.arange(T) // 2]
+    if kind == "nearly_aligned":
+        J = common + 1e-4 * J
+    if kind == "opposite" and T > 1:
+        J[-1] = -2 * J[0]
+    if kind == "zero_row" and T > 1:
+        J[T // 2] = 0
+    return J * 10 ** rng.uniform(-3, 3, size=(T, 1)) if kind == "spread" else J
+
+
+def uniform(T: int, low: float, high: float, *shape: int) -> np.ndarray:
+    return np.random.default_rng(T).uniform(low, high, size=(T, *shape))
+
+
+def tensor(array, dtype=torch.float64) -> torch.Tensor:
+    return torch.as_tensor(np.array(array), dtype=dtype)
+
+
+def norms(J) -> np.ndarray:
+    return np.linalg.norm(J, axis=1)
+
+
+def assert_close(actual, expected, tol: float = 1e-9) -> None:
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tol * np.abs(expected).max())
+
+
+def assert_same_direction(J, w, expected, tol: float = 1e-8) -> None:
+    size = np.abs(expected) @ norms(J) + 1e-6 * np.abs(expected).max() * norms(J).max()
+    assert np.linalg.norm(J.T @ (w - expected)) <= tol * size
+
+
+def call(strategy, J, present=None, losses=None, dtype=torch.float64) -> np.ndarray:
+    """Weights, from a Gramian in the gradients' own precision as in the engine."""
+    J, losses = tensor(J, dtype), uniform(len(J), 0.2, 3) if losses is None else losses
+    w = strategy.weights(J @ J.T, None if present is None else torch.as_tensor(present), tensor(losses, dtype))
+    return w.detach().double().numpy()
+
+
+def weigh(strategy, J, **options) -> np.ndarray:
+    """`call` as the first step of an epoch."""
+    strategy.epoch_start(0, 1, SEED)
+    return call(strategy, J, **options)
+
+
+def with_state(strategy, **state):
+    strategy.load_state_dict({name: tensor(value) for name, value in state.items()}, strict=False)
+    return strategy
+
+
+def select(state: dict, keep) -> dict:
+    return {name: value[keep][:, keep] if value.ndim == 2 else value[keep] for name, value in state.items()}
+
+
+def view(strategy, keep=None) -> SimpleNamespace:
+    """What an oracle may know of the tasks `keep`: their losses, the order in which they meet, the method's state."""
+    keep = np.arange(strategy.tasks) if keep is None else np.asarray(keep)
+    draws = random_orders(strategy.tasks, torch.Generator().manual_seed(SEED)).tolist()
+    orders = [[int(np.flatnonzero(keep == j)[0]) for j in draws[i] if j in keep] for i in keep]
+    state = {name: value.numpy().copy() for name, value in select(strategy.state_dict(), keep).items()}
+    return SimpleNamespace(losses=uniform(strategy.tasks, 0.2, 3)[keep], orders=orders, **state)
+
+
+# ------------------------------------------------------------------------------- what makes weights right, by itself
+
+
+def is_shortest(J, s, w) -> None:
+    d = J.T @ w
+    assert (w >= 0).all() and abs(w.sum() - 1) < 1e-9
+    assert d @ d - (J @ d).min() <= 1e-8 * (w @ norms(J)) ** 2 + 1e-20 * norms(J).max() ** 2
+
+
+def is_fair(J, s, w, alpha: float, targets=1.0) -> None:
+    """w > 0 and w_i g_i·d = v^(1/α) w_i^(1−1/α), up to rounding of ‖d‖², for all gradients but 0; where there is no
+    such w, d vanishes."""
+    live, d = norms(J) > 0, J.T @ w
+    assert (w > 0).all()
+    if np.linalg.norm(J[live].T @ oracle.mgda(J[live])) < 1e-9 * norms(J[live]).min():
+        assert np.linalg.norm(d) < 1e-3 * (w @ norms(J))
+    else:
+        assert np.abs(w * (J @ d) - targets ** (1 / alpha) * w ** (1 - 1 / alpha))[live].max() < 1e-9 * (d @ d)
+
+
+def is_best_in_ball(J, s, w, c: float, rescale: float = 1.0) -> None:
+    """‖d − g₀‖ <= c‖g₀‖, and min g_i·d attains the dual bound λ·Jg₀ + c‖g₀‖‖Jᵀλ‖ of a λ on the simplex."""
+    g0, d, u = J.mean(axis=0), J.T @ w * rescale, np.maximum(w * rescale - 1 / len(J), 0)
+    radius, size = c * np.linalg.norm(g0), np.abs(w) @ norms(J) * rescale
+    assert np.linalg.norm(d - g0) <= radius + 1e-9 * size
+    lam = u / u.sum()
+    assert lam @ J @ g0 + radius * np.linalg.norm(J.T @ lam) - (J @ d).min() <= 1e-9 * size**2
+
+
+def is_impartial(J, s, w, factors=1.0) -> None:
+    """Σ α = 1 with α ∝ (UUᵀ)⁺1 / ‖g‖, by a pseudo-inverse of the unit gradients U themselves; a gradient 0 has α = 0."""
+    factors, live, alpha = np.broadcast_to(factors, len(J)), norms(J) > 0, np.zeros(len(J))
+    inverse = np.linalg.pinv(J[live] / norms(J[live])[:, None], rcond=1e-7)
+    alpha[live] = inverse.T @ inverse.sum(axis=1) / norms(J[live]) / factors[live]
+    assert_same_direction(J, w, alpha / alpha.sum() * factors, 1e-3)
+
+
+@dataclass(frozen=True)
+class Method:
+    """make: T -> a strategy, in a state of its own if it has one. oracle: (J, s of `view`) -> weights.
+    degree: w(cJ) = w(J) / c^degree. cone: J d >= 0 is claimed. check: (J, s, w) asserts what makes w right, also where
+    the oracle has no answer. divide: (J, s) -> (T,) by what gradients are divided before w is sought. random: tasks
+    meet in a random order. loose: tolerance on ill-conditioned gradients. heads: what heads receive."""
+
+    make: Callable
+    oracle: Callable
+    degree: float = 0.0
+    cone: bool = False
+    check: Callable | None = None
+    divide: Callable | None = None
+    random: bool = False
+    loose: float = 1e-8
+    heads: str = "own"
+
+
+def cagrad(c: float, rescale: bool = False) -> Method:
+    make, by = partial(m.CAGrad, c=c, rescale=rescale), 1 + c**2 if rescale else 1
+    check = partial(is_best_in_ball, c=c, rescale=by)
+    return Method(make, lambda J, s: oracle.cagrad(J, c) / by, cone=c >= 1, check=check)
+
+
+def mgda(divide=None, **options) -> Method:
+    make = partial(m.MGDA, **options)
+    return Method(make, lambda J, s: oracle.mgda(J), 0, divide is None, is_shortest, divide, heads="weighted")
+
+
+def fairgrad(alpha: float) -> Method:
+    degree, check = 2 * alpha / (1 + alpha), partial(is_fair, alpha=alpha)
+    return Method(partial(m.FairGrad, alpha=alpha), lambda J, s: oracle.fairgrad(J, alpha), degree, True, check)
+
+
+def aligned(scale: str) -> Method:
+    return Method(partial(m.AlignedMTL, scale=scale), lambda J, s: oracle.aligned_mtl(J, scale), loose=1e-5)
+
+
+def imtl_oracle(J, s) -> np.ndarray:
+    return oracle.imtl_g(J * np.exp(s.scales)[:, None]) * np.exp(s.scales)
+
+
+def positive_norms(J, s) -> np.ndarray:
+    return np.where(norms(J) > 0, norms(J), 1)
+
+
+METHODS = {
+    "mgda": mgda(),
+    "mgda-l2": mgda(positive_norms, normalization="l2"),
+    "mgda-loss": mgda(lambda J, s: s.losses, normalization="loss"),
+    "mgda-loss+": mgda(lambda J, s: s.losses * positive_norms(J, s), normalization="loss+"),
+    "pcgrad": Method(m.PCGrad, lambda J, s: oracle.pcgrad(J, s.orders), random=True),
+    "gradvac": Method(
+        lambda T: with_state(m.GradVac(T), goal=uniform(T, -0.5, 0.8, T)),
+        lambda J, s: oracle.gradvac(J, s.orders, s.goal, 0.01)[0], random=True,
+    ),  # fmt: skip
+    "cagrad-0.1": cagrad(0.1),
+    "cagrad-0.4": cagrad(0.4),
+    "cagrad-1": cagrad(1.0),
+    "cagrad-3-rescaled": cagrad(3.0, rescale=True),
+    "imtl_g": Method(m.IMTLG, lambda J, s: oracle.imtl_g(J), check=is_impartial, loose=1e-3),
+    "imtl": Method(
+        lambda T: with_state(m.IMTL(T).double(), scales=uniform(T, -1, 1)),
+        imtl_oracle, check=lambda J, s, w: is_impartial(J, s, w, np.exp(s.scales)), loose=1e-3,
+    ),  # fmt: skip
+    "nash_mtl": Method(
+        m.NashMTL, lambda J, s: oracle.nash_mtl(J), 1, True, partial(is_fair, alpha=1), heads="weighted"
+    ),
+    "fairgrad-0.5": fairgrad(0.5),
+    "fairgrad-2": fairgrad(2.0),
+    "fairgrad-5": fairgrad(5.0),
+    "pivrg": Method(
+        lambda T: with_state(m.PIVRG(T, [1.0] * T), targets=uniform(T, 0.5, 2)),
+        lambda J, s: oracle.pivrg(J, s.targets), 4 / 3, True, lambda J, s, w: is_fair(J, s, w, 2, s.targets),
+    ),  # fmt: skip
+    "aligned-min": aligned("min"),
+    "aligned-median": aligned("median"),
+    "aligned-rmse": aligned("rmse"),
+    "upgrad": Method(m.UPGrad, lambda J, s: oracle.upgrad(J), cone=True),
+    "dualproj": Method(m.DualProj, lambda J, s: oracle.dualproj(J), cone=True),
+    "gradnorm": Method(
+        lambda T: with_state(m.GradNorm(T), task_weights=uniform(T, 0.5, 1.5), initial=uniform(T, 0.2, 3)[::-1]),
+        lambda J, s: s.task_weights, heads="weighted",
+    ),  # fmt: skip
+}  # fmt: skip
+STATEFUL = ("gradvac", "imtl", "pivrg", "gradnorm")
+
+
+def expand(names, *lists, broken=None) -> list:
+    """Parameters (name, ...); `broken(name, ...)` tells the reason of an expected failure, or None."""
+    rows = [()]
+    for values in (names, *lists):
+        rows = [(*row, value) for row in rows for value in values]
+    reasons = [broken(*row) if broken else None for row in rows]
+    mark = lambda why: [pytest.mark.xfail(strict=True, reason=why)] if why else []  # noqa: E731
+    return [pytest.param(*row, marks=mark(why)) for row, why in zip(rows, reasons, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------------------ oracles
+
+
+def opposite_impartial(name, kind, T):
+    if name in ("imtl_g", "imtl") and T > 1 and (kind == "opposite" or (kind, T) == ("stationary", 2)):
+        return "the paper's closed form exists for opposite gradients, d = 0; the pseudo-inverse gives another direction"
+    return None
+
+
+@pytest.mark.parametrize(("name", "kind", "T"), expand(METHODS, KINDS, SIZES, broken=opposite_impartial))
+def test_weights_are_those_of_the_oracle_at_every_scale_of_the_gradients(name, kind, T):
+    method, J = METHODS[name], make_jacobian(kind, T)
+    strategy, tol = method.make(T), 1e-8 if kind not in ("nearly_aligned", "spread") else method.loose
+    s, live = view(strategy), norms(J) > 0
+    A = J if method.divide is None else J / method.divide(J, s)[:, None]
+    try:
+        expected = method.oracle(A, s)
+    except oracle.OracleError:  # no (unique) solution
+        assert method.check is not None and (kind not in ("random", "spread") or "fair" in name)
+        expected = None
+    for scale in (1, 1e-8, 1e8):
+        w = weigh(method.make(T), scale * J) * scale**method.degree
+        assert np.isfinite(w).all()
+        if method.check is not None:
+            method.check(A, s, w)
+        if expected is not None:
+            assert_same_direction(A, w, expected, tol)
+        if expected is not None and kind in ("random", "spread"):
+            assert_close(w, expected, tol)
+        if not live.all() and name in ("imtl_g", "imtl", "nash_mtl", "fairgrad-2", "fairgrad-5", "pivrg"):
+            assert_same_direction(J[live], w[live], method.oracle(J[live], view(strategy, np.flatnonzero(live))))
+
+
+@pytest.mark.parametrize("kind", ["random", "stationary", "duplicated", "zero_row"])
+@pytest.mark.parametrize("T", [3, 11])
+@pytest.mark.parametrize("c", [0.4, 1.0, 2.0])
+def test_cagrad_attains_the_value_of_its_primal_problem(c, T, kind):
+    J = make_jacobian(kind, T)
+    value = (J @ J.T @ weigh(m.CAGrad(T, c=c), J)).min()
+    assert value == pytest.approx(oracle.cagrad_primal_value(J, c), abs=1e-8 * norms(J).max() ** 2)
+
+
+# ------------------------------------------------------------------------------------------------------------ TorchJD
+
+
+def jd():
+    return pytest.importorskip("torchjd").aggregation
+
+
+def quadprog(**options):
+    return pytest.importorskip("torchjd").linalg.QuadprogProjector(norm_eps=0, **options)
+
+
+ALWAYS = ("random", "duplicated", "nearly_aligned", "rank_deficient")
+FULL_RANK = ("random", "nearly_aligned")
+PEERS = {  # name in METHODS: TorchJD's (T -> aggregator), its extra modules, kinds, tolerance, by what ours is divided
+    # 300 steps of Frank-Wolfe converge as 1/k: nearly the shortest vector, and never shorter than ours.
+    "mgda": (lambda T: jd().MGDA(epsilon=1e-12, max_iters=300), (), ALWAYS, 0.1, 1),
+    # norm_eps = 1e-4 would return 0 for gradients shorter than 0.01. Clarabel stops at 1e-8 in the value, which is
+    # quadratic in the weights: 1e-4.
+    "cagrad-0.4": (lambda T: jd().CAGrad(0.4, norm_eps=0), ("cvxpy", "clarabel"), ALWAYS, 1e-3, 1),
+    "cagrad-1": (lambda T: jd().CAGrad(1.0, norm_eps=0), ("cvxpy", "clarabel"), ALWAYS, 1e-3, 1),
+    "cagrad-3-rescaled": (lambda T: jd().CAGrad(3.0, norm_eps=0), ("cvxpy", "clarabel"), ALWAYS, 1e-3, 1 / 10),
+    # G⁺ diag(G)^½ is (C⁺1)/‖g‖ up to the null space, which matters when no direction has equal projections (P < T).
+    "imtl_g": (lambda T: jd().IMTLG(), (), ("random", "duplicated", "nearly_aligned", "zero_row"), 1e-8, 1),
+    # Divides G by its Frobenius norm, which scales the update; stops its convex programs at a residual of 1e-3 (of the
+    # equation; they converge quadratically) and clips to `max_norm`, 0 here: directions agree, lengths do not.
+    "nash_mtl": (lambda T: jd().NashMTL(T, max_norm=0.0), ("cvxpy", "ecos"), ALWAYS, 1e-5, None),
+    # scipy's trust-region least squares on the equation itself, to 1e-8 of its cost.
+    "fairgrad-0.5": (lambda T: jd().FairGrad(0.5), ("scipy",), ALWAYS, 1e-6, 1),
+    "fairgrad-2": (lambda T: jd().FairGrad(2.0), ("scipy",), ALWAYS, 1e-6, 1),
+    # Preferences default to 1/T there, 1 here.
+    "aligned-min": (lambda T: jd().AlignedMTL(scale_mode="min"), (), ALWAYS, 1e-5, "T"),
+    "aligned-median": (lambda T: jd().AlignedMTL(scale_mode="median"), (), ALWAYS, 1e-5, "T"),
+    "aligned-rmse": (lambda T: jd().AlignedMTL(scale_mode="rmse"), (), ALWAYS, 1e-5, "T"),
+    # reg_eps = 1e-4 is added to the diagonal by default; without it quadprog is exact, but refuses a singular G.
+    "upgrad": (lambda T: jd().UPGrad(projector=quadprog(reg_eps=0)), ("qpsolvers", "quadprog"), FULL_RANK, 1e-9, 1),
+    "dualproj": (lambda T: jd().DualProj(projector=quadprog(reg_eps=0)), ("qpsolvers", "quadprog"), FULL_RANK, 1e-9, 1),
+}
+
+
+@pytest.mark.parametrize(("name", "T"), expand(PEERS, (2, 3, 5, 11)))
+def test_directions_are_those_of_torchjd(name, T):
+    peer, modules, kinds, tol, scale = PEERS[name]
+    for module in ("torchjd", *modules):
+        pytest.importorskip(module)
+    for kind in kinds:
+        J = make_jacobian(kind, T)
+        ours, theirs = J.T @ weigh(METHODS[name].make(T), J), peer(T)(tensor(J)).numpy()
+        if scale is None:
+            ours, theirs = ours / np.linalg.norm(ours), theirs / np.linalg.norm(theirs)
+        theirs = theirs * (T if scale == "T" else scale or 1)
+        assert np.linalg.norm(ours - theirs) <= tol * np.linalg.norm(theirs), kind
+        assert name != "mgda" or np.linalg.norm(ours) <= np.linalg.norm(theirs) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("T", SIZES[1:])
+@pytest.mark.parametrize("kind", ["random", "duplicated", "spread"])
+def test_pcgrad_and_gradvac_are_torchjds_when_the_orders_are(kind, T, monkeypatch):
+    """Three steps, in which GradVac's goals move. eps = 0: it is added to products of norms there, to none here."""
+    steps, generator = [make_jacobian(kind, T, seed) for seed in range(3)], torch.Generator().manual_seed(SEED)
+    draws = [random_orders(T, generator).tolist() for _ in steps]
+    skipping = [torch.tensor([j - (j > i) for j in row]) for draw in draws for i, row in enumerate(draw)]
+    whole = [torch.tensor([*row, i]) for draw in draws for i, row in enumerate(draw)]
+    gradvac = m.GradVac(T, beta=0.3)
+    for ours, theirs, orders in ((m.PCGrad(T), jd().PCGrad(), whole), (gradvac, jd().GradVac(0.3, eps=0), skipping)):
+        permutations = iter(orders)
+        monkeypatch.setattr(torch, "randperm", lambda n, permutations=permutations: next(permutations))
+        ours.epoch_start(0, 1, SEED)
+        for J in steps:
+            w, size = call(ours, J), norms(J).max() * T
+            assert np.linalg.norm(J.T @ w - theirs(tensor(J)).numpy()) <= 1e-8 * size
+    assert_close(gradvac.goal.fill_diagonal_(0), theirs.gradient if False else theirs.gramian_weighting._phi_t, 1e-8)
+
+
+# --------------------------------------------------------------------------------------- golden vectors, closed forms
+
+GOLDEN = [  # on J = [[-4, 1, 1], [6, 1, 1]]: direction, weights; from TorchJD's tests and the papers' equations
+    (m.MGDA(2), [0, 1, 1], [0.6, 0.4]),
+    (m.PCGrad(2), [0.58480, 3.80117, 3.80117], [2.2222, 1.5789]),
+    (m.IMTLG(2), [0.0767, 1, 1], [0.59233, 0.40767]),
+    (m.CAGrad(2, c=0.5), [0.1835, 1.20412, 1.20412], [0.7041, 0.5]),
+    (m.CAGrad(2), [0.3468, 1.1633, 1.1633], None),
+    (m.NashMTL(2), [0.07658, 0.99853, 0.99853], [0.59146, 0.40707]),
+    (m.FairGrad(2), [0.03127, 0.79082, 0.79082], [0.47136, 0.31945]),
+    (m.AlignedMTL(2), [0.42656, 1.93466, 1.93466], [1.1182, 0.8166]),
+    (m.UPGrad(2), [0.29240, 1.90058, 1.90058], None),
+    (m.DualProj(2), [0.55556, 1.11111, 1.11111], None),
+    (m.GradNorm(2), [2, 2, 2], [1, 1]),
+]
+
+
+@pytest.mark.parametrize(("strategy", "direction", "weights"), GOLDEN, ids=lambda x: type(x).__name__)
+def test_golden_vectors(strategy, direction, weights):
+    J = np.array([[-4.0, 1, 1], [6, 1, 1]])
+    w = weigh(strategy, J)
+    np.testing.assert_allclose(J.T @ w, direction, rtol=0, atol=1e-4)
+    assert weights is None or np.abs(w - weights).max() < 1e-4
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_closed_forms_of_two_tasks(seed):
+    """As functions of the norms a, b and the cosine; norms differ by up to 1000, angles by up to the whole circle."""
+    rng = np.random.default_rng(seed)
+    J = rng.normal(size=(2, 2)) * 10 ** rng.uniform(-1.5, 1.5, size=(2, 1))
+    a, b, dot = *norms(J), J[0] @ J[1]
+    share = np.clip((b * b - dot) / (a * a + b * b - 2 * dot), 0, 1)
+    assert_close(weigh(m.MGDA(2), J), [share, 1 - share])
+    project = 1 + np.maximum(0, -dot) / np.array([a * a, b * b])
+    assert_close(weigh(m.PCGrad(2), J), project)
+    assert_close(weigh(m.UPGrad(2), J), project / 2)
+    bisector = 1 / (np.array([a, b]) * np.sqrt(1 + dot / (a * b)))
+    assert_close(weigh(m.NashMTL(2), J), bisector)
+    assert_close(weigh(m.IMTLG(2), J), bisector / bisector.sum())
+    # CAGrad's dual by a fine grid: F(w) = g_w·g₀ + c‖g₀‖‖g_w‖.
+    grid, g0 = np.linspace(0, 1, 100_001)[:, None] * [1, -1] + [0, 1], J.mean(axis=0)
+    values = grid @ J @ g0 + 0.4 * np.linalg.norm(g0) * norms(grid @ J)
+    w = grid[values.argmin()]
+    expected = 0.5 + 0.4 * np.linalg.norm(g0) / np.linalg.norm(w @ J) * w
+    assert_same_direction(J, weigh(m.CAGrad(2), J), expected, 1e-3)
+
+
+@pytest.mark.parametrize("T", SIZES)
+def test_nash_is_fairgrad_of_one_and_its_update_has_the_norm_of_the_root_of_T(T):
+    for kind in ("random", "duplicated", "spread"):
+        J = make_jacobian(kind, T)
+        w = weigh(m.NashMTL(T), J)
+        assert (w == weigh(m.FairGrad(T, alpha=1.0), J)).all()
+        assert np.linalg.norm(J.T @ w) == pytest.approx(np.sqrt(T), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_identical_tasks_are_served_as_one(name):
+    """All methods: the gradient itself, of a length between 0 and T gradients."""
+    method, g = METHODS[name], np.random.default_rng(0).normal(size=9)
+    for T in SIZES:
+        w = weigh(method.make(T), np.tile(g, (T, 1)))
+        assert np.isfinite(w).all() and w.sum() > 0
+        if name in ("mgda", "cagrad-0.4", "imtl_g", "upgrad", "dualproj", "pcgrad"):
+            factor = {"cagrad-0.4": 1.4, "pcgrad": T}.get(name, 1)
+            assert w.sum() == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("T", SIZES)
+def test_orthogonal_gradients_are_left_alone_by_surgery_and_projections(T):
+    Q = 3 * np.linalg.qr(np.random.default_rng(T).normal(size=(T + 2, T)))[0].T
+    for strategy, share in ((m.PCGrad(T), 1), (m.GradVac(T), 1), (m.UPGrad(T), 1 / T), (m.DualProj(T), 1 / T),
+                            (m.MGDA(T), 1 / T), (m.AlignedMTL(T), 1), (m.NashMTL(T), 1 / 3)):  # fmt: skip
+        assert_close(weigh(strategy, Q), np.full(T, share), 1e-7)
+
+
+@pytest.mark.parametrize("T", SIZES)
+def test_gradvac_that_learns_nothing_is_pcgrad_and_gradnorm_starts_as_equal_weighting(T):
+    for kind in ("random", "rank_deficient", "duplicated", "spread"):
+        J = make_jacobian(kind, T)
+        assert_same_direction(J, weigh(m.GradVac(T, beta=0), J), weigh(m.PCGrad(T), J))
+        assert (weigh(m.GradNorm(T), J) == 1).all()
+
+
+# --------------------------------------------------------------------------------------------------------- properties
+
+
+@pytest.mark.parametrize(("name", "T"), expand((k for k, v in METHODS.items() if not v.random), (2, 3, 11, 40)))
+def test_renumbering_the_tasks_renumbers_the_weights(name, T):
+    method, J, order = METHODS[name], make_jacobian("random", T), np.random.default_rng(T).permutation(T)
+    strategy, other = method.make(T), method.make(T)
+    other.load_state_dict(select(strategy.state_dict(), order))
+    assert_close(weigh(other, J[order], losses=uniform(T, 0.2, 3)[order]), weigh(strategy, J)[order])
+
+
+@pytest.mark.parametrize(("name", "kind"), expand((k for k, v in METHODS.items() if v.cone), KINDS))
+def test_no_task_is_harmed(name, kind):
+    for T in SIZES[1:]:
+        J = make_jacobian(kind, T)
+        w = weigh(METHODS[name].make(T), J)
+        assert (J @ (J.T @ w) >= -1e-7 * norms(J) * (np.abs(w) @ norms(J))).all()
+
+
+@pytest.mark.parametrize("T", SIZES)
+def test_upgrad_is_linear_in_the_lengths_of_the_gradients(T):
+    """A(diag(a + b) J) = A(diag(a) J) + A(diag(b) J): the cone does not depend on the lengths."""
+    for kind in ("random", "rank_deficient", "opposite"):
+        J, (a, b) = make_jacobian(kind, T), np.random.default_rng(T).uniform(0.1, 3, size=(2, T, 1))
+        d = [(c * J).T @ weigh(m.UPGrad(T), c * J) for c in (a, b, 1.7 * a + 0.4 * b)]
+        assert_close(1.7 * d[0] + 0.4 * d[1], d[2], 1e-8)
+
+
+@pytest.mark.parametrize("T", SIZES[1:])
+def test_updates_vanish_exactly_where_no_task_can_gain(T):
+    """UPGrad and DualProj on a positive combination of all gradients to 0, MGDA also on one of some of them."""
+    for kind in ("random", "duplicated", "nearly_aligned", "stationary", "opposite"):
+        J = make_jacobian(kind, T)
+        lengths = {s: np.linalg.norm(J.T @ weigh(s(T), J)) / norms(J).mean() for s in (m.MGDA, m.UPGrad, m.DualProj)}
+        some = kind in ("stationary", "opposite")
+        every = kind == "stationary" or (kind == "opposite" and T == 2)
+        assert (lengths[m.MGDA] < 1e-7) == some and (lengths[m.UPGrad] < 1e-7) == every
+        assert (lengths[m.DualProj] < 1e-7) == every
+
+
+# ---------------------------------------------------------------------------------------------------------- float32
+
+
+def float32_imtl(name, kind):
+    if (name, kind) == ("imtl", "duplicated"):
+        return "IMTL hands equal_projections a float64 copy: the rank is decided at 1e-15, below the Gramian's rounding"
+    return None
+
+
+@pytest.mark.parametrize(("name", "kind"), expand(METHODS, ("random", "duplicated"), broken=float32_imtl))
+def test_float32_gramians_give_the_weights_of_float64(name, kind):
+    for T in SIZES:
+        J, method = make_jacobian(kind, T).astype(np.float32), METHODS[name]
+        w = weigh(method.make(T), J, dtype=torch.float32)
+        assert_same_direction(J.astype(float), w, weigh(method.make(T), J), 1e-4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_float32_gramians_of_ill_conditioned_gradients_give_finite_weights(name):
+    for T in SIZES:
+        for J in [make_jacobian(kind, T) for kind in KINDS] + [np.zeros((T, 4))]:
+            for scale in (1, 1e-8, 1e8):
+                w = weigh(METHODS[name].make(T), scale * J, dtype=torch.float32)
+                assert np.isfinite(w.astype(np.float32)).all()
+
+
+# ------------------------------------------------------------------------------------------------------- absent tasks
+
+
+def unmasked_weights(name, scale):
+    if name in ("imtl_g", "imtl"):
+        return "an absent task's weight is rounding of the others', divided by 1: 1e-15 at norm 1, 1e-7 at norm 1e8"
+    if (name, scale) == ("fairgrad-5", 1e8):
+        return "an absent task counts as norm 1 in the stopping rule of fair_weights, far from the others' norms"
+    return None
+
+
+@pytest.mark.parametrize(("name", "scale"), expand(METHODS, (1, 1e-4, 1e8), broken=unmasked_weights))
+def test_an_absent_task_is_as_if_it_did_not_exist(name, scale):
+    for T, absent in ((2, [0]), (4, [1]), (11, [0, 5, 10])):
+        method, J, there = METHODS[name], scale * make_jacobian("random", T), ~np.isin(np.arange(T), absent)
+        strategy, keep = method.make(T), np.flatnonzero(there)
+        s, A = view(strategy, keep), J[keep]
+        A = A if method.divide is None else A / method.divide(A, s)[:, None]
+        expected = method.oracle(A, s)
+        before = {k: v.clone() for k, v in strategy.state_dict().items()}
+        w = weigh(strategy, J * there[:, None], present=there, losses=uniform(T, 0.2, 3) * there)
+        assert (w[absent] == 0).all()
+        assert_close(w[keep], expected)
+        for key, value in strategy.state_dict().items():
+            old, new = before[key].numpy(), value.numpy()
+            assert (new[absent] == old[absent]).all() and (new[..., absent] == old[..., absent]).all()
+        if name == "gradvac":
+            _, goal = oracle.gradvac(J[keep], s.orders, s.goal, 0.01)
+            np.fill_diagonal(goal, s.goal.diagonal())
+            assert_close(strategy.goal.numpy()[keep][:, keep], goal)
+        if name == "imtl":
+            assert (strategy.scales.grad.numpy()[absent] == 0).all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_steps_without_any_task_or_gradient_are_finite(name):
+    for T in SIZES:
+        w = weigh(METHODS[name].make(T), np.zeros((T, 3)), present=np.zeros(T, dtype=bool), losses=np.zeros(T))
+        assert (w == 0).all()
+        assert np.isfinite(weigh(METHODS[name].make(T), np.zeros((T, 3)))).all()
+
+
+# -------------------------------------------------------------------------------------------------------------- state
+
+
+def test_gradvac_moves_its_goals_towards_the_cosines_it_sees():
+    strategy, T = m.GradVac(11), 11
+    strategy.epoch_start(0, 1, SEED)
+    generator, goal = torch.Generator().manual_seed(SEED), np.zeros((T, T))
+    for step in range(5):
+        J, orders = make_jacobian("random", T, seed=step), random_orders(T, generator).tolist()
+        expected, goal = oracle.gradvac(J, orders, goal, 0.01)
+        assert_close(call(strategy, J), expected)
+        assert_close(strategy.goal, goal)
+
+
+@pytest.mark.parametrize("options", [{}, {"alpha": 0.5, "lr": 0.1}])
+def test_gradnorm_takes_a_step_on_its_weights_after_using_them(options):
+    T, w, first = 5, np.ones(5), None
+    strategy = m.GradNorm(T, **options)
+    for step in range(6):
+        J, losses = make_jacobian("random", T, seed=step) / 3, np.random.default_rng(step).uniform(0.2, 3, size=T)
+        first = losses if first is None else first
+        assert_close(call(strategy, J, losses=losses), w)
+        w = oracle.gradnorm_step(norms(J), w, losses, first, options.get("alpha", 1.5), options.get("lr", 0.025))
+        assert (w > 0).all()
+        assert_close(strategy.task_weights, w)
+    for _ in range(3):  # steps far beyond 0
+        call(strategy, 1e6 * J, losses=losses)
+        assert (strategy.task_weights > 0).all() and strategy.task_weights.sum() == pytest.approx(T)
+
+
+def test_gradnorm_measures_a_late_task_from_its_own_first_loss_and_present_tasks_share_their_part():
+    strategy, J, there = m.GradNorm(3), make_jacobian("random", 3), np.array([True, True, False])
+    call(strategy, J * there[:, None], present=there, losses=np.array([1.0, 2, 0]))
+    assert strategy.initial[:2].tolist() == [1, 2] and strategy.initial[2].isnan() and strategy.task_weights[2] == 1
+    w = oracle.gradnorm_step(norms(J[:2]), np.ones(2), np.array([1, 2]), np.array([1, 2]), 1.5, 0.025)
+    assert_close(strategy.task_weights[:2], w)
+    call(strategy, J, losses=np.array([0.5, 1.5, 4]))
+    assert strategy.initial.tolist() == [1, 2, 4]
+
+
+def test_imtl_learns_its_scales_from_the_losses():
+    strategy, losses = METHODS["imtl"].make(3), np.array([0.3, 1.0, 2.0])
+    factors = np.exp(strategy.scales.detach().numpy())
+    for times in (1, 2):  # .grad adds up
+        w = call(strategy, make_jacobian("random", 3), losses=losses)
+        assert_close(strategy.scales.grad, times * (factors * losses - 1))
+    assert_close(strategy.head_weights(tensor(w)), factors)
+    assert m.IMTL(3).scales.tolist() == [0, 0, 0] and m.IMTL(3, lr=0.5).lr == 0.5
+
+
+@pytest.mark.parametrize("options", [{}, {"bound": 1.8, "min_temperature": 100.0}, {"min_temperature": 1e-9}])
+def test_pivrg_serves_the_tasks_that_lost_most_against_their_baselines(options):
+    baselines, scores, higher = np.array([80.0, 0.5, 20]), np.array([60.0, 0.7, 21]), np.array([True, False, False])
+    strategy = m.PIVRG(("a", "b", "c"), {"c": 20.0, "a": 80.0, "b": 0.5}, **options)
+    assert strategy.targets.tolist() == [1, 1, 1]
+    strategy.epoch_end(Statistics(torch.zeros(3), tensor(scores), torch.as_tensor(higher)))
+    drop = 100 * np.where(higher, baselines - scores, scores - baselines) / baselines  # 25, 40, 5 per cent
+    b, tau = options.get("bound", 2.0), options.get("min_temperature", 10.0)
+    assert_close(strategy.targets, oracle.pivrg_targets(drop, b, tau))
+    assert_close(strategy.targets.sum(), 3)
+    strategy.epoch_end(Statistics(torch.zeros(3), tensor([60, np.nan, 21]), torch.as_tensor(higher)))
+    assert_close(strategy.targets, oracle.pivrg_targets([25, 15, 5], b, tau))  # no label: the mean drop
+    strategy.epoch_end(Statistics(torch.zeros(3), tensor([np.nan] * 3), torch.as_tensor(higher)))
+    assert strategy.targets.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_checkpoint_in_the_middle_changes_nothing(name):
+    method, T = METHODS[name], 4
+    straight, resumed = method.make(T), method.make(T)
+    for epoch in range(4):
+        if epoch == 2:
+            torch.save(straight.state_dict(), file := io.BytesIO())
+            resumed = method.make(T)
+            resumed.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+        scores = Statistics(torch.ones(T), tensor(uniform(T, 0.2 * epoch, 2)), torch.ones(T, dtype=torch.bool))
+        for strategy in (straight, resumed) if epoch > 1 else (straight,):
+            strategy.epoch_start(epoch, 4, seed=epoch)
+            w = [call(strategy, make_jacobian("random", T, seed=10 * epoch + step)) for step in range(3)]
+            strategy.epoch_end(scores)
+            if strategy is straight:
+                expected = w
+            assert np.array_equal(w, expected)
+    for key, value in straight.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key])
+        assert name in ("imtl",) or key in ("baselines", "initial") or not torch.equal(value, method.make(T).state_dict()[key])
+
+
+# ---------------------------------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_heads_receive_what_the_papers_give_them(name):
+    strategy, w = METHODS[name].make(3), tensor([0.5, 1, 2])
+    if name != "imtl":  # its heads follow e^s L
+        received = strategy.head_weights(w)
+        assert (received is None) if METHODS[name].heads == "own" else (received is w)
+    clipped = ("nash_mtl", "fairgrad-0.5", "fairgrad-2", "fairgrad-5", "pivrg")
+    assert strategy.max_norm == (1.0 if name in clipped else None)
+
+
+def test_missing_losses_scores_and_baselines_are_reported():
+    G, J = torch.eye(2), np.eye(2)
+    for strategy in (m.GradNorm(2), m.IMTL(2), m.MGDA(2, normalization="loss"), m.MGDA(2, normalization="loss+")):
+        with pytest.raises(ValueError, match="losses"):
+            strategy.weights(G)
+    for statistics in (Statistics(torch.ones(2)), Statistics(torch.ones(2), torch.ones(2))):
+        with pytest.raises(ValueError, match="scores"):
+            m.PIVRG(2, [1.0, 1.0]).epoch_end(statistics)
+    for baselines in ([1.0], [1.0, 0.0], {"0": 1.0}, {"0": 1.0, "1": 1.0, "2": 1.0}):
+        with pytest.raises(ValueError, match="baselines"):
+            m.PIVRG(2, baselines)
+    assert np.isfinite(weigh(m.MGDA(2, normalization="loss+"), J, losses=np.zeros(2))).all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_waits_for_the_device(name, monkeypatch):
+    """Tensors without data cannot be read: whatever a step asks of the host raises here."""
+    for module in ("pcgrad", "gradvac"):
+        orders = lambda T, generator: torch.empty(T, T - 1, dtype=torch.int64, device="meta")  # noqa: E731
+        monkeypatch.setattr(f"mtl.losses.{module}.random_orders", orders)
+    strategy = METHODS[name].make(3).to("meta")
+    monkeypatch.setattr(strategy, "generator", lambda device: None)
+    ones = torch.ones(3, device="meta")
+    for present in (None, ones.bool()):
+        assert strategy.weights(torch.ones(3, 3, device="meta"), present, ones).shape == (3,)
