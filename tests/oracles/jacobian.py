@@ -298,7 +298,7 @@ def assert_close(actual, expected, tol=1e-9, scale=None):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tol * scale)
 
 
-def batches(T, P, samples, steps, kind="", scale=1.0):
+def batches(P, steps, T, samples, kind="", scale=1.0):
     """`steps` times ([(T, P) Jacobian of each batch], losses (T,)); the batches are correlated, as those of one
     network are. kind: "" random, or one of the degenerate ones below."""
     rng, i = np.random.default_rng(T), np.arange(T)[:, None]
