@@ -109,7 +109,7 @@ def is_fair(J, s, w, alpha: float, targets=1.0) -> None:
     such w, d vanishes."""
     live, d = norms(J) > 0, J.T @ w
     assert (w > 0).all()
-    if np.linalg.norm(J[live].T @ oracle.mgda(J[live])) < 1e-9 * norms(J[live]).min():
+    if s.hopeless:
         assert np.linalg.norm(d) < 1e-3 * (w @ norms(J))
     else:
         assert np.abs(w * (J @ d) - targets ** (1 / alpha) * w ** (1 - 1 / alpha))[live].max() < 1e-9 * (d @ d)
@@ -120,7 +120,7 @@ def is_best_in_ball(J, s, w, c: float, rescale: float = 1.0) -> None:
     g0, d, u = J.mean(axis=0), J.T @ w * rescale, np.maximum(w * rescale - 1 / len(J), 0)
     radius, size = c * np.linalg.norm(g0), np.abs(w) @ norms(J) * rescale
     assert np.linalg.norm(d - g0) <= radius + 1e-9 * size
-    lam = u / u.sum()
+    lam = u / u.sum() if norms(J).all() else norms(J) == 0  # a zero gradient never gains: the bound is 0
     assert lam @ J @ g0 + radius * np.linalg.norm(J.T @ lam) - (J @ d).min() <= 1e-9 * size**2
 
 

@@ -29,7 +29,7 @@ from mtl.optim.taskwise import MTLIO, AdaTask
 from mtl.tasks import Classification, Regression
 
 NAMES, SAMPLES, INPUTS, CHANNELS = ("a", "b", "c"), 6, 4, 3
-broken = lambda *values, why: pytest.param(*values, marks=pytest.mark.xfail(strict=True, reason=why))  # noqa: E731
+broken = lambda *values, why: pytest.param(*values, marks=pytest.mark.xfail(strict=True, raises=AssertionError, reason=why))  # noqa: E731
 
 
 class Twin(nn.Module):
@@ -116,11 +116,12 @@ def test_graddrop_on_features(space, leak):
         descend(twin)
 
 
-def test_rotograd():
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_rotograd(dtype, tol):
     """Five steps with the references anew at the third; the paper's rotation loss has the same gradient up to scale."""
     net, twin, batches = problem(5)
-    strategy = RotoGrad(3, features=CHANNELS, burn_in=2)
-    assert torch.equal(strategy.rotations(), torch.eye(CHANNELS).expand(3, -1, -1))
+    strategy = RotoGrad(3, features=CHANNELS, burn_in=2).to(dtype)
+    assert torch.equal(strategy.rotations(), torch.eye(CHANNELS, dtype=dtype).expand(3, -1, -1))
     for i, batch in enumerate(batches):
         p, free = twin.numpy(), strategy.generators.detach().double().numpy()
         z, turns = net.features(p, batch[0]), [oracle.rotation(a) for a in free]
@@ -129,32 +130,31 @@ def test_rotograd():
         norms = np.array([np.linalg.norm(g) for g in gradients])
         reference = norms if i in (0, 2) else reference  # noqa: F821
         info = backward(twin, strategy, batch)
-        close(strategy.reference, reference, 1e-6)
+        close(strategy.reference, reference, tol)
         d = oracle.rotograd_features(gradients, reference)
-        close(sum(w * g for w, g in zip(info.weights.numpy(), gradients, strict=True)), d, 1e-6)
-        heads = [oracle.derivative(lambda q, k=k: net.head_losses(q, z, batch[1], turns)[0][k], p, net.head(k))
-                 for k in net.tasks]  # fmt: skip
-        close(twin.grads(), net.pull_back(p, batch[0], d) | heads[0] | heads[1] | heads[2], 1e-5)
-        target = oracle.rotograd_target(gradients)
-        code = lambda q: sum(map(oracle.rotation_loss_code, map(oracle.rotation, q["A"]), [target] * 3, rotated))  # noqa: E731, B023
-        paper = lambda q: sum(oracle.rotation_loss_paper(oracle.rotation(q["A"][k]), gradients, rotated[k])  # noqa: E731
-                              for k in range(3))  # fmt: skip # noqa: B023
+        close(oracle.combine(info.weights.tolist(), [{"z": g} for g in gradients])["z"], d, tol)
+        losses = lambda q, k: net.head_losses(q, z, batch[1], turns)[0][k]  # noqa: E731, B023
+        heads = [oracle.derivative(lambda q, k=k: losses(q, k), p, net.head(k)) for k in net.tasks]  # noqa: B023
+        close(twin.grads(), net.pull_back(p, batch[0], d) | heads[0] | heads[1] | heads[2], tol)
+
+        def code(q):
+            target, turns = oracle.rotograd_target(gradients), map(oracle.rotation, q["A"])  # noqa: B023
+            return sum(oracle.rotation_loss_code(r, target, g) for r, g in zip(turns, rotated, strict=True))  # noqa: B023
+
+        def paper(q):
+            turns = map(oracle.rotation, q["A"])
+            return sum(oracle.rotation_loss_paper(r, gradients, g) for r, g in zip(turns, rotated, strict=True))  # noqa: B023
+
         slope = oracle.derivative(code, {"A": free})["A"]
-        close(strategy.generators.grad, slope, 1e-5)
+        close(strategy.generators.grad, slope, tol)
         scale = 2 * np.linalg.norm(sum(gradients) / 3) / SAMPLES
         close(scale * oracle.derivative(paper, {"A": free})["A"], slope)
         descend(twin, lr=0.1)
-        descend(strategy, lr=1.0)
+        descend(strategy, lr=5.0)
         turns = strategy.rotations().detach()
-        close(turns @ turns.mT, torch.eye(CHANNELS).expand(3, -1, -1), 1e-5)
+        close(turns @ turns.mT, torch.eye(CHANNELS).expand(3, -1, -1), tol)
         assert (torch.linalg.det(turns) > 0).all()
     assert (turns - torch.eye(CHANNELS)).abs().max() > 0.05
-
-
-@pytest.mark.xfail(strict=True, reason="the gradients are cast to float32 whatever the rotations' dtype")
-def test_rotograd_in_double_precision():
-    _, twin, (batch,) = problem(1)
-    backward(twin, RotoGrad(3, features=CHANNELS).double(), batch)
 
 
 def test_ldc_mtl():
@@ -193,7 +193,7 @@ def test_rep_mtl_without_its_terms_is_equal_weighting():
     close(ours, twin.grads(), 1e-15)
 
 
-@pytest.mark.xfail(strict=True, reason="step.norm, and what scale=norm scales, leave out the regulariser's gradient")
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="step.norm, and what scale=norm scales, leave out the regulariser's gradient")
 def test_the_norm_includes_the_regulariser():
     _, twin, (batch,) = problem(1)
     info = backward(twin, RepMTL(3), batch, switches=Switches(scale="norm"))
@@ -222,7 +222,7 @@ def test_auto_lambda(primary):
         descend(twin)
 
 
-@pytest.mark.xfail(strict=True, reason="the two sides of the difference draw dropout masks of their own")
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the two sides of the difference draw dropout masks of their own")
 def test_auto_lambda_with_dropout():
     """|difference| <= lr |grad l_i| |d| for any mask; the gradients below are without one, hence the factor."""
     net, twin, (train, outer) = problem(2)
@@ -253,8 +253,9 @@ def test_moml(rate):
         descend(twin)
 
 
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="its zero hypergradient is the shortest combination")
 def test_moml_goes_on_without_an_absent_task():
-    """Of its own, the absent task's zero hypergradient is the shortest combination."""
+    """An absent task must not hold the weights of the others."""
     _, twin, batches = problem(2)
     strategy = MOML(3, lr=0.05).double()
     mask = torch.tensor([1.0, 1.0, 0.0])
@@ -262,7 +263,7 @@ def test_moml_goes_on_without_an_absent_task():
     assert (strategy.logits[:2] - strategy.logits.new_tensor(1 / 3)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("strength", [0.01, 1.0, 1e4])
+@pytest.mark.parametrize("strength", [0.01, 0.3, 1e4])
 def test_consmtl(strength):
     """Shared parameters as FairGrad's, clipped to 1; the heads' extra gradient 0.1 of their own where it is longer."""
     net, twin, batches = problem()
@@ -284,7 +285,7 @@ def test_consmtl(strength):
             expected |= head
         close(twin.grads(), expected)
         descend(twin)
-    assert any(active) == (strength > 0.1) and all(active) == (strength > 100)
+    assert any(active) == (strength > 0.01) and all(active) == (strength > 1)
 
 
 def test_consmtl_without_strength_is_fairgrad():
@@ -315,7 +316,7 @@ def test_an_absent_task_does_not_exist(name, kind):
     close(ours, twin.grads(), 1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="means over all tasks: the gradient shrinks with each absent one; weight not 0")
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="means over all tasks: the gradient shrinks with each absent one; weight not 0")
 def test_an_absent_task_does_not_slow_the_rotations():
     _, twin, (batch,) = problem(1)
     three, two = RotoGrad(3, CHANNELS), RotoGrad(2, CHANNELS)
@@ -395,8 +396,9 @@ def test_adatask_is_blind_to_a_constant_factor(base):
     assert np.allclose(*ends, rtol=0, atol=1e-9) == (base != "sgd")
 
 
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="p.grad is ignored where there are task_grads")
 def test_adatask_takes_the_regulariser_too():
-    """T = 1: nothing is left of Rep-MTL's entropy; its alignment must move the backbone under any optimizer."""
+    """Rep-MTL's terms must move the backbone under any optimizer, or be refused."""
     starts = []
     for alignment in (0.0, 5.0):
         _, twin, (batch,) = problem(1)
@@ -459,3 +461,215 @@ def test_signum(momentum, decay):
         backward(twin, Equal(3), batch)
         optimizer.step()
         close(twin.numpy(), p, 1e-13)
+
+
+# ------------------------------------------------------------------------------------------------------- in the engine
+
+SMALL = ("data=digits", "data.limit_train=128", "data.limit_test=40", "data.batch_size=32", "arch=wide_resnet",
+         "arch.depth=10", "arch.width=1", "optimizer.lr=0.01", "trainer.epochs=2", "trainer.device=cpu",
+         "logger=none")  # fmt: skip
+RUNS = ("loss=graddrop step.gradients=features", "loss=rotograd loss.burn_in=5", "loss=ldc_mtl", "loss=rep_mtl",
+        "loss=auto_lambda", "loss=moml", "loss=consmtl", "optimizer=adatask loss=uncertainty",
+        "optimizer=adatask optimizer.base=rmsprop loss=fairgrad", "optimizer=mtl_io", "optimizer=signsgd")  # fmt: skip
+every_run = pytest.mark.parametrize("options", RUNS)
+
+
+class Grabbed(BaseException):
+    """Ends a run before its first step."""
+
+
+@dataclass
+class Sparse(Digits):
+    """Few labels: many batches lack a task's, and none has one of `odd`."""
+
+    tasks = (Classification("digit", 10, True), Classification("odd", 2, True), Regression("ink", partial=True))
+
+    def load(self) -> tuple[Split, Split]:
+        train, test = super().load()
+        i = torch.arange(len(train))
+        train.targets["digit"][i % 4 != 0] = -100
+        train.targets["odd"][:] = -100
+        train.targets["ink"][i % 16 != 2] = torch.nan
+        return train, test
+
+
+@pytest.fixture
+def run(cli):
+    return lambda root, options: cli(*SMALL, f"output_root={root}", *options.split())
+
+
+@pytest.fixture
+def build(run, monkeypatch):
+    """`build("loss=moml")` returns the learner and the batches that the command would train, before the first step."""
+
+    def call(options):
+        def grab(*arguments):
+            built.extend(arguments)
+            raise Grabbed
+
+        built: list = []
+        with monkeypatch.context() as patch, pytest.raises(Grabbed):
+            patch.setattr(Learner, "train_epoch", grab)
+            run("built", options)
+        built[0].model.train()
+        return built[:2]
+
+    return call
+
+
+def outcome(root):
+    """Rows without times, and both checkpoints, of a finished run."""
+    (file,) = Path(root).rglob("run.json")
+    assert json.loads(file.read_text())["status"] == "finished"
+    rows = [json.loads(line) for line in (file.parent / "metrics.jsonl").read_text().splitlines()]
+    rows = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+    return rows, [checkpoint.load(file.parent / name) for name in ("last.pt", "best.pt")]
+
+
+@every_run
+def test_an_interrupted_run_goes_on_exactly(run, monkeypatch, options):
+    """Dropout on; interrupted when the second epoch has been trained but not saved."""
+    options += " arch.dropout=0.3"
+    assert run("whole", options).code == 0
+    train_epoch = Learner.train_epoch
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "train_epoch", lambda self, batches, epoch: (
+            train_epoch(self, batches, epoch), epoch and signal.raise_signal(signal.SIGINT))[0])  # fmt: skip
+        assert run("parts", options).code == 130
+    resumed = run("parts", options)
+    assert resumed.code == 0 and "after epoch 1" in resumed.out
+    rows, states = outcome("whole")
+    assert len(rows) == 2 and all(np.isfinite(v) for row in rows for v in row.values())
+    torch.testing.assert_close(outcome("parts"), (rows, states), rtol=0, atol=0)
+
+
+@every_run
+def test_missing_labels_leave_no_mark(build, options):
+    """Everything stays finite, and a head without a single label as it was made."""
+    target = f"data._target_={__name__}.Sparse data.batch_size=8 optimizer.weight_decay=0"
+    learner, batches = build(f"{options} {target}")
+    before = copy.deepcopy(learner.model.heads.state_dict())
+    for epoch in range(2):
+        learner.train_epoch(batches, epoch)
+    assert all(p.isfinite().all() for m in (learner.model, learner.strategy) for p in m.parameters())
+    after = learner.model.heads.state_dict()
+    assert {name.split(".")[0] for name in after if torch.equal(before[name], after[name])} == {"odd"}
+
+
+LOST = "is ignored where the tasks take turns"
+LATE = "starts, and fails at the first step with code 1"
+
+
+@pytest.mark.parametrize("options", [
+    "optimizer=adatask loss=graddrop", "optimizer=mtl_io loss=pcgrad", "loss=rotograd step.gradients=parameters",
+    broken("optimizer=adatask loss=mgda step.gradients=features", why=LATE),
+    broken("optimizer=mtl_io step.transform=log", why=f"step.transform {LOST}"),
+    broken("optimizer=mtl_io step.scale=norm", why=f"step.scale {LOST}"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused(run, options):
+    result = run("refused", options)
+    assert result.code == 2 and re.fullmatch(r"error: .+\n", result.err) and not Path("refused").exists()
+
+
+def test_rotograd_predicts_from_rotated_features(build):
+    learner, batches = build("loss=rotograd")
+    nn.init.normal_(learner.strategy.generators, std=0.5)
+    turns, heads = learner.strategy.rotations().detach(), learner.model.heads.values()
+    benchmark = Digits(limit_test=40)
+    split = benchmark.splits()["test"]
+    row = learner.evaluate(EvaluationBatches(split, benchmark, learner.device), "test")
+    images = ((split.images / 255 - 0.305) / 0.376).permute(0, 3, 1, 2)
+    for train in (False, True):
+        learner.model.train(train)
+        with torch.no_grad():
+            z = learner.model.backbone(images)
+            expected = [head(z @ turn.T) for head, turn in zip(heads, turns, strict=True)]
+            torch.testing.assert_close(learner.predict(images)[0], expected)
+        if not train:
+            loss = F.cross_entropy(expected[0], split.targets["digit"]).item()
+            assert row["test/digit_loss"] == pytest.approx(loss, rel=1e-5)
+            plain = F.cross_entropy(learner.model(images)[0], split.targets["digit"]).item()
+            assert abs(loss - plain) > 1e-3
+
+
+@pytest.mark.parametrize("options", ["loss=auto_lambda", "loss=moml"])
+def test_looking_ahead_leaves_no_trace(build, options):
+    """Neither in parameters nor in running statistics."""
+    learner, batches = build(options)
+    images, targets = next(iter(batches.epoch(0)))
+    before, weights = copy.deepcopy([learner.model.state_dict(), learner.strategy.state_dict()])
+    learner._look_ahead(images, targets)
+    torch.testing.assert_close(learner.model.state_dict(), before, rtol=0, atol=0)
+    assert any("running" in name for name in before) and all(
+        m.track_running_stats for m in learner.model.modules() if isinstance(m, nn.BatchNorm2d)
+    )
+    after = learner.strategy.state_dict()
+    assert not any(torch.equal(after[n], weights[n]) for n in weights if n in ("task_weights", "logits"))
+
+
+def test_auto_lambda_in_the_engine(build):
+    """Against differences of the second half's loss, in λ, after a step with the gradient of the first half's."""
+    learner, batches = build("loss=auto_lambda")
+    images, targets = next(iter(batches.epoch(0)))
+    learner.model.double(), learner.strategy.double()
+    halves = [(images[part].double(), {n: y[part] for n, y in targets.items()}) for part in (slice(16), slice(16, 32))]
+
+    def losses(model, half):
+        return torch.stack([t.loss(y, halves[half][1][t.name]) for t, y in zip(learner.tasks, model(halves[half][0]),
+                                                                               strict=True)])  # fmt: skip
+
+    def outer(weights):
+        model = copy.deepcopy(learner.model)
+        (weights @ losses(model, 0)).backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.01 * p.grad
+            return losses(model, 1).sum()
+
+    start, h = torch.full((3,), 0.1, dtype=torch.float64), 1e-3
+    slope = [(outer(start + h * e) - outer(start - h * e)) / (2 * h) for e in torch.eye(3, dtype=torch.float64)]
+    learner.optimizer.param_groups[0]["lr"] = 0.01
+    learner._look_ahead(images.double(), targets)
+    close(learner.strategy.meta.first / 0.1, slope, 0.02)
+
+
+@pytest.mark.parametrize("options", ["optimizer=adatask", "optimizer=mtl_io"])
+def test_the_engine_equals_a_plain_loop(build, options):
+    """An epoch of two steps; ε keeps what is nearly 0 from being divided by itself."""
+    learner, batches = build(f"{options} optimizer.eps=1e-2 data.limit_train=64")
+    model, lr = copy.deepcopy(learner.model), 0.01
+    params = dict(model.named_parameters())
+    others = [torch.optim.Adam(model.parameters(), lr, eps=1e-2) for _ in range(3)]
+    rules = {n: [oracle.Adam(eps=1e-2) for _ in range(3)] for n in params}
+    for images, targets in batches.epoch(0):
+        losses = lambda: [t.loss(y, targets[t.name]) for t, y in zip(learner.tasks, model(images), strict=True)]  # noqa: E731, B023
+        if "mtl_io" in options:
+            for k, optimizer in enumerate(others):
+                optimizer.zero_grad()
+                losses()[k].backward()
+                optimizer.step()
+            continue
+        kept = losses()
+        rows = [torch.autograd.grad(x, list(params.values()), retain_graph=True, allow_unused=True) for x in kept]
+        with torch.no_grad():
+            for i, (n, p) in enumerate(params.items()):
+                steps = [rule.direction(row[i].numpy()) for rule, row in zip(rules[n], rows, strict=True)
+                         if row[i] is not None]  # fmt: skip
+                p -= lr * torch.from_numpy(sum(steps))
+    learner.train_epoch(batches, 0)
+    torch.testing.assert_close(dict(learner.model.named_parameters()), params, rtol=0, atol=2e-5)
+    torch.testing.assert_close(dict(learner.model.named_buffers()), dict(model.named_buffers()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the absent task's old momentum moves what is shared")
+def test_an_absent_task_misses_its_turn(build):
+    learner, batches = build(f"optimizer=mtl_io data._target_={__name__}.Sparse")
+    images, targets = next(iter(batches.epoch(0)))
+    targets = {n: torch.zeros_like(y) for n, y in targets.items()}
+    shared = list(learner.model.shared_parameters())
+    learner._take_turns(images, targets, shared)
+    before = learner.optimizer.state[shared[0]]["m"].clone()
+    targets["odd"][:] = -100
+    learner._take_turns(images, targets, shared)
+    after = learner.optimizer.state[shared[0]]["m"]
+    assert not torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])

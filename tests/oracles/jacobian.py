@@ -220,8 +220,6 @@ def conicgrad(J, c):
     """
     J = _rows(J)
     T, scale = len(J), max(_norm(g) for g in J)
-    if T > 6:
-        raise ValueError("small problems only")
     J = J / scale
     _, s, V = np.linalg.svd(J, full_matrices=False)
     V = V[s > 1e-10 * s[0]]
