@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -42,10 +43,11 @@ OURS = [
 ]
 
 
-def ours(arch: str, loss: str, precision: str, images: int, device: str):
+def ours(arch: str, loss: str, precision: str, images: int, device: str, more: Sequence[str] = ()):
     """A function that trains one epoch of `images` images and returns the seconds it took."""
     overrides = ["data=synthetic", f"data.train_size={images}", "data.test_size=1", f"arch={arch}", f"loss={loss}"]
     overrides += [f"trainer.precision={precision}", f"trainer.device={device}", f"data.batch_size={BATCH}"]
+    overrides += more
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = OmegaConf.to_container(compose("config", overrides), resolve=True)
     benchmark: Benchmark = schema.build(config["data"], "data")

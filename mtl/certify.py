@@ -12,6 +12,7 @@ machine.
 
 from __future__ import annotations
 
+import csv
 import inspect
 import re
 import sys
@@ -31,6 +32,7 @@ from mtl.engine.backward import backward
 from mtl.losses import GramianWeighting, JacobianAggregation, LossWeighting, Statistics, Strategy
 
 DOCS = CONF.parent / "docs" / "methods"
+STEP_TIMES = CONF.parent / "results" / "step-time" / "steps.csv"  # written by benchmarks/methods.py
 NEEDED = {
     "static": {"weights": [1.0, 0.5, 2.0]},
     "single": {"task": "0"},
@@ -301,9 +303,21 @@ def _conventions(certificate: Certificate) -> dict[str, str]:
         "state, numbers for T = 3 and 12 shared parameters": str(certificate.state),
         "heads receive": own[heads],
         "length of the step relative to equal weighting's": f"{certificate.norm:.2g}",
+        "step time": _step_time(certificate.name),
         "tested in": ", ".join(f"`tests/{file}`" for file in _tests(certificate)) or "–",
         "clips the shared gradient's norm to": "–" if strategy.max_norm is None else f"{strategy.max_norm:g}",
     }
+
+
+def _step_time(name: str) -> str:
+    """From the committed measurement: a certificate itself measures nothing that depends on the machine."""
+    if not STEP_TIMES.exists():
+        return "–"
+    with open(STEP_TIMES, newline="") as file:
+        for row in csv.DictReader(file):
+            if row["loss"] == name:
+                return f"{row['multiple']} times equal weighting's ({row['measured']})"
+    return "–"
 
 
 def _tests(certificate: Certificate) -> list[str]:

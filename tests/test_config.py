@@ -26,10 +26,23 @@ FILES = sorted(CONF.glob("*/*.yaml"))
 OPTIONS = [(f.parent.name, f.stem) for f in FILES]
 NODE_OPTIONS = [(group, option) for group, option in OPTIONS if group in NODES]
 REQUIRED = {
-    "pivrg": ["loss.baselines={fine: 60, coarse: 70}"],"single": ["loss.task=fine"], "static": ["loss.weights={fine: 2}"], "custom": ["loss.file=my_loss.py"],
-            "other": ["optimizer._target_=torch.optim.RMSprop"]}  # fmt: skip
+    "single": ["loss.task=fine"],
+    "static": ["loss.weights={fine: 2}"],
+    "custom": ["loss.file=my_loss.py"],
+    "pivrg": ["loss.baselines={fine: 60, coarse: 70}"],
+    "amtl": ["loss.potentials={fine: 60, coarse: 70}"],
+    "other": ["optimizer._target_=torch.optim.RMSprop"],
+}
 # Where a YAML of ours says something else than its class, on purpose.
-DIFFERENT = {("data", "digits"): {"batch_size": 64}}
+DIFFERENT = {
+    ("data", "digits"): {"batch_size": 64},
+    ("optimizer", "mtl_io"): {"lr": 5e-4},
+    ("loss", "annealed_uncertainty"): {"hold": 0.15, "uncertainty": "term"},
+    ("loss", "annealed_precision"): {"shape": "square", "end": 0.0, "uncertainty": "precision"},
+    ("loss", "annealed_calibrated"): {"shape": "exponential", "start": 0.7, "end": 0.08, "gate": "calibrated"},
+    ("loss", "annealed_boosted"): {"shape": "square", "start": 0.9, "end": 0.09, "gate": "boosted"},
+    ("loss", "annealed_guarded"): {"end": 0.0, "gate": "guarded"},
+}
 
 MY_LOSS = """
 from torch import nn
@@ -135,7 +148,7 @@ def test_a_class_outside_the_repository_is_configured_like_ours(outside):
 MINE = "loss._target_=mymodule.Mine"
 ERRORS = [  # command line, exit code, what the line says
     # the option of a group
-    ("loss=dwaa", 2, "loss=dwaa", "custom, dwa, equal", "did you mean dwa?"),
+    ("loss=dwaa", 2, "loss=dwaa", "dualproj, dwa, equal", "did you mean dwa?"),
     ("experiment=smok", 2, "experiment=smok", "did you mean smoke?"),
     ("los=dwa", 2, "los:", "unknown key", "did you mean loss?"),
     ("loss=null", 2, "loss"),

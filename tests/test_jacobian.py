@@ -44,7 +44,6 @@ def uniform(*shape, **_):
 
 @pytest.fixture(autouse=True)
 def draws(monkeypatch):
-    torch.set_num_threads(1)
     rand, ours = torch.rand, lambda k: k.get("generator") and k.get("dtype") == torch.float64
     monkeypatch.setattr(torch, "rand", lambda *size, **k: (uniform if ours(k) else rand)(*size, **k))
 
@@ -165,8 +164,7 @@ def test_conicgrad_solves_its_problem(T, scale):
 
 @pytest.mark.parametrize("kind", DEGENERATE)
 def test_conicgrad_of_degenerate_gradients(kind):
-    found = [conic(J[0], c) for T in (2, 3, 11) for J, _ in data(T, 1, kind) for c in (0.05, 0.25, 0.6)]
-    assert all(np.isfinite(d).all() for d in found)
+    assert all(np.isfinite(conic(J[0], c)).all() for T in (2, 3, 11) for J, _ in data(T, 1, kind) for c in (0.05, 0.6))
 
 
 @pytest.mark.xfail(strict=True, reason="weights explode where 0 is in the gradients' hull or, in float32, near it")
@@ -307,8 +305,8 @@ def test_samples(name):
     """The cross Gramian decides; MoDo steps along the mean of two batches, SDMGrad along the third; heads: the mean."""
     strategy, step = make(name), oracle.stepper(name.lower(), 2, 12, **CASES[name.lower()][2])
     calls, rows = seen_by(strategy), PARTS[strategy.samples]
+    jac = [NET.of_shared(r) for r in rows]
     for _ in range(3):
-        jac = [NET.of_shared(r) for r in rows]
         shared, heads, info = take(strategy)
         assert_close(calls[-1], jac[0] @ jac[1].T)
         assert_close(shared, step(jac, None)), assert_close(info.norm, np.linalg.norm(shared))

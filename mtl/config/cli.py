@@ -38,6 +38,9 @@ def launch(main: Callable[[], None]) -> int:
         code = _say(error)
     except MissingConfigException as error:  # an OSError by inheritance, but not about the disk
         code = _say(translate(error))
+    except BrokenPipeError:  # `python train.py --help | head`: whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     except OSError as error:
         code = _say(SetupError(f"cannot write to {error.filename}: {error.strerror}; set output_root=DIR"))
     except Exception as error:  # a run's own errors end in its outcome: what arrives here is Hydra's
@@ -133,7 +136,7 @@ def describe_groups() -> str:
         lines.append(f"  {group}")
         for file in sorted((CONF / group).glob("*.yaml"), key=_natural):
             comment = next(t for t in file.read_text().splitlines() if not t.startswith("# @package"))
-            lines.append(f"    {file.stem:14s}{comment.lstrip('# ')}")
+            lines.append(f"    {file.stem:22s}{comment.lstrip('# ')}")
     return "\n".join(lines)
 
 

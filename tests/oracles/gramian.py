@@ -335,7 +335,8 @@ def imtl_g(J):
     J = J / norms.max()
     D, U = J[0] - J[1:], unit[0] - unit[1:]
     M = D @ U.T
-    if np.linalg.cond(M) > 1e13:
+    # For T = 2, M is a single number: rounding, compared with D, if the two gradients are parallel.
+    if np.linalg.cond(M) > 1e13 or np.abs(M).max() <= 1e-13 * np.linalg.norm(D):
         raise OracleError("IMTL-G: D U^T is singular")
     rest = np.linalg.solve(M.T, U @ J[0])  # alpha M = g_1 U^T as rows
     return np.concatenate([[1.0 - rest.sum()], rest])
