@@ -260,7 +260,9 @@ def enumerated(name, T) -> bool:
     return T == 11 and (name.startswith("mgda-") or name == "cagrad-3-rescaled")  # 0.3 s each; their likes do it
 
 
-CASES = [case for case in expand(METHODS, KINDS, SIZES, broken=disagrees) if not enumerated(case.values[0], case.values[2])]
+CASES = [
+    case for case in expand(METHODS, KINDS, SIZES, broken=disagrees) if not enumerated(case.values[0], case.values[2])
+]
 
 
 @pytest.mark.parametrize(("name", "kind", "T"), CASES)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import gramian as oracle
-from test_gramian import expand, make_jacobian, norms, tensor, weigh
+from test_gramian import call, make_jacobian, norms, tensor, weigh
 
 from mtl import losses as m
 from mtl.losses import solvers
@@ -87,34 +87,138 @@ def test_pivoting_and_interior_points_find_the_same_solution(T):
         assert x.min() >= -1e-11 and y.min() >= -1e-11 * x.max() and (x * y).abs().max() <= 1e-9 * x.max()
 
 
-def no_fallback(T, P) -> str | None:
-    if (T, P) in HARD[1:]:
-        return "off the CPU the pivoting's last guess is returned as it is, also where it went round in circles"
-    return None
-
-
-@pytest.mark.parametrize(("T", "P"), [*EASY, *(p for p in expand(*zip(*HARD[1:])) if False)] or EASY)
+@pytest.mark.parametrize(("T", "P"), EASY)
 def test_a_device_gets_the_results_of_the_cpu_on_independent_gradients(T, P):
-    for seed in range(10):
+    for seed in range(5):
         J, starts = gradients(T, P, seed), np.eye(T)
-        G = J @ J.T
-        v = solvers.project_on_cone(elsewhere(G), elsewhere(starts)).numpy()
-        assert cone_error(J, starts, v) < 1e-9
-        assert shortest_gap(J, solvers.shortest(elsewhere(G)).numpy()) < 1e-9
-        expected = weigh(m.CAGrad(T), J)
-        w = m.CAGrad(T).weights(elsewhere(G)).numpy()
-        np.testing.assert_allclose(w, expected, atol=1e-9)
+        G = elsewhere(J @ J.T)
+        assert cone_error(J, starts, solvers.project_on_cone(G, elsewhere(starts)).numpy()) < 1e-9
+        assert shortest_gap(J, solvers.shortest(G).numpy()) < 1e-9
+        np.testing.assert_allclose(m.CAGrad(T).weights(G).numpy(), weigh(m.CAGrad(T), J), atol=1e-9)
+        np.testing.assert_allclose(m.NashMTL(T).weights(G).numpy(), weigh(m.NashMTL(T), J), rtol=1e-9)
 
 
-@pytest.mark.xfail(strict=True, reason="off the CPU the last guess of a pivoting that goes round in circles is returned")
+@pytest.mark.xfail(
+    strict=True, reason="off the CPU, the last guess of a pivoting that goes round in circles is returned"
+)
 @pytest.mark.parametrize("make", [gradients, low_rank])
 @pytest.mark.parametrize("solver", ["cone", "shortest"])
 def test_a_device_gets_the_results_of_the_cpu_on_dependent_gradients(solver, make):
-    for T, P in HARD[1:]:
-        for seed in range(20):
-            J, starts = make(T, P, seed), np.eye(T)
-            if solver == "cone":
-                v = solvers.project_on_cone(elsewhere(J @ J.T), elsewhere(starts)).numpy()
-                assert cone_error(J, starts, v) < 1e-6
-            else:
-                assert shortest_gap(J, solvers.shortest(elsewhere(J @ J.T)).numpy()) < 1e-6
+    for seed in range(20):
+        J, starts = make(40, 25, seed), np.eye(40)
+        G = elsewhere(J @ J.T)
+        if solver == "cone":
+            assert cone_error(J, starts, solvers.project_on_cone(G, elsewhere(starts)).numpy()) < 1e-6
+        else:
+            assert shortest_gap(J, solvers.shortest(G).numpy()) < 1e-6
+
+
+def test_an_absent_task_does_not_disturb_the_search_for_the_shortest_vector():
+    for scale in (1e-10, 1e-4, 1, 1e4, 1e6):
+        assert absent_gap(scale) < 1e-9
+
+
+@pytest.mark.xfail(
+    strict=True, reason="an absent task's -1 sets the scale of the goals 1/norm, and so of the tolerance"
+)
+@pytest.mark.parametrize("scale", [1e8, 1e10])
+def test_an_absent_task_does_not_disturb_the_search_for_the_shortest_vector_among_huge_ones(scale):
+    assert absent_gap(scale) < 1e-9
+
+
+def absent_gap(scale: float) -> float:
+    there, worst = np.arange(12) > 0, 0.0
+    for seed in range(100):
+        J = gradients(12, 20, seed)
+        w = call(m.MGDA(12), scale * J * there[:, None], present=there)
+        worst = max(worst, shortest_gap(J[there], w[there]))
+    return worst
+
+
+@pytest.mark.parametrize("T", [1, 3, 11])
+def test_the_simplex_is_reached_at_the_nearest_point(T):
+    """Also for ties, distant points, common shifts, and among the present tasks only, in the dtype of the input."""
+    for seed in range(50):
+        rng = np.random.default_rng([T, seed])
+        v = rng.normal(size=T) * 10 ** rng.uniform(-3, 3) + rng.choice([0, 100])
+        v[rng.integers(T)] = v[0]
+        np.testing.assert_allclose(solvers.project_on_simplex(tensor(v)), oracle.project_simplex(v), atol=1e-10)
+        present = rng.random(T) < 0.6
+        present[rng.integers(T)] = True
+        x = solvers.project_on_simplex(tensor(v), torch.tensor(present)).numpy()
+        np.testing.assert_allclose(x[present], oracle.project_simplex(v[present]), atol=1e-10)
+        assert (x[~present] == 0).all()
+        assert solvers.project_on_simplex(tensor(v).float()).dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------------------- the best worst case
+
+
+@pytest.mark.parametrize("c", [0.2, 0.4, 1.0, 3.0])
+@pytest.mark.parametrize(("T", "P"), EASY)
+def test_cagrad_is_optimal_on_independent_gradients(T, P, c):
+    """Of any lengths, and with 0 all but in their hull."""
+    for seed in range(20):
+        rng, J = np.random.default_rng(seed), gradients(T, P, seed)
+        away = J - 0.999 * rng.dirichlet(np.ones(T)) @ J
+        for A in (J, away, J * 10 ** rng.uniform(-2, 2, size=(T, 1))):
+            outside, gap = ball_gap(A, c)
+            assert outside < 1e-7 and gap < 1e-6
+
+
+CIRCLES = "steepest_worst_case pivots like complementarity, but nothing takes over when it goes round in circles"
+
+
+@pytest.mark.parametrize(
+    ("make", "T", "P", "c"),
+    [
+        *((gradients, T, P, 0.4) for T, P in HARD),
+        *((gradients, 11, 6, c) for c in (0.2, 0.9, 1.0)),
+        *(pytest.param(*row, marks=pytest.mark.xfail(strict=True, reason=CIRCLES)) for row in (
+            (gradients, 40, 10, 0.4), (gradients, 20, 10, 0.9), (gradients, 40, 25, 1.0), (gradients, 40, 20, 1.5),
+            (low_rank, 40, 25, 1.0))),
+    ],
+)  # fmt: skip
+def test_cagrad_is_optimal_on_dependent_gradients(make, T, P, c):
+    for seed in range(100):
+        outside, gap = ball_gap(make(T, P, seed), c)
+        assert outside < 1e-6 and gap < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["random", "stationary", "duplicated", "zero_row"])
+@pytest.mark.parametrize("T", [3, 11])
+@pytest.mark.parametrize("c", [0.4, 1.0, 2.0])
+def test_cagrad_attains_the_value_of_its_primal_problem(c, T, kind):
+    J = make_jacobian(kind, T)
+    value = (J @ J.T @ weigh(m.CAGrad(T, c=c), J)).min()
+    assert value == pytest.approx(oracle.cagrad_primal_value(J, c), abs=1e-6 * norms(J).max() ** 2)
+
+
+# -------------------------------------------------------------------------------------------------- fairness equations
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.5, 1.0, 2.0, 5.0, 10.0])
+def test_the_fairness_equation_holds_for_lengths_far_apart_and_hulls_close_to_0(alpha):
+    """w_i g_i·d = v^(1/α) w_i^(1−1/α), up to rounding of their sum ‖d‖²."""
+    for T in (1, 2, 11, 40):
+        for seed in range(10):
+            rng, J = np.random.default_rng(seed), gradients(T, T + 5, seed)
+            v, spread = rng.uniform(0.3, 3, size=T), 10 ** rng.uniform(-3, 3, size=(T, 1))
+            for A, tol in ((J, 1e-12), (spread * J, 1e-12), (J - 0.9 * rng.dirichlet(np.ones(T)) @ J, 1e-9)):
+                w = solvers.fair_weights(tensor(A @ A.T), alpha, tensor(v)).numpy()
+                d, pull = A.T @ w, v ** (1 / alpha) * w ** (1 - 1 / alpha)
+                assert (w > 0).all() and np.abs(w * (A @ d) - pull).max() <= tol * (d @ d)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1, 1e8])
+@pytest.mark.parametrize("alpha", [1.0, 2.0, 5.0, 10.0])
+def test_a_zero_gradient_leaves_the_others_their_weights(alpha, scale, request):
+    if alpha >= 5 and scale == 1e8:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="it counts as norm 1 in the stopping rule"))
+    for seed in range(10):
+        J = scale * gradients(5, 12, seed)
+        J[2] = 0
+        w, live = solvers.fair_weights(tensor(J @ J.T), alpha).numpy(), [0, 1, 3, 4]
+        expected = solvers.fair_weights(tensor(J[live] @ J[live].T), alpha).numpy()
+        np.testing.assert_allclose(w[live], expected, rtol=1e-9)
+        assert np.isfinite(w).all()
