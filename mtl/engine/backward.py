@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from mtl.losses.base import GramianWeighting, JacobianAggregation, LossWeighting, Strategy, count
+from mtl.losses.base import GramianWeighting, JacobianAggregation, LossWeighting, Strategy, count, masked
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Switches:
         heads: what the heads receive under a gradient method: the gradient of their own loss, that gradient times
             the task's weight, or whichever of the two the method's paper says.
         scale: of the step. sum: the weights add up to the number of tasks, as equal weighting's do; norm: the
-            shared gradient is as long as equal weighting's; paper: as published.
+            shared gradient is as long as equal weighting's; paper: as published. With gradients of features, lengths
+            are those of the features' gradients.
     """
 
     gradients: Literal["paper", "parameters", "features"] = "paper"
@@ -53,12 +54,15 @@ class Switches:
             raise ValueError(f"gradients=parameters: {name} is defined on the gradients of features only; drop it")
         if isinstance(strategy, LossWeighting) and self.gradients == "features":
             raise ValueError(f"gradients=features: {name} weighs losses and takes no per-task gradients; drop it")
-        if isinstance(strategy, JacobianAggregation) and self.heads == "weighted":
+        merges = isinstance(strategy, JacobianAggregation) and not strategy.has_weights
+        if merges and self.heads == "weighted":
             raise ValueError(f"heads=weighted: {name} merges gradients without task weights; use heads=own")
-        if isinstance(strategy, JacobianAggregation) and self.scale == "sum":
+        if merges and self.scale == "sum":
             raise ValueError(f"scale=sum: {name} merges gradients without task weights; use scale=norm or paper")
-        if self.transform == "log" and strategy.takes_logs:
-            raise ValueError(f"transform=log: {name} takes logarithms of the losses itself; drop it")
+        if self.transform == "log" and strategy.needs_positive:
+            raise ValueError(f"transform=log: {name} needs positive losses, which log-losses are not; drop it")
+        if strategy.lazy and self.gradients == "features":
+            raise ValueError(f"gradients=features: {name} averages the parameters' gradients over batches; drop it")
         if strategy.samples > 1 and self.gradients == "features":
             raise ValueError(f"gradients=features: {name} compares gradients of different batches; use parameters")
 
@@ -102,7 +106,8 @@ def backward(
         shared: the parameters that several tasks share; per-task gradients are taken of these.
         heads: for each task the parameters that are its own (may be empty). Gradient methods need it, because a
             parameter in neither list would never be trained; loss weighting reaches every parameter by itself.
-        present: (T,) bool, False where the batch holds no label of that task (its loss is then ignored).
+        present: (T,) bool, False where the batch holds no label of that task: its loss, which must be finite or without
+            a graph, is then ignored.
         features: what the backbone returned and all heads started from; needed for gradients=features.
         switches: variations of the step.
         per_task: also leave the weighted gradients of the tasks as `task_grads` (T, *p.shape) on the shared parameters,
@@ -185,10 +190,13 @@ def _combine_gradients(samples, strategy, shared, heads, present, features, swit
         more = of_features or _overrides(strategy, GramianWeighting, "head_terms")
         jacobian, own, cross = _jacobians(samples, where, heads, keep=more)
         gramian = jacobian @ jacobian.T
-        values = torch.stack([loss.detach() for loss in losses])
+        values = masked(torch.stack([loss.detach() for loss in losses]), present)
         if isinstance(strategy, JacobianAggregation):
             result = strategy.aggregate(jacobian, present, values, features if of_features else None)
             direction, weights = result if isinstance(result, tuple) else (result, None)
+            if switches.scale == "sum":
+                scaled = _summed_to_count(weights, present)
+                direction, weights = direction * (scaled.sum() / weights.sum()), scaled
             norm = direction.norm()
         else:
             if isinstance(strategy, GramianWeighting):

@@ -71,7 +71,7 @@ class AMTL(LossWeighting):
             raise ValueError(f"potentials: {min(potentials)} is not positive")
         self.gamma, self.margin, self.ema = gamma, margin, ema
         self.norm, self.mean = choose("norm", norm, Norm), choose("mean", mean, Mean)
-        self.takes_logs = self.mean == "geometric"
+        self.needs_positive = self.mean == "geometric"
         self.register_buffer("potentials", torch.tensor(potentials, dtype=torch.float32))
         self.register_buffer("average", torch.full((self.tasks,), torch.nan))
         self.register_buffer("raw", torch.ones(self.tasks))  # weights before norm; 1 is an achievement of 0

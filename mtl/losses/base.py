@@ -41,7 +41,7 @@ class Strategy(nn.Module, ABC):
 
     Attributes:
         claims: properties that its paper claims, by their names in `mtl.certify`.
-        takes_logs: whether it takes logarithms of the losses, and so cannot see log-losses.
+        needs_positive: whether it takes logarithms or ratios of the losses, and so cannot see log-losses.
         gradients: of what the method takes per-task gradients: "parameters" or "features".
         heads: what task-specific parameters receive under a gradient method: the gradient of their own loss
             ("own"), or that gradient times the task's weight ("weighted"); each paper's way. Loss weighting always
@@ -54,7 +54,7 @@ class Strategy(nn.Module, ABC):
     """
 
     claims: tuple[str, ...] = ()
-    takes_logs: bool = False
+    needs_positive: bool = False
     gradients: str = "parameters"
     heads: str = "own"
     max_norm: float | None = None
@@ -123,8 +123,10 @@ class Strategy(nn.Module, ABC):
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         for name in self.lazy:
-            if prefix + name in state_dict:
-                self.register_buffer(name, torch.empty_like(state_dict[prefix + name]))
+            saved = state_dict.get(prefix + name)
+            # A checkpoint is read on the CPU; the buffer belongs where the others are.
+            device = next((b.device for b in self.buffers() if b is not None), None)
+            self.register_buffer(name, None if saved is None else torch.empty_like(saved, device=device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def generator(self, device: torch.device) -> torch.Generator:
@@ -193,7 +195,13 @@ class GramianWeighting(Strategy):
 
 
 class JacobianAggregation(Strategy):
-    """Family 3: the update is a function of the whole Jacobian."""
+    """Family 3: the update is a function of the whole Jacobian.
+
+    Attributes:
+        has_weights: whether `aggregate` returns task weights, too.
+    """
+
+    has_weights: bool = False
 
     @abstractmethod
     def aggregate(

@@ -41,12 +41,17 @@ class ConicGrad(GramianWeighting):
         unit = torch.where(length > 0, length, 1.0)
         free = shortest(gramian, present)
         norm = (free @ G @ free).clamp(min=0).sqrt()
-        free = free * (length / torch.where(norm > 0, norm, 1.0))
-        inside = (free @ slopes) >= self.c * length**2
+        # Where the hull holds 0, MGDA has no direction, only rounding errors of one.
+        rounding = (8 * len(G) * torch.finfo(gramian.dtype).eps) ** 0.5 * G.diagonal().mean().clamp(min=0).sqrt()
+        free = free * (length / torch.where(norm > rounding, norm, torch.inf))
+        inside = (norm > rounding) & (free @ slopes >= self.c * length**2)
         # On the boundary d/‖g₀‖ = c ĝ₀ + √(1−c²) v, with v orthogonal to g₀.
         along = slopes / unit  # g_i·ĝ₀
         across = (G - torch.outer(along, along)).to(gramian.dtype)
         radius = torch.full_like(unit, (1 - self.c**2) ** 0.5)
         v = steepest_worst_case(across, self.c * along, radius, present)
         edge = length * v + (self.c - (v @ along)) * mean * (length / unit)
-        return masked(torch.where(length > 0, torch.where(inside, free, edge), mean), present)
+        weights = masked(torch.where(length > 0, torch.where(inside, free, edge), mean), present)
+        # Exact arithmetic would make ‖d‖ = ‖g₀‖; near a stationary point large weights cancel, and leave what they may.
+        norm = (weights @ G @ weights).clamp(min=0).sqrt()
+        return weights * (length / torch.where(norm > length, norm, length).clamp(min=1e-300))

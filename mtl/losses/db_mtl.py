@@ -27,9 +27,10 @@ class DBMTL(JacobianAggregation):
         sigma: σ, decay of β over the steps.
     """
 
+    has_weights = True
     lazy = ("average",)
     heads = "weighted"
-    takes_logs = True
+    needs_positive = True
 
     def __init__(
         self,

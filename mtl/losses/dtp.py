@@ -41,7 +41,7 @@ class DTP(LossWeighting):
     ):
         super().__init__(tasks)
         self.gamma, self.ema, self.mean = gamma, ema, choose("mean", mean, Mean)
-        self.takes_logs = self.mean == "geometric"
+        self.needs_positive = self.mean == "geometric"
         self.register_buffer("average", torch.full((self.tasks,), torch.nan))
         self.register_buffer("weights", torch.ones(self.tasks))
 

@@ -35,7 +35,7 @@ class DWA(LossWeighting):
         if not temperature > 0:
             raise ValueError(f"temperature: {temperature} is not positive")
         self.temperature, self.mean = temperature, choose("mean", mean, Mean)
-        self.takes_logs = self.mean == "geometric"
+        self.needs_positive = self.mean == "geometric"
         self.register_buffer("last", torch.full((self.tasks,), torch.nan))
         self.register_buffer("weights", torch.ones(self.tasks))
 

@@ -27,6 +27,7 @@ class ExcessMTL(JacobianAggregation):
         eta: η, step size of the weights.
     """
 
+    has_weights = True
     lazy = ("squares",)
     heads = "weighted"
 

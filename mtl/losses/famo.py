@@ -35,7 +35,7 @@ class FAMO(LossWeighting):
         gamma: γ, weight decay of the logits, which pulls z towards 1/T.
     """
 
-    takes_logs = True
+    needs_positive = True
 
     def __init__(
         self, tasks: int | Sequence[str], lr: Annotated[float, Ge(0)] = 0.025, gamma: Annotated[float, Ge(0)] = 1e-3

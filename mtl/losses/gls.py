@@ -19,7 +19,7 @@ class GLS(LossWeighting):
     """L = (Π_i L_i)^(1/T)."""
 
     claims = ("task_scale_free",)
-    takes_logs = True
+    needs_positive = True
 
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
         return combine(losses, torch.ones_like(losses), present, "geometric")

@@ -35,6 +35,8 @@ class GO4Align(LossWeighting):
         ValueError: more groups than tasks.
     """
 
+    needs_positive = True
+
     def __init__(
         self,
         tasks: int | Sequence[str],

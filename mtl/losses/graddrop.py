@@ -49,7 +49,7 @@ class GradDrop(JacobianAggregation):
         total, magnitude = votes.sum(0), votes.abs().sum(0)
         purity = torch.where(magnitude > 0, 0.5 * (1 + total / magnitude), torch.full_like(total, 0.5))
         draw = torch.rand(total.shape, generator=self.generator(total.device), device=total.device, dtype=total.dtype)
-        kept = torch.where(purity > draw, votes > 0, votes < 0)
+        kept = torch.where(purity > draw, votes > 0, votes < 0).to(jacobian)
         if features is not None:
             kept = kept.unsqueeze(1)
         return ((self.leak + (1 - self.leak) * kept) * jacobian).sum(0).flatten()

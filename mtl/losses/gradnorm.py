@@ -32,6 +32,7 @@ class GradNorm(GramianWeighting):
     """
 
     heads = "weighted"
+    needs_positive = True
 
     def __init__(
         self, tasks: int | Sequence[str], alpha: Annotated[float, Ge(0)] = 1.5, lr: Annotated[float, Gt(0)] = 0.025

@@ -35,6 +35,7 @@ class MGDA(GramianWeighting):
     def __init__(self, tasks: int | Sequence[str], normalization: Literal["none", "l2", "loss", "loss+"] = "none"):
         super().__init__(tasks)
         self.normalization = normalization
+        self.needs_positive = normalization.startswith("loss")
 
     def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
         divisor = torch.ones_like(gramian[0])

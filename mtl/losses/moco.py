@@ -34,6 +34,7 @@ class MoCo(JacobianAggregation):
         normalise: scale each gradient to the length of its loss first.
     """
 
+    has_weights = True
     lazy = ("trackers",)
 
     def __init__(
@@ -46,6 +47,7 @@ class MoCo(JacobianAggregation):
         normalise: bool = True,
     ):
         super().__init__(tasks)
+        self.needs_positive = normalise
         self.beta, self.gamma, self.sigma, self.rho, self.normalise = beta, gamma, sigma, rho, normalise
         self.register_buffer("mixture", torch.full((self.tasks,), 1 / self.tasks, dtype=torch.float64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.float64))

@@ -40,7 +40,7 @@ class RLW(LossWeighting):
         super().__init__(tasks)
         self.distribution = choose("distribution", distribution, Distribution)
         self.mean = choose("mean", mean, Mean)
-        self.takes_logs = self.mean == "geometric"
+        self.needs_positive = self.mean == "geometric"
 
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
         return combine(losses, self._draw(losses, present), present, self.mean)

@@ -32,6 +32,7 @@ class RotoGrad(JacobianAggregation):
         lr: learning rate of the rotations; None follows the optimizer's.
     """
 
+    has_weights = True
     gradients = "features"
 
     def __init__(

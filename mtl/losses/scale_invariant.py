@@ -17,7 +17,7 @@ class ScaleInvariant(LossWeighting):
     """L = Σ_i log L_i."""
 
     claims = ("task_scale_free",)
-    takes_logs = True
+    needs_positive = True
 
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
         return logs(losses, present).sum()

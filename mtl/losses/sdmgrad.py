@@ -17,7 +17,7 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
-from mtl.losses.base import GramianWeighting, count, uniform
+from mtl.losses.base import GramianWeighting, masked, uniform
 from mtl.losses.solvers import double, project_on_simplex
 
 
@@ -53,12 +53,14 @@ class SDMGrad(GramianWeighting):
         scale = (roots * mean).sum()
         G = G / scale**2
         pull = self.regularisation * (G @ mean)
-        w = self.mixture if present is None else project_on_simplex(self.mixture, present)
+        w = masked(self.mixture, present)
+        w = w / w.sum().clamp(min=1e-12)
+        share = masked(self.mixture, present).sum()  # absent tasks keep theirs
         velocity = None
         for _ in range(self.steps):
             gradient = G @ w + pull
             velocity = gradient if velocity is None else self.momentum * velocity + gradient
             w = project_on_simplex(w - self.step_size * velocity, present)
-        held = w if present is None else torch.where(present, w * count(present, w) / self.tasks, self.mixture)
+        held = w if present is None else torch.where(present, w * share, self.mixture)
         self.mixture.copy_(held)
         return (w + self.regularisation * mean) / (1 + self.regularisation)

@@ -247,8 +247,9 @@ def project_on_simplex(v: Tensor, present: Tensor | None = None) -> Tensor:
     """Euclidean projection of v (T,) onto {x ≥ 0, Σx = 1} (Held, Wolfe, Crowder 1974); absent tasks stay at 0."""
     if present is not None:
         v = torch.where(present, v, -torch.inf)
+    v = v - v.max()  # moves nothing, and large entries keep their differences
     ordered = v.sort(descending=True).values
     sums = ordered.nan_to_num(neginf=0.0).cumsum(0) - 1
     count = torch.arange(1, len(v) + 1, device=v.device, dtype=v.dtype)
-    size = (ordered * count > sums).sum()
+    size = (ordered * count > sums).sum().clamp(min=1)
     return (v - sums.gather(0, size[None] - 1) / size).clamp(min=0)

@@ -31,7 +31,7 @@ class STCH(LossWeighting):
         warmup_epochs: epochs before the one that gives the nadir.
     """
 
-    takes_logs = True
+    needs_positive = True
 
     def __init__(
         self, tasks: int | Sequence[str], mu: Annotated[float, Gt(0)] = 1.0, warmup_epochs: Annotated[int, Ge(0)] = 4

@@ -30,7 +30,7 @@ class UncertaintyOptimal(LossWeighting):
     """
 
     claims = ("task_scale_free",)
-    takes_logs = True
+    needs_positive = True
 
     def __init__(self, tasks: int | Sequence[str], form: Form = "gaussian"):
         super().__init__(tasks)

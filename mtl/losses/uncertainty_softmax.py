@@ -25,6 +25,8 @@ class UncertaintySoftmax(LossWeighting):
         temperature: τ; larger is closer to equal weights.
     """
 
+    needs_positive = True
+
     def __init__(self, tasks: int | Sequence[str], temperature: Annotated[float, Gt(0)] = 1.0):
         super().__init__(tasks)
         if not temperature > 0:
