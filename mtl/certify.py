@@ -13,7 +13,9 @@ machine.
 from __future__ import annotations
 
 import csv
+import importlib
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -38,6 +40,28 @@ NEEDED = {
     "single": {"task": "0"},
     "pivrg": {"baselines": [60.0, 70.0, 80.0]},
     "amtl": {"potentials": [60.0, 70.0, 80.0]},
+}
+# Weights (T,) of the independent implementations in tests/oracles, as functions of (gramian, weighting, J, losses). Methods
+# that draw random numbers or carry state are compared with theirs, over many steps, in the tests only.
+ORACLES: Mapping[str, Callable] = {
+    "equal": lambda g, w, J, L: 0 * L + 1,
+    "scale_invariant": lambda g, w, J, L: w.scale_invariant(L).weights,
+    "gls": lambda g, w, J, L: w.gls(L).weights,
+    "imtl_l": lambda g, w, J, L: w.imtl_l(L, 0 * L).weights,
+    "uncertainty": lambda g, w, J, L: w.uncertainty(L, 0 * L).weights,
+    "uncertainty_sigma": lambda g, w, J, L: w.uncertainty_sigma(L, 0 * L + 1).weights,
+    "uncertainty_optimal": lambda g, w, J, L: w.uncertainty_optimal(L).weights,
+    "uncertainty_softmax": lambda g, w, J, L: w.uncertainty_softmax(L).weights,
+    "mgda": lambda g, w, J, L: g.mgda(J),
+    "cagrad": lambda g, w, J, L: g.cagrad(J, 0.4),
+    "imtl_g": lambda g, w, J, L: g.imtl_g(J),
+    "nash_mtl": lambda g, w, J, L: g.nash_mtl(J),
+    "fairgrad": lambda g, w, J, L: g.fairgrad(J, 2.0),
+    "pivrg": lambda g, w, J, L: g.pivrg(J, 0 * L + 1),
+    "consmtl": lambda g, w, J, L: g.fairgrad(J, 2.0),
+    "aligned_mtl": lambda g, w, J, L: g.aligned_mtl(J, "min"),
+    "upgrad": lambda g, w, J, L: g.upgrad(J),
+    "dualproj": lambda g, w, J, L: g.dualproj(J),
 }
 SKIPPED = ("custom",)  # a user's file
 HISTORY, SIZE = 3, 12  # steps before the measured one; parameters of the random problems
@@ -304,9 +328,29 @@ def _conventions(certificate: Certificate) -> dict[str, str]:
         "heads receive": own[heads],
         "length of the step relative to equal weighting's": f"{certificate.norm:.2g}",
         "step time": _step_time(certificate.name),
+        "largest error against the NumPy oracle": _agreement(certificate.name),
         "tested in": ", ".join(f"`tests/{file}`" for file in _tests(certificate)) or "–",
         "clips the shared gradient's norm to": "–" if strategy.max_norm is None else f"{strategy.max_norm:g}",
     }
+
+
+def _agreement(name: str) -> str:
+    """Relative error of the direction over ten random problems, up to the next power of ten, and no finer than 1e-9."""
+    folder = CONF.parent / "tests"
+    if name not in ORACLES or not (folder / "oracles").exists():
+        return "–"
+    sys.path.insert(0, str(folder))
+    gramian, weighting = (importlib.import_module(f"oracles.{m}") for m in ("gramian", "weighting"))
+    sys.path.remove(str(folder))
+    worst = 0.0
+    for seed in range(10):
+        values, jacobian = problem(400 + seed)
+        strategy = make(name)
+        strategy.max_norm = None  # the oracles know no clip
+        J, L = jacobian.numpy(), values.numpy()
+        expected = torch.tensor(ORACLES[name](gramian, weighting, J, L) @ J)
+        worst = max(worst, float((step(strategy, values, jacobian) - expected).norm() / expected.norm()))
+    return f"below 1e{math.ceil(math.log10(max(worst, 1e-9)))}"
 
 
 def _step_time(name: str) -> str:
