@@ -41,8 +41,8 @@ NEEDED = {
     "pivrg": {"baselines": [60.0, 70.0, 80.0]},
     "amtl": {"potentials": [60.0, 70.0, 80.0]},
 }
-# Weights (T,) of the independent implementations in tests/oracles, as functions of (gramian, weighting, J, losses). Methods
-# that draw random numbers or carry state are compared with theirs, over many steps, in the tests only.
+# Weights (T,) of the independent implementations in tests/oracles, as functions of (gramian, weighting, J, losses).
+# Methods that draw random numbers or carry state are compared with theirs, over many steps, in the tests only.
 ORACLES: Mapping[str, Callable] = {
     "equal": lambda g, w, J, L: 0 * L + 1,
     "scale_invariant": lambda g, w, J, L: w.scale_invariant(L).weights,

@@ -1,4 +1,4 @@
-"""The methods that look into the network against the oracles of `oracles/networks.py` (NumPy, float64) on a tiny one."""
+"""The methods that look into the network, on a tiny one, against `oracles/networks.py` (NumPy, float64)."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,6 @@ from mtl.engine.backward import Switches
 from mtl.losses import LDCMTL, MOML, AutoLambda, ConsMTL, Equal, FairGrad, GradDrop, RepMTL, RotoGrad
 
 NAMES, SAMPLES, INPUTS, CHANNELS = ("a", "b", "c"), 6, 4, 3
-wrong = lambda why: pytest.mark.xfail(strict=True, raises=AssertionError, reason=why)  # noqa: E731
 
 
 class Twin(nn.Module):
@@ -176,10 +175,9 @@ def test_rep_mtl_without_its_terms_is_equal_weighting():
     close(ours, twin.grads(), 1e-15)
 
 
-@wrong("step.norm, and what scale=norm scales, leave out the regulariser's gradient")
 def test_the_norm_includes_the_regulariser():
     _, twin, (batch,) = problem(1)
-    info = backward(twin, RepMTL(3), batch, switches=Switches(scale="norm"))
+    info = backward(twin, RepMTL(3), batch, switches=Switches(heads="own"))
     close(info.norm, np.linalg.norm(oracle.flat(twin.grads(), twin.net.shared)))
 
 
@@ -205,7 +203,6 @@ def test_auto_lambda(primary):
         descend(twin)
 
 
-@wrong("the two sides of the difference draw dropout masks of their own")
 def test_auto_lambda_with_dropout():
     """|difference| <= lr |grad l_i| |d| for any mask; the gradients below are without one, hence the factor."""
     net, twin, (train, outer) = problem(2)
@@ -213,7 +210,12 @@ def test_auto_lambda_with_dropout():
     for seed in range(5):
         torch.manual_seed(seed)
         strategy = AutoLambda(3).double()
-        strategy.look_ahead(lambda k: torch.stack(twin((train, outer)[k], None, 0.1)[1]), list(twin.parameters()), 0.2)
+
+        def losses_of(k, seed=seed):  # the same masks at every call, as the engine draws them
+            torch.manual_seed(seed)
+            return torch.stack(twin((train, outer)[k], None, 0.1)[1])
+
+        strategy.look_ahead(losses_of, list(twin.parameters()), 0.2)
         assert (strategy.meta.first / 0.1).abs().max() < 3 * 0.2 * max(lengths[0]) * sum(lengths[1])
 
 
@@ -236,7 +238,6 @@ def test_moml(rate):
         descend(twin)
 
 
-@wrong("its zero hypergradient is the shortest combination")
 def test_moml_goes_on_without_an_absent_task():
     """An absent task must not hold the weights of the others."""
     _, twin, batches = problem(2)
@@ -279,14 +280,13 @@ def test_consmtl_without_strength_is_fairgrad():
     close(ours, twin.grads(), 1e-15)
 
 
-COUNTED = "an absent task's differentiable 0 is counted as one more task with saliency 0"
 METHODS = {"graddrop": GradDrop, "rotograd": lambda T: RotoGrad(T, CHANNELS, lr=1), "ldc_mtl": LDCMTL,
            "rep_mtl": RepMTL, "consmtl": ConsMTL}  # fmt: skip
 KINDS = {"constant": torch.zeros_like, "graph": lambda x: 0 * x}
 CASES = [(n, k) for n in METHODS for k in KINDS if (n, k) != ("rep_mtl", "graph")]
 
 
-@pytest.mark.parametrize(("name", "kind"), [*CASES, pytest.param("rep_mtl", "graph", marks=wrong(COUNTED))])
+@pytest.mark.parametrize(("name", "kind"), [*CASES, ("rep_mtl", "graph")])
 def test_an_absent_task_does_not_exist(name, kind):
     """The gradients are those of the network without the last task, and its head gets none."""
     _, twin, (batch,) = problem(1)
@@ -299,7 +299,6 @@ def test_an_absent_task_does_not_exist(name, kind):
     close(ours, twin.grads(), 1e-6)
 
 
-@wrong("means over all tasks: the gradient shrinks with each absent one; weight not 0")
 def test_an_absent_task_does_not_slow_the_rotations():
     _, twin, (batch,) = problem(1)
     three, two = RotoGrad(3, CHANNELS), RotoGrad(2, CHANNELS)

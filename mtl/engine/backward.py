@@ -63,8 +63,28 @@ class Switches:
             raise ValueError(f"transform=log: {name} needs positive losses, which log-losses are not; drop it")
         if strategy.lazy and self.gradients == "features":
             raise ValueError(f"gradients=features: {name} averages the parameters' gradients over batches; drop it")
+        if self.scale == "norm" and _overrides(strategy, LossWeighting, "regulariser"):
+            raise ValueError(
+                f"scale=norm: {name} adds a regulariser, which no scale of the losses' gradient bounds; drop it"
+            )
         if strategy.samples > 1 and self.gradients == "features":
             raise ValueError(f"gradients=features: {name} compares gradients of different batches; use parameters")
+
+    def check_per_task(self, strategy: Strategy) -> None:
+        """Raises:
+        ValueError: this strategy's step is not a weighted sum of one gradient for each task.
+        """
+        name = type(strategy).__name__
+        if isinstance(strategy, JacobianAggregation):
+            raise ValueError(f"{name} merges the tasks' gradients, and the optimizer needs them one by one")
+        if self.of_features(strategy):
+            raise ValueError(
+                "step.gradients=features leaves no parameter gradients, and the optimizer needs each task's"
+            )
+        if _overrides(strategy, LossWeighting, "regulariser"):
+            raise ValueError(
+                f"{name} adds a regulariser that belongs to no task, and the optimizer needs each task's gradient"
+            )
 
 
 @dataclass(frozen=True)
@@ -140,8 +160,8 @@ def backward(
     samples = [switches.transformed(part) for part in samples]
 
     weighting = isinstance(strategy, LossWeighting)
-    if per_task and (isinstance(strategy, JacobianAggregation) or switches.of_features(strategy)):
-        raise ValueError(f"per_task: {type(strategy).__name__} leaves no weighted gradient for each task and parameter")
+    if per_task:
+        switches.check_per_task(strategy)
     if weighting and switches.scale != "norm" and switches.heads != "own" and not per_task:
         return _weight_losses(samples[0], strategy, shared, present, features, switches)
     if heads is None:
@@ -167,7 +187,7 @@ def _weights_of_losses(losses: list[Tensor], strategy: LossWeighting, present) -
 
 
 def _weight_losses(losses, strategy: LossWeighting, shared: list[Parameter], present, features, switches) -> Step:
-    if (extra := strategy.regulariser(losses, features)) is not None and extra.requires_grad:
+    if (extra := strategy.regulariser(losses, features, present)) is not None and extra.requires_grad:
         extra.backward(retain_graph=True)
     stacked, weights = _weights_of_losses(losses, strategy, present)
     if switches.scale == "sum":
@@ -180,7 +200,7 @@ def _weight_losses(losses, strategy: LossWeighting, shared: list[Parameter], pre
 def _combine_gradients(samples, strategy, shared, heads, present, features, switches, per_task) -> Step:
     losses = samples[-1]
     if isinstance(strategy, LossWeighting):
-        if (extra := strategy.regulariser(losses, features)) is not None and extra.requires_grad:
+        if (extra := strategy.regulariser(losses, features, present)) is not None and extra.requires_grad:
             extra.backward(retain_graph=True)
         _, weights = _weights_of_losses(losses, strategy, present)
     with torch.no_grad():
@@ -230,7 +250,7 @@ def _combine_gradients(samples, strategy, shared, heads, present, features, swit
         shared_norm = gradient_norm(shared)
     else:
         _accumulate(shared, direction)
-        shared_norm = norm
+        shared_norm = norm if not _overrides(strategy, LossWeighting, "regulariser") else gradient_norm(shared)
     if per_task:
         _leave_rows(shared, jacobian * (weights if factor is None else weights * factor)[:, None], present)
     cosine = conflict = None

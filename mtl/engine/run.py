@@ -32,7 +32,7 @@ from mtl.engine import checkpoint
 from mtl.engine.backward import Switches
 from mtl.engine.directory import RunDirectory, now, write_json
 from mtl.engine.trainer import Learner, Trainer, defines
-from mtl.losses import Equal, GramianWeighting, JacobianAggregation, LossWeighting, Strategy
+from mtl.losses import Equal, GramianWeighting, LossWeighting, Strategy
 from mtl.random import derive
 from mtl.tasks import Task
 from mtl.tracking import RunInfo, Tracker, flatten
@@ -193,16 +193,19 @@ def build_learner(
         settings = {"lr": strategy.lr, "weight_decay": strategy.weight_decay}
         groups.append({"params": own, **{k: v for k, v in settings.items() if v is not None}})
     optimizer = schema.build(config["optimizer"], "optimizer", params=groups)
-    if getattr(optimizer, "alternates", False) and type(strategy) is not Equal:
-        raise ConfigError("optimizer=mtl_io: the tasks take turns and nothing is left to weigh; use loss=equal")
-    if getattr(optimizer, "per_task", False) and isinstance(strategy, JacobianAggregation):
+    switches = switches or Switches()
+    if getattr(optimizer, "alternates", False) and (type(strategy) is not Equal or switches != Switches()):
         raise ConfigError(
-            f"optimizer=adatask: needs each task's gradient, and {type(strategy).__name__} merges them; "
-            "use another loss or optimizer"
+            "optimizer=mtl_io: the tasks take turns, nothing is left to weigh; use loss=equal and no step.*"
         )
+    if getattr(optimizer, "per_task", False):
+        try:
+            switches.check_per_task(strategy)
+        except ValueError as error:
+            raise ConfigError(f"optimizer=adatask: {error}") from error
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    return Learner(trainer, model, tasks, strategy, optimizer, schedule, device, seed, switches or Switches())
+    return Learner(trainer, model, tasks, strategy, optimizer, schedule, device, seed, switches)
 
 
 @dataclass

@@ -158,7 +158,7 @@ class Learner:
             counts = torch.stack([t.count(targets[t.name]) for t in self.tasks])
             present = counts > 0 if partial else None
             if getattr(self.optimizer, "alternates", False):
-                predictions, losses, step = self._take_turns(images, targets, shared)
+                predictions, losses, step = self._take_turns(images, targets, shared, present)
             else:
                 predictions, losses, step = self._step(images, targets, shared, heads, present)
 
@@ -210,7 +210,7 @@ class Learner:
             strategy.after_step(torch.stack(self.switches.transformed(again)), present)
         return predictions, losses, step
 
-    def _take_turns(self, images, targets, shared) -> tuple[list[Tensor], list[Tensor], Step]:
+    def _take_turns(self, images, targets, shared, present) -> tuple[list[Tensor], list[Tensor], Step]:
         """MTL-IO: each task in turn makes a forward pass and a step with its own optimizer."""
         predictions, losses = [], []
         for k, task in enumerate(self.tasks):
@@ -218,7 +218,7 @@ class Learner:
             loss = task.loss(prediction, targets[task.name])
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            self.optimizer.step_task(k, len(self.tasks))
+            self.optimizer.step_task(k, len(self.tasks), None if present is None else present[k : k + 1])
             predictions.append(prediction)
             losses.append(loss)
         return predictions, losses, Step(torch.ones(len(losses), device=self.device), gradient_norm(shared))
@@ -234,11 +234,15 @@ class Learner:
         return [t.loss(p, targets[t.name]) for t, p in zip(self.tasks, predictions, strict=True)]
 
     def _look_ahead(self, images: Tensor, targets: dict[str, Tensor]) -> None:
-        halves = images.chunk(2)
+        halves, devices = images.chunk(2), [self.device] if self.device.type == "cuda" else []
 
         def losses_of(k: int) -> Tensor:
             half = {name: y.chunk(2)[k] for name, y in targets.items()}
-            return torch.stack(self.switches.transformed(self._losses(self.predict(halves[k])[0], half)))
+            # The same dropout masks at every call: methods take differences of these losses.
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(derive(self.seed, "look_ahead", k))
+                predictions, _ = self.predict(halves[k])
+            return torch.stack(self.switches.transformed(self._losses(predictions, half)))
 
         with self._frozen_statistics():
             parameters = [p for p in self.model.parameters() if p.requires_grad]

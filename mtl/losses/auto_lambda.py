@@ -65,5 +65,5 @@ class AutoLambda(LossWeighting):
             above = losses_of(0)
             move(parameters, before, direction, -epsilon)
             below = losses_of(0)
-            move(parameters, before, direction, 0.0)
+            move(parameters, before, [None] * len(before), 0.0)
             self.task_weights.copy_(self.meta(self.task_weights, -lr * (above - below) / (2 * epsilon)))

@@ -108,7 +108,8 @@ class Strategy(nn.Module, ABC):
         """Try steps out before the real one (the bilevel methods).
 
         Args:
-            losses_of: losses_of(k) is a fresh forward pass over half k (0 or 1) of the batch: (T,) with a graph.
+            losses_of: losses_of(k) is a fresh forward pass over half k (0 or 1) of the batch: (T,) with a graph, and
+                with the same dropout masks at every call.
             parameters: all trainable parameters of the model; to be left as they were.
             lr: the optimizer's current learning rate.
         """
@@ -151,7 +152,9 @@ class LossWeighting(Strategy):
             () the scalar to differentiate.
         """
 
-    def regulariser(self, losses: Sequence[Tensor], features: Tensor | None) -> Tensor | None:
+    def regulariser(
+        self, losses: Sequence[Tensor], features: Tensor | None, present: Tensor | None = None
+    ) -> Tensor | None:
         """() a further term that reaches the parameters by other ways than the losses (Rep-MTL), or None."""
         return None
 

@@ -69,4 +69,5 @@ class ConsMTL(FairGrad):
 
 
 def _norm(gradients: Sequence[Tensor | None]) -> Tensor:
-    return torch.stack([g.detach().norm() for g in gradients if g is not None]).norm()
+    norms = [g.detach().norm() for g in gradients if g is not None]
+    return torch.stack(norms).norm() if norms else torch.zeros(())

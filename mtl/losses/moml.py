@@ -56,8 +56,10 @@ class MOML(LossWeighting):
         move(parameters, before, [None] * len(before), 0.0)
         slopes = -rate * outer @ inner.T  # ∂L_i/∂w_k
         slopes = weights * (slopes - (slopes @ weights)[:, None])  # of the logits
-        unit = slopes / slopes.norm(dim=1, keepdim=True).clamp(min=1e-30)
-        mixture = shortest(double(unit) @ double(unit).T).to(unit)
+        norms = slopes.norm(dim=1)
+        unit = slopes / norms.clamp(min=1e-30)[:, None]
+        # A task without labels in that half has no slope; it must not pass for the shortest one.
+        mixture = shortest(double(unit) @ double(unit).T, norms > 0).to(unit)
         self.logits.copy_(self.meta(self.logits, mixture @ unit))
 
 

@@ -51,24 +51,30 @@ class RepMTL(LossWeighting):
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
         return masked(losses, present).sum()
 
-    def regulariser(self, losses: Sequence[Tensor], features: Tensor | None) -> Tensor | None:
+    def regulariser(
+        self, losses: Sequence[Tensor], features: Tensor | None, present: Tensor | None = None
+    ) -> Tensor | None:
         if features is None:
             raise ValueError("features: Rep-MTL needs the tensor that all heads start from")
-        known = [loss for loss in losses if loss.requires_grad]
+        known = [k for k, loss in enumerate(losses) if loss.requires_grad]
         if not known:
             return None
-        # (T, N, F), with the graph that leads on to heads and backbone
-        saliency = torch.stack([torch.autograd.grad(loss, features, create_graph=True)[0] for loss in known])
-        return self.specific * _entropy(saliency) + self.alignment * self._alignment(saliency)
+        on = torch.ones(len(losses), dtype=torch.bool, device=features.device) if present is None else present
+        if len(known) < len(losses):
+            on = on[known]
+        # (T, N, F), with the graph that leads on to heads and backbone; an absent task's row is 0.
+        rows = [torch.autograd.grad(losses[k], features, create_graph=True)[0] for k in known]
+        saliency = torch.where(on[:, None, None], torch.stack(rows), 0.0)
+        return self.specific * _entropy(saliency) + self.alignment * self._alignment(saliency, on)
 
-    def _alignment(self, saliency: Tensor) -> Tensor:
-        anchors = F.normalize(saliency.mean(0), dim=1)  # (N, F)
-        own = (F.normalize(saliency, dim=2) * anchors).sum(2).square() / self.temperature  # (T, N)
-        others = (anchors @ anchors.T).square() / self.temperature
-        if len(anchors) < 2:
-            return -own.sum()
-        itself = torch.eye(len(anchors), dtype=torch.bool, device=anchors.device)
-        return (torch.logsumexp(others.masked_fill(itself, -torch.inf), 1) - own).sum(0).mean()
+    def _alignment(self, saliency: Tensor, on: Tensor) -> Tensor:
+        anchors = F.normalize(saliency.sum(0), dim=1)  # (N, F)
+        terms = -(F.normalize(saliency, dim=2) * anchors).sum(2).square() / self.temperature  # (T, N)
+        if len(anchors) > 1:
+            itself = torch.eye(len(anchors), dtype=torch.bool, device=anchors.device)
+            others = (anchors @ anchors.T).square() / self.temperature
+            terms = terms + torch.logsumexp(others.masked_fill(itself, -torch.inf), 1)
+        return torch.where(on[:, None], terms, 0.0).sum(0).mean()
 
 
 def _entropy(saliency: Tensor) -> Tensor:

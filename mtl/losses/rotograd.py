@@ -76,7 +76,9 @@ class RotoGrad(JacobianAggregation):
         pace = masked((norms / self.reference).nan_to_num(0.0), present)
         length = (pace * norms).sum() / pace.sum().clamp(min=1e-12)
 
-        mean = jacobian.mean(0).norm() * unit.mean(0)  # v: all gradients at the length of their mean
+        on = masked(torch.ones_like(norms), present)
+        share = on / on.sum().clamp(min=1)
+        mean = (share @ jacobian).norm() * (share @ unit)  # v: all gradients at the length of their mean
         v, own = (x.to(self.generators) for x in (mean.view_as(features), jacobian.view(self.tasks, *features.shape)))
         with torch.enable_grad():
             rotations = self.rotations()
@@ -84,5 +86,4 @@ class RotoGrad(JacobianAggregation):
             objective = masked(gap.square().sum(2).mean(1), present).sum()
             (gradient,) = torch.autograd.grad(objective, self.generators)
         self.generators.grad = gradient if self.generators.grad is None else self.generators.grad + gradient
-        weights = length / safe
-        return length * masked(torch.ones_like(norms), present) @ unit, weights
+        return length * on @ unit, on * length / safe

@@ -61,6 +61,7 @@ class AdaTask(torch.optim.Optimizer):
                 rows = p.grad[None] if rows is None else rows
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(group["lr"] * self._steps(p, rows, slice(None), len(rows), present).sum(0))
+                p.task_grads = None  # zero_grad does not know of them
 
     def _steps(self, p: Tensor, rows: Tensor, which: slice, tasks: int, present: Tensor | None = None) -> Tensor:
         """The base optimizer's step for each of the `which` tasks (k, *p.shape), after adding `rows` to their state."""
@@ -104,11 +105,16 @@ class MTLIO(AdaTask):
     alternates = True
 
     @torch.no_grad()
-    def step_task(self, task: int, tasks: int) -> None:
-        """One step of task number `task` of `tasks` with `p.grad`; parameters without a gradient stay."""
+    def step_task(self, task: int, tasks: int, present: Tensor | None = None) -> None:
+        """One step of task number `task` of `tasks` with `p.grad`; parameters without a gradient stay.
+
+        Args:
+            present: (1,) bool; a task without labels in the batch misses its turn.
+        """
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    step = self._steps(p, p.grad[None], slice(task, task + 1), tasks)
+                    acts = 1.0 if present is None else present[0].to(p)
+                    p.mul_(1 - acts * group["lr"] * group["weight_decay"])
+                    step = self._steps(p, p.grad[None], slice(task, task + 1), tasks, present)
                     p.sub_(group["lr"] * step[0])
