@@ -284,7 +284,7 @@ def test_what_does_not_fit_is_refused(run, options):
 
 
 def test_looking_ahead_draws_the_same_dropout_masks(build, monkeypatch):
-    learner, batches = build("loss=auto_lambda", "arch.dropout=0.5")
+    learner, batches = build("loss=auto_lambda arch.dropout=0.5")
     images, targets = next(iter(batches.epoch(0)))
     seen = []
     monkeypatch.setattr(type(learner.strategy), "look_ahead", lambda self, of, *_: seen.extend([of(0), of(0), of(1)]))
