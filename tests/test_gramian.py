@@ -251,13 +251,11 @@ DECOUPLED = ("imtl_g", "imtl", "nash_mtl", "fairgrad-2", "fairgrad-5", "pivrg") 
 def disagrees(name, kind, T) -> str | None:
     if name in ("imtl_g", "imtl") and T > 1 and (kind == "opposite" or (kind, T) == ("stationary", 2)):
         return "opposite gradients: the paper's closed form exists and gives d = 0, the pseudo-inverse does not"
-    if (name, kind) == ("fairgrad-5", "zero_row") and T > 2:
-        return "a zero gradient counts as norm 1 in the stopping rule of fair_weights; at 1e8 the others stop too soon"
     return None
 
 
 def enumerated(name, T) -> bool:
-    return T == 11 and (name.startswith("mgda-") or name == "cagrad-3-rescaled")  # 0.3 s each; their likes do it
+    return T == 11 and (name.startswith("mgda-") or name in ("cagrad-1", "cagrad-3-rescaled"))  # 2^11 supports
 
 
 CASES = [
@@ -504,23 +502,19 @@ def test_float32_gramians_of_ill_conditioned_gradients_give_finite_weights(name)
 # ------------------------------------------------------------------------------------------------------- absent tasks
 
 
-def unmasked(name, scale) -> str | None:
-    if name in ("imtl_g", "imtl"):
-        return "an absent task's weight is the others' rounding over a norm of 1: 1e-15 at norm 1, 1e-7 at norm 1e8"
-    if (name, scale) == ("fairgrad-5", 1e8):
-        return "an absent task counts as norm 1 in the stopping rule of fair_weights, far from the others' norms"
-    return None
+PSEUDO_INVERSE = ("imtl_g", "imtl")  # its rounding errors decide how exact they are
 
 
-@pytest.mark.parametrize(("name", "scale"), expand(METHODS, (1, 1e-4, 1e8), broken=unmasked))
+@pytest.mark.parametrize(("name", "scale"), expand(METHODS, (1, 1e-4, 1e8)))
 def test_an_absent_task_is_as_if_it_did_not_exist_and_its_state_is_frozen(name, scale):
+    tol = 1e-6 if name in PSEUDO_INVERSE else 1e-9
     for T, absent in ((2, [0]), (4, [1]), (11, [0, 5, 10])):
         method, J, there = METHODS[name], scale * make_jacobian("random", T), ~np.isin(np.arange(T), absent)
         strategy, keep = method.make(T), np.flatnonzero(there)
         s, before = view(strategy, keep), {k: v.numpy().copy() for k, v in strategy.state_dict().items()}
         w = weigh(strategy, J * there[:, None], present=there, losses=uniform(T, 0.2, 3) * there)
         assert (w[absent] == 0).all()
-        assert_close(w[keep], method.oracle(method.divided(J[keep], s), s))
+        assert_close(w[keep], method.oracle(method.divided(J[keep], s), s), tol)
         for key, value in strategy.state_dict().items():
             assert (value[absent].numpy() == before[key][absent]).all()
             assert (value[..., absent].numpy() == before[key][..., absent]).all()
@@ -529,6 +523,13 @@ def test_an_absent_task_is_as_if_it_did_not_exist_and_its_state_is_frozen(name, 
             assert_close(strategy.goal.numpy()[keep][:, keep], goal)
         if name == "imtl":
             assert (strategy.scales.grad[absent] == 0).all() and (strategy.scales.grad[keep] != 0).all()
+
+
+@pytest.mark.parametrize("name", PSEUDO_INVERSE)
+def test_an_absent_task_has_exactly_no_weight(name):
+    for T, scale in product((11, 40), (1, 1e8)):
+        J, there = scale * make_jacobian("random", T), np.arange(T) % 3 > 0
+        assert (weigh(METHODS[name].make(T), J * there[:, None], present=there)[~there] == 0).all()
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -595,6 +596,7 @@ def test_pivrg_serves_the_tasks_that_lost_most_against_their_baselines(options):
     assert strategy.targets.tolist() == [1, 1, 1]
     for scores, expected in (
         ([60, 0.7, 21], targets([25, 40, 5])),  # drops in per cent
+        ([79.2, 0.51, 20.1], targets([1, 2, 0.5])),  # too close for the bound: the least temperature acts
         ([60, np.nan, 21], targets([25, 15, 5])),  # a task without labels gets the mean drop
         ([np.nan] * 3, [1, 1, 1]),
     ):

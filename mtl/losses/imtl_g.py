@@ -37,4 +37,4 @@ def equal_projections(gramian: Tensor, present: Tensor | None) -> Tensor:
     total = alpha.sum()
     # Σ α = 0: the gradients cancel out and no direction serves all; their mean is as good as any.
     fair = masked(torch.ones_like(alpha), present) / count(present, alpha)
-    return torch.where(total.abs() > rtol * alpha.abs().sum(), alpha / total, fair)
+    return torch.where(total.abs() > rtol * alpha.abs().sum(), masked(alpha, present) / total, fair)

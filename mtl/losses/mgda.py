@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mtl.losses.base import GramianWeighting
+from mtl.losses.base import GramianWeighting, masked
 from mtl.losses.solvers import shortest
 
 
@@ -46,4 +46,4 @@ class MGDA(GramianWeighting):
                 raise ValueError(f"normalization={self.normalization} needs the losses of the step")
             divisor = divisor * losses
         divisor = torch.where(divisor > 0, divisor, 1.0)  # a task at its optimum keeps its zero gradient
-        return shortest(gramian / divisor / divisor[:, None], present)
+        return masked(shortest(gramian / divisor / divisor[:, None], present), present)

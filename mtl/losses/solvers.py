@@ -44,7 +44,8 @@ def shortest(gramian: Tensor, present: Tensor | None = None) -> Tensor:
     zero = gramian.diagonal() <= 0
     goal = 1 / norms
     if present is not None:
-        goal, zero = torch.where(present, goal, -goal), zero & present
+        goal, zero = torch.where(present, goal, 0.0), zero & present
+        goal = torch.where(present, goal, -goal.max())
     u = complementarity(matrix, -(goal / goal.abs().max())[None])[0] / norms
     # A zero gradient is itself the shortest vector; several share the weight.
     u = torch.where(zero.any(), zero.to(u), u)
@@ -79,7 +80,10 @@ def complementarity(matrix: Tensor, vectors: Tensor) -> Tensor:
         (B, T) x.
     """
     if not vectors.is_cpu:
-        return _pivot(matrix, vectors, rounds=4 + 2 * len(matrix))[0].clamp(min=0)
+        x, unsolved = _pivot(matrix, vectors, rounds=4 + 2 * len(matrix))
+        if len(matrix) > 3:  # up to three tasks the rounds always suffice
+            x = torch.where(unsolved[:, None], _interior_point(matrix, vectors, rounds=30), x)
+        return x.clamp(min=0)
     x, unsolved = _pivot(matrix, vectors, rounds=12)
     if unsolved.any():
         # Gradients whose hull nearly holds 0 can send the pivoting round in circles.
@@ -87,18 +91,18 @@ def complementarity(matrix: Tensor, vectors: Tensor) -> Tensor:
     return x.clamp(min=0)
 
 
-def _interior_point(matrix: Tensor, vectors: Tensor) -> Tensor:
+def _interior_point(matrix: Tensor, vectors: Tensor, rounds: int = 60) -> Tensor:
     """The same problem by Mehrotra's predictor-corrector: slower than pivoting, but never lost."""
     largest = vectors.abs().amax(1, keepdim=True)
     q = vectors / largest
     x, y = torch.ones_like(q), torch.ones_like(q)
     best, smallest = x, torch.full_like(largest, torch.inf)
-    for _ in range(60):
+    for _ in range(rounds):
         residual = x @ matrix + q - y
         gap = (x * y).mean(1, keepdim=True)
         error = gap + residual.abs().amax(1, keepdim=True)
         best, smallest = torch.where(error < smallest, x, best), torch.minimum(error, smallest)
-        if (smallest < 1e-15).all():
+        if x.is_cpu and (smallest < 1e-15).all():
             break
         factor, _ = torch.linalg.cholesky_ex(matrix + torch.diag_embed(y / x))
 
@@ -169,7 +173,7 @@ def steepest_worst_case(gramian: Tensor, slopes: Tensor, radius: Tensor, present
 
     The optimum has u ≥ 0 and uᵀGu = radius², with u positive only on tasks that attain the minimum λ. Given the set of
     these tasks, u is linear in λ, and the radius fixes λ by a quadratic equation; the set is found as in
-    `complementarity`.
+    `complementarity`. Where that goes in circles, Newton's method finds λ.
 
     Args:
         gramian: (T, T).
@@ -189,7 +193,7 @@ def steepest_worst_case(gramian: Tensor, slopes: Tensor, radius: Tensor, present
     order = torch.arange(1, T + 1, device=p.device)
     active = on & (slopes <= torch.where(on, slopes, torch.inf).min())
     fewest, tries = torch.full_like(order[0], T + 1), torch.full_like(order[0], 3)
-    for _ in range(60):
+    for _ in range(60 if p.is_cpu else 4 + 2 * T):
         P, Q = _masked_solve(matrix, torch.stack([p, q]), active.expand(2, T))
         a, b, c = p @ P, q @ P, q @ Q - 1
         level = (b + (b * b - a * c).clamp(min=0).sqrt()) / a  # λ, in units of the p
@@ -204,7 +208,26 @@ def steepest_worst_case(gramian: Tensor, slopes: Tensor, radius: Tensor, present
         tries = torch.where(progress, 3, tries - 1)
         last = order == (wrong * order).max()
         active = active ^ torch.where(tries >= 0, wrong, wrong & last)
+    if (count > 0) if p.is_cpu else (T > 3):
+        x = torch.where(count > 0, _lowest_level(matrix, p, q, on), x)
     return torch.where(radius > 0, unit * x.clamp(min=0) / norms, 0.0)
+
+
+def _lowest_level(matrix: Tensor, p: Tensor, q: Tensor, on: Tensor) -> Tensor:
+    """The x of `steepest_worst_case` by a root of ‖d(λ)‖ = 1, d(λ) the shortest with q + g·d ≥ λp.
+
+    That length is convex and increasing in λ: from above, Newton's method descends to the root and never passes it.
+    """
+    kept = on.to(matrix)
+    matrix = matrix * kept * kept[:, None] + torch.diag(1 - kept)
+    level = torch.where(on, (q + 1) / p, torch.inf).min()  # no d of length 1 lifts this task higher
+    for _ in range(50 if p.is_cpu else 6):
+        x = complementarity(matrix, torch.where(on, q - level * p, 1.0)[None])[0]
+        length = (x @ (level * p - q)).clamp(min=1e-300).sqrt()  # xᵀCx, since xᵀy = 0, without its cancellation
+        if p.is_cpu and (length - 1).abs() < 1e-12:
+            break
+        level = level - length * (length - 1) / (x @ p)
+    return x / length
 
 
 def fair_weights(gramian: Tensor, alpha: float, targets: Tensor | None = None, iterations: int = 60) -> Tensor:
@@ -224,6 +247,10 @@ def fair_weights(gramian: Tensor, alpha: float, targets: Tensor | None = None, i
     """
     matrix, norms = cosines(gramian)
     b = norms ** (1 / alpha - 1)
+    # A task without a gradient is decoupled; its b must not set the scale of the others'.
+    live = gramian.diagonal() > 0
+    typical = torch.where(live, b.log(), 0.0).sum() / live.sum().clamp(min=1)
+    b = torch.where(live, b, typical.exp())
     if targets is not None:
         b = b * targets.to(b) ** (1 / alpha)
     mean = b.log().mean().exp()
@@ -247,7 +274,8 @@ def project_on_simplex(v: Tensor, present: Tensor | None = None) -> Tensor:
     """Euclidean projection of v (T,) onto {x ≥ 0, Σx = 1} (Held, Wolfe, Crowder 1974); absent tasks stay at 0."""
     if present is not None:
         v = torch.where(present, v, -torch.inf)
-    v = v - v.max()  # moves nothing, and large entries keep their differences
+    # Subtracting the largest moves nothing, and large entries keep their differences.
+    v = v - v.max().clamp(min=torch.finfo(v.dtype).min)
     ordered = v.sort(descending=True).values
     sums = ordered.nan_to_num(neginf=0.0).cumsum(0) - 1
     count = torch.arange(1, len(v) + 1, device=v.device, dtype=v.dtype)

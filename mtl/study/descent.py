@@ -1,0 +1,242 @@
+"""The two-dimensional toy problem of CAGrad, and a strategy's way down it. `mtl.study.toy` says what is done with it.
+
+Liu et al., "Conflict-Averse Gradient Descent for Multi-task Learning", NeurIPS 2021, appendix: two losses of x in R²,
+with s = (1, −1) and u_i = −x₁/2 + s_i (tanh x₂ − 7/2),
+
+    L_i = c₊ (log max(|u_i|, 5e-6) + 6) + c₋ ([(x₁ − 7 s_i)² + 0.1 (x₂ + 8)²] / 10 − 20),   c± = max(± tanh(x₂/2), 0),
+
+narrow valleys above x₂ = 0 and two bowls below. Pareto set: x₂ = −8.3552, |x₁| ≤ 7; least average loss −15.09 in its
+middle. Nash-MTL (Navon et al., ICML 2022) multiplies L_1 by 0.1, which moves that minimum to x₁ = −5.7.
+
+Gradients are analytic, in float64; plain numbers, since two are too few for tensors. Strategies get G = J Jᵀ, or the
+losses above their lower bounds, −21 and −21 · scale, as in FAMO's code: logarithms and ratios of negative losses mean
+nothing. For methods that learn from epochs, 100 steps are one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+from mtl.config.errors import ConfigError, one_line, suggest
+from mtl.config.identity import CONF
+from mtl.config.schema import build, check
+from mtl.losses.base import GramianWeighting, LossWeighting, Statistics, Strategy
+
+FLOOR, FRONT, LOWER = 5e-6, -8.3552, -21.0
+EPOCH, REST = 100, 2000  # steps
+Point = tuple[float, float]
+
+
+def problem(x1: float, x2: float, scale: float = 1.0) -> tuple[Point, tuple[Point, Point]]:
+    """The two losses at x, and their gradients. `scale` multiplies the first.
+
+    At x₂ = 0, where both gates have a kink, both count with their slope from inside, as the derivative of torch.clamp
+    did when the papers were written; with that of torch 2.15, 0, every method stays at Nash-MTL's start (0, 0).
+    """
+    tanh, half, depth = math.tanh(x2), math.tanh(x2 / 2), x2 + 8
+    up, down, slope = max(half, 0.0), max(-half, 0.0), (1 - half * half) / 2
+    losses, gradients = [], []
+    for sign, factor in ((1.0, scale), (-1.0, 1.0)):
+        u, gap = sign * (tanh - 3.5) - x1 / 2, x1 - 7 * sign
+        valley = math.log(max(abs(u), FLOOR)) + 6
+        bowl = (gap * gap + 0.1 * depth * depth) / 10 - 20
+        steep = up / u if abs(u) > FLOOR else 0.0
+        gates = slope * ((valley if x2 >= 0 else 0.0) - (bowl if x2 <= 0 else 0.0))
+        losses.append(factor * (up * valley + down * bowl))
+        along = down * gap / 5 - steep / 2
+        across = sign * (1 - tanh * tanh) * steep + down * depth / 50 + gates
+        gradients.append((factor * along, factor * across))
+    return tuple(losses), tuple(gradients)
+
+
+class _Losses(torch.autograd.Function):
+    """`problem` for the few methods that evaluate the losses elsewhere."""
+
+    @staticmethod
+    def forward(ctx, point, scale):
+        losses, gradients = problem(*point.tolist(), scale)
+        ctx.save_for_backward(point.new_tensor(gradients))
+        return point.new_tensor(losses)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient @ ctx.saved_tensors[0], None
+
+
+def named(spec: str, tasks: Sequence[str] = ("L1", "L2")) -> Strategy:
+    """The strategy that a word like "cagrad" or "fairgrad:alpha=1,max_norm=null" names: conf/loss/*.yaml and overrides.
+
+    Raises:
+        ConfigError: no such method, or an argument is wrong.
+    """
+    name, _, overrides = spec.partition(":")
+    files = {file.stem: file for file in (CONF / "loss").glob("*.yaml")}
+    if name not in files:
+        raise ConfigError(f"{name}: no such method; one of {', '.join(sorted(files))}{suggest(name, files)}")
+    changes = OmegaConf.create("{" + re.sub(r"(\w+)=", r"\1: ", overrides) + "}")
+    node = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(files[name]), changes))
+    check(node, name, supplied=("tasks",))
+    return build(node, name, tasks=tasks)
+
+
+class Guide:
+    """A strategy on one trajectory: from losses and gradients at a point to a direction.
+
+    Args:
+        spec: as in `named`.
+        scale: of the first loss.
+        lr, adam: of the optimizer, which the strategy's own parameters follow as well.
+        steps: of the whole run.
+    """
+
+    def __init__(self, spec: str, scale: float, lr: float, adam: bool, steps: int):
+        self.strategy, self.scale, self.lr, self.epochs = named(spec).double(), scale, lr, 1 + steps // EPOCH
+        if self.strategy.gradients == "features" or self._defines("regulariser"):
+            raise ConfigError(f"{spec}: needs the features of a network, and the toy has none")
+        self.parameters = list(self.strategy.parameters())
+        if self.parameters:
+            rate = lr if self.strategy.lr is None else self.strategy.lr
+            self.own = (torch.optim.Adam if adam else torch.optim.SGD)(self.parameters, lr=rate)
+        self.steps, self.seen = 0, []
+        self.tries, self.looks, self.learns = map(self._defines, ("after_step", "look_ahead", "epoch_end"))
+        # Nothing but x decides the next step of such a method.
+        self.stateless = not any((self.parameters, list(self.strategy.buffers()), self.tries, self.looks, self.learns))
+
+    def _defines(self, method: str) -> bool:
+        default = getattr(LossWeighting, method)
+        return getattr(type(self.strategy), method, default) is not default
+
+    def __call__(self, x1: float, x2: float, losses: Point, gradients: tuple[Point, Point]) -> Point:
+        """The direction to move against."""
+        strategy, (a, b) = self.strategy, gradients
+        above = [losses[0] - LOWER * self.scale, losses[1] - LOWER]
+        if self.tries and self.steps:
+            strategy.after_step(torch.tensor(above, dtype=torch.float64))
+        if self.steps % EPOCH == 0:
+            self._epoch()
+        if self.learns:
+            self.seen.append(above)
+        self.steps += 1
+        if self.looks:
+            x, lower = torch.nn.Parameter(torch.tensor([x1, x2]).double()), torch.tensor([LOWER * self.scale, LOWER])
+            strategy.look_ahead(lambda half: _Losses.apply(x, self.scale) - lower, [x], self.lr)
+        if isinstance(strategy, LossWeighting):
+            values = torch.tensor(above, dtype=torch.float64, requires_grad=True)
+            weights, *own = torch.autograd.grad(strategy(values), [values, *self.parameters])
+            if self.parameters:
+                for p, gradient in zip(self.parameters, own, strict=True):
+                    p.grad = gradient
+                self.own.step()
+            v, w = weights.tolist()
+            return v * a[0] + w * b[0], v * a[1] + w * b[1]
+        with torch.inference_mode():
+            values = torch.tensor(above, dtype=torch.float64)
+            if isinstance(strategy, GramianWeighting):
+                both = a[0] * b[0] + a[1] * b[1]
+                gramian = [[a[0] * a[0] + a[1] * a[1], both], [both, b[0] * b[0] + b[1] * b[1]]]
+                v, w = strategy.weights(torch.tensor(gramian, dtype=torch.float64), None, values).tolist()
+                d = v * a[0] + w * b[0], v * a[1] + w * b[1]
+            else:
+                result = strategy.aggregate(torch.tensor(gradients, dtype=torch.float64), None, values)
+                d = (result[0] if isinstance(result, tuple) else result).tolist()
+            norm = math.hypot(*d)
+            share = strategy.max_norm / norm if strategy.max_norm is not None and norm > strategy.max_norm else 1.0
+            return share * d[0], share * d[1]
+
+    def _epoch(self) -> None:
+        if self.seen:
+            mean = torch.tensor(self.seen, dtype=torch.float64).mean(0)
+            try:
+                self.strategy.epoch_end(Statistics(mean, mean, torch.zeros(2, dtype=torch.bool)))
+            except ValueError as error:
+                raise ConfigError(one_line(error)) from error
+            self.seen.clear()
+        self.strategy.epoch_start(self.steps // EPOCH, self.epochs, self.steps)
+
+
+@dataclass(frozen=True)
+class Descent:
+    """A trajectory: where it stood last, after how many steps, and why it ended.
+
+    why: "goal"; "settled", it rests on the Pareto set; "cycle", gradient descent came back to a point where it had
+        been, and so will for ever; "diverged"; or "cap", the number of steps.
+    path: (K, 2), every k-th point.
+    """
+
+    x: Point
+    steps: int
+    why: str
+    path: np.ndarray
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def descend(
+    spec: str,
+    start: Point,
+    steps: int,
+    scale: float = 1.0,
+    lr: float = 1e-3,
+    adam: bool = True,
+    factor: float = 1.0,
+    goal: Callable[[Point], bool] | None = None,
+    dtype: type = float,
+    every: int = 0,
+) -> Descent:
+    """Follow a strategy from a start.
+
+    Args:
+        spec: as in `named`.
+        start: x.
+        steps: at most.
+        scale: of the first loss.
+        lr, adam: Adam (its other values at their defaults) or plain gradient descent.
+        factor: on every direction.
+        goal: of the losses: where it is true, the trajectory ends. None: it ends where it rests on the Pareto set.
+        dtype: float or np.float32, to which parameters and the optimizer's state are rounded.
+        every: how often the path is noted; 0: never.
+    """
+    guide = Guide(spec, scale, lr, adam, steps)
+    can_cycle = guide.stateless and not adam
+    (x1, x2), path, why, t = start, [], "cap", 0
+    m1 = m2 = v1 = v2 = 0.0
+    seen, rest = None, start
+    while True:
+        if not (math.isfinite(x1) and math.isfinite(x2)):
+            why = "diverged"
+            break
+        losses, gradients = problem(x1, x2, scale)
+        if every and t % every == 0:
+            path.append((x1, x2))
+        if goal is not None and goal(losses):
+            why = "goal"
+        elif can_cycle and (x1, x2) == seen:
+            why = "cycle"
+        elif goal is None and t % REST == 0:
+            if t and on_front(x1, x2) and abs(x1 - rest[0]) < 0.01 and abs(x2 - rest[1]) < 0.01:
+                why = "settled"
+            rest = x1, x2
+        if why != "cap" or t == steps:
+            break
+        if t & (t - 1) == 0:  # at the powers of two: Brent's way to find a cycle of any length
+            seen = x1, x2
+        d1, d2 = guide(x1, x2, losses, gradients)
+        d1, d2, t = factor * d1, factor * d2, t + 1
+        if adam:
+            m1, m2 = float(dtype(0.9 * m1 + 0.1 * d1)), float(dtype(0.9 * m2 + 0.1 * d2))
+            v1, v2 = float(dtype(0.999 * v1 + 0.001 * d1 * d1)), float(dtype(0.999 * v2 + 0.001 * d2 * d2))
+            rate, root = 1 / (1 - 0.9**t), math.sqrt(1 - 0.999**t)
+            d1, d2 = rate * m1 / (math.sqrt(v1) / root + 1e-8), rate * m2 / (math.sqrt(v2) / root + 1e-8)
+        x1, x2 = float(dtype(x1 - lr * d1)), float(dtype(x2 - lr * d2))
+    return Descent((x1, x2), t, why, np.array(path))
+
+
+def on_front(x1: float, x2: float) -> bool:
+    """Whether x lies on the Pareto set, within 0.3."""
+    return abs(x2 - FRONT) < 0.3 and abs(x1) < 7.3
