@@ -153,6 +153,16 @@ def test_ldc_mtl():
         descend(twin, strategy)
 
 
+def test_ldc_mtl_far_down_its_drift():
+    """All logits sink for ever; only their differences may matter, also where every sigmoid underflows."""
+    strategy = LDCMTL(2, penalty=0.0)
+    losses = torch.tensor([2.0, 3.0], requires_grad=True)
+    for level in (-10.0, -500.0, -1e5):
+        torch.nn.init.constant_(strategy.logits, level)
+        (weights,) = torch.autograd.grad(strategy(losses), losses)
+        torch.testing.assert_close(weights, torch.tensor([0.5, 0.5]))
+
+
 @pytest.mark.parametrize(("specific", "alignment", "temperature"), [(0.9, 0, 1), (0, 0.9, 0.3), (0.9, 1.1, 0.5)])
 def test_rep_mtl(specific, alignment, temperature):
     net, twin, batches = problem()

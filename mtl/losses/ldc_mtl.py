@@ -6,9 +6,10 @@ as a penalty, and in the authors' single-loop code,
 
     L = Σ_i w_i L_i / sg(Σ_j w_j) + λ Σ_{i<T} |w_i L_i − w_{i+1} L_{i+1}|,    w = sigmoid(p),
 
-with p trained along. λ = 0.01 and p = 1 at the start (CelebA, whose weights are free parameters as here; for dense
-tasks the authors use a small router on the features and λ of 0.05 to 0.1). Only neighbours in task order are
-compared.
+with p trained along. λ = 0.01, p = 1 at the start and its learning rate 1e-3 (CelebA, whose weights are free parameters
+as here; for dense tasks the authors use a small router on the features and λ of 0.05 to 0.1). Only neighbours in task
+order are compared. The first term moves all p down for ever, which is harmless to it, since only the ratios of the w
+count there; but they must not underflow, so they are taken in logarithms.
 """
 
 from collections.abc import Sequence
@@ -34,16 +35,18 @@ class LDCMTL(LossWeighting):
         self,
         tasks: int | Sequence[str],
         penalty: Annotated[float, Ge(0)] = 0.01,
-        lr: Annotated[float, Ge(0)] | None = None,
+        lr: Annotated[float, Ge(0)] | None = 0.001,
     ):
         super().__init__(tasks)
         self.penalty, self.lr = penalty, lr
         self.logits = nn.Parameter(torch.ones(self.tasks))
 
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
-        weights = torch.sigmoid(self.logits)
-        weighted = masked(weights * losses, present)
+        weighted = masked(torch.sigmoid(self.logits) * losses, present)
         gaps = (weighted[1:] - weighted[:-1]).abs()
+        logs = nn.functional.logsigmoid(self.logits)
+        total = torch.logsumexp(logs if present is None else torch.where(present, logs, -torch.inf), 0).detach()
+        shares = (logs - torch.where(total.isfinite(), total, 0.0)).exp()
         if present is not None:  # neighbours of which one is absent have no discrepancy
             gaps = torch.where(present[1:] & present[:-1], gaps, 0.0)
-        return weighted.sum() / masked(weights, present).sum().detach().clamp(min=1e-12) + self.penalty * gaps.sum()
+        return masked(shares * losses, present).sum() + self.penalty * gaps.sum()
