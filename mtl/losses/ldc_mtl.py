@@ -19,7 +19,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 
-from mtl.losses.base import LossWeighting, masked
+from mtl.losses.base import LossWeighting, masked, softmax
 
 
 class LDCMTL(LossWeighting):
@@ -45,8 +45,7 @@ class LDCMTL(LossWeighting):
         weighted = masked(torch.sigmoid(self.logits) * losses, present)
         gaps = (weighted[1:] - weighted[:-1]).abs()
         logs = nn.functional.logsigmoid(self.logits)
-        total = torch.logsumexp(logs if present is None else torch.where(present, logs, -torch.inf), 0).detach()
-        shares = (logs - torch.where(total.isfinite(), total, 0.0)).exp()
+        shares = softmax(logs, present).detach() * (logs - logs.detach()).exp()  # the sum of all w has no gradient
         if present is not None:  # neighbours of which one is absent have no discrepancy
             gaps = torch.where(present[1:] & present[:-1], gaps, 0.0)
         return masked(shares * losses, present).sum() + self.penalty * gaps.sum()
