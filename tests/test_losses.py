@@ -480,7 +480,8 @@ def test_backward_of_a_batch_without_labels(method, zero):
 @pytest.mark.parametrize("absent", [None, 0, 1, 2])
 @pytest.mark.parametrize("method", [PCGrad, GradDrop])
 def test_step_statistics(method, absent):
-    """‖d‖, ‖d‖/‖Σg‖, mean cosine and share of conflicts over the pairs of present tasks; the Gramian weights."""
+    """‖d‖, ‖d‖/‖Σg‖, mean cosine, share of conflicts and mean magnitude similarity over
+    the pairs of present tasks; the Gramian weights."""
     network = Network()
     jac, losses, left = network.gradients()[0], network.losses(), np.arange(3) != (-1 if absent is None else absent)
     losses = [loss if there else loss * 0 for loss, there in zip(losses, left, strict=True)]
@@ -494,6 +495,8 @@ def test_step_statistics(method, absent):
         assert_close(jac.T @ step.weights.numpy()[left], update)
     assert_close(step.cosine, cosines.mean(), scale=1)
     assert_close(step.conflict, (cosines < 0).mean(), scale=1)
+    pairs = [np.linalg.norm(jac[[i, j]], axis=1) for j in range(len(jac)) for i in range(j)]
+    assert_close(step.magnitude, np.mean([1 - (a - b) ** 2 / (a**2 + b**2) for a, b in pairs]), scale=1)
 
 
 @pytest.mark.parametrize("method", [Equal, PCGrad, GradDrop])

@@ -98,6 +98,8 @@ class Step:
             gradients); None where no per-task gradients were taken.
         cosine: () mean cosine between the task gradients, over all pairs; None as above and for T = 1.
         conflict: () share of the pairs with a negative cosine; None as above.
+        magnitude: () mean magnitude similarity 2‖g_i‖‖g_j‖ / (‖g_i‖² + ‖g_j‖²) over the pairs (Yu et al., 2020): 1 for
+            equal lengths; None as above.
     """
 
     weights: Tensor | None
@@ -105,6 +107,7 @@ class Step:
     ratio: Tensor | None = None
     cosine: Tensor | None = None
     conflict: Tensor | None = None
+    magnitude: Tensor | None = None
 
 
 def backward(
@@ -253,12 +256,10 @@ def _combine_gradients(samples, strategy, shared, heads, present, features, swit
         shared_norm = norm if not _overrides(strategy, LossWeighting, "regulariser") else gradient_norm(shared)
     if per_task:
         _leave_rows(shared, jacobian * (weights if factor is None else weights * factor)[:, None], present)
-    cosine = conflict = None
-    if len(losses) > 1:
-        cosine, conflict = _similarity(gramian, present)
+    similarity = _similarity(gramian, present) if len(losses) > 1 else (None, None, None)
     if factor is not None and weights is not None:
         weights = weights * factor
-    return Step(weights, shared_norm, norm / equal, cosine, conflict)
+    return Step(weights, shared_norm, norm / equal, *similarity)
 
 
 def _summed_to_count(weights: Tensor, present: Tensor | None) -> Tensor:
@@ -275,15 +276,17 @@ def _head_weights(strategy: Strategy, weights: Tensor | None, switches: Switches
     return strategy.head_weights(weights)
 
 
-def _similarity(gramian: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean cosine over the pairs of present tasks, and the share of those pairs that is negative."""
+def _similarity(gramian: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Over the pairs of present tasks: mean cosine, share of negative cosines, mean magnitude similarity."""
     tiny = torch.finfo(gramian.dtype).tiny
-    lengths = gramian.diagonal().sqrt()
+    squares = gramian.diagonal()
     rows, columns = torch.triu_indices(len(gramian), len(gramian), 1, device=gramian.device)
-    cosines = gramian[rows, columns] / (lengths[rows] * lengths[columns]).clamp(min=tiny)
+    products = squares[rows].sqrt() * squares[columns].sqrt()
+    cosines = gramian[rows, columns] / products.clamp(min=tiny)
+    magnitudes = 2 * products / (squares[rows] + squares[columns]).clamp(min=tiny)
     pairs = torch.ones_like(cosines) if present is None else (present[rows] & present[columns]).to(cosines)
     total = pairs.sum().clamp(min=1)
-    return (cosines * pairs).sum() / total, ((cosines < 0) * pairs).sum() / total
+    return (cosines * pairs).sum() / total, ((cosines < 0) * pairs).sum() / total, (magnitudes * pairs).sum() / total
 
 
 def _overrides(strategy: Strategy, base: type, method: str) -> bool:

@@ -23,6 +23,8 @@ from mtl.random import derive
 from mtl.tasks import Task
 from mtl.tracking.console import Progress
 
+STATISTICS = ("norm", "ratio", "cosine", "conflict", "magnitude")  # of `Step`: means over the epoch, as grad/…
+
 
 class Sums:
     """Named sums on the device, read by the host in a single transfer."""
@@ -168,7 +170,7 @@ class Learner:
                     sums.add(f"{t.name}_loss", loss * count)
                     for m in t.metrics:
                         sums.add(f"{t.name}_{m.name}", m.update(p, targets[t.name]))
-                for name in ("weights", "norm", "ratio", "cosine", "conflict"):
+                for name in ("weights", *STATISTICS):
                     if (value := getattr(step, name)) is not None:
                         sums.add(f"step_{name}", value)
             progress.update(i + 1)
@@ -179,7 +181,7 @@ class Learner:
         row = self._figures("train", read)
         for task, weight in zip(self.tasks, read.get("step_weights", ()), strict=False):
             row[f"weights/{task.name}"] = weight / len(batches)
-        for name in ("norm", "ratio", "cosine", "conflict"):
+        for name in STATISTICS:
             if f"step_{name}" in read:
                 row[f"grad/{name}"] = read[f"step_{name}"][0] / len(batches)
         row["lr"] = self.optimizer.param_groups[0]["lr"]
