@@ -157,7 +157,7 @@ def run(config: Mapping[str, Any], choices: Mapping[str, str], command: str) -> 
             raise ConfigError(f"data: {len(splits['train'])} training samples; batch norm needs at least {smallest}")
         train = TrainingBatches(splits["train"], benchmark, device, config["seed"], smallest)
         evaluations = {name: EvaluationBatches(s, benchmark, device) for name, s in splits.items() if name != "train"}
-        job = Job(config, identity, command, directory, benchmark, learner, train, evaluations, tracker)
+        job = Job(config, choices, identity, command, directory, benchmark, learner, train, evaluations, tracker)
         return job.execute()
 
 
@@ -213,6 +213,7 @@ class Job:
     """One run in its directory: resume if there is something to resume, train to the end, keep every file in order."""
 
     config: Mapping[str, Any]
+    choices: Mapping[str, str]
     identity: Identity
     command: str
     directory: RunDirectory
@@ -319,6 +320,7 @@ class Job:
             "epochs": len(rows),
             "best": {k: {"value": (row := _best(rows, k, h))[k], "epoch": row["epoch"]} for k, h in tests.items()},
             "last": {k: rows[-1][k] for k in tests},
+            "higher_is_better": tests,
             "selected": {"by": key, "epoch": chosen["epoch"], **{k: chosen[k] for k in tests}}
             if key.startswith("val/")
             else None,
@@ -337,7 +339,8 @@ class Job:
 
     def _identity_fields(self) -> dict[str, Any]:
         names = {"name": self.identity.name, "group": self.identity.group}
-        return {**asdict(self.identity), **names, "command": self.command}
+        choices = {k: v for k, v in self.choices.items() if k in NODES}
+        return {**asdict(self.identity), **names, "choices": choices, "command": self.command}
 
     def _info(self) -> RunInfo:
         best = {**self._metrics("test"), **(self._metrics("val") if "val" in self.evaluations else {})}
