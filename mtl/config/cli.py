@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
@@ -19,7 +23,7 @@ from mtl.config.errors import ConfigError, SetupError, UserError, one_line, remo
 from mtl.config.identity import CONF
 
 TARGET = "_target_"
-GROUPS = ("arch", "data", "loss", "optimizer", "schedule", "step", "trainer", "logger", "experiment")
+GROUPS = ("arch", "data", "loss", "optimizer", "schedule", "step", "trainer", "logger", "study", "experiment")
 
 
 def launch(main: Callable[[], None]) -> int:
@@ -66,20 +70,31 @@ class Grid(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
         Grid.directory = Path(config.hydra.sweep.dir)
+        Grid.directory.mkdir(parents=True, exist_ok=True)
+        note = {"started": time.time(), "cells": _count(config.hydra)}
+        (Grid.directory / "grid.json").write_text(json.dumps(note) + "\n")
 
     @classmethod
     def close(cls) -> int:
         """Print the table of all runs of the grid; return 1 if one of them failed."""
         if cls.directory is None or not cls.directory.exists():
             return 0
-        cells = sorted(cls.directory.glob("cell-*.json"))
-        if not cells:  # refused before the first run began: leave nothing behind
+        if not any(cls.directory.glob("cell-*.json")):  # refused before the first run began: leave nothing behind
             shutil.rmtree(cls.directory, ignore_errors=True)
             remove_empty(cls.directory.parents)
             return 0
         from mtl.study.grid import summarise  # late: it needs the plotting library
 
-        return summarise(cells)
+        return summarise(cls.directory)
+
+
+def _count(hydra: DictConfig) -> int | None:
+    """How many runs a grid has; None where a sweeper decides that as it goes (Optuna)."""
+    if not str(hydra.sweeper[TARGET]).endswith("BasicSweeper"):
+        return None
+    words = [*(f"{k}={v}" for k, v in (hydra.sweeper.params or {}).items()), *hydra.overrides.task]
+    sweeps = [o for o in OverridesParser.create().parse_overrides(words) if o.is_sweep_override()]
+    return math.prod(sum(1 for _ in sweep.sweep_string_iterator()) for sweep in sweeps)
 
 
 def _say(error: UserError) -> int:

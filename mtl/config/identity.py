@@ -22,6 +22,7 @@ EXCLUDED = (
     "data.residency",
     "data.workers",
     "trainer.device",
+    "study",
 )
 
 

@@ -63,9 +63,22 @@ class RunDirectory:
 
     @property
     def run(self) -> dict[str, Any]:
-        """The content of run.json; empty before the first start."""
-        file = self.path / "run.json"
-        return json.loads(file.read_text()) if file.exists() else {}
+        """The content of run.json; empty before the first start, or if a power cut has left it unreadable."""
+        try:
+            return json.loads((self.path / "run.json").read_text())
+        except (OSError, ValueError):
+            return {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether a process is at work here now."""
+        if not (self.path / ".lock").exists():
+            return False
+        try:
+            with FileLock(self.path / ".lock", blocking=False):
+                return False
+        except Timeout:
+            return True
 
     def update(self, **fields: Any) -> None:
         """Change fields of run.json."""

@@ -1,11 +1,10 @@
-"""From a config to a finished run: check, identify, build, train, note the outcome. train.py is the only caller."""
+"""From a config to a finished run: check, identify, build, train, note the outcome."""
 
 from __future__ import annotations
 
 import logging
 import math
 import resource
-import shlex
 import sys
 import time
 import traceback
@@ -16,16 +15,12 @@ from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from mtl.archs.model import MultiTaskModel, count_macs, count_parameters
 from mtl.config import schema
-from mtl.config.cli import Grid, Terminated, translate
-from mtl.config.errors import ConfigError, Diverged, SetupError, UserError, one_line
-from mtl.config.identity import Identity, identify
+from mtl.config.cli import Terminated
+from mtl.config.errors import ConfigError, Diverged, SetupError, one_line
+from mtl.config.identity import Identity
 from mtl.data.base import Benchmark
 from mtl.data.batches import EvaluationBatches, TrainingBatches
 from mtl.engine import checkpoint
@@ -50,6 +45,7 @@ NODES: dict[str, tuple[str, ...]] = {
     "step": (),
     "trainer": (),
     "logger": (),
+    "study": (),
 }
 
 
@@ -58,49 +54,22 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-        status: finished, failed, diverged, interrupted, or refused (nothing was started).
+        status: finished, failed, diverged; or, where nothing was started: refused, running elsewhere, planned.
         code: exit code.
         directory: of the run; empty when refused.
         message: the error, if any.
+        plan: what a run would be (mtl.study.plan), where nothing was to be trained.
     """
 
     status: str
     code: int
     directory: str = ""
     message: str = ""
-
-
-def run_from_hydra(config: DictConfig) -> None:
-    """Run one composed config. In a grid, the outcome is noted beside the other cells' and the grid goes on."""
-    hydra = HydraConfig.get()
-    # As typed: resolving would trip over an interpolation that leads nowhere.
-    command = shlex.join(["python", "train.py", *OmegaConf.to_container(hydra.overrides.task, resolve=False)])
-    if not log.handlers:
-        console = logging.StreamHandler(sys.stdout)
-        console.setLevel(logging.INFO)
-        log.addHandler(console)
-        log.setLevel(logging.DEBUG)
-        log.propagate = False
-    try:
-        plain = OmegaConf.to_container(config, resolve=True)
-        outcome = run(plain, dict(hydra.runtime.choices), command)
-    except UserError as error:
-        outcome = Outcome("refused", error.exit_code, message=str(error))
-    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
-        outcome = Outcome("refused", 2, message=str(translate(error)))
-    except Exception as error:  # a bug, before the run had a log to put it into
-        traceback.print_exc()
-        outcome = Outcome("failed", 1, message=f"{type(error).__name__}: {one_line(error)}")
-    if outcome.message:
-        print(f"error: {outcome.message}", file=sys.stderr)
-    if hydra.mode == RunMode.MULTIRUN:
-        cell = {"number": hydra.job.num, "command": command, **asdict(outcome)}
-        write_json(Path(hydra.sweep.dir) / f"cell-{hydra.job.num:05d}.json", cell)
-    Grid.codes.append(outcome.code)
+    plan: dict[str, Any] | None = None
 
 
 def _root(seed: Annotated[int, Ge(0)], output_root: str, data: dict, arch: dict, loss: dict, optimizer: dict,
-          schedule: dict, step: dict, trainer: dict, logger: dict) -> None:  # fmt: skip
+          schedule: dict, step: dict, trainer: dict, logger: dict, study: dict) -> None:  # fmt: skip
     """The signature of a config's top level."""
 
 
@@ -115,31 +84,43 @@ def check(config: Mapping[str, Any]) -> None:
         schema.check(config.get(name), name, supplied)
 
 
-def run(config: Mapping[str, Any], choices: Mapping[str, str], command: str) -> Outcome:
+def run(config: Mapping[str, Any], choices: Mapping[str, str], identity: Identity, command: str) -> Outcome:
     """Execute one run, or say that it is already done.
 
     Args:
-        config: resolved, as plain Python objects.
+        config: resolved and checked, as plain Python objects.
         choices: the option chosen in each config group.
+        identity: where it belongs.
         command: the command line, for run.json and the footer.
 
     Raises:
         UserError: the config, the machine or another process stands in the way; nothing was written.
     """
-    check(config)
-    identity = identify(config, choices)
     path = identity.directory(config["output_root"])
     done = RunDirectory(path).run
     if done.get("status") == "finished":
         log.info(f"{identity.name}: finished {done['finished']}, in {path} (delete that folder to run it again)")
         return Outcome("finished", 0, str(path))
 
+    benchmark, learner = assemble(config)
+    tracker: Tracker = schema.build(config["logger"], "logger")
+    with RunDirectory(path) as directory:
+        train, evaluations = open_batches(benchmark, learner)
+        job = Job(config, choices, identity, command, directory, benchmark, learner, train, evaluations, tracker)
+        return job.execute()
+
+
+def assemble(config: Mapping[str, Any]) -> tuple[Benchmark, Learner]:
+    """Build what a checked config describes, all but its data and its tracker.
+
+    Raises:
+        UserError: two nodes do not fit each other, or the machine has no such device.
+    """
     benchmark: Benchmark = schema.build(config["data"], "data")
     strategy: Strategy = schema.build(config["loss"], "loss", tasks=[t.name for t in benchmark.tasks])
     # A strategy may train fewer tasks than there are (loss=single): the others then do not exist in this run.
     tasks = [task for task in benchmark.tasks if task.name in strategy.names]
     trainer: Trainer = schema.build(config["trainer"], "trainer")
-    tracker: Tracker = schema.build(config["logger"], "logger")
     switches: Switches = schema.build(config["step"], "step")
     try:
         switches.check(strategy)
@@ -148,17 +129,18 @@ def run(config: Mapping[str, Any], choices: Mapping[str, str], command: str) -> 
     if (warmup := config["schedule"].get("warmup_epochs", 0)) >= trainer.epochs:
         raise ConfigError(f"schedule.warmup_epochs={warmup}: must be less than trainer.epochs={trainer.epochs}")
     device = trainer.open_device()
-    learner = build_learner(config, benchmark, tasks, strategy, trainer, device, switches)
+    return benchmark, build_learner(config, benchmark, tasks, strategy, trainer, device, switches)
 
-    with RunDirectory(path) as directory:
-        splits = benchmark.splits()
-        smallest = 2 * max(strategy.samples, 2 if defines(strategy, "look_ahead") else 1)
-        if len(splits["train"]) < smallest:
-            raise ConfigError(f"data: {len(splits['train'])} training samples; batch norm needs at least {smallest}")
-        train = TrainingBatches(splits["train"], benchmark, device, config["seed"], smallest)
-        evaluations = {name: EvaluationBatches(s, benchmark, device) for name, s in splits.items() if name != "train"}
-        job = Job(config, choices, identity, command, directory, benchmark, learner, train, evaluations, tracker)
-        return job.execute()
+
+def open_batches(benchmark: Benchmark, learner: Learner) -> tuple[TrainingBatches, dict[str, EvaluationBatches]]:
+    """Load the data: training batches, and one set of evaluation batches for each other split."""
+    strategy, splits = learner.strategy, benchmark.splits()
+    smallest = 2 * max(strategy.samples, 2 if defines(strategy, "look_ahead") else 1)
+    if len(splits["train"]) < smallest:
+        raise ConfigError(f"data: {len(splits['train'])} training samples; batch norm needs at least {smallest}")
+    train = TrainingBatches(splits["train"], benchmark, learner.device, learner.seed, smallest)
+    evaluations = {n: EvaluationBatches(s, benchmark, learner.device) for n, s in splits.items() if n != "train"}
+    return train, evaluations
 
 
 def build_learner(

@@ -55,6 +55,8 @@ class AMTL(LossWeighting):
         ValueError: not one positive potential for each task.
     """
 
+    single_task_argument = "potentials"
+
     def __init__(
         self,
         tasks: int | Sequence[str],

@@ -49,6 +49,7 @@ class Strategy(nn.Module, ABC):
         max_norm: norm to which the shared parameters' gradient is clipped, where that is part of the method.
         lazy: names of buffers whose shape the first step decides (such as (T, P) averages); None until then.
         samples: how many independent batches a step needs: 1, or 2 or 3 for the double-sampling methods.
+        single_task_argument: name of the argument that takes single-task results, where a method needs them.
         epoch, epochs: training progress, epoch counted from 0; set by `epoch_start`.
         lr, weight_decay: of the method's own parameters; None follows the optimizer's.
     """
@@ -62,6 +63,7 @@ class Strategy(nn.Module, ABC):
     lazy: tuple[str, ...] = ()
     lr: float | None = None
     weight_decay: float | None = 0.0
+    single_task_argument: str | None = None
 
     def __init__(self, tasks: int | Sequence[str]):
         super().__init__()

@@ -39,6 +39,7 @@ class PIVRG(GramianWeighting):
     """
 
     claims = ("non_conflicting", "scale_free")
+    single_task_argument = "baselines"
 
     def __init__(
         self,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
+import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtl.tracking.console import table
+from mtl.config.errors import remove_empty
+from mtl.tracking.console import duration, table
 
 
 @dataclass(frozen=True)
@@ -21,32 +25,67 @@ class Cell:
     rows: list[dict[str, float]]
 
 
-def summarise(files: Sequence[Path]) -> int:
+def progress(folder: Path) -> str:
+    """One line on a grid that is under way: done, running, failed, and about how much longer.
+
+    Args:
+        folder: of the grid, with grid.json and a cell-*.json for each run that has begun.
+    """
+    # Without the single-task baselines that precede a cell: how many of those there will be is not known before.
+    grid, cells = json.loads((folder / "grid.json").read_text()), _outcomes(folder, "cell-?????.json")
+    counts = Counter("failed" if c["code"] else c["status"] for c in cells)
+    done = len(cells) - counts["running"]
+    said = ", ".join(f"{counts[s]} {s}" for s in ("finished", "failed", "running") if counts[s])
+    # What was there before took no time and says nothing of what is to come.
+    took = [c["seconds"] for c in cells if c.get("seconds", 0) > 1]
+    elapsed = time.time() - grid["started"]
+    left = ""
+    if grid["cells"] and took and done < grid["cells"]:
+        at_once = max(1.0, sum(took) / elapsed)
+        left = f", about {duration(statistics.fmean(took) * (grid['cells'] - done) / at_once)} left"
+    return f"grid      {done} of {grid['cells'] or 'an open number of'} runs done ({said}){left}"
+
+
+def summarise(folder: Path) -> int:
     """Print the table of a grid, draw its learning curves, say what to do next.
 
     Args:
-        files: cell-*.json of the grid.
+        folder: of the grid.
 
     Returns:
         0 when every cell finished, else the largest exit code of a cell.
     """
-    outcomes = [json.loads(f.read_text()) for f in files]
+    outcomes = _outcomes(folder)
+    if plans := [o["plan"] for o in outcomes if o["plan"]]:
+        from mtl.study.plan import plan_table  # late: it can train, and so needs torch
+
+        print(f"\n{plan_table(plans)}")
+        shutil.rmtree(folder)  # a plan leaves nothing behind
+        remove_empty(folder.parents)
+        return max(o["code"] for o in outcomes)
     finished = [_read(Path(o["directory"])) for o in outcomes if o["status"] == "finished"]
     if finished:
         print()
         print(results_table(finished))
-        figure = files[0].parent / "curves.png"
+        figure = folder / "curves.png"
         from mtl.study.figures import learning_curves  # late: matplotlib takes a second to import
 
         learning_curves(finished, figure)
         print(f"\nfigure: {figure}")
     failed = [o for o in outcomes if o["status"] != "finished"]
     for o in failed:
-        print(f"{o['status']}: {o['command']}: {o['message']}")
+        status = "interrupted" if o["status"] == "running" else o["status"]
+        print(f"{status}: {o['command']}{': ' if o['message'] else ''}{o['message']}")
     print(f"{len(finished)} of {len(outcomes)} runs finished; the same command again skips them and runs the others")
     if finished and finished[0].run["data"] == "digits":
         print("next: python train.py trainer.epochs=10 data.limit_train=10000   (CIFAR-100, downloaded once)")
     return max((o["code"] for o in outcomes), default=0)
+
+
+def _outcomes(folder: Path, pattern: str = "cell-*.json") -> list[dict[str, Any]]:
+    """What is noted of every run of a grid, each run once: several cells may share a single-task baseline."""
+    cells = [json.loads(file.read_text()) for file in sorted(folder.glob(pattern))]
+    return list({c["directory"] or c["command"]: c for c in cells}.values())
 
 
 def results_table(cells: Sequence[Cell]) -> str:

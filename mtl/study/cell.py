@@ -1,0 +1,118 @@
+"""One command, or one cell of a grid: train it or plan it, and note the outcome for the grid's closing table."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mtl.config import schema
+from mtl.config.cli import Grid, translate
+from mtl.config.errors import Busy, UserError, one_line
+from mtl.config.identity import identify
+from mtl.engine.directory import write_json
+from mtl.engine.run import Outcome, check, run
+from mtl.study.baselines import Cell, fill, single_tasks
+from mtl.study.grid import progress
+from mtl.study.plan import plan, plan_table
+
+log = logging.getLogger("mtl")
+
+
+@dataclass(frozen=True)
+class Study:
+    """What happens around a run.
+
+    Args:
+        plan: say what is already there and how long the rest will take, and train nothing.
+        baselines: auto first trains every task alone (loss=single) under the same config and seed, unless that is done.
+    """
+
+    plan: bool = False
+    baselines: Literal["none", "auto"] = "none"
+
+
+def run_from_hydra(config: DictConfig) -> None:
+    """Run one composed config. In a grid, the outcome is noted beside the other cells' and the grid goes on."""
+    hydra = HydraConfig.get()
+    if not log.handlers:
+        console = logging.StreamHandler(sys.stdout)
+        console.setLevel(logging.INFO)
+        log.addHandler(console)
+        log.setLevel(logging.DEBUG)
+        log.propagate = False
+    # As typed: resolving would trip over an interpolation that leads nowhere.
+    words, choices = OmegaConf.to_container(hydra.overrides.task, resolve=False), dict(hydra.runtime.choices)
+    grid = hydra.mode == RunMode.MULTIRUN
+    try:
+        cells = _cells(config, choices, words)
+    except UserError as error:
+        cells = [(None, choices, words)]
+        refused = Outcome("refused", error.exit_code, message=str(error))
+    for i, (plain, chosen, typed) in enumerate(cells):
+        command, since = shlex.join(["python", "train.py", *typed]), time.perf_counter()
+        if grid:
+            suffix = f"-{i}" if i < len(cells) - 1 else ""  # the baselines of a cell stand before it
+            file = Path(hydra.sweep.dir) / f"cell-{hydra.job.num:05d}{suffix}.json"
+            write_json(file, {"command": command, **asdict(Outcome("running", 0))})
+        outcome = refused if plain is None else execute(plain, chosen, command)
+        if outcome.message:
+            print(f"error: {outcome.message}", file=sys.stderr)
+        if grid:
+            write_json(file, {"command": command, "seconds": time.perf_counter() - since, **asdict(outcome)})
+            if outcome.plan is None and not suffix:
+                log.info(progress(file.parent))
+        elif outcome.plan:
+            log.info(plan_table([outcome.plan]))
+        Grid.codes.append(outcome.code)
+
+
+def _cells(config: DictConfig, choices: dict[str, str], words: list[str]) -> list[Cell]:
+    """The run that a command describes, after those of its single-task baselines where they are asked for.
+
+    Raises:
+        UserError: an interpolation leads nowhere, or the study or data node is wrong.
+    """
+    try:
+        plain = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise translate(error) from error
+    schema.check(plain.get("study"), "study")
+    cells = [(plain, choices, words)]
+    return [*single_tasks(plain, choices, words), *cells] if plain["study"].get("baselines") == "auto" else cells
+
+
+def execute(config: Mapping[str, Any], choices: Mapping[str, str], command: str) -> Outcome:
+    """Train or plan one config; whatever goes wrong becomes the outcome.
+
+    Args:
+        config: resolved, as plain Python objects.
+        choices: the option chosen in each config group.
+        command: the command line that describes it.
+    """
+    try:
+        filled = fill(config, choices)
+        check(filled)
+        # By the config as typed: single-task results that were filled in differ from seed to seed.
+        identity = identify(config, choices)
+        if config["study"]["plan"]:
+            return plan(filled, identity)
+        return run(filled, choices, identity, command)
+    except Busy as error:
+        return Outcome("running elsewhere", error.exit_code, message=str(error))
+    except UserError as error:
+        return Outcome("refused", error.exit_code, message=str(error))
+    except Exception as error:  # a bug, before the run had a log to put it into
+        traceback.print_exc()
+        return Outcome("failed", 1, message=f"{type(error).__name__}: {one_line(error)}")

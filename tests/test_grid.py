@@ -1,0 +1,211 @@
+"""Grids that cannot be lost: killed, repeated, extended, shared between processes, planned, with their baselines."""
+
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from filelock import FileLock
+
+from mtl.engine.trainer import Learner
+from mtl.study import grid
+
+
+def runs(root: Path) -> dict[str, Path]:
+    """Directories by "loss/seed"."""
+    found = {}
+    for file in root.rglob("run.json"):
+        run = json.loads(file.read_text())
+        task = yaml.safe_load((file.parent / "config.yaml").read_text())["loss"].get("task", "")
+        found[f"{run['loss']}{task}/{run['seed']}"] = file.parent
+    return found
+
+
+def metrics(directory: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+def table(output: str) -> list[str]:
+    return output.split("mean ± std over seeds\n")[1].split("\n\n")[0].splitlines()
+
+
+def test_a_grid_of_12_killed_5_times_ends_as_if_undisturbed(tmp_path):
+    words = ("loss=equal,dwa,pcgrad", "seed=0,1,2,3", "data=digits", "trainer.epochs=3", "trainer.device=cpu")
+    words = (*words, "data.limit_train=64", "data.limit_test=32", "data.batch_size=32", "logger=none")
+    command = [sys.executable, str(ROOT / "train.py"), "-m", *words]
+    rng, killed = random.Random(0), 0
+
+    def start(folder):
+        folder.mkdir(exist_ok=True)
+        return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    calm = start(tmp_path / "calm")
+    out, err = calm.communicate()
+    assert calm.returncode == 0, err
+    for _ in range(5):
+        process = start(tmp_path / "killed")
+        for _ in range(rng.randrange(8, 30)):  # so many lines of the console: in the middle of some cell
+            process.stdout.readline()
+        time.sleep(rng.random() / 4)
+        process.send_signal(rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
+        process.communicate()
+        killed += process.returncode != 0
+    assert killed == 5
+    last = start(tmp_path / "killed")
+    again, err = last.communicate()
+    assert last.returncode == 0, err
+    assert table(again) == table(out)
+    one, other = runs(tmp_path / "calm"), runs(tmp_path / "killed")
+    assert len(one) == 12 and one.keys() == other.keys()
+    for name, directory in one.items():
+        assert json.dumps(metrics(directory)) == json.dumps(metrics(other[name])), name
+        ours, theirs = (torch.load(d / "last.pt", weights_only=True)["model"] for d in (directory, other[name]))
+        assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_a_failed_cell_does_not_stop_the_grid_and_runs_again(smoke, tmp_path, monkeypatch):
+    train_epoch = Learner.train_epoch
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "train_epoch", lambda *a: 1 / 0 if a[0].seed == 0 else train_epoch(*a))
+        first = smoke("-m", "seed=0,1")
+    assert first.code == 1 and "1 of 2 runs finished" in first.out
+    assert re.search(r"^failed: python train.py .*seed=0.*: ZeroDivisionError: .*train\.log\)$", first.out, re.M)
+    again = smoke("-m", "seed=0,1")
+    assert again.code == 0 and "2 of 2 runs finished" in again.out
+    assert again.out.count("epoch 2/2") == 1  # seed 1 was not trained again
+    assert {d.parts[-1] for d in runs(tmp_path).values()} == {"seed0", "seed1"}
+
+
+def test_a_cell_at_which_another_process_works_is_left_alone(smoke, tmp_path):
+    smoke("-m", "seed=0")
+    (directory,) = runs(tmp_path).values()
+    (directory / "run.json").unlink()
+    with FileLock(directory / ".lock"):
+        result = smoke("-m", "seed=0,1")
+        planned = smoke("-m", "seed=0,1", "study.plan=true")
+    assert result.code == 1 and "1 of 2 runs finished" in result.out
+    assert re.search(r"^running elsewhere: python train.py .*seed=0", result.out, re.M)
+    assert re.search(r"-s1-\w+ +finished", planned.out)
+
+
+def test_a_damaged_run_json_costs_no_run(smoke, tmp_path):
+    smoke("seed=0")
+    (directory,) = runs(tmp_path).values()
+    before = metrics(directory)
+    (directory / "run.json").write_text('{"status": "fini')
+    assert smoke("seed=0").code == 0
+    assert json.loads((directory / "run.json").read_text())["status"] == "finished" and metrics(directory) == before
+
+
+# --------------------------------------------------------------------------------------------------------------- plan
+
+
+def test_a_plan_says_what_is_there_and_leaves_nothing(smoke, tmp_path, monkeypatch):
+    smoke("seed=0")
+    with monkeypatch.context() as patch:
+        train_epoch = Learner.train_epoch
+        patch.setattr(Learner, "train_epoch", lambda *a: train_epoch(*a) if a[2] == 0 else 1 / 0)
+        smoke("seed=1")
+    before = {p: p.stat().st_mtime for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"}
+    result = smoke("-m", "loss=equal,dwa", "seed=0,1,2", "study.plan=true")
+    assert result.code == 0, result.err
+    assert {p: p.stat().st_mtime for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"} == before
+    lines = [re.split(r"\s{2,}", line.strip()) for line in result.out.splitlines() if line.startswith("resnet20-")]
+    cells = [(line[0][:-9], *line[1:3], line[-1]) for line in lines]
+    assert cells == [
+        ("resnet20-equal-s0", "finished", "finished"),
+        ("resnet20-equal-s1", "failed", "1", "as seed1 took"),
+        ("resnet20-equal-s2", "new", "2", "as seed0 took"),
+        *((f"resnet20-dwa-s{seed}", "new", "2", "measured") for seed in (0, 1, 2)),
+    ]
+    assert "6 runs (1 finished, 1 failed, 4 new)" in result.out
+
+
+def test_the_planned_time_is_that_of_the_epochs_that_are_left(smoke, tmp_path):
+    smoke("seed=0")
+    (directory,) = runs(tmp_path).values()
+    rows = [{**row, "time/seconds": 100.0} for row in metrics(directory)]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = smoke("-m", "seed=0,1,2", "study.plan=true")
+    assert result.out.count("3m20s") == 2 and "about 6m40s of training left" in result.out
+
+
+def test_a_line_on_a_grid_under_way(tmp_path):
+    cells = [
+        {"status": "finished", "code": 0, "seconds": 0.1},  # had been there before
+        {"status": "finished", "code": 0, "seconds": 60.0},
+        {"status": "diverged", "code": 1, "seconds": 40.0},
+        {"status": "running", "code": 0},
+    ]
+    (tmp_path / "grid.json").write_text(json.dumps({"started": time.time() - 102, "cells": 7}))
+    for i, cell in enumerate(cells):
+        text = json.dumps({"command": f"c{i}", "directory": f"d{i}", **cell})
+        (tmp_path / f"cell-{i:05d}.json").write_text(text)
+    (tmp_path / "cell-00003-0.json").write_text(json.dumps({"command": "single", "directory": "s", **cells[0]}))
+    line = grid.progress(tmp_path)
+    assert line == "grid      3 of 7 runs done (2 finished, 1 failed, 1 running), about 3m20s left"
+
+
+@pytest.mark.parametrize(("words", "cells"), [
+    (["seed=0"], 1), (["seed=0,1,2", "loss=equal,dwa"], 6), (["seed=range(0,5)", "optimizer.lr=choice(0.1,0.2)"], 10),
+    (["loss.weights='{a: 1, b: 2}'", "seed=0,1"], 2),
+])  # fmt: skip
+def test_how_many_runs_a_grid_has(words, cells):
+    from omegaconf import OmegaConf
+
+    from mtl.config.cli import _count
+
+    node = {"sweeper": {"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "params": None},
+            "overrides": {"task": words}}  # fmt: skip
+    assert _count(OmegaConf.create(node)) == cells
+
+
+# ---------------------------------------------------------------------------------------------------------- baselines
+
+
+def test_baselines_are_trained_on_demand_and_once(smoke, tmp_path):
+    result = smoke("-m", "loss=equal,dwa", "seed=0", "study.baselines=auto")
+    assert result.code == 0, result.err
+    assert set(runs(tmp_path)) == {"singlefine/0", "singlecoarse/0", "equal/0", "dwa/0"}
+    assert result.out.count("epoch 2/2") == 4
+    # It is the very run that its own command makes.
+    again = smoke("loss=single", "loss.task=coarse", "seed=0")
+    assert "epoch" not in again.out and "finished" in again.out
+    run = json.loads((runs(tmp_path)["singlecoarse/0"] / "run.json").read_text())
+    assert run["command"].endswith("loss=single loss.task=coarse") and "study" not in run["command"]
+
+
+def test_the_baseline_of_a_switched_step_is_the_plain_single_task_run(smoke, tmp_path):
+    words = ("step.gradients=features", "step.scale=norm", "loss.c=0.2")
+    assert smoke("loss=cagrad", *words, "seed=0", "study.baselines=auto").code == 0
+    assert "finished" in smoke("loss=single", "loss.task=fine", "seed=0").out
+
+
+@pytest.mark.parametrize(("loss", "argument", "val"), [("amtl", "potentials", 0.5), ("pivrg", "baselines", 0)])
+def test_a_method_takes_its_single_task_results_from_the_runs_of_its_seed(smoke, tmp_path, loss, argument, val):
+    words = (f"loss={loss}", "seed=0,1", f"data.val_fraction={val}", "data.train_size=128", "trainer.epochs=3")
+    refused = smoke(*words[:1], "seed=0", *words[2:])
+    assert refused.code == 2
+    assert re.fullmatch(rf"error: loss\.{argument}=auto: no finished single-task run of fine in .*\n", refused.err)
+    result = smoke("-m", *words, "study.baselines=auto")
+    found = runs(tmp_path)
+    split = "val" if val else "train"
+    for seed in (0, 1):
+        results = {t: metrics(found[f"single{t}/{seed}"])[-1][f"{split}/{t}_accuracy"] for t in ("fine", "coarse")}
+        if 0 in results.values():
+            assert f"{argument}: " in result.err  # a potential of 0 is refused
+            continue
+        assert yaml.safe_load((found[f"{loss}/{seed}"] / "config.yaml").read_text())["loss"][argument] == results
+        buffers = torch.load(found[f"{loss}/{seed}"] / "last.pt", weights_only=True)["strategy"]
+        assert buffers[argument].tolist() == pytest.approx(list(results.values()))
+    groups = {found[name].parent for name in found if name.startswith(loss)}
+    assert len(groups) <= 1  # seeds stay in one group, though their numbers differ
