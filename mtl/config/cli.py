@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
@@ -70,9 +71,10 @@ class Grid(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
         Grid.directory = Path(config.hydra.sweep.dir)
-        Grid.directory.mkdir(parents=True, exist_ok=True)
         note = {"started": time.time(), "cells": _count(config.hydra)}
-        (Grid.directory / "grid.json").write_text(json.dumps(note) + "\n")
+        with suppress(OSError):  # what Hydra writes next fails as well, and says so
+            Grid.directory.mkdir(parents=True, exist_ok=True)
+            (Grid.directory / "grid.json").write_text(json.dumps(note) + "\n")
 
     @classmethod
     def close(cls) -> int:
