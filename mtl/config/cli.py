@@ -19,7 +19,7 @@ from mtl.config.errors import ConfigError, SetupError, UserError, one_line, remo
 from mtl.config.identity import CONF
 
 TARGET = "_target_"
-GROUPS = ("arch", "data", "loss", "optimizer", "schedule", "step", "trainer", "logger", "experiment")
+GROUPS = ("arch", "data", "loss", "optimizer", "schedule", "step", "microscope", "trainer", "logger", "experiment")
 
 
 def launch(main: Callable[[], None]) -> int:
