@@ -34,7 +34,7 @@ from mtl.tracking import Tracker
 # Batches of 32 and 18.
 SMALL = ("data=digits", "data.limit_train=50", "data.limit_test=20", "data.batch_size=32", "arch=wide_resnet",
          "arch.depth=10", "arch.width=1", "optimizer.lr=0.01", "trainer.epochs=2", "logger=none")  # fmt: skip
-SPARSE = "data._target_=test_engine.Sparse +data.blind=false data.batch_size=5"
+SPARSE = "data._target_=test_engine.Sparse +data.blind=false data.batch_size=5 data.limit_train=25"
 
 
 def build(options: str):
@@ -56,7 +56,7 @@ def micro(row: dict) -> dict:
     return {k: v for k, v in row.items() if k.startswith("micro/")}
 
 
-# ------------------------------------------------------------------------------------------------------------ the oracle
+# ----------------------------------------------------------------------------------------------------------- the oracle
 
 
 class Net(nn.Module):
@@ -66,7 +66,8 @@ class Net(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3)
+        # Without a bias: batch norm makes its gradient 0 but for rounding, which has a sign.
+        self.conv, self.norm = nn.Conv2d(1, 3, 3, bias=False), nn.BatchNorm2d(3)
         self.body = nn.Sequential(nn.Sequential(nn.Linear(12, 5), nn.Tanh()), nn.Linear(5, 4))
         self.scale, self.frozen = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4), requires_grad=False)
 
@@ -162,7 +163,7 @@ def test_against_loops_in_numpy():
     torch.manual_seed(0)
     model = MultiTaskModel(Net(), TASKS).double().train()
     learner = SimpleNamespace(model=model, tasks=TASKS, microscope=Microscope(1, 4), switches=Switches(),
-                              strategy=Static(3, list(WEIGHTS)), optimizer=torch.optim.SGD(model.parameters(), 0.1))  # fmt: skip
+                              strategy=Static(3, list(WEIGHTS)), optimizer=None)  # fmt: skip
     sums, expected = Sums(), defaultdict(list)
     observer = Observer(learner, sums)
     for size, c in ((6, [0, 2, 3, 5]), (3, [])):
@@ -180,12 +181,13 @@ def test_against_loops_in_numpy():
     assert all(p.grad is None for p in model.parameters())
 
 
-# ---------------------------------------------------------------------------------------------------------- in the engine
+# -------------------------------------------------------------------------------------------------------- in the engine
 
 
-SAME = ("loss=pcgrad", "loss=pcgrad step.gradients=features", "loss=equal step.transform=log", "loss=graddrop",
+SAME = ("loss=pcgrad step.gradients=features", "loss=equal step.transform=log", "loss=graddrop",
         "loss=equal step.scale=norm", "loss=equal optimizer=adatask", "loss=equal optimizer=mtl_io",
-        "loss=rotograd loss.lr=null", "loss=ntkmtl step.transform=log", "loss=cagrad trainer.channels_last=false")  # fmt: skip
+        "loss=rotograd loss.lr=null", "loss=cagrad step.transform=log",
+        "loss=cagrad trainer.channels_last=false")  # fmt: skip
 
 
 def test_the_figures_do_not_depend_on_how_the_step_is_made():
@@ -194,7 +196,7 @@ def test_the_figures_do_not_depend_on_how_the_step_is_made():
     common = "optimizer.lr=0 microscope.every=1 microscope.samples=3"
     learner, batches = build(f"{common} loss=equal")
     expected = micro(learner.train_epoch(batches, 0))
-    assert len(expected) == 6 * 3 * 5
+    assert len(expected) == 6 * 3 * 6
     for options in SAME:
         learner, batches = build(f"{common} {options}")
         found = micro(learner.train_epoch(batches, 0))
@@ -220,12 +222,13 @@ def test_the_whole_network_agrees_with_the_steps_own_figures(loss):
 def test_backward_passes_are_made_on_the_observed_steps_only(options, more, monkeypatch):
     """Steps 0 and 2 of four; none where the step's own Jacobian will do."""
     counts, real = [], torch.autograd.grad
+    learner, batches = build(f"{options} data.limit_train=120")
+    assert len(batches) == 4
     for every in (0, 2):
-        learner, batches = build(f"{options} data.limit_train=120 microscope.every={every}")
-        assert len(batches) == 4
+        learner.microscope = Microscope(every, learner.microscope.samples)
         calls = []
         with monkeypatch.context() as patch:
-            patch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(1) or real(*a, **k))
+            patch.setattr(torch.autograd, "grad", lambda *a, to=calls, **k: to.append(1) or real(*a, **k))
             learner.train_epoch(batches, 0)
         counts.append(len(calls))
     assert counts[1] - counts[0] == more
@@ -234,26 +237,27 @@ def test_backward_passes_are_made_on_the_observed_steps_only(options, more, monk
 UNTOUCHED = ("loss=equal", "loss=rlw", "loss=pcgrad", "loss=graddrop", "loss=modo", "loss=sdmgrad", "loss=rotograd",
              "loss=auto_lambda", "loss=famo", "loss=rep_mtl", "loss=single loss.task=odd",
              "loss=mgda step.gradients=features", "loss=equal optimizer=adatask", "loss=equal optimizer=mtl_io",
-             "loss=uncertainty trainer.precision=bf16", f"loss=cagrad {SPARSE}", f"loss=equal {SPARSE}")  # fmt: skip
+             "loss=uncertainty trainer.precision=bf16 data.limit_train=32", f"loss=cagrad {SPARSE}",
+             f"loss=equal {SPARSE}")  # fmt: skip
 
 
 @pytest.mark.parametrize("options", UNTOUCHED)
 def test_a_run_ends_in_the_same_bits_with_and_without(options):
     """Weights, averages of batch norm, dropout, optimizer, method, gradients, random stream, all other figures."""
     ends, rows = [], []
-    for every in (0, 1):
-        learner, batches = build(f"{options} arch.dropout=0.3 microscope.every={every} microscope.samples=3")
-        rows.append([learner.train_epoch(batches, epoch) for epoch in range(2)])
-        gradients = [p.grad for p in learner.model.parameters()]
-        ends.append([learner.state(), gradients, torch.random.get_rng_state()])
+    learner, batches = build(f"{options} arch.dropout=0.3")
+    for microscope in (Microscope(), Microscope(1, 3)):
+        twin, learner = learner, copy.deepcopy(learner)
+        twin.microscope = microscope
+        rows.append(twin.train_epoch(batches, 0))
+        gradients = [p.grad for p in twin.model.parameters()]
+        ends.append([twin.state(), gradients, torch.random.get_rng_state()])
     torch.testing.assert_close(*ends, rtol=0, atol=0)
-    for plain, watched in zip(*rows, strict=True):
-        figures = micro(watched)
-        assert figures and not micro(plain) and np.isfinite([*figures.values()]).all()
-        torch.testing.assert_close(
-            *({k: v for k, v in row.items() if not k.startswith(("micro/", "time/"))} for row in (plain, watched)),
-            rtol=0, atol=0, equal_nan=True,
-        )  # fmt: skip
+    plain, watched = ({k: v for k, v in row.items() if not k.startswith("time/")} for row in rows)
+    figures = micro(watched)
+    assert figures and np.isfinite([*figures.values()]).all()
+    others = {k: v for k, v in watched.items() if k not in figures}
+    torch.testing.assert_close(others, plain, rtol=0, atol=0, equal_nan=True)
 
 
 def test_one_task_has_samples_only():
@@ -277,7 +281,7 @@ def test_nothing_waits_for_the_device(monkeypatch):
     assert [] != counts[0] == counts[1]
 
 
-# ----------------------------------------------------------------------------------------------------------- layer groups
+# --------------------------------------------------------------------------------------------------------- layer groups
 
 
 def sizes(backbone):
@@ -298,10 +302,10 @@ def test_layer_groups():
     widths = [(3, 64, 64), (64, 128, 128), (128, 256, 256, 256), (256, 512, 512, 512), (512, 512, 512, 512)]
     vgg = {f"block{i + 1}": sum(9 * a * b + 3 * b for a, b in itertools.pairwise(w)) for i, w in enumerate(widths)}
     assert sizes(VGG16BN(3)) == {**vgg, "hidden": 2 * (512 * 512 + 512)}
-    assert sizes(Net()) == {"conv": 30, "norm": 6, "body": 65 + 24, "scale": 4}
+    assert sizes(Net()) == {"conv": 27, "norm": 6, "body": 65 + 24, "scale": 4}
 
 
-# -------------------------------------------------------------------------------------------------------- the command line
+# ---------------------------------------------------------------------------------------------------- the command line
 
 
 def rows_of(root: str) -> list[dict]:
@@ -319,7 +323,7 @@ def test_a_run_goes_on_under_the_microscope(cli, monkeypatch):
         patch.setattr(Tracker, "log", lambda self, row: signal.raise_signal(signal.SIGTERM))
         assert cli(*command, "output_root=parts").code == 143
     assert "after epoch 1" in cli(*command, "output_root=parts").out
-    assert rows_of("parts") == rows_of("whole") and len(micro(rows_of("whole")[1])) == 6 * 3 * 5
+    assert rows_of("parts") == rows_of("whole") and len(micro(rows_of("whole")[1])) == 6 * 3 * 6
     # The same run to the engine: it is done, whatever was looked at.
     assert "finished" in cli(*SMALL, "arch.dropout=0.3", "output_root=whole").out.splitlines()[0]
 
