@@ -29,6 +29,12 @@ def _initialise(module: nn.Module) -> None:
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
 
+def _layers(blocks: int, each: int) -> dict[str, list[str]]:
+    """{"layer1": ["blocks.0", …], …} of stages of `each` blocks; what the gradient microscope calls them."""
+    stages = range(blocks // each)
+    return {f"layer{i + 1}": [f"blocks.{k}" for k in range(i * each, (i + 1) * each)] for i in stages}
+
+
 class BasicBlock(nn.Module):
     """conv–BN–ReLU–conv–BN plus the shortcut, then ReLU."""
 
@@ -63,6 +69,7 @@ class ResNet(nn.Module):
                 stages.append(BasicBlock(inputs, width, stride=2 if i > 0 and block == 0 else 1))
                 inputs = width
         self.blocks = nn.Sequential(*stages)
+        self.layer_groups = {"stem": ["conv", "bn"], **_layers(len(stages), blocks)}
         self.out_features = inputs
         _initialise(self)
 
@@ -113,6 +120,7 @@ class WideResNet(nn.Module):
                 blocks.append(PreActivationBlock(inputs, channels, 2 if i > 0 and block == 0 else 1, dropout))
                 inputs = channels
         self.blocks = nn.Sequential(*blocks)
+        self.layer_groups = {"stem": ["conv"], **_layers(len(blocks), (depth - 4) // 6)}
         self.bn = nn.BatchNorm2d(inputs)
         self.out_features = inputs
         _initialise(self)

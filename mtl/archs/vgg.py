@@ -25,6 +25,10 @@ class VGG16BN(nn.Module):
         self.features = make_layers(cfgs["D"], batch_norm=True)
         if in_channels != 3:
             self.features[0] = nn.Conv2d(in_channels, 64, 3, padding=1)
+        block, self.layer_groups = 1, {}  # for the gradient microscope: a pooling ends a block
+        for i, m in enumerate(self.features):
+            self.layer_groups.setdefault(f"block{block}", []).append(f"features.{i}")
+            block += isinstance(m, nn.MaxPool2d)
         self.hidden = nn.Sequential(
             nn.Linear(512, 512), nn.ReLU(inplace=True), nn.Dropout(dropout),
             nn.Linear(512, 512), nn.ReLU(inplace=True), nn.Dropout(dropout),

@@ -24,7 +24,9 @@ from mtl.config.errors import ConfigError, SetupError, UserError, one_line, remo
 from mtl.config.identity import CONF
 
 TARGET = "_target_"
-GROUPS = ("arch", "data", "loss", "optimizer", "schedule", "step", "trainer", "logger", "study", "experiment")
+GROUPS = (
+    "arch", "data", "loss", "optimizer", "schedule", "step", "microscope", "trainer", "logger", "study", "experiment",
+)  # fmt: skip
 
 
 def launch(main: Callable[[], None]) -> int:

@@ -12,11 +12,13 @@ from typing import Any
 
 CONF = Path(__file__).parents[2] / "conf"
 
-# What does not decide a run's numbers: paths, device, logging, where the images lie. The seed is named apart.
+# What does not decide a run's numbers: paths, device, logging, what is looked at, where the images lie. The seed is
+# named apart.
 EXCLUDED = (
     "seed",
     "output_root",
     "logger",
+    "microscope",
     "data.root",
     "data.download",
     "data.residency",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,6 +44,10 @@ class Switches:
     def of_features(self, strategy: Strategy) -> bool:
         """Whether this strategy's step takes its per-task gradients of the features."""
         return (strategy.gradients if self.gradients == "paper" else self.gradients) == "features"
+
+    def combines(self, strategy: Strategy, per_task: bool) -> bool:
+        """Whether a step takes the gradients of the tasks one by one."""
+        return not isinstance(strategy, LossWeighting) or self.scale == "norm" or self.heads == "own" or per_task
 
     def check(self, strategy: Strategy) -> None:
         """Raises:
@@ -119,6 +123,7 @@ def backward(
     features: Tensor | None = None,
     switches: Switches = Switches(),
     per_task: bool = False,
+    inspect: Callable[[Tensor], None] | None = None,
 ) -> Step:
     """Fill `.grad` of all parameters as `strategy` decides; like `Tensor.backward`, it adds to what is there.
 
@@ -135,6 +140,7 @@ def backward(
         switches: variations of the step.
         per_task: also leave the weighted gradients of the tasks as `task_grads` (T, *p.shape) on the shared parameters,
             and `present` as `task_present`, for the optimizers of `mtl.optim.taskwise`.
+        inspect: is shown the (T, P) Jacobian that the step combines, if it takes one; not to be kept or changed.
 
     Returns:
         weights and gradient statistics of this step.
@@ -165,13 +171,13 @@ def backward(
     weighting = isinstance(strategy, LossWeighting)
     if per_task:
         switches.check_per_task(strategy)
-    if weighting and switches.scale != "norm" and switches.heads != "own" and not per_task:
+    if not switches.combines(strategy, per_task):
         return _weight_losses(samples[0], strategy, shared, present, features, switches)
     if heads is None:
         why = type(strategy).__name__ if not weighting else "a step with per-task gradients"
         raise ValueError(f"heads: {why} needs each task's own parameters (may be empty)")
     heads = [[p for p in h if p.requires_grad] for h in heads]
-    return _combine_gradients(samples, strategy, shared, heads, present, features, switches, per_task)
+    return _combine_gradients(samples, strategy, shared, heads, present, features, switches, per_task, inspect)
 
 
 def _weights_of_losses(losses: list[Tensor], strategy: LossWeighting, present) -> tuple[Tensor, Tensor]:
@@ -200,7 +206,7 @@ def _weight_losses(losses, strategy: LossWeighting, shared: list[Parameter], pre
     return Step(weights=weights, norm=gradient_norm(shared))
 
 
-def _combine_gradients(samples, strategy, shared, heads, present, features, switches, per_task) -> Step:
+def _combine_gradients(samples, strategy, shared, heads, present, features, switches, per_task, inspect) -> Step:
     losses = samples[-1]
     if isinstance(strategy, LossWeighting):
         if (extra := strategy.regulariser(losses, features, present)) is not None and extra.requires_grad:
@@ -212,6 +218,8 @@ def _combine_gradients(samples, strategy, shared, heads, present, features, swit
         # The graph stays for what follows: feature gradients on their way through the backbone, or terms of the heads.
         more = of_features or _overrides(strategy, GramianWeighting, "head_terms")
         jacobian, own, cross = _jacobians(samples, where, heads, keep=more)
+        if inspect is not None:
+            inspect(jacobian)
         gramian = jacobian @ jacobian.T
         values = masked(torch.stack([loss.detach() for loss in losses]), present)
         if isinstance(strategy, JacobianAggregation):

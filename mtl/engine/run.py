@@ -26,6 +26,7 @@ from mtl.data.batches import EvaluationBatches, TrainingBatches
 from mtl.engine import checkpoint
 from mtl.engine.backward import Switches
 from mtl.engine.directory import RunDirectory, now, write_json
+from mtl.engine.microscope import Microscope
 from mtl.engine.trainer import Learner, Trainer, defines
 from mtl.losses import Equal, GramianWeighting, LossWeighting, Strategy
 from mtl.random import derive
@@ -43,6 +44,7 @@ NODES: dict[str, tuple[str, ...]] = {
     "optimizer": ("params",),
     "schedule": (),
     "step": (),
+    "microscope": (),
     "trainer": (),
     "logger": (),
     "study": (),
@@ -69,7 +71,7 @@ class Outcome:
 
 
 def _root(seed: Annotated[int, Ge(0)], output_root: str, data: dict, arch: dict, loss: dict, optimizer: dict,
-          schedule: dict, step: dict, trainer: dict, logger: dict, study: dict) -> None:  # fmt: skip
+          schedule: dict, step: dict, microscope: dict, trainer: dict, logger: dict, study: dict) -> None:  # fmt: skip
     """The signature of a config's top level."""
 
 
@@ -155,8 +157,14 @@ def build_learner(
     """Model and optimizer of a checked config, on the device; the initial weights are a function of the seed.
 
     Raises:
-        ConfigError: the architecture does not fit the images, or the optimizer refuses its arguments.
+        ConfigError: the architecture does not fit the images or the microscope the batches, or the optimizer refuses
+            its arguments.
     """
+    microscope: Microscope = schema.build(config["microscope"], "microscope")
+    try:
+        microscope.check(benchmark.batch_size, [t.name for t in tasks])
+    except ValueError as error:
+        raise ConfigError(f"microscope.{error}") from error
     seed, schedule = config["seed"], schema.build(config["schedule"], "schedule")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "init"))
@@ -187,7 +195,7 @@ def build_learner(
             raise ConfigError(f"optimizer=adatask: {error}") from error
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    return Learner(trainer, model, tasks, strategy, optimizer, schedule, device, seed, switches)
+    return Learner(trainer, model, tasks, strategy, optimizer, schedule, device, seed, switches, microscope)
 
 
 @dataclass
@@ -355,6 +363,7 @@ class Job:
             "training": f"{trainer.epochs} epochs of {len(self.train)} steps, batch {self.benchmark.batch_size}, "
             f"{optimizer['_target_'].rpartition('.')[2]} lr {optimizer.get('lr', 'default')}, "
             f"{config['schedule']['_target_'].rpartition('.')[2].lower()} schedule",
+            "micro": learner.microscope.describe(learner, len(self.train), self.benchmark.batch_size),
             "device": f"{_device_name(learner.device)}, {trainer.precision}",
             "output": str(self.directory.path),
             "tracker": tracker,

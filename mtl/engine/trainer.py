@@ -17,6 +17,7 @@ from mtl.archs.model import MultiTaskModel
 from mtl.config.errors import SetupError
 from mtl.data.batches import TrainingBatches
 from mtl.engine.backward import Step, Switches, backward, gradient_norm
+from mtl.engine.microscope import Microscope, Observer
 from mtl.losses import Statistics, Strategy
 from mtl.optim.schedules import Schedule
 from mtl.random import derive
@@ -123,6 +124,7 @@ class Learner:
         device: of model and batches.
         seed: of the run.
         switches: variations of the step.
+        microscope: which steps' gradients are looked at.
     """
 
     trainer: Trainer
@@ -134,6 +136,7 @@ class Learner:
     device: torch.device
     seed: int
     switches: Switches = field(default_factory=Switches)
+    microscope: Microscope = field(default_factory=Microscope)
 
     def train_epoch(self, batches: TrainingBatches, epoch: int) -> dict[str, float]:
         """Train for one epoch, counted from 0; a function of the learner's state, the seed and `epoch`.
@@ -152,6 +155,7 @@ class Learner:
         heads = [list(self.model.head_parameters(task.name)) for task in self.tasks]
         partial = any(task.partial for task in self.tasks)
         sums = Sums()
+        observer = Observer(self, sums)
         progress = Progress(len(batches), f"epoch {epoch + 1}/{trainer.epochs}")
 
         for i, (images, targets) in enumerate(batches.epoch(epoch)):
@@ -159,10 +163,11 @@ class Learner:
                 self._set_rate(epoch + i / len(batches))
             counts = torch.stack([t.count(targets[t.name]) for t in self.tasks])
             present = counts > 0 if partial else None
+            look = observer if self.microscope.looks(i) else None
             if getattr(self.optimizer, "alternates", False):
-                predictions, losses, step = self._take_turns(images, targets, shared, present)
+                predictions, losses, step = self._take_turns(images, targets, shared, present, look)
             else:
-                predictions, losses, step = self._step(images, targets, shared, heads, present)
+                predictions, losses, step = self._step(images, targets, shared, heads, present, look)
 
             with torch.no_grad():
                 sums.add("count", counts)
@@ -184,12 +189,13 @@ class Learner:
         for name in STATISTICS:
             if f"step_{name}" in read:
                 row[f"grad/{name}"] = read[f"step_{name}"][0] / len(batches)
+        row.update(observer.figures(read))
         row["lr"] = self.optimizer.param_groups[0]["lr"]
         row["time/seconds"] = seconds
         row["time/images_per_second"] = batches.size / seconds
         return row
 
-    def _step(self, images, targets, shared, heads, present) -> tuple[list[Tensor], list[Tensor], Step]:
+    def _step(self, images, targets, shared, heads, present, look) -> tuple[list[Tensor], list[Tensor], Step]:
         strategy = self.strategy
         if defines(strategy, "look_ahead"):
             self._look_ahead(images, targets)
@@ -204,7 +210,12 @@ class Learner:
             losses = self._losses(predictions, targets)
         self.optimizer.zero_grad(set_to_none=True)
         per_task = getattr(self.optimizer, "per_task", False)
-        step = backward(seen, strategy, shared, heads, present, features, self.switches, per_task)
+        if look is not None:
+            look.before(predictions, losses, targets)
+        inspect = None if look is None else look.jacobian
+        step = backward(seen, strategy, shared, heads, present, features, self.switches, per_task, inspect)
+        if look is not None:
+            look.after(step.weights)
         self.optimizer.step()
         if defines(strategy, "after_step"):
             with torch.no_grad(), self._frozen_statistics():
@@ -212,8 +223,14 @@ class Learner:
             strategy.after_step(torch.stack(self.switches.transformed(again)), present)
         return predictions, losses, step
 
-    def _take_turns(self, images, targets, shared, present) -> tuple[list[Tensor], list[Tensor], Step]:
+    def _take_turns(self, images, targets, shared, present, look=None) -> tuple[list[Tensor], list[Tensor], Step]:
         """MTL-IO: each task in turn makes a forward pass and a step with its own optimizer."""
+        if look is not None:  # at the weights before all turns, so in a forward pass of its own
+            devices = [self.device] if self.device.type == "cuda" else []
+            with self._frozen_statistics(), torch.random.fork_rng(devices):
+                predictions, _ = self.predict(images)
+            look.before(predictions, self._losses(predictions, targets), targets)
+            look.after(None)
         predictions, losses = [], []
         for k, task in enumerate(self.tasks):
             prediction = self.predict(images)[0][k]

@@ -1,0 +1,69 @@
+"""Time of a training step under the gradient microscope, as a multiple of the same step without it.
+
+    python benchmarks/microscope.py                      ResNet-20, batch 128, equal and pcgrad
+    python benchmarks/microscope.py --losses equal --every 10 --rounds 3
+
+Off and on take turns in every round of one run, so that a change of the machine's pace hits all alike: an epoch of
+`--every` steps without the microscope, one in which it looks once, and short ones in which it looks at every step. The
+multiple is that of the time a step of the same round; the last column is what the run's header announces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+
+import torch
+from throughput import BATCH, ours
+
+from mtl.engine.trainer import Learner
+from mtl.tracking.console import table
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--arch", default="resnet20")
+    arguments.add_argument("--losses", nargs="+", default=["equal", "pcgrad"])
+    arguments.add_argument("--every", type=int, default=50)
+    arguments.add_argument("--samples", type=int, default=8)
+    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--device", default="auto")
+    options = arguments.parse_args()
+
+    announced: list[str] = []
+    train_epoch = Learner.train_epoch
+
+    def noting(learner, batches, epoch):  # `ours` hands out no learner, which the announcement needs
+        announced.append(learner.microscope.describe(learner, len(batches), BATCH))
+        return train_epoch(learner, batches, epoch)
+
+    Learner.train_epoch = noting
+    looks = [(0, 0, options.every), (options.every, options.samples, options.every),
+             (1, options.samples, 2), (1, 0, 2)]  # every, samples, steps of an epoch  # fmt: skip
+    rows = []
+    for loss in options.losses:
+        runs = []
+        for every, samples, steps in looks:
+            more = [f"microscope.every={every}", f"microscope.samples={samples}"]
+            runs.append(ours(options.arch, loss, "fp32", steps * BATCH, options.device, more))
+        runs[-1]()  # warm up
+        multiples: list[list[float]] = [[] for _ in runs]
+        for _ in range(options.rounds):
+            announced.clear()
+            seconds = [run() / steps for run, (_, _, steps) in zip(runs, looks, strict=True)]
+            for found, s in zip(multiples, seconds, strict=True):
+                found.append(s / seconds[0])
+        for (every, samples, _), found, line in zip(looks, multiples, announced, strict=True):
+            said = re.search(r"\+(\d+) %", line)
+            what = f"{loss}, every {every}, {samples} samples" if every else f"{loss}, off"
+            spread = [f"{f(found):.2f}" for f in (statistics.median, min, max)]
+            rows.append([what, *spread, f"{1 + int(said[1]) / 100:.2f}" if said else "1.00"])
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() and options.device != "cpu" else "cpu"
+    about = f"{options.arch}, batch {BATCH}, {options.rounds} rounds, {device}, {torch.get_num_threads()} threads, "
+    print(f"{about}torch {torch.__version__}")
+    print(table(["microscope", "x off", "lowest", "highest", "announced"], rows))
+
+
+if __name__ == "__main__":
+    main()
