@@ -10,7 +10,8 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mtl.archs.model import MultiTaskModel, count_macs, count_parameters
-from mtl.config import schema
+from mtl.config import schema, torchrun
 from mtl.config.cli import Grid, Terminated, translate
 from mtl.config.errors import ConfigError, Diverged, SetupError, UserError, one_line
 from mtl.config.identity import Identity, identify
@@ -31,6 +32,7 @@ from mtl.data.batches import EvaluationBatches, TrainingBatches
 from mtl.engine import checkpoint
 from mtl.engine.backward import Switches
 from mtl.engine.directory import RunDirectory, now, write_json
+from mtl.engine.distributed import Processes, together
 from mtl.engine.trainer import Learner, Trainer, defines
 from mtl.losses import Equal, GramianWeighting, LossWeighting, Strategy
 from mtl.random import derive
@@ -74,7 +76,8 @@ def run_from_hydra(config: DictConfig) -> None:
     """Run one composed config. In a grid, the outcome is noted beside the other cells' and the grid goes on."""
     hydra = HydraConfig.get()
     # As typed: resolving would trip over an interpolation that leads nowhere.
-    command = shlex.join(["python", "train.py", *OmegaConf.to_container(hydra.overrides.task, resolve=False)])
+    words = [*torchrun.command(), "train.py"]
+    command = shlex.join([*words, *OmegaConf.to_container(hydra.overrides.task, resolve=False)])
     if not log.handlers:
         console = logging.StreamHandler(sys.stdout)
         console.setLevel(logging.INFO)
@@ -83,7 +86,7 @@ def run_from_hydra(config: DictConfig) -> None:
         log.propagate = False
     try:
         plain = OmegaConf.to_container(config, resolve=True)
-        outcome = run(plain, dict(hydra.runtime.choices), command)
+        outcome = together(lambda processes: run(plain, dict(hydra.runtime.choices), command, processes))
     except UserError as error:
         outcome = Outcome("refused", error.exit_code, message=str(error))
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
@@ -91,7 +94,7 @@ def run_from_hydra(config: DictConfig) -> None:
     except Exception as error:  # a bug, before the run had a log to put it into
         traceback.print_exc()
         outcome = Outcome("failed", 1, message=f"{type(error).__name__}: {one_line(error)}")
-    if outcome.message:
+    if outcome.message and torchrun.rank() == 0:
         print(f"error: {outcome.message}", file=sys.stderr)
     if hydra.mode == RunMode.MULTIRUN:
         cell = {"number": hydra.job.num, "command": command, **asdict(outcome)}
@@ -115,13 +118,16 @@ def check(config: Mapping[str, Any]) -> None:
         schema.check(config.get(name), name, supplied)
 
 
-def run(config: Mapping[str, Any], choices: Mapping[str, str], command: str) -> Outcome:
+def run(
+    config: Mapping[str, Any], choices: Mapping[str, str], command: str, processes: Processes | None = None
+) -> Outcome:
     """Execute one run, or say that it is already done.
 
     Args:
         config: resolved, as plain Python objects.
         choices: the option chosen in each config group.
         command: the command line, for run.json and the footer.
+        processes: that share the work, of which the first does all that is written and shown; None is this one alone.
 
     Raises:
         UserError: the config, the machine or another process stands in the way; nothing was written.
@@ -129,7 +135,8 @@ def run(config: Mapping[str, Any], choices: Mapping[str, str], command: str) -> 
     check(config)
     identity = identify(config, choices)
     path = identity.directory(config["output_root"])
-    done = RunDirectory(path).run
+    leads = processes is None or processes.leads
+    done = RunDirectory(path).run if leads else {}
     if done.get("status") == "finished":
         log.info(f"{identity.name}: finished {done['finished']}, in {path} (delete that folder to run it again)")
         return Outcome("finished", 0, str(path))
@@ -147,16 +154,27 @@ def run(config: Mapping[str, Any], choices: Mapping[str, str], command: str) -> 
         raise ConfigError(f"step.{error}") from error
     if (warmup := config["schedule"].get("warmup_epochs", 0)) >= trainer.epochs:
         raise ConfigError(f"schedule.warmup_epochs={warmup}: must be less than trainer.epochs={trainer.epochs}")
+    if processes is not None:
+        trainer = replace(trainer, device=processes.device(trainer.device))
     device = trainer.open_device()
     learner = build_learner(config, benchmark, tasks, strategy, trainer, device, switches)
+    if processes is not None:
+        processes.check(learner.model.backbone)
+        learner.processes = processes
 
-    with RunDirectory(path) as directory:
-        splits = benchmark.splits()
+    with RunDirectory(path) if leads else nullcontext() as directory:
+        with nullcontext() if processes is None else processes.leader_first():
+            splits = benchmark.splits()
         smallest = 2 * max(strategy.samples, 2 if defines(strategy, "look_ahead") else 1)
         if len(splits["train"]) < smallest:
             raise ConfigError(f"data: {len(splits['train'])} training samples; batch norm needs at least {smallest}")
         train = TrainingBatches(splits["train"], benchmark, device, config["seed"], smallest)
         evaluations = {name: EvaluationBatches(s, benchmark, device) for name, s in splits.items() if name != "train"}
+        if processes is not None:
+            processes.connect(device)
+            if not leads:
+                processes.follow(learner, train, evaluations)
+                return Outcome("finished", 0, str(path))
         job = Job(config, choices, identity, command, directory, benchmark, learner, train, evaluations, tracker)
         return job.execute()
 
@@ -225,13 +243,14 @@ class Job:
 
     def execute(self) -> Outcome:
         """Train; the outcome is in run.json and in the return value. Interruptions are noted and passed on."""
-        directory, path = self.directory, str(self.directory.path)
+        directory, path, processes = self.directory, str(self.directory.path), self.learner.processes
         rows = self._resume()
         directory.start(self.config, self._identity_fields(), self.learner.device)
         where = self.tracker.start(self._info())
         self._header(where, len(rows))
         try:
-            self._train(rows)
+            with nullcontext() if processes is None else processes.guard(self._last_words):
+                self._train(rows)
         except (KeyboardInterrupt, Terminated):
             self._close("interrupted", rows, "stopped by a signal")
             log.info(f"interrupted after {len(rows)} epochs; the same command goes on from there: {self.command}")
@@ -266,6 +285,8 @@ class Job:
 
     def _train(self, rows: list[dict[str, float]]) -> None:
         epochs, units = self.learner.trainer.epochs, self._units()
+        if self.learner.processes is not None:
+            self.learner.processes.hand_out(self.learner, len(rows))
         for epoch in range(len(rows), epochs):
             started = time.perf_counter()
             row = {"epoch": epoch + 1, **self.learner.train_epoch(self.train, epoch)}
@@ -337,10 +358,15 @@ class Job:
         self.tracker.finish(flatten(summary), ok=status == "finished")
         self.directory.update(status=status, error=error, finished=now())
 
+    def _last_words(self, status: str, error: str) -> None:
+        self.directory.update(status=status, error=error, finished=now())
+
     def _identity_fields(self) -> dict[str, Any]:
         names = {"name": self.identity.name, "group": self.identity.group}
         choices = {k: v for k, v in self.choices.items() if k in NODES}
-        return {**asdict(self.identity), **names, "choices": choices, "command": self.command}
+        return {
+            **asdict(self.identity), **names, "choices": choices, "command": self.command, "processes": torchrun.size()
+        }  # fmt: skip
 
     def _info(self) -> RunInfo:
         best = {**self._metrics("test"), **(self._metrics("val") if "val" in self.evaluations else {})}
@@ -373,7 +399,8 @@ class Job:
             "training": f"{trainer.epochs} epochs of {len(self.train)} steps, batch {self.benchmark.batch_size}, "
             f"{optimizer['_target_'].rpartition('.')[2]} lr {optimizer.get('lr', 'default')}, "
             f"{config['schedule']['_target_'].rpartition('.')[2].lower()} schedule",
-            "device": f"{_device_name(learner.device)}, {trainer.precision}",
+            "device": f"{_device_name(learner.device)}, {trainer.precision}"
+            + (f"; {processes.size} processes with a part of each batch" if (processes := learner.processes) else ""),
             "output": str(self.directory.path),
             "tracker": tracker,
             "resumed": f"after epoch {resumed}" if resumed else "",

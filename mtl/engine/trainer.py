@@ -17,6 +17,7 @@ from mtl.archs.model import MultiTaskModel
 from mtl.config.errors import SetupError
 from mtl.data.batches import TrainingBatches
 from mtl.engine.backward import Step, Switches, backward, gradient_norm
+from mtl.engine.distributed import Processes
 from mtl.losses import Statistics, Strategy
 from mtl.optim.schedules import Schedule
 from mtl.random import derive
@@ -123,6 +124,7 @@ class Learner:
         device: of model and batches.
         seed: of the run.
         switches: variations of the step.
+        processes: among which the backbone's work is divided; None is this one alone.
     """
 
     trainer: Trainer
@@ -134,6 +136,7 @@ class Learner:
     device: torch.device
     seed: int
     switches: Switches = field(default_factory=Switches)
+    processes: Processes | None = None
 
     def train_epoch(self, batches: TrainingBatches, epoch: int) -> dict[str, float]:
         """Train for one epoch, counted from 0; a function of the learner's state, the seed and `epoch`.
@@ -153,6 +156,7 @@ class Learner:
         partial = any(task.partial for task in self.tasks)
         sums = Sums()
         progress = Progress(len(batches), f"epoch {epoch + 1}/{trainer.epochs}")
+        progress.live &= self.processes is None or self.processes.leads
 
         for i, (images, targets) in enumerate(batches.epoch(epoch)):
             if i == 0 or self.schedule.interval == "step":
@@ -177,6 +181,8 @@ class Learner:
 
         read = sums.read()
         progress.clear()
+        if self.processes is not None:
+            self.processes.compare(read, self.device)
         seconds = time.perf_counter() - started
         row = self._figures("train", read)
         for task, weight in zip(self.tasks, read.get("step_weights", ()), strict=False):
@@ -228,7 +234,8 @@ class Learner:
     def predict(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Each task's prediction in fp32, and the features (N, F) that the heads started from."""
         with self.trainer.autocast(self.device):
-            features = self.model.backbone(self.trainer._images(images))
+            images, backbone = self.trainer._images(images), self.model.backbone
+            features = backbone(images) if self.processes is None else self.processes.forward(backbone, images)
             predictions = self.model.predict(self.strategy.views(features))
         return [p.float() for p in predictions], features
 
