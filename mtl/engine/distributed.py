@@ -1,17 +1,8 @@
-"""One run over several processes (torchrun), with the numbers of a single process at the same batch.
+"""One run over several processes (torchrun): how they find each other, train together, and end together.
 
-All processes draw the same batch. Each sends its part of the images through the backbone, and receives the features of
-all; heads, losses, strategy, optimizer and metrics then do in every process what they would do in a single one, on the
-same numbers. So no method knows of it, and none needs a rule of its own. Four things add up over the processes:
-
-- the features: every process puts its rows in place (`_Gather`);
-- the gradients of the backbone's parameters: in one flat all_reduce for each backward pass, wherever it is made, in a
-  strategy's look-ahead as well (`_Replicate`);
-- the statistics of batch norm, forwards and backwards (`_BatchNorm`);
-- nothing of dropout: each process draws the mask of the whole batch and takes its part.
-
-In return the heads are computed by all, and all prepare the whole batch: both small beside a backbone. `mtl.backward`
-and a run in a single process never come here.
+What they divide among them, and why no method needs to know of it, is in `mtl.engine.divide`. The first process, the
+leader, does all that is written and shown; the others do the same training. `mtl.backward` and a run in a single
+process never come here.
 """
 
 from __future__ import annotations
@@ -32,15 +23,12 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import Function, once_differentiable
-from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 
 from mtl.config import torchrun
 from mtl.config.cli import Terminated
 from mtl.config.errors import ConfigError, SetupError, UserError, one_line
+from mtl.engine.divide import forward
 
 if TYPE_CHECKING:
     from mtl.data.batches import EvaluationBatches, TrainingBatches
@@ -48,7 +36,6 @@ if TYPE_CHECKING:
 
 TIMEOUT = timedelta(minutes=10)  # of one collective: a process that is alive but stuck ends the run after this
 GRACE = 5.0  # seconds for the news of why a connection broke to arrive
-DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 Result = TypeVar("Result")
 
 
@@ -206,19 +193,10 @@ class Processes:
     # -- training -----------------------------------------------------------------------------------------------------
 
     def forward(self, backbone: nn.Module, images: Tensor) -> Tensor:
-        """The features (N, …) of all images (N, C, H, W), of which each process computes a part."""
+        """The features (N, F) of all images (N, C, H, W), of which each process computes a part."""
         if self._signals:
             raise Terminated  # `guard` knows which signal it was
-        total = len(images)
-        start, stop = (total * r // self.size for r in (self.rank, self.rank + 1))
-        with _Part(self, start, stop, total, backbone.training):
-            if torch.is_grad_enabled():
-                named = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
-                ours = dict(zip(named, _Replicate.apply(self, *named.values()), strict=True))
-                features = functional_call(backbone, ours, (images[start:stop],))
-            else:
-                features = backbone(images[start:stop])
-        return _Gather.apply(features, self, start, total)
+        return forward(backbone, images, self.rank, self.size, self.sum_)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """`tensor`, after adding to it in place those of the other processes; the same bits in all of them."""
@@ -228,7 +206,7 @@ class Processes:
 
     def compare(self, figures: Mapping[str, list[float]], device: torch.device) -> None:
         """Raises:
-        RuntimeError: the processes do not compute the same, so that something in this run is not a function of the seed.
+        RuntimeError: the processes do not compute the same, and so they do not train one network.
         """
         ours = torch.tensor([x for numbers in figures.values() for x in numbers], dtype=torch.float32, device=device)
         mean = self.sum_(ours / self.size)
@@ -242,8 +220,8 @@ class Processes:
         """Training: what leaves this block by an exception has the reason that all processes end for.
 
         A signal is noted, and ends training before the next forward pass. When another process has ended while this
-        one waits in vain for its device (a GPU's collective has no partner any more), a thread calls `last_words(status,
-        message)` and ends this process.
+        one waits in vain for its device (a GPU's collective has no partner any more), a thread calls
+        `last_words(status, message)` and ends this process.
         """
         handlers = {s: signal.signal(s, lambda number, _: self._signals.append(number)) for s in SIGNALS}
         left = threading.Event()
@@ -348,128 +326,3 @@ def _losses() -> Iterator[None]:
         raise
     except RuntimeError as error:  # gloo: a connection was closed; nccl: aborted; either: the timeout has passed
         raise _Lost(one_line(error).partition(" Exception raised")[0]) from error
-
-
-# -- what goes on inside a forward and a backward pass ----------------------------------------------------------------
-
-
-class _Replicate(Function):
-    """The parameters themselves; their gradients are summed over the processes, all in one flat all_reduce."""
-
-    @staticmethod
-    def forward(ctx, processes: Processes, *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.processes = processes
-        return tuple(p.view_as(p) for p in parameters)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        flat = ctx.processes.sum_(torch.cat([g.reshape(-1) for g in gradients]))
-        pieces = flat.split([g.numel() for g in gradients])
-        return None, *(piece.view(g.shape) for piece, g in zip(pieces, gradients, strict=True))
-
-
-class _Gather(Function):
-    """(n, …) of each process → (N, …) of all in every process; a gradient, which is the same in all, is cut again."""
-
-    @staticmethod
-    def forward(ctx, part: Tensor, processes: Processes, start: int, total: int) -> Tensor:
-        ctx.rows = slice(start, start + len(part))
-        whole = part.new_zeros(total, *part.shape[1:])
-        whole[ctx.rows] = part
-        return processes.sum_(whole)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return gradient[ctx.rows], None, None, None
-
-
-class _Part(TorchFunctionMode):
-    """While it is active, what looks at a whole batch does so although this process holds a part of it.
-
-    torch.nn.SyncBatchNorm would do it for batch norm on GPUs, but makes the host wait in every layer, and has no CPU form.
-    """
-
-    def __init__(self, processes: Processes, start: int, stop: int, total: int, training: bool):
-        super().__init__()
-        self.processes, self.rows, self.total, self.training = processes, slice(start, stop), total, training
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if self.training and function is F.batch_norm:
-            return self._batch_norm(*args, **kwargs)
-        if self.training and function in DROPOUTS:
-            return self._dropout(function, *args, **kwargs)
-        return function(*args, **kwargs)
-
-    def _batch_norm(self, x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-        if not training:
-            return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
-        weight = x.new_ones(x.shape[1]) if weight is None else weight
-        bias = x.new_zeros(x.shape[1]) if bias is None else bias
-        y, mean, unbiased = _BatchNorm.apply(x, weight, bias, eps, self.processes)
-        if running_mean is not None:
-            running_mean.lerp_(mean.to(running_mean), momentum)
-            running_var.lerp_(unbiased.to(running_var), momentum)
-        return y
-
-    def _dropout(self, function, x, p=0.5, training=True, inplace=False):
-        if not training:
-            return x
-        if len(x) != self.rows.stop - self.rows.start:
-            raise ValueError(f"dropout of {len(x)} rows for {self.rows.stop - self.rows.start} images of this process")
-        # In the memory order of x, in which the numbers are drawn.
-        nhwc = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        order = torch.channels_last if nhwc else torch.contiguous_format
-        whole = torch.empty(self.total, *x.shape[1:], dtype=x.dtype, device=x.device, memory_format=order).fill_(1)
-        mask = function(whole, p, True)[self.rows]
-        return x.mul_(mask) if inplace else x * mask
-
-
-class _BatchNorm(Function):
-    """Batch norm (N, C, …) by the mean and variance over all processes' samples; any of them may have none.
-
-    Each process puts its mean, variance and count into a table that all then read; the parts are joined as in Chan,
-    Golub & LeVeque, "Algorithms for computing the sample variance", The American Statistician 1983. Also returns
-    the mean (C,) and the unbiased variance (C,).
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float, processes: Processes):
-        channels, dtype = x.shape[1], torch.promote_types(x.dtype, torch.float32)
-        table = torch.zeros(processes.size, 2 * channels + 1, dtype=dtype, device=x.device)
-        if x.numel():
-            mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)  # the variance is the biased one
-            table[processes.rank, :channels], table[processes.rank, channels:-1] = mean, variance
-            table[processes.rank, -1] = x.numel() // channels
-        means, variances, counts = processes.sum_(table).split([channels, channels, 1], 1)
-        count = counts.sum()
-        mean = (counts * means).sum(0) / count
-        variance = (counts * (variances + (means - mean).square())).sum(0) / count
-        ctx.save_for_backward(x, weight, mean, variance, count)
-        ctx.eps, ctx.processes = eps, processes
-        y = F.batch_norm(x, mean, variance, weight.to(mean), bias.to(mean), False, 0.0, eps)
-        unbiased = variance * (count / (count - 1))
-        ctx.mark_non_differentiable(mean, unbiased)
-        return y, mean, unbiased
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor, *_) -> tuple[Tensor | None, ...]:
-        x, weight, mean, variance, count = ctx.saved_tensors
-        shape = (-1, *[1] * (x.dim() - 2))
-        if x.numel():  # as if mean and variance were constants
-            kernel, scale = torch.ops.aten.native_batch_norm_backward, weight.to(mean)
-            direct, to_weight, to_bias = kernel(
-                gradient, x, scale, mean, variance, None, None, False, ctx.eps, [True] * 3
-            )
-        else:
-            direct, to_weight, to_bias = torch.zeros_like(x), torch.zeros_like(mean), torch.zeros_like(mean)
-        along, level = (ctx.processes.sum_(torch.stack([to_weight, to_bias])) / count).unbind()
-        # What comes through mean and variance: weight/σ (mean(dy) + x̂ mean(dy x̂)), with the means over all samples.
-        precision = (variance + ctx.eps).rsqrt()
-        factor = weight.to(mean) * precision
-        slope = factor * precision * along
-        through = torch.addcmul((factor * level).view(shape), x - mean.view(shape), slope.view(shape))
-        return (direct - through).to(x.dtype), to_weight.to(weight), to_bias.to(weight), None, None
