@@ -161,7 +161,7 @@ def one_image(processes) -> float:
 
 
 def compare_all(report: Path) -> None:
-    """Each case in one process and in all; for each the largest difference, and whether the processes agree in all bits."""
+    """For each case: the largest difference between one process and two, and whether the two agree in all bits."""
     import torch.distributed as dist
 
     from mtl.engine.distributed import Processes
@@ -348,7 +348,6 @@ if __name__ == "__main__":
         after_epoch(1, train_for_ever)
 
     import train as script
-
     from mtl.config.cli import launch
 
     sys.exit(launch(script.main))

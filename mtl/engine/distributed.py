@@ -7,11 +7,13 @@ process never come here.
 
 from __future__ import annotations
 
+import atexit
 import io
 import json
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -232,6 +234,10 @@ class Processes:
             left.set()
             _deaf()
             reason = self._reason(error)
+            # An ordinary exit waits for the connections, and so for each other. A follower has nothing left to do.
+            if not self.leads:
+                _exit(_code(reason))
+            atexit.register(_exit, _code(reason))
             if reason is error:
                 raise
             raise reason from (reason.__cause__ or error)
@@ -260,7 +266,7 @@ class Processes:
             interrupted = isinstance(news, KeyboardInterrupt | Terminated)
             if last_words is not None:
                 last_words("interrupted" if interrupted else "failed", str(news) or "stopped by a signal")
-            os._exit(_code(news))
+            _exit(_code(news))
 
     def announce(self, error: BaseException) -> None:
         """Tell the others that, and why, this process ends; the first to say so is the one who is believed."""
@@ -316,6 +322,12 @@ def _code(error: BaseException) -> int:
     if isinstance(error, Terminated | KeyboardInterrupt):
         return 143 if isinstance(error, Terminated) else 130
     return error.exit_code if isinstance(error, UserError) else 1
+
+
+def _exit(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @contextmanager
