@@ -257,7 +257,7 @@ def test_a_failing_process_ends_the_run(cli, whole, monkeypatch):
         assert cli(*SMALL, "output_root=a").code == 1
     assert len(read("a")[2]) == 1
     process = torchrun(*SMALL, "output_root=a", FAIL="1:2")
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=900)
     path, info, rows = read("a")
     assert "after epoch 1" in out and "2 processes" in out and out.count("\nrun ") == 0 and out.count("epoch 2/3") == 1
     (line,) = re.findall(r"^error: .*", err, re.MULTILINE)
@@ -276,14 +276,14 @@ def test_every_method_and_a_stopped_run(whole, tmp_path):
     while not list(Path("b").rglob("last.pt")) and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode != 0 and "the same command goes on from there: torchrun --nproc-per-node=2" in out
     _, info, rows = read("b")
     assert (info["status"], len(rows), "error" in err) == ("interrupted", 1, False)
 
     report = tmp_path / "report.json"
     process = torchrun(*SMALL, "output_root=b", REPORT=str(report))
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
     assert out.count("resumed   after epoch 1") == out.count("epoch 3/3") == 1
     assert_close("b", "whole")

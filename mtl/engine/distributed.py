@@ -76,7 +76,8 @@ def together(function: Callable[[Processes | None], Result]) -> Result:
     try:
         result = function(processes)
         if dist.is_initialized():
-            dist.destroy_process_group()
+            if not processes.broken:
+                dist.destroy_process_group()
         elif processes.leads:  # there was nothing to do
             processes.announce(ProcessError("finished", 0))
         return result
@@ -99,12 +100,14 @@ class Processes:
         size: how many there are.
         local_rank: of this one on its machine.
         store: where they leave word for each other, training or not.
+        broken: training has ended before its time, and the connections with it.
     """
 
     rank: int
     size: int
     local_rank: int
     store: dist.Store
+    broken: bool = False
     _signals: list[int] = field(default_factory=list)
 
     @property
@@ -233,6 +236,7 @@ class Processes:
         except BaseException as error:
             left.set()
             _deaf()
+            self.broken = True
             reason = self._reason(error)
             # An ordinary exit waits for the connections, and so for each other. A follower has nothing left to do.
             if not self.leads:
