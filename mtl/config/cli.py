@@ -20,6 +20,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mtl.config import torchrun
 from mtl.config.errors import ConfigError, SetupError, UserError, one_line, remove_empty, suggest
 from mtl.config.identity import CONF
 
@@ -102,7 +103,8 @@ def _count(hydra: DictConfig) -> int | None:
 
 
 def _say(error: UserError) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    if torchrun.rank() == 0:
+        print(f"error: {error}", file=sys.stderr)
     return error.exit_code
 
 
@@ -119,7 +121,8 @@ def _check_flags() -> None:
         raise ConfigError(one_line(message))
 
     parser.error = refuse
-    parser.parse_args()
+    if parser.parse_args().multirun and torchrun.size() > 1:
+        raise ConfigError("-m: torchrun starts one run at a time; leave -m away and call it once for each run")
 
 
 def translate(error: Exception) -> ConfigError:

@@ -32,6 +32,7 @@ def link(source: Path, path: Path) -> None:
     except OSError:
         shutil.copyfile(source, partial)
     os.replace(partial, path)
+    partial.unlink(missing_ok=True)  # two names of one file: then the rename does nothing
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ import torch
 from annotated_types import Ge
 
 from mtl.archs.model import MultiTaskModel, count_macs, count_parameters
-from mtl.config import schema
+from mtl.config import schema, torchrun
 from mtl.config.cli import Terminated
 from mtl.config.errors import ConfigError, Diverged, SetupError, one_line
 from mtl.config.identity import Identity
@@ -26,6 +27,7 @@ from mtl.data.batches import EvaluationBatches, TrainingBatches
 from mtl.engine import checkpoint
 from mtl.engine.backward import Switches
 from mtl.engine.directory import RunDirectory, now, write_json
+from mtl.engine.distributed import Processes
 from mtl.engine.microscope import Microscope
 from mtl.engine.trainer import Learner, Trainer, defines
 from mtl.losses import Equal, GramianWeighting, LossWeighting, Strategy
@@ -86,7 +88,13 @@ def check(config: Mapping[str, Any]) -> None:
         schema.check(config.get(name), name, supplied)
 
 
-def run(config: Mapping[str, Any], choices: Mapping[str, str], identity: Identity, command: str) -> Outcome:
+def run(
+    config: Mapping[str, Any],
+    choices: Mapping[str, str],
+    identity: Identity,
+    command: str,
+    processes: Processes | None = None,
+) -> Outcome:
     """Execute one run, or say that it is already done.
 
     Args:
@@ -94,25 +102,33 @@ def run(config: Mapping[str, Any], choices: Mapping[str, str], identity: Identit
         choices: the option chosen in each config group.
         identity: where it belongs.
         command: the command line, for run.json and the footer.
+        processes: that share the work, of which the first does all that is written and shown; None is this one alone.
 
     Raises:
         UserError: the config, the machine or another process stands in the way; nothing was written.
     """
     path = identity.directory(config["output_root"])
-    done = RunDirectory(path).run
+    leads = processes is None or processes.leads
+    done = RunDirectory(path).run if leads else {}
     if done.get("status") == "finished":
         log.info(f"{identity.name}: finished {done['finished']}, in {path} (delete that folder to run it again)")
         return Outcome("finished", 0, str(path))
 
-    benchmark, learner = assemble(config)
+    benchmark, learner = assemble(config, processes)
     tracker: Tracker = schema.build(config["logger"], "logger")
-    with RunDirectory(path) as directory:
-        train, evaluations = open_batches(benchmark, learner)
+    with RunDirectory(path) if leads else nullcontext() as directory:
+        with nullcontext() if processes is None else processes.leader_first():
+            train, evaluations = open_batches(benchmark, learner)
+        if processes is not None:
+            processes.connect(learner.device)
+            if not leads:
+                processes.follow(learner, train, evaluations)
+                return Outcome("finished", 0, str(path))
         job = Job(config, choices, identity, command, directory, benchmark, learner, train, evaluations, tracker)
         return job.execute()
 
 
-def assemble(config: Mapping[str, Any]) -> tuple[Benchmark, Learner]:
+def assemble(config: Mapping[str, Any], processes: Processes | None = None) -> tuple[Benchmark, Learner]:
     """Build what a checked config describes, all but its data and its tracker.
 
     Raises:
@@ -130,8 +146,14 @@ def assemble(config: Mapping[str, Any]) -> tuple[Benchmark, Learner]:
         raise ConfigError(f"step.{error}") from error
     if (warmup := config["schedule"].get("warmup_epochs", 0)) >= trainer.epochs:
         raise ConfigError(f"schedule.warmup_epochs={warmup}: must be less than trainer.epochs={trainer.epochs}")
+    if processes is not None:
+        trainer = replace(trainer, device=processes.device(trainer.device))
     device = trainer.open_device()
-    return benchmark, build_learner(config, benchmark, tasks, strategy, trainer, device, switches)
+    learner = build_learner(config, benchmark, tasks, strategy, trainer, device, switches)
+    if processes is not None:
+        processes.check(learner.model.backbone)
+        learner.processes = processes
+    return benchmark, learner
 
 
 def open_batches(benchmark: Benchmark, learner: Learner) -> tuple[TrainingBatches, dict[str, EvaluationBatches]]:
@@ -215,13 +237,14 @@ class Job:
 
     def execute(self) -> Outcome:
         """Train; the outcome is in run.json and in the return value. Interruptions are noted and passed on."""
-        directory, path = self.directory, str(self.directory.path)
+        directory, path, processes = self.directory, str(self.directory.path), self.learner.processes
         rows = self._resume()
         directory.start(self.config, self._identity_fields(), self.learner.device)
         where = self.tracker.start(self._info())
         self._header(where, len(rows))
         try:
-            self._train(rows)
+            with nullcontext() if processes is None else processes.guard(self._last_words):
+                self._train(rows)
         except (KeyboardInterrupt, Terminated):
             self._close("interrupted", rows, "stopped by a signal")
             log.info(f"interrupted after {len(rows)} epochs; the same command goes on from there: {self.command}")
@@ -256,6 +279,8 @@ class Job:
 
     def _train(self, rows: list[dict[str, float]]) -> None:
         epochs, units = self.learner.trainer.epochs, self._units()
+        if self.learner.processes is not None:
+            self.learner.processes.hand_out(self.learner, len(rows))
         for epoch in range(len(rows), epochs):
             started = time.perf_counter()
             row = {"epoch": epoch + 1, **self.learner.train_epoch(self.train, epoch)}
@@ -327,10 +352,15 @@ class Job:
         self.tracker.finish(flatten(summary), ok=status == "finished")
         self.directory.update(status=status, error=error, finished=now())
 
+    def _last_words(self, status: str, error: str) -> None:
+        self.directory.update(status=status, error=error, finished=now())
+
     def _identity_fields(self) -> dict[str, Any]:
         names = {"name": self.identity.name, "group": self.identity.group}
         choices = {k: v for k, v in self.choices.items() if k in NODES}
-        return {**asdict(self.identity), **names, "choices": choices, "command": self.command}
+        return {
+            **asdict(self.identity), **names, "choices": choices, "command": self.command, "processes": torchrun.size()
+        }  # fmt: skip
 
     def _info(self) -> RunInfo:
         best = {**self._metrics("test"), **(self._metrics("val") if "val" in self.evaluations else {})}
@@ -364,7 +394,8 @@ class Job:
             f"{optimizer['_target_'].rpartition('.')[2]} lr {optimizer.get('lr', 'default')}, "
             f"{config['schedule']['_target_'].rpartition('.')[2].lower()} schedule",
             "micro": learner.microscope.describe(learner, len(self.train), self.benchmark.batch_size),
-            "device": f"{_device_name(learner.device)}, {trainer.precision}",
+            "device": f"{_device_name(learner.device)}, {trainer.precision}"
+            + (f"; {processes.size} processes with a part of each batch" if (processes := learner.processes) else ""),
             "output": str(self.directory.path),
             "tracker": tracker,
             "resumed": f"after epoch {resumed}" if resumed else "",

@@ -17,6 +17,7 @@ from mtl.archs.model import MultiTaskModel
 from mtl.config.errors import SetupError
 from mtl.data.batches import TrainingBatches
 from mtl.engine.backward import Step, Switches, backward, gradient_norm
+from mtl.engine.distributed import Processes
 from mtl.engine.microscope import Microscope, Observer
 from mtl.losses import Statistics, Strategy
 from mtl.optim.schedules import Schedule
@@ -125,6 +126,7 @@ class Learner:
         seed: of the run.
         switches: variations of the step.
         microscope: which steps' gradients are looked at.
+        processes: among which the backbone's work is divided; None is this one alone.
     """
 
     trainer: Trainer
@@ -137,6 +139,7 @@ class Learner:
     seed: int
     switches: Switches = field(default_factory=Switches)
     microscope: Microscope = field(default_factory=Microscope)
+    processes: Processes | None = None
 
     def train_epoch(self, batches: TrainingBatches, epoch: int) -> dict[str, float]:
         """Train for one epoch, counted from 0; a function of the learner's state, the seed and `epoch`.
@@ -157,6 +160,7 @@ class Learner:
         sums = Sums()
         observer = Observer(self, sums)
         progress = Progress(len(batches), f"epoch {epoch + 1}/{trainer.epochs}")
+        progress.live &= self.processes is None or self.processes.leads
 
         for i, (images, targets) in enumerate(batches.epoch(epoch)):
             if i == 0 or self.schedule.interval == "step":
@@ -182,6 +186,8 @@ class Learner:
 
         read = sums.read()
         progress.clear()
+        if self.processes is not None:
+            self.processes.compare(read, self.device)
         seconds = time.perf_counter() - started
         row = self._figures("train", read)
         for task, weight in zip(self.tasks, read.get("step_weights", ()), strict=False):
@@ -245,7 +251,8 @@ class Learner:
     def predict(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Each task's prediction in fp32, and the features (N, F) that the heads started from."""
         with self.trainer.autocast(self.device):
-            features = self.model.backbone(self.trainer._images(images))
+            images, backbone = self.trainer._images(images), self.model.backbone
+            features = backbone(images) if self.processes is None else self.processes.forward(backbone, images)
             predictions = self.model.predict(self.strategy.views(features))
         return [p.float() for p in predictions], features
 

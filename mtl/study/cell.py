@@ -17,11 +17,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mtl.config import schema
+from mtl.config import schema, torchrun
 from mtl.config.cli import Grid, translate
-from mtl.config.errors import Busy, UserError, one_line
+from mtl.config.errors import Busy, ConfigError, UserError, one_line
 from mtl.config.identity import identify
 from mtl.engine.directory import write_json
+from mtl.engine.distributed import together
 from mtl.engine.run import Outcome, check, run
 from mtl.study.baselines import Cell, fill, single_tasks
 from mtl.study.grid import progress
@@ -61,13 +62,13 @@ def run_from_hydra(config: DictConfig) -> None:
         cells = [(None, choices, words)]
         refused = Outcome("refused", error.exit_code, message=str(error))
     for i, (plain, chosen, typed) in enumerate(cells):
-        command, since = shlex.join(["python", "train.py", *typed]), time.perf_counter()
+        command, since = shlex.join([*torchrun.command(), "train.py", *typed]), time.perf_counter()
         if grid:
             suffix = f"-{i}" if i < len(cells) - 1 else ""  # the baselines of a cell stand before it
             file = Path(hydra.sweep.dir) / f"cell-{hydra.job.num:05d}{suffix}.json"
             write_json(file, {"command": command, **asdict(Outcome("running", 0))})
         outcome = refused if plain is None else execute(plain, chosen, command)
-        if outcome.message:
+        if outcome.message and torchrun.rank() == 0:
             print(f"error: {outcome.message}", file=sys.stderr)
         if grid:
             write_json(file, {"command": command, "seconds": time.perf_counter() - since, **asdict(outcome)})
@@ -89,8 +90,10 @@ def _cells(config: DictConfig, choices: dict[str, str], words: list[str]) -> lis
     except OmegaConfBaseException as error:
         raise translate(error) from error
     schema.check(plain.get("study"), "study")
-    cells = [(plain, choices, words)]
-    return [*single_tasks(plain, choices, words), *cells] if plain["study"].get("baselines") == "auto" else cells
+    cells, study = [(plain, choices, words)], schema.build(plain["study"], "study")
+    if torchrun.size() > 1 and study != Study():
+        raise ConfigError("study: torchrun starts one run at a time; plan and train baselines without it")
+    return [*single_tasks(plain, choices, words), *cells] if study.baselines == "auto" else cells
 
 
 def execute(config: Mapping[str, Any], choices: Mapping[str, str], command: str) -> Outcome:
@@ -108,7 +111,7 @@ def execute(config: Mapping[str, Any], choices: Mapping[str, str], command: str)
         identity = identify(config, choices)
         if config["study"]["plan"]:
             return plan(filled, identity)
-        return run(filled, choices, identity, command)
+        return together(lambda processes: run(filled, choices, identity, command, processes))
     except Busy as error:
         return Outcome("running elsewhere", error.exit_code, message=str(error))
     except UserError as error:

@@ -1,0 +1,353 @@
+"""Runs over two processes against the same runs in one. torchrun starts this file: see `__main__` at its end."""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from torch import Tensor, nn
+
+from mtl.data.base import Benchmark, Split
+from mtl.data.batches import EvaluationBatches, TrainingBatches
+from mtl.engine.backward import Switches
+from mtl.engine.trainer import Learner, Trainer, defines
+from mtl.tasks import Classification, Regression
+
+# ---------------------------------------------------------------------------- every method, in float64, in one torchrun
+
+
+@dataclass
+class Few(Benchmark):
+    """30 training images in batches of 11, 11 and 8: uneven parts, also of halves and thirds. Few have labels."""
+
+    batch_size: int = 11
+    tasks = (Classification("digit", 3, True), Classification("odd", 2, True), Regression("ink", partial=True))
+    image_shape = (1, 6, 6)
+    mean, std = (0.5,), (0.25,)
+    crop_padding, flip = 1, True
+
+    def load(self) -> tuple[Split, Split]:
+        def split(size: int) -> Split:
+            i, noise = torch.arange(size), torch.Generator().manual_seed(size)
+            images = torch.randint(0, 256, (size, 6, 6, 1), dtype=torch.uint8, generator=noise)
+            digit, odd = torch.where(i % 3 == 0, i % 5 % 3, -100), torch.where(i % 13 == 1, i % 2, -100)
+            return Split(images, {"digit": digit, "odd": odd, "ink": torch.where(i % 4 == 2, i / 10 - 1, torch.nan)})
+
+        return split(30), split(11)
+
+
+@dataclass
+class Full(Few):
+    """With all labels."""
+
+    tasks = (Classification("digit", 3), Classification("odd", 2), Regression("ink"))
+
+    def load(self) -> tuple[Split, Split]:
+        for split in (splits := super().load()):
+            i = torch.arange(len(split))
+            split.targets.update(digit=i % 5 % 3, odd=i % 2, ink=i / 10 - 1)
+        return splits
+
+
+@dataclass
+class Classes(Few):
+    """For methods that understand accuracies only."""
+
+    tasks = Few.tasks[:2]
+
+
+class Net(nn.Module):
+    """Batch norm and dropout of both dimensions; no bias before a batch norm, whose gradient would be mere rounding."""
+
+    out_features = 6
+
+    def __init__(self, in_channels: int):
+        super().__init__()
+        self.images = nn.Sequential(nn.Conv2d(in_channels, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True),
+                                    nn.Dropout2d(0.2), nn.Conv2d(4, 6, 3), nn.Dropout(0.1, inplace=True))  # fmt: skip
+        self.vectors = nn.Sequential(
+            nn.Linear(6, 6, bias=False), nn.BatchNorm1d(6, affine=False), nn.Tanh(), nn.Dropout(0.2)
+        )
+
+    def forward(self, x):
+        return self.vectors(self.images(x).mean((2, 3)))
+
+
+NEEDED = {
+    "static": {"weights": {"digit": 1.0, "odd": 0.5}},
+    "single": {"task": "odd"},
+    "pivrg": {"baselines": [60.0, 70.0, 0.4]},
+    "amtl": {"potentials": [60.0, 70.0, 0.4]},
+    # The same rules, sooner.
+    "stch": {"warmup_epochs": 0},
+    "rotograd": {"burn_in": 3},
+    "annealed_calibrated": {"calibration": 2},
+}
+LOSSES = sorted({f.stem for f in (ROOT / "conf" / "loss").glob("*.yaml")} - {"custom"})
+# (loss, optimizer, switches, benchmark): every method, every optimizer, every switch.
+CASES = [(loss, "sgd", {}, Classes if loss == "dtp" else Few) for loss in LOSSES]
+CASES += [("pcgrad", optimizer, {}, Few) for optimizer in ("adam", "adatask", "signsgd")]
+CASES += [("equal", "mtl_io", {}, Few), ("equal", "sgd", {}, Full), ("graddrop", "sgd", {}, Full)]
+CASES += [(loss, "sgd", {"gradients": "features"}, Few) for loss in ("mgda", "pcgrad", "graddrop", "consmtl")]
+CASES += [(loss, "sgd", {"transform": "log"}, Few) for loss in ("equal", "rep_mtl", "cagrad")]
+CASES += [("dwa", "sgd", {"heads": "own"}, Few), ("pcgrad", "sgd", {"heads": "weighted", "scale": "sum"}, Few)]
+CASES += [("uncertainty", "adatask", {"scale": "norm"}, Full)]
+
+
+def build(case, processes=None) -> tuple[Learner, TrainingBatches, EvaluationBatches]:
+    from mtl.config import schema
+    from mtl.engine.run import build_learner
+
+    loss, optimizer, switches, kind = case
+    benchmark = kind()
+    nodes = {group: yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text())
+             for group, name in (("loss", loss), ("optimizer", optimizer), ("schedule", "cosine"))}  # fmt: skip
+    nodes["loss"] = {**nodes["loss"], **NEEDED.get(loss, {})}
+    strategy = schema.build(nodes["loss"], "loss", tasks=[t.name for t in benchmark.tasks])
+    tasks = [t for t in benchmark.tasks if t.name in strategy.names]
+    config = {"seed": 3, "arch": {"_target_": f"{__name__}.Net"}, **nodes}
+    cpu = torch.device("cpu")
+    learner = build_learner(config, benchmark, tasks, strategy, Trainer(3), cpu, Switches(**switches))
+    learner.model.double(), strategy.double()
+    learner.processes = processes
+    splits = benchmark.splits()
+    smallest = 2 * max(strategy.samples, 2 if defines(strategy, "look_ahead") else 1)
+    train = TrainingBatches(splits["train"], benchmark, cpu, 3, smallest)
+    return learner, train, EvaluationBatches(splits["test"], benchmark, cpu)
+
+
+def numbers(state) -> Tensor:
+    """All numbers in nested containers, as one vector."""
+    if isinstance(state, dict):
+        state = [state[key] for key in state if not str(key).startswith("time/")]
+    if isinstance(state, list | tuple):
+        return torch.cat([torch.zeros(0), *map(numbers, state)])
+    if isinstance(state, Tensor | float | int):
+        return torch.as_tensor(state, dtype=torch.float64).flatten()
+    return torch.zeros(0)
+
+
+def train(case, processes=None) -> Tensor:
+    learner, batches, evaluation = build(case, processes)
+    rows = []
+    for epoch in range(3):
+        rows.append({**learner.train_epoch(batches, epoch), **learner.evaluate(evaluation, "test")})
+        learner.epoch_end(rows[-1])
+    return numbers([rows, learner.state()])
+
+
+def one_image(processes) -> float:
+    """The largest difference in features, gradients and running statistics; the first process has no image at all."""
+    backbone = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(True), nn.Dropout(0.3), nn.Flatten())
+    image, found = torch.randn(1, 2, 5, 5, generator=torch.Generator().manual_seed(0)), []
+    for forward in (backbone, lambda x: processes.forward(backbone, x)):
+        torch.manual_seed(1)
+        backbone[1].reset_running_stats()
+        features = forward(image)
+        gradients = torch.autograd.grad(features.square().sum(), [*backbone[0].parameters(), *backbone[1].parameters()])
+        found.append(numbers([features, gradients, backbone.state_dict()]))
+    assert found[0].norm() > 1
+    return (found[0] - found[1]).abs().max().item()
+
+
+def compare_all(report: Path) -> None:
+    """For each case: the largest difference between one process and two, and whether the two agree in all bits."""
+    import torch.distributed as dist
+
+    from mtl.engine.distributed import Processes
+
+    torch.set_default_dtype(torch.float64)
+    Tensor.float = Tensor.double  # the engine's float32: rounding would hide a small mistake behind a large tolerance
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    processes = Processes(rank, 2, rank, dist.distributed_c10d._get_default_store())
+    results = {}
+    for number, case in enumerate(CASES):
+        # One process computes the reference while the other computes that of the next case.
+        references = [train(CASES[number + rank])] if number % 2 == 0 and number + rank < len(CASES) else []
+        if number % 2 == 0:
+            gathered: list = [None, None]
+            dist.all_gather_object(gathered, references)
+        (expected,) = gathered[number % 2]
+        ours = train(case, processes)
+        assert expected.shape == ours.shape
+        assert torch.equal(expected.isfinite(), ours.isfinite())
+        scale = expected.abs().clamp(min=1.0)
+        error = ((ours - expected) / scale).nan_to_num(0.0).abs().max().item()
+        digests: list = [None, None]
+        dist.all_gather_object(digests, hashlib.sha256(ours.numpy().tobytes()).hexdigest())
+        results[str(case)] = (error, len(set(digests)) == 1)
+    results["one image"] = (one_image(processes), True)
+    dist.destroy_process_group()
+    if rank == 0:
+        report.write_text(json.dumps(results))
+
+
+# ----------------------------------------------------------------------------------------------------- runs by torchrun
+
+SMALL = ("data=digits", "data.limit_train=50", "data.limit_test=41", "data.batch_size=32", "arch=wide_resnet",
+         "arch.depth=10", "arch.width=1", "arch.dropout=0.3", "optimizer.lr=0.01", "trainer.epochs=3", "loss=gradnorm",
+         "trainer.device=cpu", "logger=none")  # fmt: skip
+
+
+def torchrun(*arguments: str, **environment: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    settings = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, *arguments], env=settings, **pipes)
+
+
+def after_epoch(epoch: int, action) -> None:
+    """Call `action(learner, batches)` instead of training this epoch, counted from 0."""
+    real = Learner.train_epoch
+    Learner.train_epoch = lambda self, batches, e: real(self, batches, e) if e != epoch else action(self, batches)
+
+
+def fail(learner, batches) -> None:
+    raise RuntimeError("out of\ncheese")
+
+
+def train_for_ever(learner, batches) -> None:
+    (images, _), *_ = batches.epoch(0)
+    while True:
+        learner.predict(images)
+
+
+def read(root: str) -> tuple[Path, dict, list[dict]]:
+    (file,) = Path(root).rglob("run.json")
+    rows = [json.loads(line) for line in (file.parent / "metrics.jsonl").read_text().splitlines()]
+    return file.parent, json.loads(file.read_text()), rows
+
+
+def assert_close(a: str, b: str) -> None:
+    """Finished runs with the same numbers, but for the rounding of float32, whose sums have another order."""
+    (path, info, rows), (other, _, others) = read(a), read(b)
+    assert info["status"] == "finished"
+    assert path.relative_to(a) == other.relative_to(b)  # the same identity
+    for row, expected in zip(rows, others, strict=True):
+        keys = [key for key in expected if not key.startswith("time/")]
+        assert {k: row[k] for k in keys} == pytest.approx({k: expected[k] for k in keys}, rel=2e-4, abs=2e-5)
+    files = sorted(f.name for f in path.iterdir())
+    assert files == sorted(f.name for f in other.iterdir())
+
+
+@pytest.fixture
+def whole(cli):
+    torch.set_num_threads(1)
+    assert cli(*SMALL, "output_root=whole").code == 0
+
+
+def test_a_failing_process_ends_the_run(cli, whole, monkeypatch):
+    """Begun by one process, taken up by two of which the second fails, finished by one."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "train_epoch", Learner.train_epoch)  # restored afterwards
+        after_epoch(1, fail)
+        assert cli(*SMALL, "output_root=a").code == 1
+    assert len(read("a")[2]) == 1
+    process = torchrun(*SMALL, "output_root=a", FAIL="1:2")
+    out, err = process.communicate(timeout=900)
+    path, info, rows = read("a")
+    assert "after epoch 1" in out and "2 processes" in out and out.count("\nrun ") == 0 and out.count("epoch 2/3") == 1
+    (line,) = re.findall(r"^error: .*", err, re.MULTILINE)
+    assert "process 1: RuntimeError: out of cheese" in line
+    assert (info["status"], len(rows), info["processes"]) == ("failed", 2, 2)
+    assert 'raise RuntimeError("out of\\ncheese")' in (path / "train.log").read_text()
+    # torchrun's own code is 1 whatever its processes' are; it names theirs.
+    assert process.returncode == 1 and set(re.findall(r"exitcode\s*: (-?\d+)", err)) == {"1"}
+    assert cli(*SMALL, "output_root=a").code == 0
+    assert_close("a", "whole")
+
+
+def test_every_method_and_a_stopped_run(whole, tmp_path):
+    """SIGTERM to torchrun; the next torchrun takes the run up, and compares all methods before."""
+    process = torchrun(*SMALL, "output_root=b", LOOP="1")
+    while not list(Path("b").rglob("last.pt")) and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode != 0 and "the same command goes on from there: torchrun --nproc-per-node=2" in out
+    _, info, rows = read("b")
+    assert (info["status"], len(rows), "error" in err) == ("interrupted", 1, False)
+
+    report = tmp_path / "report.json"
+    process = torchrun(*SMALL, "output_root=b", REPORT=str(report))
+    out, err = process.communicate(timeout=900)
+    assert process.returncode == 0, err
+    assert out.count("resumed   after epoch 1") == out.count("epoch 3/3") == 1
+    assert_close("b", "whole")
+    results = json.loads(report.read_text())
+    assert len(results) == len(CASES) + 1
+    assert not {case: error for case, (error, _) in results.items() if not error < 1e-8}
+    assert not [case for case, (_, same) in results.items() if not same]
+
+
+def test_some_batches_lack_a_task_and_parts_are_uneven():
+    _, batches, _ = build(CASES[0])
+    counts = [[int(t.count(targets[t.name])) for t in Few.tasks] for _, targets in batches.epoch(0)]
+    assert [len(images) for images, _ in batches.epoch(0)] == [11, 11, 8]
+    assert any(0 in batch for batch in counts)
+
+
+# ------------------------------------------------------------------------------------------- refused before any process
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """As torchrun would leave the environment, without any other process."""
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_grid_is_refused(cli, started, tmp_path):
+    result = cli(*SMALL, "-m", "seed=0,1")
+    assert result.code == 2 and result.err.count("\n") == 1 and result.err.startswith("error: -m: ")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["cuda:1", "mps"])
+def test_one_device_for_all_is_refused(started, name):
+    from mtl.config.errors import ConfigError
+    from mtl.engine.distributed import Processes
+
+    with pytest.raises(ConfigError, match=f"^trainer.device={name}: torchrun started 2 processes"):
+        Processes(0, 2, 0, None).device(name)
+
+
+def test_a_backbone_that_cannot_be_divided_is_refused():
+    from mtl.config.errors import ConfigError
+    from mtl.engine.distributed import Processes
+
+    with pytest.raises(ConfigError, match=r"^arch: AlphaDropout "):
+        Processes(0, 2, 0, None).check(nn.Sequential(nn.Linear(2, 2), nn.AlphaDropout()))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if report := os.environ.get("REPORT"):
+        number_type, to_float = torch.get_default_dtype(), Tensor.float
+        compare_all(Path(report))
+        torch.set_default_dtype(number_type)
+        Tensor.float = to_float
+    if plan := os.environ.get("FAIL"):  # "rank:epoch"
+        rank, epoch = plan.split(":")
+        if os.environ["RANK"] == rank:
+            after_epoch(int(epoch), fail)
+    if "LOOP" in os.environ:
+        after_epoch(1, train_for_ever)
+
+    import train as script
+    from mtl.config.cli import launch
+
+    sys.exit(launch(script.main))
