@@ -31,6 +31,7 @@ from mtl.data.batches import EvaluationBatches, TrainingBatches
 from mtl.engine import checkpoint
 from mtl.engine.backward import Switches
 from mtl.engine.directory import RunDirectory, now, write_json
+from mtl.engine.finished import objective, repeat
 from mtl.engine.trainer import Learner, Trainer, defines
 from mtl.losses import Equal, GramianWeighting, LossWeighting, Strategy
 from mtl.random import derive
@@ -70,8 +71,12 @@ class Outcome:
     message: str = ""
 
 
-def run_from_hydra(config: DictConfig) -> None:
-    """Run one composed config. In a grid, the outcome is noted beside the other cells' and the grid goes on."""
+def run_from_hydra(config: DictConfig) -> float | None:
+    """Run one composed config. In a grid, the outcome is noted beside the other cells' and the grid goes on.
+
+    Returns:
+        what a Hydra sweeper searches by: the best validation figure; None where there is none (a failed trial).
+    """
     hydra = HydraConfig.get()
     # As typed: resolving would trip over an interpolation that leads nowhere.
     command = shlex.join(["python", "train.py", *OmegaConf.to_container(hydra.overrides.task, resolve=False)])
@@ -97,6 +102,7 @@ def run_from_hydra(config: DictConfig) -> None:
         cell = {"number": hydra.job.num, "command": command, **asdict(outcome)}
         write_json(Path(hydra.sweep.dir) / f"cell-{hydra.job.num:05d}.json", cell)
     Grid.codes.append(outcome.code)
+    return objective(outcome.directory) if outcome.status == "finished" else None
 
 
 def _root(seed: Annotated[int, Ge(0)], output_root: str, data: dict, arch: dict, loss: dict, optimizer: dict,
@@ -132,6 +138,9 @@ def run(config: Mapping[str, Any], choices: Mapping[str, str], command: str) -> 
     done = RunDirectory(path).run
     if done.get("status") == "finished":
         log.info(f"{identity.name}: finished {done['finished']}, in {path} (delete that folder to run it again)")
+        tracker: Tracker = schema.build(config["logger"], "logger")
+        if tracker.repeats:
+            repeat(tracker, config, identity, path)
         return Outcome("finished", 0, str(path))
 
     benchmark: Benchmark = schema.build(config["data"], "data")
@@ -139,7 +148,7 @@ def run(config: Mapping[str, Any], choices: Mapping[str, str], command: str) -> 
     # A strategy may train fewer tasks than there are (loss=single): the others then do not exist in this run.
     tasks = [task for task in benchmark.tasks if task.name in strategy.names]
     trainer: Trainer = schema.build(config["trainer"], "trainer")
-    tracker: Tracker = schema.build(config["logger"], "logger")
+    tracker = schema.build(config["logger"], "logger")
     switches: Switches = schema.build(config["step"], "step")
     try:
         switches.check(strategy)
@@ -228,7 +237,7 @@ class Job:
         directory, path = self.directory, str(self.directory.path)
         rows = self._resume()
         directory.start(self.config, self._identity_fields(), self.learner.device)
-        where = self.tracker.start(self._info())
+        where = self.tracker.start(self._info(rows))
         self._header(where, len(rows))
         try:
             self._train(rows)
@@ -342,10 +351,10 @@ class Job:
         choices = {k: v for k, v in self.choices.items() if k in NODES}
         return {**asdict(self.identity), **names, "choices": choices, "command": self.command}
 
-    def _info(self) -> RunInfo:
+    def _info(self, rows: list[dict[str, float]]) -> RunInfo:
         best = {**self._metrics("test"), **(self._metrics("val") if "val" in self.evaluations else {})}
         root = Path(self.config["output_root"])
-        return RunInfo(self.identity, self.directory.path, root, flatten(self.config), best)
+        return RunInfo(self.identity, self.directory.path, root, flatten(self.config), best, tuple(rows))
 
     def _units(self) -> dict[str, tuple[str, str]]:
         return {t.name: (t.metrics[0].name, t.metrics[0].unit) for t in self.learner.tasks}

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mtl.tracking.console import table
 
 
@@ -40,6 +42,10 @@ def summarise(files: Sequence[Path]) -> int:
 
         learning_curves(finished, figure)
         print(f"\nfigure: {figure}")
+    if (search := files[0].parent / "optimization_results.yaml").exists():  # of Hydra's Optuna sweeper
+        best = yaml.safe_load(search.read_text())
+        found = " ".join(f"{key}={value}" for key, value in best["best_params"].items())
+        print(f"best validation figure: {best['best_value']:.4g}, by {found}")
     failed = [o for o in outcomes if o["status"] != "finished"]
     for o in failed:
         print(f"{o['status']}: {o['command']}: {o['message']}")
