@@ -32,7 +32,8 @@ class WandbTracker(Tracker):
 
     Args:
         project, entity: where online runs go.
-        mode: auto and online are online when W&B is logged in and reachable, else offline; WANDB_MODE=disabled is obeyed.
+        mode: auto and online are online when W&B is logged in and reachable, else offline; WANDB_MODE=disabled is
+            obeyed.
         tags: added to data, arch and loss.
         artifact: best uploads best.pt as a model artifact, at the end of a run that finished.
     """
