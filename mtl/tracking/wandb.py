@@ -84,7 +84,7 @@ class WandbTracker(Tracker):
             self.run.define_metric("*", step_metric="epoch")
             for key, higher in info.best.items():
                 # With "last" too: "max" alone would remove the plain key from the summary. (Of a resumed run this
-                # maximum knows the epochs since; what `finish` adds, "best.<key>.value", knows all.)
+                # maximum knows the epochs since; what `finish` adds, "best/<metric>", knows all.)
                 self.run.define_metric(key, step_metric="epoch", summary="max,last" if higher else "min,last")
         except Exception as error:
             self.run = None
@@ -99,7 +99,10 @@ class WandbTracker(Tracker):
         return f"{wish}offline; upload with: wandb sync {self.run.settings.sync_dir}"
 
     def _open(self, wandb: Any, mode: str) -> Any:
-        identity = self.info.identity
+        identity, config = self.info.identity, self.info.config
+        # Beside the flat config, names without a dot, which W&B's panels and filters would read as nesting. They are
+        # also what a sweep calls its parameters, and a sweep's values are locked.
+        names = {"data": identity.data, "arch": identity.arch, "loss": identity.loss, "lr": config.get("optimizer.lr")}
         return wandb.init(
             project=self.project,
             entity=self.entity,
@@ -108,7 +111,7 @@ class WandbTracker(Tracker):
             group=identity.group,
             job_type="train",
             tags=[identity.data, identity.arch, identity.loss, *self.tags],
-            config=dict(self.info.config),
+            config={**config, **names},
             # Absolute: W&B's service is another process, which may work in another folder.
             dir=str(self.info.output_root.resolve()),
             mode=mode,
@@ -124,7 +127,7 @@ class WandbTracker(Tracker):
 
     def finish(self, summary: Mapping[str, Any], ok: bool) -> None:
         if self.run is not None:
-            self._try(lambda: self.run.summary.update(dict(summary)))
+            self._try(lambda: self.run.summary.update({_slashed(key): value for key, value in summary.items()}))
         if self.run is not None and ok and self.artifact == "best":
             self._try(lambda: self._upload(summary))
         if self.run is not None:
@@ -136,7 +139,7 @@ class WandbTracker(Tracker):
 
         identity = self.info.identity
         facts = {"data": identity.data, "arch": identity.arch, "loss": identity.loss, "seed": identity.seed}
-        chosen = {k: v for k, v in summary.items() if k.startswith(("best.", "last.", "selected."))}
+        chosen = {_slashed(k): v for k, v in summary.items() if k.startswith(("best.", "last.", "selected."))}
         artifact = wandb.Artifact(identity.name, type="model", metadata={**facts, **chosen})
         # best.pt is not written again, so W&B need not copy it before the upload.
         artifact.add_file(str(self.info.directory / "best.pt"), policy="immutable", skip_cache=True)
@@ -148,6 +151,11 @@ class WandbTracker(Tracker):
         except Exception as error:  # a full disk, a dead service: metrics.jsonl holds everything anyway
             log.warning(f"W&B stopped ({type(error).__name__}: {error}); training goes on without it")
             self.run = None
+
+
+def _slashed(key: str) -> str:
+    """best.test/fine_accuracy.value as best/fine_accuracy: without a dot, which W&B would read as nesting."""
+    return key.removesuffix(".value").replace(".test/", "/").replace(".", "/")
 
 
 def _reachable(url: str) -> bool:
