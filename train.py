@@ -8,10 +8,10 @@ from mtl.config.cli import CONF, launch
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def main(config) -> None:
+def main(config) -> float | None:
     from mtl.study.cell import run_from_hydra  # late: help and shell completion must not import torch
 
-    run_from_hydra(config)
+    return run_from_hydra(config)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from mtl.engine import checkpoint
 from mtl.engine.backward import Switches
 from mtl.engine.directory import RunDirectory, now, write_json
 from mtl.engine.distributed import Processes
+from mtl.engine.finished import repeat
 from mtl.engine.microscope import Microscope
 from mtl.engine.trainer import Learner, Trainer, defines
 from mtl.losses import Equal, GramianWeighting, LossWeighting, Strategy
@@ -112,6 +113,9 @@ def run(
     done = RunDirectory(path).run if leads else {}
     if done.get("status") == "finished":
         log.info(f"{identity.name}: finished {done['finished']}, in {path} (delete that folder to run it again)")
+        tracker: Tracker = schema.build(config["logger"], "logger")
+        if tracker.repeats:
+            repeat(tracker, config, identity, path)
         return Outcome("finished", 0, str(path))
 
     benchmark, learner = assemble(config, processes)
@@ -240,7 +244,7 @@ class Job:
         directory, path, processes = self.directory, str(self.directory.path), self.learner.processes
         rows = self._resume()
         directory.start(self.config, self._identity_fields(), self.learner.device)
-        where = self.tracker.start(self._info())
+        where = self.tracker.start(self._info(rows))
         self._header(where, len(rows))
         try:
             with nullcontext() if processes is None else processes.guard(self._last_words):
@@ -362,10 +366,10 @@ class Job:
             **asdict(self.identity), **names, "choices": choices, "command": self.command, "processes": torchrun.size()
         }  # fmt: skip
 
-    def _info(self) -> RunInfo:
+    def _info(self, rows: list[dict[str, float]]) -> RunInfo:
         best = {**self._metrics("test"), **(self._metrics("val") if "val" in self.evaluations else {})}
         root = Path(self.config["output_root"])
-        return RunInfo(self.identity, self.directory.path, root, flatten(self.config), best)
+        return RunInfo(self.identity, self.directory.path, root, flatten(self.config), best, tuple(rows))
 
     def _units(self) -> dict[str, tuple[str, str]]:
         return {t.name: (t.metrics[0].name, t.metrics[0].unit) for t in self.learner.tasks}

@@ -23,6 +23,7 @@ from mtl.config.errors import Busy, ConfigError, UserError, one_line
 from mtl.config.identity import identify
 from mtl.engine.directory import write_json
 from mtl.engine.distributed import together
+from mtl.engine.finished import objective
 from mtl.engine.run import Outcome, check, run
 from mtl.study.baselines import Cell, fill, single_tasks
 from mtl.study.grid import progress
@@ -44,8 +45,12 @@ class Study:
     baselines: Literal["none", "auto"] = "none"
 
 
-def run_from_hydra(config: DictConfig) -> None:
-    """Run one composed config. In a grid, the outcome is noted beside the other cells' and the grid goes on."""
+def run_from_hydra(config: DictConfig) -> float | None:
+    """Run one composed config. In a grid, the outcome is noted beside the other cells' and the grid goes on.
+
+    Returns:
+        what a Hydra sweeper searches by: the best validation figure; None where there is none (a failed trial).
+    """
     hydra = HydraConfig.get()
     if not log.handlers:
         console = logging.StreamHandler(sys.stdout)
@@ -77,6 +82,7 @@ def run_from_hydra(config: DictConfig) -> None:
         elif outcome.plan:
             log.info(plan_table([outcome.plan]))
         Grid.codes.append(outcome.code)
+    return objective(outcome.directory) if outcome.status == "finished" else None
 
 
 def _cells(config: DictConfig, choices: dict[str, str], words: list[str]) -> list[Cell]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mtl.config.errors import remove_empty
 from mtl.tracking.console import duration, table
 
@@ -72,6 +74,10 @@ def summarise(folder: Path) -> int:
 
         learning_curves(finished, figure)
         print(f"\nfigure: {figure}")
+    if (search := folder / "optimization_results.yaml").exists():  # of Hydra's Optuna sweeper
+        best = yaml.safe_load(search.read_text())
+        found = " ".join(f"{key}={value}" for key, value in best["best_params"].items())
+        print(f"best validation figure: {best['best_value']:.4g}, by {found}")
     failed = [o for o in outcomes if o["status"] != "finished"]
     for o in failed:
         status = "interrupted" if o["status"] == "running" else o["status"]

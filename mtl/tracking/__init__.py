@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ class RunInfo:
         output_root: of all runs.
         config: the resolved config, flattened: {"loss.temperature": 2.0, …}.
         best: for each metric key whether higher is better.
+        rows: of metrics.jsonl, of the epochs before a resumed run goes on.
     """
 
     identity: Identity
@@ -27,10 +28,17 @@ class RunInfo:
     output_root: Path
     config: Mapping[str, Any]
     best: Mapping[str, bool]
+    rows: Sequence[Mapping[str, float]] = ()
 
 
 class Tracker:
-    """Base and no-op. A tracker mirrors what metrics.jsonl holds; training never depends on it."""
+    """Base and no-op. A tracker mirrors what metrics.jsonl holds; training never depends on it.
+
+    Attributes:
+        repeats: whether a run that is already finished is to be told once more.
+    """
+
+    repeats = False
 
     def start(self, info: RunInfo) -> str:
         """Open the run; return one line for the console's header, or an empty string."""

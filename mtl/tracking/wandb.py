@@ -1,7 +1,8 @@
-"""Weights & Biases: online when logged in, else offline; never a prompt, never a run lost to a dashboard.
+"""Weights & Biases: online when logged in and reachable, else offline; never a prompt, never a run lost to a dashboard.
 
 All runs share <output_root>/wandb, so `wandb leet <output_root>/wandb` shows them side by side without an account and
-`wandb sync` uploads them later.
+`wandb sync` uploads them later. A resumed run goes on in a second folder with the same id and the steps that follow;
+`wandb sync <output_root>/wandb/*` uploads the folders of one id one after the other, in the order in which they began.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import ssl
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -16,14 +20,22 @@ from mtl.tracking import RunInfo, Tracker
 
 log = logging.getLogger("mtl")
 
+# W&B itself tries for 90 s to begin a run and for as long as it takes to end one. A grid without a network would wait
+# so in every cell.
+PROBE, BEGIN, END = 5.0, 30.0, 600.0  # seconds: to reach the server at all; to open a run; to upload what is left
+
 
 class WandbTracker(Tracker):
     """One W&B run per run: id and name from the identity, group = everything but the seed, epoch as the x-axis.
 
+    In a sweep (`wandb agent`) W&B chooses the id, so a run that was finished or begun before is told from its start.
+
     Args:
         project, entity: where online runs go.
-        mode: auto and online are online when W&B is logged in, else offline; WANDB_MODE=disabled is obeyed.
+        mode: auto and online are online when W&B is logged in and reachable, else offline; WANDB_MODE=disabled is
+            obeyed.
         tags: added to data, arch and loss.
+        artifact: best uploads best.pt as a model artifact, at the end of a run that finished.
     """
 
     def __init__(
@@ -32,50 +44,80 @@ class WandbTracker(Tracker):
         entity: str | None = None,
         mode: Literal["auto", "online", "offline"] = "auto",
         tags: Sequence[str] = (),
+        artifact: Literal["none", "best"] = "none",
     ):
-        self.project, self.entity, self.mode, self.tags = project, entity, mode, tuple(tags)
+        self.project, self.entity, self.mode, self.tags, self.artifact = project, entity, mode, tuple(tags), artifact
         self.run = None
 
+    @property
+    def repeats(self) -> bool:
+        """In a sweep: W&B takes a run that reports nothing for a crash, and its search would learn nothing from it."""
+        return "WANDB_SWEEP_ID" in os.environ
+
     def start(self, info: RunInfo) -> str:
-        identity, mode = info.identity, self.mode
+        self.info = info
+        wish = ""
         try:
             import wandb  # late: half a second that runs without W&B need not pay
 
+            mode = self.mode
             if os.environ.get("WANDB_MODE") == "disabled":
                 mode = "disabled"
             elif mode != "offline":
                 # Asked without a prompt, and before init, which would ask with one.
                 mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+                if mode == "offline":
+                    wish = "not logged in (wandb login), so " if self.mode == "online" else ""
+                elif not _reachable(url := wandb.setup().settings.base_url):
+                    mode, wish = "offline", f"{url} cannot be reached, so "
             info.output_root.joinpath("wandb").mkdir(parents=True, exist_ok=True)
-            self.run = wandb.init(
-                project=self.project,
-                entity=self.entity,
-                id=identity.name,
-                name=identity.name,
-                group=identity.group,
-                job_type="train",
-                tags=[identity.data, identity.arch, identity.loss, *self.tags],
-                config=dict(info.config),
-                # Absolute: W&B's service is another process, which may work in another folder.
-                dir=str(info.output_root.resolve()),
-                mode=mode,
-                resume="allow",
-                settings=wandb.Settings(silent=True),
-            )
+            try:
+                self.run = self._open(wandb, mode)
+            except Exception as error:
+                if mode != "online":
+                    raise
+                # Its service holds the id of a run that it could not begin.
+                wandb.teardown()
+                mode, wish = "offline", f"W&B refused ({_first_line(error)}), so "
+                self.run = self._open(wandb, mode)
             self.run.define_metric("epoch", hidden=True)
             self.run.define_metric("*", step_metric="epoch")
             for key, higher in info.best.items():
-                # With "last" too: "max" alone would remove the plain key from the summary.
+                # With "last" too: "max" alone would remove the plain key from the summary. (Of a resumed run this
+                # maximum knows the epochs since; what `finish` adds, "best/<metric>", knows all.)
                 self.run.define_metric(key, step_metric="epoch", summary="max,last" if higher else "min,last")
         except Exception as error:
             self.run = None
             return f"not available ({type(error).__name__}: {error}); training goes on without it"
+        if self.repeats:
+            for row in info.rows:
+                self.log(row)
         if mode == "online":
             return str(self.run.url)
         if mode == "disabled":
             return "disabled by WANDB_MODE"
-        wish = "not logged in (wandb login), so " if self.mode == "online" else ""
         return f"{wish}offline; upload with: wandb sync {self.run.settings.sync_dir}"
+
+    def _open(self, wandb: Any, mode: str) -> Any:
+        identity, config = self.info.identity, self.info.config
+        # Beside the flat config, names without a dot, which W&B's panels and filters would read as nesting. They are
+        # also what a sweep calls its parameters, and a sweep's values are locked.
+        names = {"data": identity.data, "arch": identity.arch, "loss": identity.loss, "lr": config.get("optimizer.lr")}
+        return wandb.init(
+            project=self.project,
+            entity=self.entity,
+            id=identity.name,
+            name=identity.name,
+            group=identity.group,
+            job_type="train",
+            tags=[identity.data, identity.arch, identity.loss, *self.tags],
+            config={**config, **names},
+            # Absolute: W&B's service is another process, which may work in another folder.
+            dir=str(self.info.output_root.resolve()),
+            mode=mode,
+            resume="allow",
+            settings=wandb.Settings(silent=True, init_timeout=BEGIN, finish_timeout=END),
+        )
 
     def log(self, row: Mapping[str, float]) -> None:
         if self.run is not None:
@@ -85,10 +127,23 @@ class WandbTracker(Tracker):
 
     def finish(self, summary: Mapping[str, Any], ok: bool) -> None:
         if self.run is not None:
-            self._try(lambda: self.run.summary.update(dict(summary)))
+            self._try(lambda: self.run.summary.update({_slashed(key): value for key, value in summary.items()}))
+        if self.run is not None and ok and self.artifact == "best":
+            self._try(lambda: self._upload(summary))
         if self.run is not None:
             self._try(lambda: self.run.finish(exit_code=0 if ok else 1))
             self.run = None
+
+    def _upload(self, summary: Mapping[str, Any]) -> None:
+        import wandb
+
+        identity = self.info.identity
+        facts = {"data": identity.data, "arch": identity.arch, "loss": identity.loss, "seed": identity.seed}
+        chosen = {_slashed(k): v for k, v in summary.items() if k.startswith(("best.", "last.", "selected."))}
+        artifact = wandb.Artifact(identity.name, type="model", metadata={**facts, **chosen})
+        # best.pt is not written again, so W&B need not copy it before the upload.
+        artifact.add_file(str(self.info.directory / "best.pt"), policy="immutable", skip_cache=True)
+        self.run.log_artifact(artifact, aliases=["best"])
 
     def _try(self, action: Callable[[], Any]) -> None:
         try:
@@ -96,3 +151,23 @@ class WandbTracker(Tracker):
         except Exception as error:  # a full disk, a dead service: metrics.jsonl holds everything anyway
             log.warning(f"W&B stopped ({type(error).__name__}: {error}); training goes on without it")
             self.run = None
+
+
+def _slashed(key: str) -> str:
+    """best.test/fine_accuracy.value as best/fine_accuracy: without a dot, which W&B would read as nesting."""
+    return key.removesuffix(".value").replace(".test/", "/").replace(".", "/")
+
+
+def _reachable(url: str) -> bool:
+    """Whether a server answers, whatever it answers; proxies count as W&B counts them, by HTTPS_PROXY."""
+    try:
+        with urllib.request.urlopen(url, timeout=PROBE):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError as error:  # a certificate that Python does not know may be known to W&B
+        return isinstance(getattr(error, "reason", error), ssl.SSLError)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
