@@ -15,6 +15,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mtl.config import launchers
 from mtl.config.errors import ConfigError, SetupError, UserError, one_line, remove_empty, suggest
 from mtl.config.identity import CONF
 
@@ -66,6 +67,8 @@ class Grid(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
         Grid.directory = Path(config.hydra.sweep.dir)
+        if line := launchers.announce(config.hydra):
+            print(line, flush=True)
 
     @classmethod
     def close(cls) -> int:
@@ -103,8 +106,10 @@ def _check_flags() -> None:
     parser.parse_args()
 
 
-def translate(error: Exception) -> ConfigError:
-    """One line for what Hydra and OmegaConf say over many."""
+def translate(error: Exception) -> UserError:
+    """One line for what Hydra, OmegaConf and the launchers say over many."""
+    if known := launchers.explain(error):
+        return known
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     text = str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
@@ -121,7 +126,7 @@ def translate(error: Exception) -> ConfigError:
         names = {arg.partition("=")[0] for arg in sys.argv[1:]}
         group = next((g for g in GROUPS if g in names), "a config group")
         return ConfigError(f"{group}: must be the name of one of its options, see --help ({one_line(text)})")
-    if isinstance(getattr(cause, "parent_node", None), DictConfig) and "not in struct" in str(cause):
+    if isinstance(getattr(cause, "parent_node", None), DictConfig) and " not in " in str(cause):
         # The nearest word is sought among the keys beside the unknown one.
         allowed, key = sorted(str(k) for k in cause.parent_node if k not in (TARGET, "hydra")), cause.full_key
         nearest = suggest(key.rpartition(".")[2], allowed)

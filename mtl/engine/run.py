@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mtl.archs.model import MultiTaskModel, count_macs, count_parameters
-from mtl.config import schema
+from mtl.config import launchers, schema
 from mtl.config.cli import Grid, Terminated, translate
 from mtl.config.errors import ConfigError, Diverged, SetupError, UserError, one_line
 from mtl.config.identity import Identity, identify
@@ -75,15 +76,22 @@ def run_from_hydra(config: DictConfig) -> None:
     hydra = HydraConfig.get()
     # As typed: resolving would trip over an interpolation that leads nowhere.
     command = shlex.join(["python", "train.py", *OmegaConf.to_container(hydra.overrides.task, resolve=False)])
+    grid = hydra.mode == RunMode.MULTIRUN
+    away = grid and Grid.directory is None  # in a process that a launcher started
     if not log.handlers:
         console = logging.StreamHandler(sys.stdout)
         console.setLevel(logging.INFO)
         log.addHandler(console)
         log.setLevel(logging.DEBUG)
         log.propagate = False
+        if away:
+            launchers.enter(hydra, console)
+    if away:
+        launchers.note(hydra.job.num, f"started: {command}")
     try:
         plain = OmegaConf.to_container(config, resolve=True)
-        outcome = run(plain, dict(hydra.runtime.choices), command)
+        start = partial(run, plain, dict(hydra.runtime.choices), command)
+        outcome = launchers.when_free(start) if away else start()
     except UserError as error:
         outcome = Outcome("refused", error.exit_code, message=str(error))
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
@@ -93,7 +101,10 @@ def run_from_hydra(config: DictConfig) -> None:
         outcome = Outcome("failed", 1, message=f"{type(error).__name__}: {one_line(error)}")
     if outcome.message:
         print(f"error: {outcome.message}", file=sys.stderr)
-    if hydra.mode == RunMode.MULTIRUN:
+    if away:
+        where = f", in {outcome.directory}" if outcome.directory else ""
+        launchers.note(hydra.job.num, f"{outcome.status}{where}")
+    if grid:
         cell = {"number": hydra.job.num, "command": command, **asdict(outcome)}
         write_json(Path(hydra.sweep.dir) / f"cell-{hydra.job.num:05d}.json", cell)
     Grid.codes.append(outcome.code)
@@ -232,7 +243,7 @@ class Job:
         self._header(where, len(rows))
         try:
             self._train(rows)
-        except (KeyboardInterrupt, Terminated):
+        except (KeyboardInterrupt, SystemExit, Terminated):  # SystemExit: preempted under submitit or Ray
             self._close("interrupted", rows, "stopped by a signal")
             log.info(f"interrupted after {len(rows)} epochs; the same command goes on from there: {self.command}")
             raise
