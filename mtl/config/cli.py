@@ -20,7 +20,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mtl.config import torchrun
+from mtl.config import launchers, torchrun
 from mtl.config.errors import ConfigError, SetupError, UserError, one_line, remove_empty, suggest
 from mtl.config.identity import CONF
 
@@ -78,6 +78,8 @@ class Grid(Callback):
         with suppress(OSError):  # what Hydra writes next fails as well, and says so
             Grid.directory.mkdir(parents=True, exist_ok=True)
             (Grid.directory / "grid.json").write_text(json.dumps(note) + "\n")
+        if line := launchers.announce(config.hydra):
+            print(line, flush=True)
 
     @classmethod
     def close(cls) -> int:
@@ -125,8 +127,10 @@ def _check_flags() -> None:
         raise ConfigError("-m: torchrun starts one run at a time; leave -m away and call it once for each run")
 
 
-def translate(error: Exception) -> ConfigError:
-    """One line for what Hydra and OmegaConf say over many."""
+def translate(error: Exception) -> UserError:
+    """One line for what Hydra, OmegaConf and the launchers say over many."""
+    if known := launchers.explain(error):
+        return known
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     text = str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
@@ -143,7 +147,7 @@ def translate(error: Exception) -> ConfigError:
         names = {arg.partition("=")[0] for arg in sys.argv[1:]}
         group = next((g for g in GROUPS if g in names), "a config group")
         return ConfigError(f"{group}: must be the name of one of its options, see --help ({one_line(text)})")
-    if isinstance(getattr(cause, "parent_node", None), DictConfig) and "not in struct" in str(cause):
+    if isinstance(getattr(cause, "parent_node", None), DictConfig) and " not in " in str(cause):
         # The nearest word is sought among the keys beside the unknown one.
         allowed, key = sorted(str(k) for k in cause.parent_node if k not in (TARGET, "hydra")), cause.full_key
         nearest = suggest(key.rpartition(".")[2], allowed)

@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.error import URLError
 
 import torch
+from filelock import FileLock
 from torchvision.datasets import CIFAR100 as torchvision_CIFAR100
 from torchvision.datasets.utils import calculate_md5, download_and_extract_archive
 
@@ -43,7 +44,7 @@ class CIFAR100(Benchmark):
 
     def load(self) -> tuple[Split, Split]:
         folder = Path(self.root) / FOLDER
-        if not all((folder / name).is_file() for name in MD5):
+        if not _complete(folder):
             if not self.download:
                 raise SetupError(
                     f"CIFAR-100 is not in {folder.resolve()} and data.download=false; "
@@ -53,18 +54,22 @@ class CIFAR100(Benchmark):
         return _read(folder / "train"), _read(folder / "test")
 
 
+def _complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in MD5)
+
+
 def _download(root: Path) -> None:
     root = root.resolve()
     made = [folder for folder in (root, *root.parents) if not folder.exists()]
-    print(f"downloading CIFAR-100 (169 MB) to {root}", flush=True)
+    lock = root / ".cifar-100.lock"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        # Beside the target, so that the finished folder arrives in one rename and an interruption leaves nothing.
-        with tempfile.TemporaryDirectory(dir=root, prefix=".cifar-100-") as work:
-            source = torchvision_CIFAR100
-            download_and_extract_archive(source.url, work, filename=source.filename, md5=source.tgz_md5)
-            shutil.rmtree(root / FOLDER, ignore_errors=True)
-            (Path(work) / FOLDER).rename(root / FOLDER)
+        with FileLock(lock):  # of several processes one fetches it, the others wait and find it
+            try:
+                if not _complete(root / FOLDER):
+                    _fetch(root)
+            finally:
+                lock.unlink(missing_ok=True)
     except KeyboardInterrupt:
         remove_empty(made)
         raise
@@ -75,6 +80,16 @@ def _download(root: Path) -> None:
             f"cifar-100-python/ there yourself (from {torchvision_CIFAR100.url}), or set data.root or MTL_DATA to the "
             "folder that holds it, or try data=digits, which needs no download"
         ) from error
+
+
+def _fetch(root: Path) -> None:
+    print(f"downloading CIFAR-100 (169 MB) to {root}", flush=True)
+    # Beside the target, so that the finished folder arrives in one rename and an interruption leaves nothing.
+    with tempfile.TemporaryDirectory(dir=root, prefix=".cifar-100-") as work:
+        source = torchvision_CIFAR100
+        download_and_extract_archive(source.url, work, filename=source.filename, md5=source.tgz_md5)
+        shutil.rmtree(root / FOLDER, ignore_errors=True)
+        (Path(work) / FOLDER).rename(root / FOLDER)
 
 
 def _read(file: Path) -> Split:

@@ -249,7 +249,7 @@ class Job:
         try:
             with nullcontext() if processes is None else processes.guard(self._last_words):
                 self._train(rows)
-        except (KeyboardInterrupt, Terminated):
+        except (KeyboardInterrupt, SystemExit, Terminated):  # SystemExit: preempted under submitit or Ray
             self._close("interrupted", rows, "stopped by a signal")
             log.info(f"interrupted after {len(rows)} epochs; the same command goes on from there: {self.command}")
             raise

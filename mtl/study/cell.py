@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mtl.config import schema, torchrun
+from mtl.config import launchers, schema, torchrun
 from mtl.config.cli import Grid, translate
 from mtl.config.errors import Busy, ConfigError, UserError, one_line
 from mtl.config.identity import identify
@@ -52,15 +53,18 @@ def run_from_hydra(config: DictConfig) -> float | None:
         what a Hydra sweeper searches by: the best validation figure; None where there is none (a failed trial).
     """
     hydra = HydraConfig.get()
+    grid = hydra.mode == RunMode.MULTIRUN
+    away = grid and Grid.directory is None  # in a process that a launcher started
     if not log.handlers:
         console = logging.StreamHandler(sys.stdout)
         console.setLevel(logging.INFO)
         log.addHandler(console)
         log.setLevel(logging.DEBUG)
         log.propagate = False
+        if away:
+            launchers.enter(hydra, console)
     # As typed: resolving would trip over an interpolation that leads nowhere.
     words, choices = OmegaConf.to_container(hydra.overrides.task, resolve=False), dict(hydra.runtime.choices)
-    grid = hydra.mode == RunMode.MULTIRUN
     try:
         cells = _cells(config, choices, words)
     except UserError as error:
@@ -72,9 +76,14 @@ def run_from_hydra(config: DictConfig) -> float | None:
             suffix = f"-{i}" if i < len(cells) - 1 else ""  # the baselines of a cell stand before it
             file = Path(hydra.sweep.dir) / f"cell-{hydra.job.num:05d}{suffix}.json"
             write_json(file, {"command": command, **asdict(Outcome("running", 0))})
-        outcome = refused if plain is None else execute(plain, chosen, command)
+        if away:
+            launchers.note(hydra.job.num, f"started: {command}")
+        outcome = refused if plain is None else execute(plain, chosen, command, away)
         if outcome.message and torchrun.rank() == 0:
             print(f"error: {outcome.message}", file=sys.stderr)
+        if away:
+            where = f", in {outcome.directory}" if outcome.directory else ""
+            launchers.note(hydra.job.num, f"{outcome.status}{where}")
         if grid:
             write_json(file, {"command": command, "seconds": time.perf_counter() - since, **asdict(outcome)})
             if outcome.plan is None and not suffix:
@@ -102,13 +111,14 @@ def _cells(config: DictConfig, choices: dict[str, str], words: list[str]) -> lis
     return [*single_tasks(plain, choices, words), *cells] if study.baselines == "auto" else cells
 
 
-def execute(config: Mapping[str, Any], choices: Mapping[str, str], command: str) -> Outcome:
+def execute(config: Mapping[str, Any], choices: Mapping[str, str], command: str, patient: bool = False) -> Outcome:
     """Train or plan one config; whatever goes wrong becomes the outcome.
 
     Args:
         config: resolved, as plain Python objects.
         choices: the option chosen in each config group.
         command: the command line that describes it.
+        patient: wait for another process that is at work on it.
     """
     try:
         filled = fill(config, choices)
@@ -117,7 +127,8 @@ def execute(config: Mapping[str, Any], choices: Mapping[str, str], command: str)
         identity = identify(config, choices)
         if config["study"]["plan"]:
             return plan(filled, identity)
-        return together(lambda processes: run(filled, choices, identity, command, processes))
+        start = partial(together, lambda processes: run(filled, choices, identity, command, processes))
+        return launchers.when_free(start) if patient else start()
     except Busy as error:
         return Outcome("running elsewhere", error.exit_code, message=str(error))
     except UserError as error:

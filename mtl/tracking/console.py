@@ -56,9 +56,11 @@ def epoch_line(row: Mapping[str, float], tasks: Mapping[str, tuple[str, str]], e
 class Progress:
     """One live line on a terminal, nothing elsewhere (a log file would fill with it)."""
 
+    allowed = True  # not where several processes share the terminal
+
     def __init__(self, total: int, label: str):
         self.total, self.label = total, label
-        self.live = sys.stderr.isatty()
+        self.live = self.allowed and sys.stderr.isatty()
         self.start = self.shown = time.perf_counter()
 
     def update(self, done: int) -> None:

@@ -1,0 +1,123 @@
+"""Cells that run in other processes than the command (`hydra/launcher=joblib`, Slurm, Ray): what differs there.
+
+A cell's directory follows from its identity and an interrupted cell resumes, so a launcher has only to start it, as
+often as it likes. The presets are in conf/hydra/launcher/.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from filelock import FileLock, Timeout
+from hydra.errors import MissingConfigException
+from omegaconf import DictConfig
+from omegaconf.errors import ValidationError
+
+from mtl.config.errors import Busy, ConfigError, SetupError, UserError, one_line
+
+log = logging.getLogger("mtl")
+T = TypeVar("T")
+
+# The options of hydra/launcher that our presets build on, and the plugin that has them: hydra-…-launcher.
+PLUGINS = {"joblib": "joblib", "submitit_slurm": "submitit", "submitit_local": "submitit", "ray": "ray"}
+
+_slots: list[FileLock] = []  # held for as long as this process lives
+
+
+def announce(hydra: DictConfig) -> str:
+    """What the command says before cells start elsewhere; empty where they run one after another in its own process."""
+    plugin = _plugin(hydra)
+    if plugin == "joblib":
+        return f"grid      {hydra.launcher.n_jobs} cells at a time; train.log in a cell's directory has its epochs"
+    if plugin == "submitit":
+        return f"grid      a job for each cell; what they print is in {hydra.sweep.dir}/.submitit/"
+    return f"grid      cells run by {plugin}" if plugin else ""
+
+
+def enter(hydra: DictConfig, console: logging.Handler) -> None:
+    """Prepare this process, which a launcher started, for the cells that it will run.
+
+    Args:
+        hydra: Hydra's config.
+        console: prints the log. Where processes share one, what a run says of its epochs stays in its train.log.
+    """
+    plugin = _plugin(hydra)
+    if plugin == "submitit":  # every job prints to a file of its own
+        if threads := hydra.launcher.cpus_per_task:
+            from torch import set_num_threads  # late: torch takes a second
+
+            set_num_threads(threads)
+    else:
+        from mtl.tracking.console import Progress
+
+        console.addFilter(lambda r: r.levelno > logging.INFO or Path(r.pathname).parent.name != "engine")
+        Progress.allowed = False
+    if plugin == "joblib":  # it sets the threads; Slurm and Ray give a job its GPUs themselves
+        _take_gpu(Path(hydra.sweep.dir))
+
+
+def note(number: int, text: str) -> None:
+    """One line on a cell that runs elsewhere."""
+    log.info(f"cell {number:<4d} {text}")
+
+
+def _plugin(hydra: DictConfig) -> str:
+    """joblib, submitit, ray, …; empty for Hydra's own launcher."""
+    return hydra.launcher._target_.partition("hydra_plugins.hydra_")[2].partition("_")[0]
+
+
+def _take_gpu(folder: Path) -> None:
+    """Let this process see one of several GPUs, the same number of processes each."""
+    from torch.cuda import device_count  # late: torch takes a second; it does not start CUDA to count
+
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = shown.split(",") if shown else [str(i) for i in range(device_count())]
+    if len(gpus) < 2:
+        return
+    for i in itertools.count():
+        slot = FileLock(folder / f".process-{i}.lock")
+        try:
+            slot.acquire(blocking=False)
+        except Timeout:
+            continue
+        _slots.append(slot)
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[i % len(gpus)]
+        return
+
+
+def when_free(start: Callable[[], T], seconds: float = 1.0) -> T:
+    """Run a cell, after the process that is at work on it: a cell of the same grid that is the same run, or needs the
+    same single-task baseline; or, after a preemption on a network disk, the dead job whose lock is not yet gone.
+
+    Args:
+        start: raises Busy as long as another process is at work.
+        seconds: between two tries.
+    """
+    for attempt in itertools.count():
+        try:
+            return start()
+        except Busy as error:
+            if not attempt:
+                log.info(f"waiting   {str(error).partition(';')[0]}")
+            time.sleep(seconds)
+
+
+def explain(error: Exception) -> UserError | None:
+    """One line for the ways in which a launcher itself fails; None for all other errors."""
+    if isinstance(error, MissingConfigException):
+        plugin = PLUGINS.get(str(error.missing_cfg_file).removeprefix("hydra/launcher/"))
+        return plugin and SetupError(f"hydra/launcher needs a package: pip install hydra-{plugin}-launcher")
+    cause = error.__cause__ or error
+    if isinstance(cause, ValidationError) and str(cause.full_key).startswith("hydra.launcher."):
+        return ConfigError(f"{cause.full_key}: {one_line(cause).partition(' full_key:')[0]}")
+    origin = type(error).__module__.partition(".")[0]
+    if origin in PLUGINS.values():
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return SetupError(f"{origin} could not run a cell: {one_line(reason)[:300]}; the same command again resumes it")
+    return None
