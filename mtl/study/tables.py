@@ -1,0 +1,116 @@
+"""A table that can be printed, pasted and typeset: terminal, CSV, Markdown, LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mtl.tracking.console import table
+
+_LATEX = {
+    **{c: rf"\{c}" for c in "#$%&_{}"},
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "±": r"$\pm$", "Δ": r"$\Delta$", "–": "--", "×": r"$\times$", "≥": r"$\geq$", "≤": r"$\leq$", "−": "$-$",
+    "Σ": r"$\Sigma$", "²": r"$^2$", "…": r"\ldots{}", "→": r"$\rightarrow$", "<": r"$<$", ">": r"$>$", "|": r"$|$",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry.
+
+    Attributes:
+        text: as printed.
+        value: in full precision, None for a word.
+        best: of its column.
+        spread: standard deviation that belongs to the value; CSV gives it a column of its own.
+    """
+
+    text: str
+    value: float | None = None
+    best: bool = False
+    spread: float | None = None
+
+
+@dataclass
+class Table:
+    """Rows of cells under a header.
+
+    Attributes:
+        title: what it shows.
+        note: how to read it: definitions, sources, what was left out.
+        header: one word or two per column.
+        rows: as long as the header each.
+    """
+
+    title: str
+    note: str
+    header: list[str]
+    rows: list[list[Cell]]
+
+    def terminal(self) -> str:
+        """Plain text; the best of a column is starred."""
+        starred = any(c.best for row in self.rows for c in row)
+        rows = [
+            [c.text + ("*" if c.best else " " if starred and i else "") for i, c in enumerate(r)] for r in self.rows
+        ]
+        return f"{self.title}\n{table(self.header, rows)}"
+
+    def csv(self) -> str:
+        """Numbers in full precision, the standard deviation in a column of its own."""
+        spread = [any(r[i].spread is not None for r in self.rows) for i in range(len(self.header))]
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(self._widen(self.header, [f"{h}, std" for h in self.header], spread))
+        for row in self.rows:
+            values = [c.text if c.value is None else repr(float(c.value)) for c in row]
+            spreads = ["" if c.spread is None else repr(float(c.spread)) for c in row]
+            writer.writerow(self._widen(values, spreads, spread))
+        return out.getvalue()
+
+    @staticmethod
+    def _widen(values: Sequence[str], extra: Sequence[str], where: Sequence[bool]) -> list[str]:
+        return [x for v, e, w in zip(values, extra, where, strict=True) for x in ((v, e) if w else (v,))]
+
+    def markdown(self) -> str:
+        """GitHub's tables; the best of a column in bold."""
+
+        def line(cells: Sequence[str]) -> str:
+            return "| " + " | ".join(cells) + " |"
+
+        rows = [[f"**{_md(c.text)}**" if c.best else _md(c.text) for c in row] for row in self.rows]
+        rule = ["---", *["---:"] * (len(self.header) - 1)]
+        lines = [line([_md(h) for h in self.header]), line(rule), *map(line, rows)]
+        return f"### {self.title}\n\n" + "\n".join(lines) + f"\n\n{self.note}\n"
+
+    def latex(self) -> str:
+        r"""A booktabs table for `\input`; the best of a column in bold."""
+        rows = [[rf"\textbf{{{_tex(c.text)}}}" if c.best else _tex(c.text) for c in row] for row in self.rows]
+        body = "\n".join("    " + " & ".join(row) + r" \\" for row in rows)
+        return "\n".join([
+            r"% needs \usepackage{booktabs}",
+            r"\begin{table}",
+            r"  \centering",
+            rf"  \caption{{{_tex(self.title)}. {_tex(self.note)}}}",
+            rf"  \begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}",
+            r"    \toprule",
+            "    " + " & ".join(map(_tex, self.header)) + r" \\",
+            r"    \midrule",
+            body,
+            r"    \bottomrule",
+            r"  \end{tabular}",
+            r"\end{table}",
+            "",
+        ])  # fmt: skip
+
+
+def _md(text: str) -> str:
+    return re.sub(r"([|*_`<\[\]\\])", r"\\\1", text)
+
+
+def _tex(text: str) -> str:
+    text = re.sub(r"(?<![\w.])-(?=\d)", "−", text)  # a minus sign, not a hyphen
+    return "".join(_LATEX.get(c, c) for c in text)
