@@ -14,6 +14,7 @@ matplotlib.use("Agg")  # files only: a figure must not need a screen
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 
 from mtl.study import plots
 from mtl.study.compare import Benchmark
@@ -131,13 +132,13 @@ def _panel(axis: plt.Axes, panel: Panel, looks: Mapping[str, Style]) -> None:
         look = looks[trace.label]
         above = 3 if look.prominent else 1
         if trace.line:
-            weight, dots = (1.4 if look.prominent else 0.6), trace.marked or len(trace.x) == 1
+            weight, dots = (1.4 if look.prominent else 0.6), (trace.marked and look.prominent) or len(trace.x) == 1
             axis.plot(trace.x, trace.y, color=look.colour, linestyle=LINES[look.dash], linewidth=weight, zorder=above,
                       marker=look.marker if dots else "", markersize=3.5, label=trace.label)  # fmt: skip
             if len(trace.low) and look.prominent:
                 axis.fill_between(trace.x, trace.low, trace.high, color=look.colour, alpha=0.13, linewidth=0)
         else:
-            size = 28 if trace.marked == "large" else 9
+            size = 28 if trace.marked == "large" else 13
             axis.scatter(trace.x, trace.y, color=look.colour, marker=look.marker, s=size, zorder=above, linewidth=0,
                          alpha=1 if trace.marked == "large" else 0.55, label=trace.label)  # fmt: skip
     for rule in panel.rules:
@@ -147,7 +148,8 @@ def _panel(axis: plt.Axes, panel: Panel, looks: Mapping[str, Style]) -> None:
         place = {"xy": (rule.value, 0.02), "xycoords": axis.get_xaxis_transform(), "xytext": (-2, 0), "rotation": 90}
         if not rule.vertical:
             place = {"xy": (0.98, rule.value), "xycoords": axis.get_yaxis_transform(), "xytext": (0, 2)}
-        axis.annotate(rule.name, **place, fontsize=6, color=GREY, textcoords="offset points", ha="right", va="bottom")
+        axis.annotate(rule.name, **place, fontsize=6, color=GREY, textcoords="offset points", ha="right", va="bottom",
+                      path_effects=[withStroke(linewidth=2, foreground="white")])  # fmt: skip
     if len(panel.front) > 1:
         axis.plot(*zip(*panel.front, strict=True), color=GREY, linewidth=0.7, zorder=1.5)
     axis.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
@@ -173,7 +175,8 @@ def _scales(axis: plt.Axes, panel: Panel) -> None:
     for x, (low, high) in enumerate(panel.ends):
         axis.axvline(x, color=GREY, linewidth=0.6, zorder=0)
         for y, value, side in ((0, low, -1), (1, high, 1)):
-            axis.annotate(f"{value:.4g}", (x, y), xytext=(0, 5 * side), textcoords="offset points", ha="center",
+            text = f"{value:.4g}".replace("-", "−")
+            axis.annotate(text, (x, y), xytext=(0, 5 * side), textcoords="offset points", ha="center",
                           va="bottom" if side > 0 else "top", fontsize=7, color=GREY)  # fmt: skip
 
 

@@ -5,6 +5,7 @@ A run's figures are those of `Benchmark.main`, at one epoch, so that they belong
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -21,9 +22,9 @@ Row = dict[str, float]
 PANELS = 5  # tasks against each other: so many at most, ten panels
 
 GRADIENTS = {
-    "grad/cosine": ("cosine", "mean cosine of two tasks' gradients"),
-    "grad/magnitude": ("magnitude similarity", "mean magnitude similarity of two tasks' gradients"),
-    "grad/conflict": ("conflict rate", "share of steps with a negative cosine"),
+    "grad/cosine": ("direction", "cosine of two tasks' gradients"),
+    "grad/magnitude": ("length", "magnitude similarity"),
+    "grad/conflict": ("conflict", "share with a negative cosine"),
 }
 
 
@@ -69,7 +70,7 @@ class Panel:
         title: may be empty.
         x, y: the axes' names with units.
         traces: drawn in this order; grey ones below the others, whatever the order.
-        front: (K,) points of a step line, or empty.
+        front: (K,) points of a line in grey, or empty.
         ticks: names at x = 0, 1, … instead of numbers.
         ends: (low, high) at the lower and upper end of each tick's own scale, for parallel coordinates.
         log: "x", "y", "xy" or "".
@@ -115,7 +116,14 @@ def styles(benchmark: Benchmark) -> dict[str, Style]:
     for arch in benchmark.archs:
         for place, group in enumerate(ranked(on(benchmark, arch))):
             places.setdefault(group.label, []).append(place)
-    return palette(sorted(places, key=lambda k: statistics.fmean(places[k])))
+    return palette(sorted(places, key=lambda k: statistics.fmean(places[k])), reference(benchmark))
+
+
+def reference(benchmark: Benchmark) -> str | None:
+    """The label of equal weighting; of several, the one with the optimizer that most strategies have."""
+    optimizers = [g.optimizer for g in benchmark.groups]
+    equal = [g for g in benchmark.groups if g.name == "equal"]
+    return max(equal, key=lambda g: (optimizers.count(g.optimizer), -len(g.label))).label if equal else None
 
 
 def ranked(benchmark: Benchmark) -> list[Group]:
@@ -217,7 +225,8 @@ def pareto(benchmark: Benchmark) -> Figure:
     for i, second in enumerate(mains[:PANELS]):
         for first in mains[:i]:
             panels.append(_against(benchmark, first, second))
-    note = "Every run (small), the mean over seeds (large), and the front of the means (grey)."
+    note = "Every run (small), the mean over seeds (large)" if _several(benchmark) else "Every run"
+    note += ", and the border of what the best of them dominate (line)."
     if benchmark.baselines:
         note += " Dotted: the single-task baselines."
     if len(mains) > PANELS:
@@ -317,9 +326,16 @@ def _against(benchmark: Benchmark, first: str, second: str) -> Panel:
             if benchmark.tasks.get(baseline.task) == metric:
                 value = final(benchmark, baseline, metric)
                 if value is not None:
-                    rules.append(Rule(value, f"{baseline.label} alone", vertical))
-    front = sorted(pareto_front(means, benchmark.metrics[first], benchmark.metrics[second]))
-    return Panel("", axis(first), axis(second), traces, rules, front)
+                    several = [b.task for b in benchmark.baselines].count(baseline.task) > 1
+                    rules.append(Rule(value, baseline.label if several else f"{baseline.task} alone", vertical))
+    front = pareto_front(means, benchmark.metrics[first], benchmark.metrics[second])
+    return Panel("", axis(first), axis(second), traces, rules, _steps(front, benchmark.metrics[first]))
+
+
+def _steps(front: Sequence[tuple[float, float]], up: bool) -> list[tuple[float, float]]:
+    """The border of what the front dominates: its points, and the corners between them."""
+    corners = [(p[0], q[1]) if up else (q[0], p[1]) for p, q in itertools.pairwise(front)]
+    return [point for pair in zip(front, [*corners, None], strict=True) for point in pair if point is not None]
 
 
 def pareto_front(points: Sequence[tuple[float, float]], up: bool, right: bool) -> list[tuple[float, float]]:
@@ -381,15 +397,20 @@ def _figure(
     if at:
         note += f" Figures: {SELECTIONS[benchmark.main]}."
     seeds = sorted({len(g.runs) for g in benchmark.groups})
-    if seeds == [1]:
+    if not _several(benchmark):
         note += " One seed each."
     elif any(t.low for p in panels for t in p.traces):
         count = f"{seeds[0]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
         note += f" Lines: mean over {count}; bands: from the lowest to the highest seed."
     if len(benchmark.groups) > len(COLOURS) + 1:
         main = title(next(iter(benchmark.metrics)))
-        note += f" In colour: equal weighting (black) and the {len(COLOURS)} best others by {main}."
+        best = f"the {len(COLOURS)} best{' others' if reference(benchmark) else ''} by {main}"
+        note += f" In colour: {'equal weighting (black) and ' if reference(benchmark) else ''}{best}."
     return Figure(name, heading, note, [p for p in panels if p.traces], curves)
+
+
+def _several(benchmark: Benchmark) -> bool:
+    return any(len(g.runs) > 1 for g in benchmark.groups)
 
 
 def _keys(group: Group, prefix: str) -> list[str]:

@@ -29,7 +29,7 @@ class Style:
     prominent: bool
 
 
-def palette(labels: Sequence[str], reference: str = "equal") -> dict[str, Style]:
+def palette(labels: Sequence[str], reference: str | None = "equal") -> dict[str, Style]:
     """Looks in the order of importance: the reference is black, eight others have colours, the rest is grey."""
     found, free = {}, iter(range(len(COLOURS)))
     for label in labels:
