@@ -26,8 +26,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
 
 // Plots: drawn one after the other, so that the text can be read at once.
 const coarse = matchMedia("(pointer: coarse)").matches;  // there a drag is for scrolling
-const options = { responsive: true, displaylogo: false, displayModeBar: coarse ? false : "hover",
-  modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"], toImageButtonOptions: { format: "svg" } };
+const options = { responsive: true, displayModeBar: false };
 const plots = JSON.parse(document.getElementById("plots").textContent);
 const boxes = [...document.querySelectorAll(".plot")];
 
@@ -43,6 +42,15 @@ function update(section) {
   }
 }
 
+// One strategy stands out in all plots of a section, the others fade. Styles alone: a redraw would take too long.
+function light(section, label) {
+  for (const group of section.querySelectorAll(".scatterlayer > .trace")) {
+    const meta = group.__data__[0].trace.meta;
+    group.classList.toggle("lit", label !== null && meta === label);
+    group.classList.toggle("faded", label !== null && meta !== null && meta !== label);
+  }
+}
+
 function drawNext() {
   const box = boxes.find(b => !b.classList.contains("drawn"));
   if (!box) { document.documentElement.dataset.drawn = "all"; return; }
@@ -52,6 +60,8 @@ function drawNext() {
   if (coarse) layout.dragmode = false;
   Plotly.newPlot(box, data, layout, options);
   box.classList.add("drawn");
+  box.on("plotly_hover", event => light(box.closest("section"), event.points[0].data.meta));
+  box.on("plotly_unhover", () => light(box.closest("section"), null));
   setTimeout(drawNext);
 }
 if (window.Plotly) setTimeout(drawNext);
@@ -65,6 +75,8 @@ for (const legend of document.querySelectorAll(".legend")) {
       chip.setAttribute("aria-pressed", chip.getAttribute("aria-pressed") !== "true");
       update(section);
     });
+    for (const type of ["pointerenter", "focus"]) chip.addEventListener(type, () => light(section, chip.dataset.label));
+    for (const type of ["pointerleave", "blur"]) chip.addEventListener(type, () => light(section, null));
   }
   const sets = { all: () => true, none: () => false, coloured: c => c.dataset.prominent === "1", matching: c => !c.hidden };
   for (const button of legend.querySelectorAll(".sets button")) {

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def write(collection: Collection, benchmarks: Sequence[Benchmark], tables: Seque
         file: replaced in one step.
     """
     drawn: list[dict[str, Any]] = []
-    sections = [_benchmark(b, i, drawn) for i, b in enumerate(benchmarks)]
+    numbers = itertools.count(1)
+    sections = [_benchmark(b, i, drawn, numbers) for i, b in enumerate(benchmarks)]
     title = "Multi-task learning: " + ", ".join(dict.fromkeys(b.name for b in benchmarks)) if benchmarks else "No runs"
     strategies = max((len({g.label for g in b.groups}) for b in benchmarks), default=0)
     parts = [
@@ -151,7 +153,7 @@ def _cell(cell: Cell, numeric: bool) -> str:
     return f"<td{named}{value}>{escape(cell.text)}</td>"
 
 
-def _benchmark(benchmark: Benchmark, number: int, drawn: list[dict[str, Any]]) -> str:
+def _benchmark(benchmark: Benchmark, number: int, drawn: list[dict[str, Any]], numbers: Iterator[int]) -> str:
     """The figures of one benchmark, and their legend."""
     looks = plots.styles(benchmark)
     figures = plots.figures(benchmark)
@@ -162,7 +164,7 @@ def _benchmark(benchmark: Benchmark, number: int, drawn: list[dict[str, Any]]) -
         if len(figures) > 1:
             parts.append(f"<h3>{escape(arch)}</h3>")
         for figure in members:
-            parts.append(_figure(figure, looks, drawn))
+            parts.append(_figure(figure, next(numbers), looks, drawn))
     return "".join(parts) + "</section>"
 
 
@@ -182,12 +184,13 @@ def _legend(looks: Mapping[str, Style]) -> str:
     buttons = "".join(f'<button type="button" data-set="{s}">{s}</button>' for s in sets)
     buttons += '<button type="button" data-set="matching" hidden>only those that match the filter</button>'
     return (
-        '<div class="legend"><p class="sets">Best first; a click shows or hides a strategy in all plots of this '
-        f'section. Show {buttons}</p><div class="chips">{"".join(chips)}</div></div>'
+        '<div class="legend"><p class="sets">Best first. Point at a strategy to see it in all plots, click to hide or '
+        "show it; in a plot, drag to enlarge, double-click to return. Show "
+        f'{buttons}</p><div class="chips">{"".join(chips)}</div></div>'
     )
 
 
-def _figure(figure: Figure, looks: Mapping[str, Style], drawn: list[dict[str, Any]]) -> str:
+def _figure(figure: Figure, number: int, looks: Mapping[str, Style], drawn: list[dict[str, Any]]) -> str:
     boxes = []
     for panel in figure.panels:
         name = f"{figure.title}: {panel.title}" if panel.title else figure.title
@@ -197,7 +200,7 @@ def _figure(figure: Figure, looks: Mapping[str, Style], drawn: list[dict[str, An
     size = " one" if count == 1 else " many" if count > 6 else ""
     return (
         f'<figure><div class="panels{size}">{"".join(boxes)}</div>'
-        f"<figcaption><b>{escape(figure.title)}.</b> {escape(figure.caption)}</figcaption></figure>"
+        f"<figcaption><b>Figure {number}. {escape(figure.title)}.</b> {escape(figure.caption)}</figcaption></figure>"
     )
 
 
