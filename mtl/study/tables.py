@@ -42,7 +42,7 @@ class Table:
     Attributes:
         title: what it shows.
         note: how to read it: definitions, sources, what was left out.
-        header: one word or two per column.
+        header: of each column; a line break may part it in two.
         rows: as long as the header each.
     """
 
@@ -57,19 +57,27 @@ class Table:
         rows = [
             [c.text + ("*" if c.best else " " if starred and i else "") for i, c in enumerate(r)] for r in self.rows
         ]
-        return f"{self.title}\n{table(self.header, rows)}"
+        above, below = zip(*(h.split("\n") if "\n" in h else ("", h) for h in self.header), strict=True)
+        if not any(above):
+            return f"{self.title}\n{table(below, rows)}"
+        first, rule, second, *rest = table(above, [below, *rows]).split("\n")
+        return "\n".join([self.title, first, second, rule, *rest])
 
     def csv(self) -> str:
         """Numbers in full precision, the standard deviation in a column of its own."""
         spread = [any(r[i].spread is not None for r in self.rows) for i in range(len(self.header))]
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(self._widen(self.header, [f"{h}, std" for h in self.header], spread))
+        header = self._header()
+        writer.writerow(self._widen(header, [f"{h}, std" for h in header], spread))
         for row in self.rows:
             values = [c.text if c.value is None else repr(float(c.value)) for c in row]
             spreads = ["" if c.spread is None else repr(float(c.spread)) for c in row]
             writer.writerow(self._widen(values, spreads, spread))
         return out.getvalue()
+
+    def _header(self) -> list[str]:
+        return [h.replace("\n", ", ") for h in self.header]
 
     @staticmethod
     def _widen(values: Sequence[str], extra: Sequence[str], where: Sequence[bool]) -> list[str]:
@@ -83,7 +91,7 @@ class Table:
 
         rows = [[f"**{_md(c.text)}**" if c.best else _md(c.text) for c in row] for row in self.rows]
         rule = ["---", *["---:"] * (len(self.header) - 1)]
-        lines = [line([_md(h) for h in self.header]), line(rule), *map(line, rows)]
+        lines = [line([_md(h) for h in self._header()]), line(rule), *map(line, rows)]
         return f"### {self.title}\n\n" + "\n".join(lines) + f"\n\n{self.note}\n"
 
     def latex(self) -> str:
@@ -97,7 +105,7 @@ class Table:
             rf"  \caption{{{_tex(self.title)}. {_tex(self.note)}}}",
             rf"  \begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}",
             r"    \toprule",
-            "    " + " & ".join(map(_tex, self.header)) + r" \\",
+            "    " + " & ".join(map(_tex, self._header())) + r" \\",
             r"    \midrule",
             body,
             r"    \bottomrule",
