@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mtl.config.errors import ConfigError, SetupError, UserError, suggest
+from mtl.study import results
 from mtl.study.compare import Benchmark, benchmarks
-from mtl.study.results import Comparison, check_reference, missing
-from mtl.study.runs import Collection, load
+from mtl.study.runs import load
+from mtl.study.scores import Scores
 from mtl.study.tables import Table
 
 FORMATS = ("csv", "md", "tex")
@@ -51,7 +52,7 @@ def report(paths: Sequence[Path], reference: str | None, out: Path, formats: Seq
         SetupError: `out` cannot be written.
     """
     collection = load(paths)
-    left = missing(collection)
+    left = results.missing(collection)
     if not collection.runs:
         where = ", ".join(map(str, paths))
         why = (
@@ -62,7 +63,7 @@ def report(paths: Sequence[Path], reference: str | None, out: Path, formats: Seq
         raise ConfigError(f"{where}: no finished run{why}")
     found = benchmarks(collection.runs, collection.stopped)
     if reference is not None:
-        check_reference(reference, found)
+        results.check_reference(reference, found)
     tables: dict[str, Table] = {}
     for benchmark in found:
         tables |= _tables(benchmark, reference or "equal")
@@ -70,7 +71,7 @@ def report(paths: Sequence[Path], reference: str | None, out: Path, formats: Seq
         print(left.terminal(), end="\n\n")
         tables["missing"] = left
     try:
-        files = _write(tables, collection, out, formats)
+        files = _write(tables, results.per_run(found), out, formats)
     except OSError as error:
         raise SetupError(f"cannot write to {error.filename}: {error.strerror}; choose another --out") from error
     for file in files:
@@ -81,27 +82,33 @@ def _tables(benchmark: Benchmark, reference: str) -> dict[str, Table]:
     """{file name: table}; the main ones are printed."""
     tables: dict[str, Table] = {}
     for arch in benchmark.archs:
-        comparison = Comparison(benchmark, arch)
-        prefix = _slug(f"{benchmark.name} {arch}")
-        tables[f"{prefix}-results"] = comparison.results()
-        shown = [f"{prefix}-results"]
-        if comparison.groups:
-            for at in benchmark.selections:
-                tables[f"{prefix}-multitask-{at}"] = comparison.multitask(at)
-                tables[f"{prefix}-differences-{at}"] = comparison.differences(reference, at)
-                tables[f"{prefix}-optimizers-{at}"] = comparison.optimizers(at)
-            shown += [f"{prefix}-{x}-{benchmark.main}" for x in ("multitask", "differences", "optimizers")]
-        tables = {name: table for name, table in tables.items() if table is not None}
-        for name in shown:
-            if table := tables.get(name):
-                print(table.terminal())
-                print(textwrap.fill(table.note, 120), end="\n\n")
-        if command := comparison.baseline_command():
-            print(f"single-task baselines are missing, which Δm needs: {command}\n")
+        scores, prefix = Scores(benchmark, arch), _slug(f"{benchmark.name} {arch}")
+        tables[f"{prefix}-figures"] = results.figures(scores)
+        _show(tables[f"{prefix}-figures"])
+        for at in benchmark.selections if scores.groups else ():
+            made = {
+                "multi-task": results.multi_task(scores, at),
+                "differences": results.differences(scores, reference, at),
+                "optimizers": results.optimizers(scores, at),
+            }
+            made = {kind: table for kind, table in made.items() if table is not None}
+            tables |= {f"{prefix}-{kind}-{at}": table for kind, table in made.items()}
+            if at == benchmark.main:
+                for table in made.values():
+                    _show(table)
+                if "differences" not in made:
+                    print(f"no differences: {reference} has no other strategy to be compared with on {arch}\n")
+        if command := results.baseline_command(scores):
+            print(f"Δm needs single-task baselines with the same config: {command}\n")
     return tables
 
 
-def _write(tables: dict[str, Table], collection: Collection, out: Path, formats: Sequence[str]) -> list[Path]:
+def _show(table: Table) -> None:
+    print(table.terminal())
+    print(textwrap.fill(table.note, 120), end="\n\n")
+
+
+def _write(tables: dict[str, Table], runs: Table, out: Path, formats: Sequence[str]) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     files = []
     if "md" in formats:
@@ -112,6 +119,9 @@ def _write(tables: dict[str, Table], collection: Collection, out: Path, formats:
             if suffix in formats:
                 files.append(out / f"{name}.{suffix}")
                 files[-1].write_text(text())
+    if "csv" in formats:
+        files.append(out / "runs.csv")
+        files[-1].write_text(runs.csv())
     return files
 
 

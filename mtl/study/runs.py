@@ -121,21 +121,23 @@ def load(paths: Sequence[str | Path]) -> Collection:
         if not path.is_dir():
             raise ConfigError(f"{path}: {'is no folder' if path.exists() else 'no such folder'}")
     found = Collection()
-    known: dict[tuple[str, int], Path] = {}
+    copies: dict[tuple[str, int], list[Run]] = {}
     for directory in sorted({d.resolve(): d for path in paths for d in _directories(Path(path))}.values()):
         try:
             run = _read(directory)
-            first = known.setdefault((run.info["group"], run.seed), directory)
-            if first != directory:
-                raise _Damaged(f"a second copy of {first}, which is the one that counts")
+            copies.setdefault((run.info["group"], run.seed), []).append(run)
         except _Damaged as reason:
             found.damaged.append((directory, str(reason)))
-            continue
+    for runs in copies.values():
+        run, *others = sorted(runs, key=lambda r: r.status != "finished")
+        found.damaged += [
+            (r.directory, f"a second copy of {run.directory}, which is the one that counts") for r in others
+        ]
         if run.status == "finished":
             found.runs.append(run)
         else:
             found.stopped.append(run)
-            found.unfinished.append((directory, f"{run.status}: {run.error}" if run.error else run.status))
+            found.unfinished.append((run.directory, f"{run.status}: {run.error}" if run.error else run.status))
     return found
 
 

@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from mtl.tracking.console import table
 
@@ -57,7 +58,7 @@ class Table:
         rows = [
             [c.text + ("*" if c.best else " " if starred and i else "") for i, c in enumerate(r)] for r in self.rows
         ]
-        above, below = zip(*(h.split("\n") if "\n" in h else ("", h) for h in self.header), strict=True)
+        above, below = self._lines()
         if not any(above):
             return f"{self.title}\n{table(below, rows)}"
         first, rule, second, *rest = table(above, [below, *rows]).split("\n")
@@ -97,22 +98,30 @@ class Table:
     def latex(self) -> str:
         r"""A booktabs table for `\input`; the best of a column in bold."""
         rows = [[rf"\textbf{{{_tex(c.text)}}}" if c.best else _tex(c.text) for c in row] for row in self.rows]
-        body = "\n".join("    " + " & ".join(row) + r" \\" for row in rows)
+        kinds = ["r" if any(r[i].value is not None for r in self.rows) else "l" for i in range(len(self.header))]
+        above, below = self._lines()
+        spans = [(top, len(list(same))) for top, same in groupby(above)]
+        tops = [_tex(t) if n == 1 else rf"\multicolumn{{{n}}}{{c}}{{{_tex(t)}}}" for t, n in spans]
+        head = [" & ".join(tops)] if any(above) else []
+        lines = [f"{line} \\\\" for line in [*head, " & ".join(map(_tex, below))]]
+        body = [" & ".join(row) + r" \\" for row in rows]
         return "\n".join([
             r"% needs \usepackage{booktabs}",
             r"\begin{table}",
-            r"  \centering",
-            rf"  \caption{{{_tex(self.title)}. {_tex(self.note)}}}",
-            rf"  \begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}",
-            r"    \toprule",
-            "    " + " & ".join(map(_tex, self._header())) + r" \\",
-            r"    \midrule",
-            body,
-            r"    \bottomrule",
+            r"  \centering\footnotesize\setlength{\tabcolsep}{4pt}",
+            rf"  \caption{{{_tex(self.title)}}}",
+            rf"  \begin{{tabular}}{{{''.join(kinds)}}}",
+            *(f"    {line}" for line in [r"\toprule", *lines, r"\midrule", *body, r"\bottomrule"]),
             r"  \end{tabular}",
+            "",  # a paragraph of its own
+            rf"  \medskip\parbox{{\linewidth}}{{{_tex(self.note)}}}",
             r"\end{table}",
             "",
         ])  # fmt: skip
+
+    def _lines(self) -> tuple[list[str], list[str]]:
+        """The header's upper and lower line."""
+        return tuple(map(list, zip(*(h.split("\n") if "\n" in h else ("", h) for h in self.header), strict=True)))
 
 
 def _md(text: str) -> str:
