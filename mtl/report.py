@@ -97,7 +97,7 @@ def _tables(benchmark: Benchmark, reference: str) -> dict[str, Table]:
                 for table in made.values():
                     _show(table)
                 if "differences" not in made:
-                    print(f"no differences: {reference} has no other strategy to be compared with on {arch}\n")
+                    print(f"no differences from {reference}: no other strategy on {arch} shares its config\n")
         if command := results.baseline_command(scores):
             print(f"Δm needs single-task baselines with the same config: {command}\n")
     return tables
