@@ -106,13 +106,14 @@ class Table:
         lines = [f"{line} \\\\" for line in [*head, " & ".join(map(_tex, below))]]
         body = [" & ".join(row) + r" \\" for row in rows]
         return "\n".join([
-            r"% needs \usepackage{booktabs}",
+            r"% needs \usepackage{booktabs,graphicx}",
             r"\begin{table}",
             r"  \centering\footnotesize\setlength{\tabcolsep}{4pt}",
             rf"  \caption{{{_tex(self.title)}}}",
+            r"  \resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
             rf"  \begin{{tabular}}{{{''.join(kinds)}}}",
             *(f"    {line}" for line in [r"\toprule", *lines, r"\midrule", *body, r"\bottomrule"]),
-            r"  \end{tabular}",
+            r"  \end{tabular}}",
             "",  # a paragraph of its own
             rf"  \medskip\parbox{{\linewidth}}{{{_tex(self.note)}}}",
             r"\end{table}",
