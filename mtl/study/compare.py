@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from mtl.config.identity import EXCLUDED
@@ -51,6 +51,11 @@ class Group:
         """The task of a single-task baseline."""
         loss = self.any.config["loss"]
         return loss.get("task") if loss["_target_"] == SINGLE else None
+
+    @cached_property
+    def setting(self) -> str:
+        """The config but for the loss and the switches of its step, as a key."""
+        return _key({k: v for k, v in _decisive(self.any).items() if k not in ("loss", "step")})
 
     @property
     def failures(self) -> list[Run]:
@@ -158,24 +163,20 @@ def counterpart(group: Group, candidates: Sequence[Group]) -> Group | None:
     in them too is preferred.
     """
 
-    def rest(g: Group, *without: str) -> Hashable:
-        return _key({k: v for k, v in _decisive(g.any).items() if k not in ("loss", *without)})
-
-    fitting = [c for c in candidates if c.arch == group.arch and rest(c, "step") == rest(group, "step")]
-    exact = [c for c in fitting if rest(c) == rest(group)]
+    fitting = [c for c in candidates if c.arch == group.arch and c.setting == group.setting]
+    exact = [c for c in fitting if _key(c.any.config.get("step")) == _key(group.any.config.get("step"))]
     return next(iter(exact or fitting), None)
 
 
 def _decisive(run: Run) -> dict[str, Any]:
     """The config without what decides no figure."""
-    config = copy.deepcopy(run.config)
-    for path in EXCLUDED:
-        *parents, key = path.split(".")
-        node = config
-        for parent in parents:
-            node = node.get(parent, {})
-        node.pop(key, None)
-    return config
+    content = {}
+    for key, node in run.config.items():
+        if isinstance(node, Mapping):
+            content[key] = {k: v for k, v in node.items() if f"{key}.{k}" not in EXCLUDED}
+        else:
+            content[key] = node
+    return {k: v for k, v in content.items() if k not in EXCLUDED}
 
 
 def _key(content: Any) -> str:

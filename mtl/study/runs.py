@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import yaml
 from mtl.config.errors import ConfigError
 
 SELECTIONS = {"last": "last epoch", "best": "best epoch", "selected": "chosen on validation data"}
-_FILES = ("config.yaml", "metrics.jsonl", "summary.json")
 _PRUNED = ("wandb", "multirun", "report")  # of an output tree: no runs in there
 _Yaml = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where libyaml is installed
 
@@ -41,7 +40,8 @@ class Run:
 
     @cached_property
     def rows(self) -> list[dict[str, float]]:
-        return _parse((self.directory / "metrics.jsonl").read_bytes())
+        lines = (self.directory / "metrics.jsonl").read_bytes().splitlines()
+        return json.loads(b"[" + b",".join(lines) + b"]")  # at once: a call per line takes twice as long
 
     @property
     def seed(self) -> int:
@@ -121,21 +121,23 @@ def load(paths: Sequence[str | Path]) -> Collection:
         if not path.is_dir():
             raise ConfigError(f"{path}: {'is no folder' if path.exists() else 'no such folder'}")
     found = Collection()
-    known: dict[tuple[str, int], Path] = {}
+    copies: dict[tuple[str, int], list[Run]] = {}
     for directory in sorted({d.resolve(): d for path in paths for d in _directories(Path(path))}.values()):
         try:
             run = _read(directory)
-            first = known.setdefault((run.info["group"], run.seed), directory)
-            if first != directory:
-                raise _Damaged(f"a second copy of {first}, which is the one that counts")
+            copies.setdefault((run.info["group"], run.seed), []).append(run)
         except _Damaged as reason:
             found.damaged.append((directory, str(reason)))
-            continue
+    for runs in copies.values():
+        run, *others = sorted(runs, key=lambda r: r.status != "finished")
+        found.damaged += [
+            (r.directory, f"a second copy of {run.directory}, which is the one that counts") for r in others
+        ]
         if run.status == "finished":
             found.runs.append(run)
         else:
             found.stopped.append(run)
-            found.unfinished.append((directory, f"{run.status}: {run.error}" if run.error else run.status))
+            found.unfinished.append((run.directory, f"{run.status}: {run.error}" if run.error else run.status))
     return found
 
 
@@ -158,42 +160,38 @@ def _read(directory: Path) -> Run:
         return Run(directory, info, config, {})
     run = Run(directory, info, config, _json(directory / "summary.json"))
     try:
-        rows = _parse((directory / "metrics.jsonl").read_bytes())
-    except FileNotFoundError:
-        raise _Damaged("metrics.jsonl is missing") from None
-    except ValueError as error:
-        raise _Damaged(f"metrics.jsonl: {error}") from None
-    _agree(run.summary, rows)
+        lines = (directory / "metrics.jsonl").read_bytes().splitlines()
+    except OSError as error:
+        raise _Damaged(f"metrics.jsonl: {error.strerror}") from None
+    _agree(run.summary, lines)
     return run
 
 
-def _agree(summary: Mapping[str, Any], rows: Sequence[Mapping[str, float]]) -> None:
-    """The rows and the summary tell the same story."""
+def _agree(summary: Mapping[str, Any], lines: Sequence[bytes]) -> None:
+    """The rows and the summary tell the same story.
+
+    Only the rows that the summary quotes are parsed, since parsing all of thousands of runs takes most of the time of a
+    report; the others must have both ends and follow one another.
+    """
     try:
         epochs, last, best = summary["epochs"], summary["last"], summary["best"]
-        if len(rows) != epochs or [r["epoch"] for r in rows] != list(range(1, epochs + 1)):
-            raise _Damaged(f"metrics.jsonl has {len(rows)} rows, summary.json says {epochs} epochs")
-        for key, value in last.items():
-            if not _same(rows[-1][key], value):
-                raise _Damaged(f"{key}: {rows[-1][key]} in the last row of metrics.jsonl, {value} in summary.json")
-        for key, value in best.items():
-            if not _same(rows[value["epoch"] - 1][key], value["value"]):
-                raise _Damaged(f"{key}: the best epoch in summary.json is not that of metrics.jsonl")
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise _Damaged(f"summary.json or metrics.jsonl lacks {error}") from None
+        if len(lines) != epochs:
+            raise _Damaged(f"metrics.jsonl has {len(lines)} rows, summary.json says {epochs} epochs")
+        for number, line in enumerate(lines, start=1):
+            if not line.startswith(b'{"epoch": %d,' % number) or not line.endswith(b"}") or b"\0" in line:
+                raise _Damaged(f"metrics.jsonl: line {number} is not the row of epoch {number}")
+        quoted = [(key, value, epochs) for key, value in last.items()]
+        quoted += [(key, value["value"], value["epoch"]) for key, value in best.items()]
+        rows = {epoch: json.loads(lines[epoch - 1]) for epoch in {epoch for _, _, epoch in quoted}}
+        for key, value, epoch in quoted:
+            if not _same(rows[epoch][key], value):
+                raise _Damaged(f"{key} of epoch {epoch}: {rows[epoch][key]} in metrics.jsonl, {value} in summary.json")
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        raise _Damaged(f"summary.json and metrics.jsonl do not fit together: {error!r}") from None
 
 
 def _same(a: float, b: float) -> bool:
     return a == b or (math.isnan(a) and math.isnan(b))
-
-
-def _parse(content: bytes) -> list[dict[str, float]]:
-    """The rows of metrics.jsonl, all at once: a call per line takes twice as long."""
-    lines = content.splitlines()
-    rows = json.loads(b"[" + b",".join(lines) + b"]")
-    if len(rows) != len(lines) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError("not one row a line")
-    return rows
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -201,7 +199,20 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _yaml(file: Path) -> dict[str, Any]:
-    return _mapping(file, lambda text: yaml.load(text, _Yaml))
+    return _mapping(file, _config)
+
+
+def _config(text: str) -> dict[str, Any]:
+    """Runs of one group have equal configs but for the seed, so each is parsed once."""
+    parts = re.split(r"^seed: (\d+)\n", text, maxsplit=1, flags=re.MULTILINE)
+    if len(parts) != 3:
+        return yaml.load(text, _Yaml)
+    return {**_parsed(parts[0] + parts[2]), "seed": int(parts[1])}
+
+
+@cache
+def _parsed(text: str) -> dict[str, Any]:
+    return yaml.load(text, _Yaml)
 
 
 def _mapping(file: Path, parse) -> dict[str, Any]:
@@ -209,7 +220,7 @@ def _mapping(file: Path, parse) -> dict[str, Any]:
         content = parse(file.read_text())
     except FileNotFoundError:
         raise _Damaged(f"{file.name} is missing") from None
-    except (ValueError, OSError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
         raise _Damaged(f"{file.name}: {' '.join(str(error).split())[:120]}") from None
     if not isinstance(content, dict):
         raise _Damaged(f"{file.name} is half-written")
