@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,11 +59,12 @@ def draw(benchmark: Benchmark, folder: Path, formats: Sequence[str] = ("png",)) 
         The files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    looks, files = plots.styles(benchmark), []
+    looks, colours, files = plots.styles(benchmark), plots.colour_note(benchmark), []
     for arch, figures in plots.figures(benchmark).items():
         for figure in figures:
             title = f"{benchmark.name}, {arch}: {figure.title[0].lower()}{figure.title[1:]}"
             stem = re.sub(r"[^\w.-]+", "-", f"{benchmark.name}-{arch}-{figure.name}").strip("-")
+            figure = replace(figure, caption=f"{figure.caption} {colours}".strip())
             files += save(figure, looks, title, [folder / f"{stem}.{f}" for f in formats])
     return files
 

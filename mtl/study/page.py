@@ -159,7 +159,10 @@ def _benchmark(benchmark: Benchmark, number: int, drawn: list[dict[str, Any]], n
     figures = plots.figures(benchmark)
     if not any(figures.values()):
         return ""
-    parts = [f'<section id="benchmark-{number}"><h2>{escape(benchmark.name)}</h2>', _legend(looks)]
+    parts = [
+        f'<section id="benchmark-{number}"><h2>{escape(benchmark.name)}</h2>',
+        _legend(looks, plots.colour_note(benchmark)),
+    ]
     for arch, members in figures.items():
         if len(figures) > 1:
             parts.append(f"<h3>{escape(arch)}</h3>")
@@ -168,7 +171,7 @@ def _benchmark(benchmark: Benchmark, number: int, drawn: list[dict[str, Any]], n
     return "".join(parts) + "</section>"
 
 
-def _legend(looks: Mapping[str, Style]) -> str:
+def _legend(looks: Mapping[str, Style], colours: str) -> str:
     chips = []
     for label, look in looks.items():
         dashes = {"solid": "", "dash": "7 3", "dashdot": "7 2 2 2", "dot": "2 2"}[look.dash]
@@ -185,7 +188,7 @@ def _legend(looks: Mapping[str, Style]) -> str:
     buttons += '<button type="button" data-set="matching" hidden>only those that match the filter</button>'
     return (
         '<div class="legend"><p class="sets">Best first. Point at a strategy to see it in all plots, click to hide or '
-        "show it; in a plot, drag to enlarge, double-click to return. Show "
+        f"show it; in a plot, drag to enlarge, double-click to return. {escape(colours)} Show "
         f'{buttons}</p><div class="chips">{"".join(chips)}</div></div>'
     )
 
@@ -219,8 +222,8 @@ def spec(panel: Panel, looks: Mapping[str, Style]) -> dict[str, Any]:
         "font": {"family": FONT, "size": 12, "color": INK},
         "title": {"text": _safe(panel.title), "font": {"size": 13}, "x": 0.5, "y": 0.97} if panel.title else {},
         "margin": {"l": 56, "r": 14, "t": 34 if panel.title else 14, "b": 44},
-        "xaxis": {**axis, "title": {"text": _safe(panel.x)}, "type": "log" if "x" in panel.log else "linear"},
-        "yaxis": {**axis, "title": {"text": _safe(panel.y)}, "type": "log" if "y" in panel.log else "linear"},
+        "xaxis": {**axis, "title": {"text": _safe(panel.x)}, **_scale(panel, "x")},
+        "yaxis": {**axis, "title": {"text": _safe(panel.y)}, **_scale(panel, "y")},
         "paper_bgcolor": "#fff", "plot_bgcolor": "#fff", "showlegend": False, "hovermode": "closest",
         "hoverlabel": {"bgcolor": "#fff", "bordercolor": GREY, "font": {"color": INK}, "align": "left"},
         "shapes": [], "annotations": [],
@@ -232,6 +235,13 @@ def spec(panel: Panel, looks: Mapping[str, Style]) -> dict[str, Any]:
     if panel.ticks:
         _scales(layout, panel)
     return {"data": data, "layout": layout}
+
+
+def _scale(panel: Panel, which: str) -> dict[str, Any]:
+    if which not in panel.log:
+        return {"type": "linear"}
+    values = [v for t in panel.traces for v in getattr(t, which)]
+    return {"type": "log", "tickformat": "~g", "dtick": 1 if max(values) > 100 * min(values) else "D2"}
 
 
 def _traces(trace: Trace, look: Style, panel: Panel) -> Iterable[dict[str, Any]]:

@@ -126,6 +126,15 @@ def reference(benchmark: Benchmark) -> str | None:
     return max(equal, key=lambda g: (optimizers.count(g.optimizer), -len(g.label))).label if equal else None
 
 
+def colour_note(benchmark: Benchmark) -> str:
+    """Which strategies are in colour, where not all are; empty otherwise."""
+    looks = styles(benchmark)
+    if all(look.prominent for look in looks.values()):
+        return ""
+    best = f"{len(COLOURS)} best{' others' if reference(benchmark) else ''} by {title(next(iter(benchmark.metrics)))}"
+    return f"In colour: {'equal weighting (black) and ' if reference(benchmark) else ''}the {best}."
+
+
 def ranked(benchmark: Benchmark) -> list[Group]:
     """The groups, best first by the first metric; those without one last."""
     metric, higher = next(iter(benchmark.metrics.items()))
@@ -389,7 +398,7 @@ def _figure(
     benchmark: Benchmark, name: str, heading: str, note: str, panels: Sequence[Panel], curves: bool = False,
     at: bool = False,
 ) -> Figure:  # fmt: skip
-    """`panels` that show anything, and a caption that says what lines, bands and grey mean.
+    """`panels` that show anything, and a caption that says what lines and bands mean.
 
     Args:
         at: the figures are those of one epoch, which is named.
@@ -402,10 +411,6 @@ def _figure(
     elif any(t.low for p in panels for t in p.traces):
         count = f"{seeds[0]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
         note += f" Lines: mean over {count}; bands: from the lowest to the highest seed."
-    if len(benchmark.groups) > len(COLOURS) + 1:
-        main = title(next(iter(benchmark.metrics)))
-        best = f"the {len(COLOURS)} best{' others' if reference(benchmark) else ''} by {main}"
-        note += f" In colour: {'equal weighting (black) and ' if reference(benchmark) else ''}{best}."
     return Figure(name, heading, note, [p for p in panels if p.traces], curves)
 
 
