@@ -286,8 +286,9 @@ def _rule(layout: dict[str, Any], value: float, name: str, vertical: bool) -> No
 def _scales(layout: dict[str, Any], panel: Panel) -> None:
     """Parallel coordinates: a scale of its own at every tick."""
     places = list(range(len(panel.ticks)))
-    layout["xaxis"].update(tickvals=places, ticktext=list(map(_safe, panel.ticks)), showgrid=False, showline=False,
-                           ticks="", range=[-0.25, len(places) - 0.75], ticklabelstandoff=14)  # fmt: skip
+    names = [_safe(t).replace(" ", "<br>", 1) for t in panel.ticks]
+    layout["xaxis"].update(tickvals=places, ticktext=names, showgrid=False, showline=False, ticks="",
+                           range=[-0.3, len(places) - 0.7], ticklabelstandoff=14)  # fmt: skip
     layout["yaxis"].update(visible=False, range=[-0.03, 1.03])
     layout["margin"].update(l=20, r=20, t=30)
     for x, (low, high) in zip(places, panel.ends, strict=True):

@@ -6,15 +6,16 @@ A run's figures are those of `Benchmark.main`, at one epoch, so that they belong
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from mtl.config.identity import EXCLUDED
+from mtl.config.identity import identify
+from mtl.metrics.multitask import pareto_optimal
 from mtl.study.compare import Benchmark, Group
 from mtl.study.runs import SELECTIONS, Run
+from mtl.study.scores import Scores
 from mtl.study.style import COLOURS, Style, palette
 
 Row = dict[str, float]
@@ -101,19 +102,20 @@ class Figure:
 def figures(benchmark: Benchmark) -> dict[str, list[Figure]]:
     """{arch: every figure for which there are data}."""
     makers = (learning_curves, weights, gradients, parallel_coordinates, pareto, cost, learning_rates)
-    return {arch: [f for make in makers if (f := make(on(benchmark, arch))).panels] for arch in benchmark.archs}
+    archs = dict.fromkeys(g.arch for g in benchmark.groups)
+    return {arch: [f for make in makers if (f := make(on(benchmark, arch))).panels] for arch in archs}
 
 
 def on(benchmark: Benchmark, arch: str) -> Benchmark:
     """The benchmark on one architecture. The functions below take such a one."""
     baselines = [b for b in benchmark.baselines if b.arch == arch]
-    return replace(benchmark, groups=benchmark.of(arch), baselines=baselines)
+    return replace(benchmark, groups=benchmark.of(arch), baselines=baselines, lost=[])
 
 
 def styles(benchmark: Benchmark) -> dict[str, Style]:
     """The look of every strategy, best first (by its mean rank over architectures)."""
     places: dict[str, list[float]] = {}
-    for arch in benchmark.archs:
+    for arch in dict.fromkeys(g.arch for g in benchmark.groups):
         for place, group in enumerate(ranked(on(benchmark, arch))):
             places.setdefault(group.label, []).append(place)
     return palette(sorted(places, key=lambda k: statistics.fmean(places[k])), reference(benchmark))
@@ -131,19 +133,13 @@ def colour_note(benchmark: Benchmark) -> str:
     looks = styles(benchmark)
     if all(look.prominent for look in looks.values()):
         return ""
-    best = f"{len(COLOURS)} best{' others' if reference(benchmark) else ''} by {title(next(iter(benchmark.metrics)))}"
+    best = f"{len(COLOURS)} best{' others' if reference(benchmark) else ''} by mean rank over the metrics"
     return f"In colour: {'equal weighting (black) and ' if reference(benchmark) else ''}the {best}."
 
 
 def ranked(benchmark: Benchmark) -> list[Group]:
-    """The groups, best first by the first metric; those without one last."""
-    metric, higher = next(iter(benchmark.metrics.items()))
-
-    def key(group: Group) -> float:
-        value = final(benchmark, group, metric)
-        return math.inf if value is None else -value if higher else value
-
-    return sorted(benchmark.groups, key=key)
+    """The groups by mean rank over all metrics, as in the tables; those that failed or lack seeds last."""
+    return Scores(benchmark, benchmark.archs[0]).groups
 
 
 def learning_curves(benchmark: Benchmark) -> Figure:
@@ -274,7 +270,9 @@ def learning_rates(benchmark: Benchmark) -> Figure:
         known = {r: g for r, g in sorted(family.items()) if final(benchmark, g, metric) is not None}
         if len(known) > 1:
             each = [[v for r in g.runs if math.isfinite(v := r.figure(metric, benchmark.main))] for g in known.values()]
-            label = next(g.label for g in ranked(benchmark) if g in known.values())  # the best of them lends its colour
+            means = [statistics.fmean(v) for v in each]
+            best = means.index(max(means) if benchmark.metrics[metric] else min(means))
+            label = list(known.values())[best].label
             traces.append(line(label, list(known), each))
     panel = Panel("", "learning rate", axis(metric), traces, log="x")
     note = "What was run at several learning rates; a line bears the name of its best rate."
@@ -282,19 +280,10 @@ def learning_rates(benchmark: Benchmark) -> Figure:
 
 
 def delta_m(benchmark: Benchmark) -> dict[str, float]:
-    """{label: Δm in %}, the mean relative change of the tasks' main metrics against their single-task baselines."""
-    found = {}
-    for group in benchmark.groups:
-        changes = []
-        for task, metric in benchmark.tasks.items():
-            baseline = benchmark.baseline(group, task)
-            alone = baseline and final(benchmark, baseline, metric)
-            here = final(benchmark, group, metric)
-            if alone and here is not None:
-                changes.append((1 if benchmark.metrics[metric] else -1) * 100 * (here - alone) / abs(alone))
-        if changes and len(changes) == len(benchmark.tasks):
-            found[group.label] = statistics.fmean(changes)
-    return found
+    """{label: Δm in %, mean over seeds} where there are baselines."""
+    scores = Scores(benchmark, benchmark.archs[0])
+    found = {g.label: scores.delta_m(g, benchmark.main).values() for g in benchmark.groups}
+    return {label: statistics.fmean(values) for label, values in found.items() if values}
 
 
 def final(benchmark: Benchmark, group: Group, metric: str) -> float | None:
@@ -347,15 +336,10 @@ def _steps(front: Sequence[tuple[float, float]], up: bool) -> list[tuple[float, 
     return [point for pair in zip(front, [*corners, None], strict=True) for point in pair if point is not None]
 
 
-def pareto_front(points: Sequence[tuple[float, float]], up: bool, right: bool) -> list[tuple[float, float]]:
-    """The points that no other dominates; `up`, `right`: whether more is better, of the first and second coordinate."""
-    signs = (1 if up else -1, 1 if right else -1)
-
-    def dominates(p: tuple[float, float], q: tuple[float, float]) -> bool:
-        gains = [s * (a - b) for s, a, b in zip(signs, p, q, strict=True)]
-        return min(gains) >= 0 and max(gains) > 0
-
-    return sorted({p for p in points if not any(dominates(q, p) for q in points)})
+def pareto_front(points: Sequence[tuple[float, float]], *higher: bool) -> list[tuple[float, float]]:
+    """The points that no other dominates, by their first coordinate; `higher`: whether more is better, for each."""
+    kept = pareto_optimal(points, higher) if points else []
+    return sorted({p for p, keep in zip(points, kept, strict=True) if keep})
 
 
 def _scatter(group: Group, x: Sequence[float], y: Sequence[float], runs: Sequence[Run]) -> list[Trace]:
@@ -411,6 +395,8 @@ def _figure(
     elif any(t.low for p in panels for t in p.traces):
         count = f"{seeds[0]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
         note += f" Lines: mean over {count}; bands: from the lowest to the highest seed."
+    if failed := [g.label for g in benchmark.groups if g.failures]:
+        note += f" Without the seeds in which they failed or diverged: {', '.join(failed)}."
     return Figure(name, heading, note, [p for p in panels if p.traces], curves)
 
 
@@ -428,11 +414,5 @@ def _arrow(higher: bool) -> str:
 
 def _without_rate(run: Run) -> str:
     """What a run shares with those that differ from it in the learning rate and seed alone."""
-    config = json.loads(json.dumps(run.config))
-    for path in (*EXCLUDED, "optimizer.lr"):
-        *parents, key = path.split(".")
-        node = config
-        for parent in parents:
-            node = node.get(parent, {})
-        node.pop(key, None)
-    return json.dumps(config, sort_keys=True)
+    optimizer = {k: v for k, v in run.config["optimizer"].items() if k != "lr"}
+    return identify({**run.config, "optimizer": optimizer}, run.info).digest
