@@ -23,7 +23,7 @@ from mtl.study import results
 from mtl.study.compare import benchmarks
 from mtl.study.runs import load
 from mtl.study.scores import Scores
-from mtl.study.statistics import Difference, holm, paired, verdict
+from mtl.study.statistics import holm, paired, verdict
 from mtl.study.tables import Cell, Table
 
 HIGHER = {"fine_accuracy": True, "depth_mae": False}
@@ -65,7 +65,7 @@ def write(root, loss="equal", seed=0, figures=None, status="finished", error=Non
     summary = {
         "epochs": 2, "last": last, "best": {k: {"value": v, "epoch": 1} for k, v in best.items()},
         "higher_is_better": {f"test/{m}": HIGHER[m] for m in figures},
-        "selected": {"by": "val/fine_accuracy", "epoch": 1, **{f"test/{m}": figures[m] - signs[m] / 2 for m in figures}},
+        "selected": {"by": "val/fine_accuracy", "epoch": 1} | {f"test/{m}": v - signs[m] / 2 for m, v in figures.items()},
     }  # fmt: skip
     (folder / "run.json").write_text(json.dumps(info))
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
@@ -110,7 +110,7 @@ def test_unfinished_and_damaged_directories_are_named_and_left_out(tmp_path):
         "binary": lambda d: (d / "summary.json").write_bytes(b"\xff\xfe\x00"),
         "half a config": lambda d: (d / "config.yaml").write_text("data: {"),
         "a summary of other rows": lambda d: (d / "summary.json").write_text(
-            (d / "summary.json").read_text().replace('"last": {"test/fine_accuracy": 6', '"last": {"test/fine_accuracy": 7')
+            re.sub(r'("last": ..test/fine_accuracy": )', r"\g<1>1", (d / "summary.json").read_text())
         ),
         "a list": lambda d: (d / "summary.json").write_text("[1, 2]"),
     }  # fmt: skip
@@ -202,7 +202,7 @@ def test_delta_m_and_achievement_by_hand():
     single = [38.30, 63.76, 0.6754, 0.2780, 25.01, 19.21, 30.14, 57.20, 69.15]
     mgda = [30.47, 59.90, 0.6070, 0.2555, 24.88, 19.45, 29.18, 56.88, 69.36]
     higher = [True, True, False, False, False, False, True, True, True]
-    assert -multitask.delta_m(mgda, single, higher) == pytest.approx(1.38, abs=0.05)
+    assert -multitask.delta_m(mgda, single, higher) == pytest.approx(1.38, abs=0.005)
 
 
 def test_ranks_are_those_of_scipy():
@@ -259,7 +259,7 @@ def test_holm_by_hand():
     [
         ([], 1, "no seed in common"),
         ([2.0], 1, "1 seed: too few to tell"),
-        ([2.0, 2.1], 1, "better"),
+        ([2.0, 2.1], 1, "2 seeds: too few to tell"),  # though t's interval excludes 0
         ([2.0, 2.0, 2.0], 1, "3 seeds: too few to tell"),  # no spread to judge by
         ([0.0, 0.0, 0.0], 1, "the same in every seed"),
         ([2.0, 2.1, 1.0], 1, "better"),
@@ -274,11 +274,6 @@ def test_the_verdict_says_what_so_few_seeds_can_tell(differences, family, words)
     assert verdict(found, family * found.p, True) == words
     opposite = {"better": "worse", "worse": "better", "perhaps better": "perhaps worse"}
     assert verdict(found, family * found.p, False) == opposite.get(words, words)
-
-
-def test_two_seeds_need_differences_that_nearly_agree():
-    found = paired([2.0, 1.0], [0.0, 0.0], True)
-    assert isinstance(found, Difference) and verdict(found, found.p, True) == "2 seeds: too few to tell"
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ def verdict(difference: Difference, adjusted: float, higher: bool) -> str:
 RULE = (
     "Verdict: better or worse, where Student's t interval excludes 0 and the paired t test stays below "
     f"{1 - LEVEL:.2f} after Holm's correction (1979) for all comparisons of the table; perhaps, where only the "
-    f"interval does; too few to tell, with fewer than {FEWEST} seeds, or where it holds 0 and there are fewer than {FEW}. "
+    f"interval does; too few to tell, with fewer than {FEWEST} seeds, or fewer than {FEW} where it holds 0. "
     f"The percentile bootstrap ({RESAMPLES:,} resamples, fixed seed) is no evidence at such n: with 3, 5, 10, 20 seeds "
     "its 95 % intervals held the true mean of normal samples in 74, 84, 89, 92 % of cases (cf. Colas et al. 2018)"
 )
