@@ -54,13 +54,8 @@ def report(paths: Sequence[Path], reference: str | None, out: Path, formats: Seq
     collection = load(paths)
     left = results.missing(collection)
     if not collection.runs:
-        where = ", ".join(map(str, paths))
-        why = (
-            f" ({len(left.rows)} unfinished or damaged; the first: {': '.join(c.text for c in left.rows[0])})"
-            if left
-            else ""
-        )
-        raise ConfigError(f"{where}: no finished run{why}")
+        first = f"; {left.title}, the first: {': '.join(c.text for c in left.rows[0])}" if left else ""
+        raise ConfigError(f"{', '.join(map(str, paths))}: no finished run{first}")
     found = benchmarks(collection.runs, collection.stopped)
     if reference is not None:
         results.check_reference(reference, found)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from mtl.config.identity import EXCLUDED
+from mtl.config.identity import EXCLUDED, canonical
 from mtl.study.runs import SELECTIONS, Run
 from mtl.tracking import flatten
 
@@ -180,7 +180,7 @@ def _decisive(run: Run) -> dict[str, Any]:
 
 
 def _key(content: Any) -> str:
-    return json.dumps(content, sort_keys=True, default=str)
+    return json.dumps(canonical(content), sort_keys=True, default=str)
 
 
 def _option(run: Run, node: str) -> str:
@@ -244,4 +244,6 @@ def _spell(key: str, value: Any, node: Mapping[str, Any]) -> str:
         return f"{value - round(value * node.get('val_fraction', 0)):,} images"
     if isinstance(value, bool):
         return leaf if value else f"no {leaf}"
+    if isinstance(value, float):
+        return f"{leaf} {value:g}"
     return _SPELLED.get(leaf, leaf + " {}").format(value)

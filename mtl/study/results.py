@@ -131,7 +131,7 @@ def differences(scores: Scores, reference: str, at: str) -> Table | None:
     pairs, digits = [], {}
     for group, against, metric in compared:
         ours, theirs = group.by_seed(metric, at), against.by_seed(metric, at)
-        seeds = [s for s in ours if s in theirs]
+        seeds = [s for s in ours if s in theirs and not math.isnan(ours[s] - theirs[s])]
         pairs.append(paired([ours[s] for s in seeds], [theirs[s] for s in seeds], scores.metrics[metric]))
         digits[metric] = max(digits.get(metric, 0), _digits(list(theirs.values())))
     adjusted, rows = holm([d.p for d in pairs]), []
@@ -154,8 +154,8 @@ def differences(scores: Scores, reference: str, at: str) -> Table | None:
     if alone:
         note += f" Not compared, as {reference} was not run with their config: {_some(alone)}."
     header = [
-        "strategy", "metric", "n", "difference", "t\nlow", "t\nhigh", "bootstrap\nlow", "bootstrap\nhigh",
-        "seeds\nbetter:worse", "p\n(Holm)", "verdict",
+        "strategy", "metric", "n", "difference", "95 % t\nlow", "95 % t\nhigh", "bootstrap\nlow", "bootstrap\nhigh",
+        "seeds\nbetter:worse", "p (Holm)", "verdict",
     ]  # fmt: skip
     return Table(title(scores, f"differences from {reference}", at), note, header, rows)
 

@@ -49,8 +49,9 @@ class Scores:
         return len(group.runs) + len(group.failures) >= self.usual
 
     def comparable(self, group: Group) -> bool:
-        """Whether its mean may be the best: all its seeds are there, and none failed."""
-        return self.complete(group) and not group.failures
+        """Whether its mean may be the best: all its seeds are there, none failed and none ended in NaN."""
+        broken = any(math.isnan(r.figure(m)) for r in group.runs for m in self.metrics)
+        return self.complete(group) and not group.failures and not broken
 
     def delta_m(self, group: Group, at: str) -> dict[int, float]:
         """{seed: Δm in %}; without the seeds that lack a figure or a baseline."""
@@ -117,8 +118,8 @@ class Scores:
         figures = {g.label: g.by_seed(metric, at) for g in rivals}
         won, best = Counter({label: 0 for label in figures}), max if self.metrics[metric] else min
         for seed in seeds:
-            top = best((f[seed] for f in figures.values() if seed in f), default=None)
-            won.update(label for label, f in figures.items() if seed in f and f[seed] == top)
+            top = best((f[seed] for f in figures.values() if not math.isnan(f.get(seed, math.nan))), default=None)
+            won.update(label for label, f in figures.items() if f.get(seed) == top is not None)
         return dict(won), len(seeds)
 
     def reference(self, group: Group, name: str) -> Group | None:

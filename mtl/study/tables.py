@@ -72,8 +72,8 @@ class Table:
         header = self._header()
         writer.writerow(self._widen(header, [f"{h}, std" for h in header], spread))
         for row in self.rows:
-            values = [c.text if c.value is None else repr(float(c.value)) for c in row]
-            spreads = ["" if c.spread is None else repr(float(c.spread)) for c in row]
+            values = [c.text if c.value is None else str(c.value) for c in row]
+            spreads = ["" if c.spread is None else str(c.spread) for c in row]
             writer.writerow(self._widen(values, spreads, spread))
         return out.getvalue()
 
