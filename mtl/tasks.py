@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtl.metrics import Accuracy, MeanAbsoluteError, Metric
+from mtl.metrics.task import Accuracy, MeanAbsoluteError, Metric
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def identify(config: Mapping[str, Any], choices: Mapping[str, str]) -> Identity:
         # A user's own loss is what the file says, not where it lies.
         loss["file"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
         name = f"{name}-{Path(file).stem}"
-    text = json.dumps(_canonical(content), sort_keys=True)
+    text = json.dumps(canonical(content), sort_keys=True)
     return Identity(
         data=_label("data", content, choices),
         arch=_label("arch", content, choices),
@@ -96,10 +96,10 @@ def _label(group: str, config: Mapping[str, Any], choices: Mapping[str, str]) ->
     return choices[group]
 
 
-def _canonical(value: Any) -> Any:
+def canonical(value: Any) -> Any:
     """2.0 as 2: a default spelled out in another way is the same run."""
     if isinstance(value, Mapping):
-        return {k: _canonical(v) for k, v in value.items()}
+        return {k: canonical(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_canonical(v) for v in value]
+        return [canonical(v) for v in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -1,0 +1,96 @@
+"""What a multi-task network is worth over all its tasks: Δm, achievement, mean rank, Pareto front.
+
+Arrays are (runs or strategies, figures); `higher` says for each figure whether higher is better.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def delta_m(values: ArrayLike, baselines: ArrayLike, higher: ArrayLike) -> float:
+    """Mean relative gain over single-task learning, in percent; above 0 is better.
+
+    Δm = 100 / T · Σ_t (−1)^{l_t} (M_t − B_t) / B_t, with l_t = 1 where lower is better: Maninis, Radosavovic &
+    Kokkinos, "Attentive Single-Tasking of Multiple Tasks", CVPR 2019. The denominator here is |B_t|, so that a negative
+    score that rises is a gain too.
+
+    Args:
+        values: (T,) one metric per task of the multi-task network.
+        baselines: (T,) the same of networks trained on one task each.
+        higher: (T,).
+
+    Returns:
+        NaN where a figure is missing or a baseline is 0.
+    """
+    values, baselines = np.asarray(values, float), np.asarray(baselines, float)
+    gain = np.where(higher, 1.0, -1.0) * (values - baselines) / np.where(baselines == 0, np.nan, np.abs(baselines))
+    return float(100 * gain.mean())
+
+
+def achievement(values: ArrayLike, baselines: ArrayLike, higher: ArrayLike) -> float:
+    """Mean share of the tasks' potential that is reached, in percent; 100 is single-task learning.
+
+    a_t = M_t / p_t with the single-task figure p_t as potential, p_t / M_t where lower is better: Yun & Cho,
+    "Achievement-Based Training Progress Balancing for Multi-Task Learning", ICCV 2023.
+
+    Args:
+        values, baselines, higher: (T,) as for `delta_m`.
+
+    Returns:
+        NaN where a figure is missing or a denominator is 0.
+    """
+    values, baselines = np.asarray(values, float), np.asarray(baselines, float)
+    above, below = np.where(higher, values, baselines), np.where(higher, baselines, values)
+    return float(100 * (above / np.where(below == 0, np.nan, below)).mean())
+
+
+def ranks(figures: ArrayLike, higher: ArrayLike) -> NDArray:
+    """Ranks from 1 (best) within each column; equals share the mean of their places, NaN shares the last ones.
+
+    Args:
+        figures: (S, M) of S strategies.
+        higher: (M,).
+
+    Returns:
+        (S, M).
+    """
+    costs = _costs(figures, higher)
+    smaller = (costs[:, None] > costs[None]).sum(1)
+    equal = (costs[:, None] == costs[None]).sum(1)
+    return smaller + (equal + 1) / 2
+
+
+def mean_rank(figures: ArrayLike, higher: ArrayLike) -> NDArray:
+    """MR (S,): the average of a strategy's ranks over all metrics; lower is better. Navon et al., "Multi-Task Learning
+    as a Bargaining Game", ICML 2022. Arguments as for `ranks`."""
+    return ranks(figures, higher).mean(1)
+
+
+def pareto_optimal(figures: ArrayLike, higher: ArrayLike, rivals: ArrayLike | None = None) -> NDArray:
+    """Which runs no other run dominates, i.e. equals or beats in all figures and beats in one.
+
+    Equal runs do not dominate each other; a run with a NaN is never optimal and dominates none.
+
+    Args:
+        figures: (N, T), one metric per task.
+        higher: (T,).
+        rivals: (K, T), the runs that may dominate; default: `figures` themselves.
+
+    Returns:
+        (N,) bool.
+    """
+    costs = _costs(figures, higher)
+    others = costs if rivals is None else _costs(rivals, higher)
+    others = np.unique(others[np.isfinite(others).all(1)], axis=0)
+    kept = np.isfinite(costs).all(1)
+    for i in np.flatnonzero(kept):
+        kept[i] = not ((others <= costs[i]).all(1) & (others < costs[i]).any(1)).any()
+    return kept
+
+
+def _costs(figures: ArrayLike, higher: ArrayLike) -> NDArray:
+    """(N, K) lower is better; infinite where there is no figure."""
+    figures = np.asarray(figures, float)
+    return np.where(np.isnan(figures), np.inf, np.where(higher, -figures, figures))

@@ -1,0 +1,227 @@
+"""Finished runs, read back from their directories: no torch, no network, and nothing half-written gets through."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mtl.config.errors import ConfigError
+
+SELECTIONS = {"last": "last epoch", "best": "best epoch", "selected": "chosen on validation data"}
+_PRUNED = ("wandb", "multirun", "report")  # of an output tree: no runs in there
+_Yaml = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where libyaml is installed
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+        directory: where it wrote.
+        info: run.json.
+        config: config.yaml.
+        summary: summary.json; empty for a run that did not finish.
+        rows: metrics.jsonl, one row per epoch; parsed at the first use, since tables do without.
+    """
+
+    directory: Path
+    info: dict[str, Any]
+    config: dict[str, Any]
+    summary: dict[str, Any]
+
+    @cached_property
+    def rows(self) -> list[dict[str, float]]:
+        lines = (self.directory / "metrics.jsonl").read_bytes().splitlines()
+        return json.loads(b"[" + b",".join(lines) + b"]")  # at once: a call per line takes twice as long
+
+    @property
+    def seed(self) -> int:
+        return self.info["seed"]
+
+    @property
+    def status(self) -> str:
+        return self.info["status"]
+
+    @property
+    def error(self) -> str:
+        """Why it did not finish, on one line."""
+        return " ".join(str(self.info.get("error") or "").split())
+
+    def figure(self, metric: str, at: str = "last") -> float:
+        """A test metric.
+
+        Args:
+            metric: such as "fine_accuracy".
+            at: "last" epoch; "best" epoch of this very metric on test data; or "selected", at the one epoch that the
+                first task's validation metric chose.
+
+        Returns:
+            NaN where the run has no such figure.
+        """
+        part = self.summary.get(at) or {}
+        value = part.get(f"test/{metric}", math.nan)
+        return value["value"] if isinstance(value, Mapping) else value
+
+    @cached_property
+    def metrics(self) -> dict[str, bool]:
+        """{"fine_accuracy": higher is better, …}, in the order of the tasks, the main metric of each first."""
+        if "higher_is_better" not in self.summary:  # written before runs noted it: the best epoch tells
+            rows = self.rows
+            best = {k: v["value"] for k, v in self.summary["best"].items()}
+            return {k.removeprefix("test/"): v >= max(r[k] for r in rows) for k, v in best.items()}
+        return {k.removeprefix("test/"): v for k, v in self.summary["higher_is_better"].items()}
+
+    @cached_property
+    def tasks(self) -> dict[str, str]:
+        """The main metric of each task that the run trained: {"fine": "fine_accuracy", …}."""
+        names = [
+            k.removeprefix("test/").removesuffix("_loss") for k in self.rows[-1] if re.fullmatch("test/.*_loss", k)
+        ]
+        found = {n: next((m for m in self.metrics if m.startswith(f"{n}_")), None) for n in names}
+        return {n: m for n, m in found.items() if m}
+
+
+@dataclass
+class Collection:
+    """What `load` found.
+
+    Attributes:
+        runs: the finished ones, sorted by directory.
+        unfinished: (directory, status and error) of runs that are running, were interrupted, failed or diverged.
+        damaged: (directory, reason) of directories that cannot be read, and of second copies of a run.
+        stopped: the runs of `unfinished`, without a summary: they count against their strategy.
+    """
+
+    runs: list[Run] = field(default_factory=list)
+    unfinished: list[tuple[Path, str]] = field(default_factory=list)
+    damaged: list[tuple[Path, str]] = field(default_factory=list)
+    stopped: list[Run] = field(default_factory=list)
+
+
+class _Damaged(Exception):
+    """Why a directory is left out."""
+
+
+def load(paths: Sequence[str | Path]) -> Collection:
+    """All runs below `paths`, each of which is an output tree or the directory of one run.
+
+    Raises:
+        ConfigError: a path does not exist.
+    """
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise ConfigError(f"{path}: {'is no folder' if path.exists() else 'no such folder'}")
+    found = Collection()
+    copies: dict[tuple[str, int], list[Run]] = {}
+    for directory in sorted({d.resolve(): d for path in paths for d in _directories(Path(path))}.values()):
+        try:
+            run = _read(directory)
+            copies.setdefault((run.info["group"], run.seed), []).append(run)
+        except _Damaged as reason:
+            found.damaged.append((directory, str(reason)))
+    for runs in copies.values():
+        run, *others = sorted(runs, key=lambda r: r.status != "finished")
+        found.damaged += [
+            (r.directory, f"a second copy of {run.directory}, which is the one that counts") for r in others
+        ]
+        if run.status == "finished":
+            found.runs.append(run)
+        else:
+            found.stopped.append(run)
+            found.unfinished.append((run.directory, f"{run.status}: {run.error}" if run.error else run.status))
+    return found
+
+
+def _directories(root: Path) -> Iterator[Path]:
+    for name, folders, files in os.walk(root):
+        here = Path(name)
+        if "run.json" in files or "metrics.jsonl" in files or (files and re.fullmatch(r"seed\d+", here.name)):
+            folders.clear()
+            yield here
+        else:
+            folders[:] = [f for f in folders if f not in _PRUNED and not f.startswith(".")]
+
+
+def _read(directory: Path) -> Run:
+    info = _json(directory / "run.json")
+    if lacking := [k for k in ("data", "arch", "loss", "digest", "seed", "group", "status") if k not in info]:
+        raise _Damaged(f"run.json lacks {', '.join(lacking)}")
+    config = _yaml(directory / "config.yaml")
+    if info["status"] != "finished":
+        return Run(directory, info, config, {})
+    run = Run(directory, info, config, _json(directory / "summary.json"))
+    try:
+        lines = (directory / "metrics.jsonl").read_bytes().splitlines()
+    except OSError as error:
+        raise _Damaged(f"metrics.jsonl: {error.strerror}") from None
+    _agree(run.summary, lines)
+    return run
+
+
+def _agree(summary: Mapping[str, Any], lines: Sequence[bytes]) -> None:
+    """The rows and the summary tell the same story.
+
+    Only the rows that the summary quotes are parsed, since parsing all of thousands of runs takes most of the time of a
+    report; the others must have both ends and follow one another.
+    """
+    try:
+        epochs, last, best = summary["epochs"], summary["last"], summary["best"]
+        if len(lines) != epochs:
+            raise _Damaged(f"metrics.jsonl has {len(lines)} rows, summary.json says {epochs} epochs")
+        for number, line in enumerate(lines, start=1):
+            if not line.startswith(b'{"epoch": %d,' % number) or not line.endswith(b"}") or b"\0" in line:
+                raise _Damaged(f"metrics.jsonl: line {number} is not the row of epoch {number}")
+        quoted = [(key, value, epochs) for key, value in last.items()]
+        quoted += [(key, value["value"], value["epoch"]) for key, value in best.items()]
+        rows = {epoch: json.loads(lines[epoch - 1]) for epoch in {epoch for _, _, epoch in quoted}}
+        for key, value, epoch in quoted:
+            if not _same(rows[epoch][key], value):
+                raise _Damaged(f"{key} of epoch {epoch}: {rows[epoch][key]} in metrics.jsonl, {value} in summary.json")
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        raise _Damaged(f"summary.json and metrics.jsonl do not fit together: {error!r}") from None
+
+
+def _same(a: float, b: float) -> bool:
+    return a == b or (math.isnan(a) and math.isnan(b))
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return _mapping(file, json.loads)
+
+
+def _yaml(file: Path) -> dict[str, Any]:
+    return _mapping(file, _config)
+
+
+def _config(text: str) -> dict[str, Any]:
+    """Runs of one group have equal configs but for the seed, so each is parsed once."""
+    parts = re.split(r"^seed: (\d+)\n", text, maxsplit=1, flags=re.MULTILINE)
+    if len(parts) != 3:
+        return yaml.load(text, _Yaml)
+    return {**_parsed(parts[0] + parts[2]), "seed": int(parts[1])}
+
+
+@cache
+def _parsed(text: str) -> dict[str, Any]:
+    return yaml.load(text, _Yaml)
+
+
+def _mapping(file: Path, parse) -> dict[str, Any]:
+    try:
+        content = parse(file.read_text())
+    except FileNotFoundError:
+        raise _Damaged(f"{file.name} is missing") from None
+    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
+        raise _Damaged(f"{file.name}: {' '.join(str(error).split())[:120]}") from None
+    if not isinstance(content, dict):
+        raise _Damaged(f"{file.name} is half-written")
+    return content

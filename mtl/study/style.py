@@ -1,0 +1,42 @@
+"""One look per strategy, the same in all figures, and readable without colour."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Okabe and Ito's colours without yellow, which paper swallows, and two of Paul Tol's: told apart by any colour vision.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
+REFERENCE, REST = "#000000", "#C4C4C4"
+DASHES = ("solid", "dash", "dashdot", "dot")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a strategy looks in every figure.
+
+    Attributes:
+        colour: "#rrggbb".
+        dash: one of DASHES.
+        marker: matplotlib's letter.
+        prominent: drawn in colour and named; the others are grey context.
+    """
+
+    colour: str
+    dash: str
+    marker: str
+    prominent: bool
+
+
+def palette(labels: Sequence[str], reference: str | None = "equal") -> dict[str, Style]:
+    """Looks in the order of importance: the reference is black, eight others have colours, the rest is grey."""
+    found, free = {}, iter(range(len(COLOURS)))
+    for label in labels:
+        if label == reference:
+            found[label] = Style(REFERENCE, "solid", "*", True)
+        elif (i := next(free, None)) is not None:
+            found[label] = Style(COLOURS[i], DASHES[i % len(DASHES)], MARKERS[i], True)
+        else:
+            found[label] = Style(REST, "solid", "o", False)
+    return found
