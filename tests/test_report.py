@@ -115,7 +115,10 @@ def test_unfinished_and_damaged_directories_are_named_and_left_out(tmp_path):
         act(folders[-1])
     found = load([tmp_path])
     assert [r.directory for r in found.runs] == [good]
-    assert sorted(text for _, text in found.unfinished) == ["diverged: fine loss became nan", "running"]
+    assert sorted(text for _, text in found.unfinished) == [
+        "diverged: fine loss became nan",
+        "running since an unknown time",
+    ]
     assert {d for d, _ in found.damaged} == set(folders) and all(reason for _, reason in found.damaged)
 
 

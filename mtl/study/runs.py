@@ -137,8 +137,14 @@ def load(paths: Sequence[str | Path]) -> Collection:
             found.runs.append(run)
         else:
             found.stopped.append(run)
-            found.unfinished.append((run.directory, f"{run.status}: {run.error}" if run.error else run.status))
+            found.unfinished.append((run.directory, _why(run)))
     return found
+
+
+def _why(run: Run) -> str:
+    if run.status == "running":  # or killed without a chance to say so
+        return f"running since {run.info.get('started', 'an unknown time')}"
+    return f"{run.status}: {run.error}" if run.error else run.status
 
 
 def _directories(root: Path) -> Iterator[Path]:
