@@ -17,7 +17,8 @@ from mtl.study.runs import load
 from mtl.study.scores import Scores
 from mtl.study.tables import Table
 
-FORMATS = ("csv", "md", "tex")
+FORMATS = ("csv", "md", "tex", "html")
+FIGURES = ("png", "pdf", "svg")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,12 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--reference", metavar="NAME", help="strategy that the others are compared with; default: equal"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; default: PATH/report")
-    parser.add_argument("--format", default=",".join(FORMATS), metavar="A,B", help="of the files; default: %(default)s")
+    parser.add_argument("--format", default=",".join(FORMATS), metavar="A,B",
+                        help=f"of the files; default: %(default)s; figures: {', '.join(FIGURES)}")  # fmt: skip
     options = parser.parse_args(arguments)
     try:
         formats = options.format.split(",")
-        if wrong := [f for f in formats if f not in FORMATS]:
-            raise ConfigError(f"--format {wrong[0]}: one of {', '.join(FORMATS)}{suggest(wrong[0], FORMATS)}")
+        allowed = (*FORMATS, *FIGURES)
+        if wrong := [f for f in formats if f not in allowed]:
+            raise ConfigError(f"--format {wrong[0]}: one of {', '.join(allowed)}{suggest(wrong[0], allowed)}")
         report(options.path, options.reference, options.out or options.path[0] / "report", formats)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -67,6 +70,16 @@ def report(paths: Sequence[Path], reference: str | None, out: Path, formats: Seq
         tables["missing"] = left
     try:
         files = _write(tables, results.per_run(found), out, formats)
+        if "html" in formats:
+            from mtl.study import page  # here and below: what only some formats need takes a second to import
+
+            tables.pop("missing", None)  # the page has its own list
+            page.write(collection, found, list(tables.values()), out / "report.html")
+            files.append(out / "report.html")
+        if kinds := [f for f in formats if f in FIGURES]:
+            from mtl.study import figures
+
+            files += [file for benchmark in found for file in figures.draw(benchmark, out, kinds)]
     except OSError as error:
         raise SetupError(f"cannot write to {error.filename}: {error.strerror}; choose another --out") from error
     for file in files:

@@ -17,7 +17,7 @@ from plotly.offline import get_plotlyjs
 from mtl.study import plots
 from mtl.study.compare import Benchmark
 from mtl.study.plots import Figure, Panel, Trace
-from mtl.study.runs import SELECTIONS, Collection, Run
+from mtl.study.runs import Collection, Run
 from mtl.study.style import Style
 from mtl.study.tables import Cell, Table
 
@@ -110,12 +110,9 @@ def _lede(collection: Collection, benchmarks: Sequence[Benchmark]) -> str:
     )
     baselines = sum(len(b.baselines) for b in benchmarks)
     text += f", {_count(baselines, 'single-task baseline')} among them" if baselines else ""
-    mains = list(dict.fromkeys(SELECTIONS[b.main] for b in benchmarks))
-    text += f"{when}. Unless it says otherwise, a figure is that of the {' or '.join(mains)}."
+    text += f"{when}."
     left = len(collection.unfinished) + len(collection.damaged)
-    return (text + f" {_count(left, 'run')} left out, listed below." if left else text).replace(
-        "of the chosen on", "of the epoch chosen on"
-    )
+    return text + (f" {_count(left, 'run')} left out, listed below." if left else "")
 
 
 def _count(number: int, one: str, many: str = "") -> str:

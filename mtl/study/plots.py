@@ -385,10 +385,10 @@ def _figure(
     """`panels` that show anything, and a caption that says what lines and bands mean.
 
     Args:
-        at: the figures are those of one epoch, which is named.
+        at: the values are those of one epoch, which is named.
     """
     if at:
-        note += f" Figures: {SELECTIONS[benchmark.main]}."
+        note += f" At the {'epoch ' if benchmark.main == 'selected' else ''}{SELECTIONS[benchmark.main]}."
     seeds = sorted({len(g.runs) for g in benchmark.groups})
     if not _several(benchmark):
         note += " One seed each."
