@@ -32,13 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; default: PATH/report")
     parser.add_argument("--format", default=",".join(FORMATS), metavar="A,B",
                         help=f"of the files; default: %(default)s; figures: {', '.join(FIGURES)}")  # fmt: skip
+    parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="also make a W&B workspace that compares the runs")
     options = parser.parse_args(arguments)
     try:
         formats = options.format.split(",")
         allowed = (*FORMATS, *FIGURES)
         if wrong := [f for f in formats if f not in allowed]:
             raise ConfigError(f"--format {wrong[0]}: one of {', '.join(allowed)}{suggest(wrong[0], allowed)}")
-        report(options.path, options.reference, options.out or options.path[0] / "report", formats)
+        report(options.path, options.reference, options.out or options.path[0] / "report", formats, options.wandb)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -47,12 +48,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def report(paths: Sequence[Path], reference: str | None, out: Path, formats: Sequence[str]) -> None:
-    """Print the main tables of all runs below `paths`, and write all tables into `out`.
+def report(
+    paths: Sequence[Path], reference: str | None, out: Path, formats: Sequence[str], wandb: str | None = None
+) -> None:
+    """Print the main tables of all runs below `paths`; write tables, figures and the page into `out`.
+
+    Args:
+        paths: output trees, or directories of runs.
+        reference: strategy that the others are compared with; None is equal, where it was run.
+        out: folder.
+        formats: of FORMATS and FIGURES.
+        wandb: "entity/project", in which a W&B workspace is made.
 
     Raises:
         ConfigError: a path does not exist, holds no run, or the reference was not run.
-        SetupError: `out` cannot be written.
+        SetupError: `out` cannot be written, or W&B does not take the workspace.
     """
     collection = load(paths)
     left = results.missing(collection)
@@ -84,6 +94,10 @@ def report(paths: Sequence[Path], reference: str | None, out: Path, formats: Seq
         raise SetupError(f"cannot write to {error.filename}: {error.strerror}; choose another --out") from error
     for file in files:
         print(file)
+    if wandb is not None:
+        from mtl.study.workspace import create
+
+        print("\n".join(create(found, wandb)))
 
 
 def _tables(benchmark: Benchmark, reference: str) -> dict[str, Table]:

@@ -35,7 +35,7 @@ def metrics(directory: Path) -> list[dict]:
 
 
 def table(output: str) -> list[str]:
-    return output.split("mean ± std over seeds\n")[1].split("\n\n")[0].splitlines()
+    return output.split(": test metrics\n")[1].split("test set, ")[0].splitlines()
 
 
 def test_a_grid_of_12_killed_5_times_ends_as_if_undisturbed(tmp_path):

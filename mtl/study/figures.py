@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
 
@@ -20,10 +19,7 @@ from matplotlib.patheffects import withStroke
 from mtl.study import plots
 from mtl.study.compare import Benchmark
 from mtl.study.plots import Figure, Panel, Trace
-from mtl.study.style import REST, Style, palette
-
-if TYPE_CHECKING:
-    from mtl.study.grid import Cell
+from mtl.study.style import REST, Style
 
 FORMATS = ("png", "pdf", "svg")
 LOOK = {
@@ -47,13 +43,16 @@ GREY = "#555555"
 DIRECT = 6  # panels: with more, names at the ends of lines leave no room for the lines
 
 
-def draw(benchmark: Benchmark, folder: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
+def draw(
+    benchmark: Benchmark, folder: Path, formats: Sequence[str] = ("png",), only: Container[str] | None = None
+) -> list[Path]:
     """Every figure for which there are data, one file per figure, architecture and format.
 
     Args:
         benchmark: what to show.
         folder: made if it does not exist.
         formats: of FORMATS.
+        only: names of the figures to draw; None draws all.
 
     Returns:
         The files.
@@ -62,6 +61,8 @@ def draw(benchmark: Benchmark, folder: Path, formats: Sequence[str] = ("png",)) 
     looks, colours, files = plots.styles(benchmark), plots.colour_note(benchmark), []
     for arch, figures in plots.figures(benchmark).items():
         for figure in figures:
+            if only is not None and figure.name not in only:
+                continue
             title = f"{benchmark.name}, {arch}: {figure.title[0].lower()}{figure.title[1:]}"
             stem = re.sub(r"[^\w.-]+", "-", f"{benchmark.name}-{arch}-{figure.name}").strip("-")
             figure = replace(figure, caption=f"{figure.caption} {colours}".strip())
@@ -104,29 +105,6 @@ def render(figure: Figure, looks: Mapping[str, Style], title: str) -> plt.Figure
     else:
         _legend(canvas, figure, looks)
     return canvas
-
-
-def learning_curves(cells: Sequence[Cell], file: Path) -> None:
-    """The test metrics of a grid over epochs."""
-    groups: dict[str, list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault(cell.run["group"], []).append(cell)
-    varying = [k for k in ("data", "arch", "loss") if k == "loss" or len({c.run[k] for c in cells}) > 1]
-    names = {g: "/".join(members[0].run[k] for k in varying) for g, members in groups.items()}
-    names = {g: n if list(names.values()).count(n) == 1 else f"{n} {g[-8:]}" for g, n in names.items()}
-    panels = []
-    for key in dict.fromkeys(k for c in cells for k in c.summary["last"]):
-        traces = []
-        for group, members in groups.items():
-            curves = [[row[key] for row in c.rows] for c in members if key in c.summary["last"]]
-            if curves:
-                each = list(zip(*curves, strict=False))
-                traces.append(plots.line(names[group], range(1, len(each) + 1), each))
-        metric = key.removeprefix("test/")
-        panels.append(Panel(plots.title(metric), "epoch", plots.axis(metric), traces))
-    seeds = max(map(len, groups.values()))
-    note = "Test set. " + ("Lines: mean over seeds; bands: lowest to highest seed." if seeds > 1 else "One seed each.")
-    save(Figure("curves", "", note, panels, curves=True), palette(list(names.values())), "Learning curves", [file])
 
 
 def _panel(axis: plt.Axes, panel: Panel, looks: Mapping[str, Style]) -> None:

@@ -1,4 +1,4 @@
-"""The closing table and figure of a grid: strategy x test metric, mean ± standard deviation over seeds."""
+"""A grid under way, and its closing tables and figure: strategy x test metric, mean ± standard deviation over seeds."""
 
 from __future__ import annotations
 
@@ -7,24 +7,17 @@ import shutil
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mtl.config.errors import remove_empty
-from mtl.tracking.console import duration, table
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One finished run of a grid: run.json, summary.json and the rows of metrics.jsonl."""
-
-    run: dict[str, Any]
-    summary: dict[str, Any]
-    rows: list[dict[str, float]]
+from mtl.study import results
+from mtl.study.compare import benchmarks
+from mtl.study.runs import load
+from mtl.study.scores import Scores
+from mtl.tracking.console import duration
 
 
 def progress(folder: Path) -> str:
@@ -65,15 +58,18 @@ def summarise(folder: Path) -> int:
         shutil.rmtree(folder)  # a plan leaves nothing behind
         remove_empty(folder.parents)
         return max(o["code"] for o in outcomes)
-    finished = [_read(Path(o["directory"])) for o in outcomes if o["status"] == "finished"]
-    if finished:
-        print()
-        print(results_table(finished))
-        figure = folder / "curves.png"
-        from mtl.study.figures import learning_curves  # late: matplotlib takes a second to import
+    found = load([o["directory"] for o in outcomes if o["directory"]])
+    figures: list[Path] = []
+    for benchmark in benchmarks(found.runs, found.stopped):
+        for arch in benchmark.archs:
+            print(f"\n{results.figures(Scores(benchmark, arch)).terminal()}")
+        from mtl.study.figures import draw  # late: matplotlib takes a second to import
 
-        learning_curves(finished, figure)
-        print(f"\nfigure: {figure}")
+        figures += draw(benchmark, folder, only=["learning-curves"])
+    if found.runs:
+        print("test set, mean ± std over seeds; *: the best mean, which need not be a real difference\n")
+    for figure in figures:
+        print(f"figure: {figure}")
     if (search := folder / "optimization_results.yaml").exists():  # of Hydra's Optuna sweeper
         best = yaml.safe_load(search.read_text())
         found = " ".join(f"{key}={value}" for key, value in best["best_params"].items())
@@ -82,9 +78,14 @@ def summarise(folder: Path) -> int:
     for o in failed:
         status = "interrupted" if o["status"] == "running" else o["status"]
         print(f"{status}: {o['command']}{': ' if o['message'] else ''}{o['message']}")
-    print(f"{len(finished)} of {len(outcomes)} runs finished; the same command again skips them and runs the others")
-    if finished and finished[0].run["data"] == "digits":
-        print("next: python train.py trainer.epochs=10 data.limit_train=10000   (CIFAR-100, downloaded once)")
+    print(
+        f"{len(outcomes) - len(failed)} of {len(outcomes)} runs finished; the same command again runs what is missing"
+    )
+    if found.runs:
+        root = found.runs[0].directory.parents[4]
+        print(f"compare:  python -m mtl.report {root}   (Δm, ranks, differences by seed, a page with all figures)")
+        if found.runs[0].info["data"] == "digits":
+            print("next:     python train.py trainer.epochs=10 data.limit_train=10000   (CIFAR-100, downloaded once)")
     return max((o["code"] for o in outcomes), default=0)
 
 
@@ -92,41 +93,3 @@ def _outcomes(folder: Path, pattern: str = "cell-*.json") -> list[dict[str, Any]
     """What is noted of every run of a grid, each run once: several cells may share a single-task baseline."""
     cells = [json.loads(file.read_text()) for file in sorted(folder.glob(pattern))]
     return list({c["directory"] or c["command"]: c for c in cells}.values())
-
-
-def results_table(cells: Sequence[Cell]) -> str:
-    """One row per group of runs that differ only in the seed; last epoch and best epoch of every test metric."""
-    groups: dict[str, list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault(cell.run["group"], []).append(cell)
-    varying = [k for k in ("data", "arch") if len({c.run[k] for c in cells}) > 1]
-    several = len({(c.run["data"], c.run["arch"], c.run["loss"]) for c in cells}) < len(groups)
-    keys = list(dict.fromkeys(k for c in cells for k in c.summary["last"]))
-    header = ["strategy", *varying, *(["config"] if several else []), "seeds"]
-    for key in keys:
-        header += [f"{key.removeprefix('test/')}", "(best)"]
-    body = []
-    for members in groups.values():
-        run = members[0].run
-        row = [run["loss"], *(run[k] for k in varying), *([run["digest"]] if several else []), str(len(members))]
-        for key in keys:
-            row.append(_spread([c.summary["last"][key] for c in members if key in c.summary["last"]]))
-            row.append(_spread([c.summary["best"][key]["value"] for c in members if key in c.summary["best"]]))
-        body.append(row)
-    return "test set, last epoch and best over epochs, mean ± std over seeds\n" + table(header, body)
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return "–"
-    mean = statistics.fmean(values)
-    digits = 2 if abs(mean) >= 10 else 4
-    if len(values) == 1:
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
-
-
-def _read(directory: Path) -> Cell:
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    run, summary = (json.loads((directory / name).read_text()) for name in ("run.json", "summary.json"))
-    return Cell(run, summary, rows)
