@@ -13,7 +13,7 @@ from pathlib import Path
 from mtl.config.errors import ConfigError, suggest
 from mtl.metrics import multitask
 from mtl.study.compare import Benchmark, Group
-from mtl.study.runs import SELECTIONS, Collection
+from mtl.study.runs import FACTS, SELECTIONS, Collection
 from mtl.study.scores import Scores
 from mtl.study.statistics import RULE, holm, paired, verdict
 from mtl.study.tables import Cell, Table
@@ -165,17 +165,16 @@ def per_run(benchmarks: Sequence[Benchmark]) -> Table:
     """One row per finished run with all of its figures: what every other table is made of."""
     metrics = list(dict.fromkeys(m for b in benchmarks for m in b.metrics))
     columns = [(m, at) for m in metrics for at in SELECTIONS]
-    facts = ["parameters", "macs", "seconds", "images_per_second", "peak_memory_gib"]
     rows = []
     for benchmark in benchmarks:
         for group in [*benchmark.groups, *benchmark.baselines]:
             for run in group.runs:
                 words = [benchmark.name, group.arch, group.label, group.optimizer, str(run.seed)]
-                numbers = [run.figure(m, at) for m, at in columns] + [run.summary.get(f, math.nan) for f in facts]
+                numbers = [run.figure(m, at) for m, at in columns] + [run.summary.get(f, math.nan) for f in FACTS]
                 cells = [Cell("") if math.isnan(x) else Cell(str(x), x) for x in numbers]
                 ends = [str(run.info.get("commit")), str(run.info.get("dirty")), str(run.directory)]
                 rows.append([*map(Cell, words), *cells, *map(Cell, ends)])
-    header = ["benchmark", "arch", "strategy", "optimizer", "seed", *(f"{m}\n{at}" for m, at in columns), *facts]
+    header = ["benchmark", "arch", "strategy", "optimizer", "seed", *(f"{m}\n{at}" for m, at in columns), *FACTS]
     return Table("Runs", "Test set.", [*header, "commit", "dirty", "directory"], rows)
 
 
