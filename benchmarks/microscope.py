@@ -5,7 +5,8 @@
 
 Off and on take turns in every round of one run, so that a change of the machine's pace hits all alike: an epoch of
 `--every` steps without the microscope, one in which it looks once, and short ones in which it looks at every step. The
-multiple is that of the time a step of the same round; the last column is what the run's header announces.
+multiple is that of the time a step of the same round; the last column is what the run's header announces. On a CPU the
+time is this process's own, so that other processes on the machine count less.
 """
 
 from __future__ import annotations
@@ -13,12 +14,21 @@ from __future__ import annotations
 import argparse
 import re
 import statistics
+import time
+from collections.abc import Callable
 
 import torch
 from throughput import BATCH, ours
 
 from mtl.engine.trainer import Learner
 from mtl.tracking.console import table
+
+
+def spent(run: Callable[[], float], on_cpu: bool) -> float:
+    """Seconds that `run` takes: its own report, or the processor time of this process."""
+    started = time.process_time()
+    wall = run()
+    return time.process_time() - started if on_cpu else wall
 
 
 def main() -> None:
@@ -31,6 +41,7 @@ def main() -> None:
     arguments.add_argument("--device", default="auto")
     options = arguments.parse_args()
 
+    on_cpu = options.device == "cpu" or not torch.cuda.is_available()
     announced: list[str] = []
     train_epoch = Learner.train_epoch
 
@@ -51,7 +62,7 @@ def main() -> None:
         multiples: list[list[float]] = [[] for _ in runs]
         for _ in range(options.rounds):
             announced.clear()
-            seconds = [run() / steps for run, (_, _, steps) in zip(runs, looks, strict=True)]
+            seconds = [spent(run, on_cpu) / steps for run, (_, _, steps) in zip(runs, looks, strict=True)]
             for found, s in zip(multiples, seconds, strict=True):
                 found.append(s / seconds[0])
         for (every, samples, _), found, line in zip(looks, multiples, announced, strict=True):
@@ -59,7 +70,7 @@ def main() -> None:
             what = f"{loss}, every {every}, {samples} samples" if every else f"{loss}, off"
             spread = [f"{f(found):.2f}" for f in (statistics.median, min, max)]
             rows.append([what, *spread, f"{1 + int(said[1]) / 100:.2f}" if said else "1.00"])
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() and options.device != "cpu" else "cpu"
+    device = "cpu" if on_cpu else torch.cuda.get_device_name()
     about = f"{options.arch}, batch {BATCH}, {options.rounds} rounds, {device}, {torch.get_num_threads()} threads, "
     print(f"{about}torch {torch.__version__}")
     print(table(["microscope", "x off", "lowest", "highest", "announced"], rows))

@@ -76,7 +76,7 @@ class Net(nn.Module):
 
 
 OF_NET = {"conv": "conv", "norm": "norm", "body": "body", "scale": "scale"}  # the first part of a name is its group
-TASKS = [Classification("a", 3, True), Classification("b", 2), Regression("c", partial=True)]
+TASKS = [Classification("a", 3, True), Classification("b", 2, True), Regression("c", partial=True)]
 WEIGHTS = (0.5, 2.0, 3.0)
 
 
@@ -135,7 +135,7 @@ class Oracle:
         sets["tasks_per_sample"] = [[self.of_sample(t, n) for t in "abc" if self.labelled(t, n)] for n in first]
         for t in "abc":
             sets[f"samples/{t}"] = [[self.of_sample(t, n) for n in first if self.labelled(t, n)]]
-        sets["samples/combined"] = [[self.combined(n) for n in first]]
+        sets["samples/combined"] = [[self.combined(n) for n in first if any(self.labelled(t, n) for t in "abc")]]
         values = defaultdict(list)
         for name, members in sets.items():
             for a, b in itertools.chain(*(itertools.combinations(m, 2) for m in members)):
@@ -146,11 +146,11 @@ class Oracle:
 
 
 def batch(model, size, c):
-    """Images and labels; sample 1 has no label of a, `c` are the samples with one of c, and the first of these is hit
+    """Images and labels; sample 1 has none of a and b, `c` are the samples with one of c, and the first of these is hit
     exactly: its gradient is 0."""
     images = torch.randn(size, 1, 4, 4, dtype=torch.float64)
     targets = {"a": torch.arange(size) % 3, "b": torch.arange(size) % 2, "c": torch.full((size,), torch.nan).double()}
-    targets["a"][1] = -100
+    targets["a"][1] = targets["b"][1] = -100
     targets["c"][c] = torch.randn(len(c), dtype=torch.float64)
     if c:
         targets["c"][c[0]] = copy.deepcopy(model)(images)[2][c[0], 0].detach()

@@ -7,10 +7,11 @@ the first two):
 
     cosine         aᵀb / (‖a‖ ‖b‖)
     magnitude      2 ‖a‖ ‖b‖ / (‖a‖² + ‖b‖²)
-    sign_conflict  share of the elements with opposite signs; an element that is 0 in either conflicts with nothing
+    sign_conflict  share of the elements with opposite signs; an element that is 0 in either conflicts with nothing (one
+                   that is 0 but for rounding, such as the bias of a convolution before batch norm, has a random sign)
 
-each the mean over the pairs. A pair with a gradient of exactly 0 counts as 0 in all three, as in `mtl.backward`. The
-pairs are
+each the mean over the pairs. A pair with a gradient of exactly 0 counts as 0 in all three, as in `mtl.backward`. The pairs
+are
 
     tasks              of tasks, each gradient that of the task's loss on the whole batch (their figure A4)
     tasks_per_sample   of tasks at one sample, over all samples looked at (the paper's "inter-task")
@@ -56,6 +57,7 @@ class Microscope:
     Args:
         every: observe steps 0, k, 2k, … of each epoch; 0 is off.
         samples: of a batch (all of it where it is smaller) for the comparisons of samples; 0 compares tasks only.
+            An observed step holds T · samples gradients of the shared parameters at once.
     """
 
     every: Annotated[int, Ge(0)] = 0
