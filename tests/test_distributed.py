@@ -40,7 +40,7 @@ class Few(Benchmark):
         def split(size: int) -> Split:
             i, noise = torch.arange(size), torch.Generator().manual_seed(size)
             images = torch.randint(0, 256, (size, 6, 6, 1), dtype=torch.uint8, generator=noise)
-            digit, odd = torch.where(i % 3 == 0, i % 5 % 3, -100), torch.where(i % 13 == 1, i % 2, -100)
+            digit, odd = torch.where(i % 3 == 0, i % 5 % 3, -100), torch.where((i == 1) | (i == 14), i % 2, -100)
             return Split(images, {"digit": digit, "odd": odd, "ink": torch.where(i % 4 == 2, i / 10 - 1, torch.nan)})
 
         return split(30), split(11)
@@ -279,7 +279,7 @@ def test_every_method_and_a_stopped_run(whole, tmp_path):
     out, err = process.communicate(timeout=300)
     assert process.returncode != 0 and "the same command goes on from there: torchrun --nproc-per-node=2" in out
     _, info, rows = read("b")
-    assert (info["status"], len(rows), "error" in err) == ("interrupted", 1, False)
+    assert (info["status"], len(rows), "\nerror:" in err) == ("interrupted", 1, False)
 
     report = tmp_path / "report.json"
     process = torchrun(*SMALL, "output_root=b", REPORT=str(report))
@@ -289,7 +289,7 @@ def test_every_method_and_a_stopped_run(whole, tmp_path):
     assert_close("b", "whole")
     results = json.loads(report.read_text())
     assert len(results) == len(CASES) + 1
-    assert not {case: error for case, (error, _) in results.items() if not error < 1e-8}
+    assert not {case: error for case, (error, _) in results.items() if not error < 1e-11}
     assert not [case for case, (_, same) in results.items() if not same]
 
 
