@@ -10,8 +10,8 @@ the first two):
     sign_conflict  share of the elements with opposite signs; an element that is 0 in either conflicts with nothing (one
                    that is 0 but for rounding, such as the bias of a convolution before batch norm, has a random sign)
 
-each the mean over the pairs. A pair with a gradient of exactly 0 counts as 0 in all three, as in `mtl.backward`. The pairs
-are
+each the mean over the pairs. A pair with a gradient of exactly 0 counts as 0 in all three, as in `mtl.backward`.
+The pairs are
 
     tasks              of tasks, each gradient that of the task's loss on the whole batch (their figure A4)
     tasks_per_sample   of tasks at one sample, over all samples looked at (the paper's "inter-task")
