@@ -41,7 +41,7 @@ def write(root, loss="equal", seed=0, figures=None, status="finished", error=Non
         "loss": {"_target_": f"mtl.losses.{loss.title()}"},
         "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9},
         "step": {"gradients": "paper"},
-        "trainer": {"epochs": 2, "device": "auto"},
+        "trainer": {"epochs": 3, "device": "auto"},
         "seed": seed, "output_root": str(root),
     }  # fmt: skip
     for path, value in changes.items():
@@ -57,14 +57,15 @@ def write(root, loss="equal", seed=0, figures=None, status="finished", error=Non
     last = {f"test/{m}": v for m, v in figures.items()}
     best = {f"test/{m}": v + signs[m] for m, v in figures.items()}
     losses = {f"test/{m.partition('_')[0]}_loss": 1.0 for m in figures}
+    chosen = {f"test/{m}": v - signs[m] / 2 for m, v in figures.items()}
     summary = {
-        "epochs": 2, "last": last, "best": {k: {"value": v, "epoch": 1} for k, v in best.items()},
+        "epochs": 3, "last": last, "best": {k: {"value": v, "epoch": 2} for k, v in best.items()},
         "higher_is_better": {f"test/{m}": HIGHER[m] for m in figures},
-        "selected": {"epoch": 1, **{f"test/{m}": v - signs[m] / 2 for m, v in figures.items()}},
+        "selected": {"by": "val/fine_accuracy", "epoch": 1, **chosen},
     }  # fmt: skip
     (folder / "run.json").write_text(json.dumps(info))
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    rows = [{"epoch": 1, **losses, **best}, {"epoch": 2, **losses, **last}]
+    rows = [{"epoch": e, **losses, **tests} for e, tests in enumerate((chosen, best, last), start=1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     if status == "finished":
         (folder / "summary.json").write_text(json.dumps(summary))
@@ -104,6 +105,7 @@ def test_unfinished_and_damaged_directories_are_named_and_left_out(tmp_path):
         "no rows": lambda d: (d / "metrics.jsonl").unlink(),
         "binary": lambda d: (d / "summary.json").write_bytes(b"\xff\xfe\x00"),
         "half a config": lambda d: (d / "config.yaml").write_text("data: {"),
+        "a shorter config": lambda d: (d / "config.yaml").write_text((d / "config.yaml").read_text()[:-150]),
         "a summary of other rows": lambda d: (d / "summary.json").write_text(
             re.sub(r'("last": ..test/fine_accuracy": )', r"\g<1>1", (d / "summary.json").read_text())
         ),
@@ -115,7 +117,10 @@ def test_unfinished_and_damaged_directories_are_named_and_left_out(tmp_path):
         act(folders[-1])
     found = load([tmp_path])
     assert [r.directory for r in found.runs] == [good]
-    assert sorted(text for _, text in found.unfinished) == ["diverged: fine loss became nan", "running"]
+    assert sorted(text for _, text in found.unfinished) == [
+        "diverged: fine loss became nan",
+        "running since an unknown time",
+    ]
     assert {d for d, _ in found.damaged} == set(folders) and all(reason for _, reason in found.damaged)
 
 
@@ -132,7 +137,7 @@ def test_rows_are_read_and_older_runs_say_what_is_better_by_their_best_epoch(tmp
     del summary["higher_is_better"]
     (folder / "summary.json").write_text(json.dumps(summary))
     (run,) = load([folder]).runs
-    assert [row["test/depth_mae"] for row in run.rows] == [9.0, 10.0]
+    assert [row["test/depth_mae"] for row in run.rows] == [10.5, 9.0, 10.0]
     assert run.metrics == HIGHER and run.tasks == {"fine": "fine_accuracy", "depth": "depth_mae"}
     assert [run.figure("depth_mae", at) for at in ("last", "best", "selected")] == [10.0, 9.0, 10.5]
 
@@ -176,7 +181,7 @@ def test_a_benchmark_is_one_protocol(tmp_path):
     write(tmp_path, trainer__epochs=8, arch="vgg16_bn")
     names = {b.name: [len(g.runs) for g in b.groups] for b in benchmarks(load([tmp_path]).runs)}
     assert names == {
-        "cifar100, val_fraction 0, 2 epochs": [2],
+        "cifar100, val_fraction 0, 3 epochs": [2],
         "cifar100, 3,600 images, val_fraction 0.1, 8 epochs": [1],
         "cifar100, val_fraction 0, 8 epochs": [1],
     }
@@ -247,7 +252,7 @@ def test_differences_are_taken_from_the_reference_with_the_same_config(tmp_path)
         write(tmp_path, "equal", seed, figures=fine(60.0))
         write(tmp_path, "equal", seed, figures=fine(70.0), **adam)
         write(tmp_path, "dwa", seed, figures=fine(71.0 + seed / 10), **adam)
-        write(tmp_path, "pcgrad", seed, figures=fine(71.0), trainer__epochs=2, optimizer__lr=1.0)
+        write(tmp_path, "pcgrad", seed, figures=fine(71.0), trainer__epochs=3, optimizer__lr=1.0)
     found = scores(tmp_path)
     table = results.differences(found, "equal", "last")
     assert {row[0].text for row in table.rows} == {"dwa"} and "pcgrad" in table.note
@@ -274,7 +279,7 @@ def test_published_figures_are_marked_and_their_protocol_is_named(tmp_path):
     assert best["published, not run here: DWA"].text == "67.81 ± 0.28"  # of 67.96, 67.98, 67.49
     assert not any(c.best for label, c in best.items() if label.startswith("published"))
     assert column(table, "fine_accuracy\nlast")["published, not run here: DWA"].value is None
-    assert "trainer.epochs 2 instead of 200" in table.note
+    assert "trainer.epochs 3 instead of 200" in table.note
     write(tmp_path / "other", arch="resnet32")
     assert not any(
         "published" in label for label in column(results.figures(scores(tmp_path / "other", "resnet32")), "n")

@@ -13,7 +13,7 @@ from pathlib import Path
 from mtl.config.errors import ConfigError, suggest
 from mtl.metrics import multitask
 from mtl.study.compare import Benchmark, Group
-from mtl.study.runs import SELECTIONS, Collection
+from mtl.study.runs import FACTS, SELECTIONS, Collection
 from mtl.study.scores import Scores
 from mtl.study.statistics import RULE, holm, paired, verdict
 from mtl.study.tables import Cell, Table
@@ -45,7 +45,8 @@ def figures(scores: Scores) -> Table:
     columns = [(m, at) for m in bench.metrics for at in bench.selections]
     rows = [[Cell(g.label), _count(g)] for g in [*finished, *scores.lost]]
     for metric, at in columns:
-        cells = _spreads([list(g.by_seed(metric, at).values()) for g in finished], fair, bench.metrics[metric])
+        values = [list(g.by_seed(metric, at).values()) for g in finished]
+        cells = _spreads(values, fair, bench.metrics[metric], _decimals(finished, metric))
         for row, cell in zip(rows, cells + [NONE] * len(scores.lost), strict=True):
             row.append(cell)
     published, source = _published(scores, columns)
@@ -63,8 +64,8 @@ def multi_task(scores: Scores, at: str) -> Table:
     """Δm, mean rank, average achievement, Pareto-optimal runs and wins, for one selection."""
     bench, ranks, optimal = scores.benchmark, scores.mean_ranks(at), scores.pareto(at)
     fair = [scores.comparable(g) for g in scores.groups]
-    deltas = _spreads([list(scores.delta_m(g, at).values()) for g in scores.groups], fair, True)
-    reached = _spreads([list(scores.achievement(g, at).values()) for g in scores.groups], fair, True)
+    deltas = _spreads([list(scores.delta_m(g, at).values()) for g in scores.groups], fair, True, 2)
+    reached = _spreads([list(scores.achievement(g, at).values()) for g in scores.groups], fair, True, 2)
     won = [scores.wins(m, at) for m in bench.metrics]
     lowest = min((r for r in ranks.values() if not math.isnan(r)), default=None)
     rows = []
@@ -128,13 +129,13 @@ def differences(scores: Scores, reference: str, at: str) -> Table | None:
     ]
     if not compared:
         return None
-    pairs, digits = [], {}
+    pairs = []
     for group, against, metric in compared:
         ours, theirs = group.by_seed(metric, at), against.by_seed(metric, at)
         seeds = [s for s in ours if s in theirs and not math.isnan(ours[s] - theirs[s])]
         pairs.append(paired([ours[s] for s in seeds], [theirs[s] for s in seeds], scores.metrics[metric]))
-        digits[metric] = max(digits.get(metric, 0), _digits(list(theirs.values())))
     adjusted, rows = holm([d.p for d in pairs]), []
+    digits = {metric: _decimals(scores.groups, metric) for metric in scores.metrics}
     for (group, against, metric), d, p in zip(compared, pairs, adjusted, strict=True):
         words = verdict(d, p, scores.metrics[metric])
         if failed := [g for g in (group, against) if g.failures]:
@@ -164,17 +165,16 @@ def per_run(benchmarks: Sequence[Benchmark]) -> Table:
     """One row per finished run with all of its figures: what every other table is made of."""
     metrics = list(dict.fromkeys(m for b in benchmarks for m in b.metrics))
     columns = [(m, at) for m in metrics for at in SELECTIONS]
-    facts = ["parameters", "macs", "seconds", "images_per_second", "peak_memory_gib"]
     rows = []
     for benchmark in benchmarks:
         for group in [*benchmark.groups, *benchmark.baselines]:
             for run in group.runs:
                 words = [benchmark.name, group.arch, group.label, group.optimizer, str(run.seed)]
-                numbers = [run.figure(m, at) for m, at in columns] + [run.summary.get(f, math.nan) for f in facts]
+                numbers = [run.figure(m, at) for m, at in columns] + [run.summary.get(f, math.nan) for f in FACTS]
                 cells = [Cell("") if math.isnan(x) else Cell(str(x), x) for x in numbers]
                 ends = [str(run.info.get("commit")), str(run.info.get("dirty")), str(run.directory)]
                 rows.append([*map(Cell, words), *cells, *map(Cell, ends)])
-    header = ["benchmark", "arch", "strategy", "optimizer", "seed", *(f"{m}\n{at}" for m, at in columns), *facts]
+    header = ["benchmark", "arch", "strategy", "optimizer", "seed", *(f"{m}\n{at}" for m, at in columns), *FACTS]
     return Table("Runs", "Test set.", [*header, "commit", "dirty", "directory"], rows)
 
 
@@ -292,11 +292,13 @@ def _failed(group: Group) -> str:
     return ", ".join(f"{n} of {len(group.runs) + len(group.failures)} seeds {state}" for state, n in states.items())
 
 
-def _spreads(columns: Sequence[Sequence[float]], fair: Sequence[bool], higher: bool) -> list[Cell]:
+def _spreads(
+    columns: Sequence[Sequence[float]], fair: Sequence[bool], higher: bool, digits: int | None = None
+) -> list[Cell]:
     """One column: mean ± standard deviation, the best mean of the fair ones marked."""
     columns = [[v for v in values if not math.isnan(v)] for values in columns]
     means = [statistics.fmean(values) if values else math.nan for values in columns]
-    digits = _digits(means)
+    digits = _digits(means) if digits is None else digits
     ranked = [m for m, f in zip(means, fair, strict=True) if f and not math.isnan(m)]
     top = (max if higher else min)(ranked) if len(ranked) > 1 else None
     cells = []
@@ -307,6 +309,12 @@ def _spreads(columns: Sequence[Sequence[float]], fair: Sequence[bool], higher: b
     return cells
 
 
+def _decimals(groups: Sequence[Group], metric: str) -> int:
+    """The same for all selections of a metric."""
+    return _digits([v for g in groups for v in g.by_seed(metric, "last").values()])
+
+
 def _digits(values: Sequence[float]) -> int:
-    """Decimals for a column."""
-    return 2 if max((abs(v) for v in values if math.isfinite(v)), default=0) >= 1 else 4
+    """Decimals for figures of this size."""
+    largest = max((abs(v) for v in values if math.isfinite(v)), default=0)
+    return 2 if largest >= 10 else 3 if largest >= 1 else 4

@@ -17,7 +17,22 @@ import yaml
 from mtl.config.errors import ConfigError
 
 SELECTIONS = {"last": "last epoch", "best": "best epoch", "selected": "chosen on validation data"}
+FACTS = ("parameters", "macs", "seconds", "images_per_second", "peak_memory_gib")
 _PRUNED = ("wandb", "multirun", "report")  # of an output tree: no runs in there
+# What the files must hold, and what they may: older runs lack some.
+_INFO = {"data": str, "arch": str, "loss": str, "digest": str, "seed": int, "group": str, "status": str}
+_INFO_TOO = {"choices": dict, "command": str, "commit": str, "hardware": dict, "error": str}
+_CONFIG = {
+    "data": dict,
+    "arch": dict,
+    "loss": dict,
+    "optimizer": dict,
+    "trainer": dict,
+    "seed": int,
+    "output_root": str,
+}
+_SUMMARY = {"epochs": int, "last": dict, "best": dict}
+_SUMMARY_TOO = {"higher_is_better": dict, "selected": dict, **dict.fromkeys(FACTS, float)}
 _Yaml = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where libyaml is installed
 
 
@@ -137,8 +152,14 @@ def load(paths: Sequence[str | Path]) -> Collection:
             found.runs.append(run)
         else:
             found.stopped.append(run)
-            found.unfinished.append((run.directory, f"{run.status}: {run.error}" if run.error else run.status))
+            found.unfinished.append((run.directory, _why(run)))
     return found
+
+
+def _why(run: Run) -> str:
+    if run.status == "running":  # or killed without a chance to say so
+        return f"running since {run.info.get('started', 'an unknown time')}"
+    return f"{run.status}: {run.error}" if run.error else run.status
 
 
 def _directories(root: Path) -> Iterator[Path]:
@@ -153,18 +174,31 @@ def _directories(root: Path) -> Iterator[Path]:
 
 def _read(directory: Path) -> Run:
     info = _json(directory / "run.json")
-    if lacking := [k for k in ("data", "arch", "loss", "digest", "seed", "group", "status") if k not in info]:
-        raise _Damaged(f"run.json lacks {', '.join(lacking)}")
+    _expect("run.json", info, _INFO, _INFO_TOO)
     config = _yaml(directory / "config.yaml")
+    _expect("config.yaml", config, _CONFIG, {})
+    if wrong := [k for k, v in config.items() if isinstance(v, dict) and not isinstance(v.get("_target_", ""), str)]:
+        raise _Damaged(f"config.yaml: no class in {wrong[0]}")
     if info["status"] != "finished":
         return Run(directory, info, config, {})
     run = Run(directory, info, config, _json(directory / "summary.json"))
+    _expect("summary.json", run.summary, _SUMMARY, _SUMMARY_TOO)
     try:
         lines = (directory / "metrics.jsonl").read_bytes().splitlines()
     except OSError as error:
         raise _Damaged(f"metrics.jsonl: {error.strerror}") from None
     _agree(run.summary, lines)
     return run
+
+
+def _expect(name: str, content: Mapping[str, Any], needed: Mapping[str, type], known: Mapping[str, type]) -> None:
+    """A file cut off or edited by hand can be valid and still lack what a report needs."""
+    for key, kind in {**needed, **known}.items():
+        value = content.get(key)
+        if value is None and key in needed:
+            raise _Damaged(f"{name} lacks {key}")
+        if value is not None and not isinstance(value, (int, float) if kind is float else kind):
+            raise _Damaged(f"{name}: {key} is {value!r:.40}")
 
 
 def _agree(summary: Mapping[str, Any], lines: Sequence[bytes]) -> None:
@@ -182,6 +216,10 @@ def _agree(summary: Mapping[str, Any], lines: Sequence[bytes]) -> None:
                 raise _Damaged(f"metrics.jsonl: line {number} is not the row of epoch {number}")
         quoted = [(key, value, epochs) for key, value in last.items()]
         quoted += [(key, value["value"], value["epoch"]) for key, value in best.items()]
+        if chosen := summary.get("selected"):
+            quoted += [(key, chosen[key], chosen["epoch"]) for key in last]
+        if set(best) != set(last) or not set(summary.get("higher_is_better") or last) == set(last):
+            raise _Damaged("summary.json names different metrics for the last and the best epoch")
         rows = {epoch: json.loads(lines[epoch - 1]) for epoch in {epoch for _, _, epoch in quoted}}
         for key, value, epoch in quoted:
             if not _same(rows[epoch][key], value):
