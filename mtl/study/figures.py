@@ -168,14 +168,10 @@ def _names(axis: plt.Axes, panel: Panel, looks: Mapping[str, Style]) -> None:
     box = axis.get_window_extent()
     ends = [(axis.transData.transform((t.x[-1], t.y[-1])) - (box.x0, box.y0)) / (box.width, box.height) for t in named]
     heights = spread([y for _, y in ends], 8.5 * axis.figure.dpi / 72 / box.height)
-    for trace, end, height in zip(named, ends, heights, strict=True):
-        colour = looks[trace.label].colour
-        axis.annotate(
-            trace.label, end, xycoords="axes fraction", xytext=(1.06, height), textcoords="axes fraction",
-            color=colour, fontsize=7, va="center", ha="left", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4, "shrinkA": 1, "shrinkB": 1,
-                        "relpos": (0, 0.5)},
-        )  # fmt: skip
+    for trace, (x, y), height in zip(named, ends, heights, strict=True):
+        colour, where = looks[trace.label].colour, axis.transAxes
+        axis.text(1.06, height, trace.label, color=colour, fontsize=7, va="center", ha="left", transform=where)
+        axis.add_line(Line2D([x, 1.05], [y, height], color=colour, linewidth=0.4, clip_on=False, transform=where))
 
 
 def spread(heights: Sequence[float], gap: float, low: float = 0.0, high: float = 1.0) -> list[float]:
