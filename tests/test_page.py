@@ -200,6 +200,13 @@ def test_a_hostile_run_cannot_run(tmp_path):
     assert found["meta"].startswith("<script>")
 
 
+def test_negative_numbers_have_a_minus_sign_and_names_keep_their_hyphens(tmp_path):
+    (tmp_path / "runs").mkdir()
+    table = Table("T", "N", ["strategy", "x"], [[Cell("imtl-g"), Cell("-1.5 ± 0.1", -1.5)]])
+    text = write(tmp_path, [table]).read_text()
+    assert '<td class="word">imtl-g</td>' in text and '<td data-value="-1.5">−1.5 ± 0.1</td>' in text
+
+
 def test_the_page_names_its_origin_and_what_was_left_out(runs):
     (runs / "runs" / "synthetic" / "resnet20" / "broken" / "x" / "seed0").mkdir(parents=True)
     (runs / "runs" / "synthetic" / "resnet20" / "broken" / "x" / "seed0" / "run.json").write_text("{")

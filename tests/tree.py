@@ -50,6 +50,7 @@ def write_run(
         "optimizer": {"_target_": "torch.optim.SGD", "lr": lr},
         "trainer": {"epochs": epochs},
         "seed": seed,
+        "output_root": "outputs",
     }
     (directory / "config.yaml").write_text(yaml.safe_dump(config))
     rows = []

@@ -147,7 +147,8 @@ def _cell(cell: Cell, numeric: bool) -> str:
     classes = " ".join(["best"] * cell.best + ["word"] * (not numeric))
     value = "" if cell.value is None or cell.value != cell.value else f' data-value="{float(cell.value)!r}"'
     named = f' class="{classes}"' if classes else ""
-    return f"<td{named}{value}>{escape(cell.text)}</td>"
+    text = re.sub(r"(?<![\w.])-(?=\d)", "−", cell.text)  # a minus sign, not a hyphen
+    return f"<td{named}{value}>{escape(text)}</td>"
 
 
 def _benchmark(benchmark: Benchmark, number: int, drawn: list[dict[str, Any]], numbers: Iterator[int]) -> str:

@@ -248,8 +248,8 @@ def cost(benchmark: Benchmark) -> Figure:
         traces += _scatter(group, [step_time(r) for r in runs], [r.figure(metric, benchmark.main) for r in runs], runs)
     times = [x for t in traces for x in t.x]
     log = "x" if times and max(times) > 8 * min(times) else ""
-    machines = {(r.info["hardware"]["gpu"] or r.info["hardware"]["cpu"], r.info["hardware"]["threads"])
-                for g in benchmark.groups for r in g.runs}  # fmt: skip
+    hardware = [r.info.get("hardware", {}) for g in benchmark.groups for r in g.runs]
+    machines = {(of.get("gpu") or of.get("cpu"), of.get("threads")) for of in hardware}
     note = "Time of a training step as the runs met it, at their batch size; on a busy machine it says little."
     if len(machines) > 1:
         note += " The runs come from different machines: the times do not compare."
