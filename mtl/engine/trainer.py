@@ -209,8 +209,8 @@ class Learner:
             predictions, features = self.predict(images)
             losses = seen = self._losses(predictions, targets)
         else:  # independent batches: the parts of this one
-            parts = [self.predict(part)[0] for part in images.chunk(strategy.samples)]
-            labels = {name: y.chunk(strategy.samples) for name, y in targets.items()}
+            parts = [self.predict(part)[0] for part in images.tensor_split(strategy.samples)]
+            labels = {name: y.tensor_split(strategy.samples) for name, y in targets.items()}
             seen = [self._losses(p, {name: y[k] for name, y in labels.items()}) for k, p in enumerate(parts)]
             predictions, features = [torch.cat(p) for p in zip(*parts, strict=True)], None
             losses = self._losses(predictions, targets)
