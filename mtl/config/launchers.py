@@ -119,5 +119,5 @@ def explain(error: Exception) -> UserError | None:
     origin = type(error).__module__.partition(".")[0]
     if origin in PLUGINS.values():
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        return SetupError(f"{origin} could not run a cell: {one_line(reason)[:300]}; the same command again resumes it")
+        return SetupError(f"{origin} could not run the cells: {one_line(reason)[:300]}; the same command again goes on")
     return None
