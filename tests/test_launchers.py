@@ -209,6 +209,27 @@ def test_a_missing_package_is_named(smoke, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_error_of_another_process_is_one_line():
+    """What submitit raises in the command for a job that failed in its own process, and for one that died."""
+    needs("submitit")
+    from submitit.core.utils import FailedJobError, UncompletedJobError
+
+    trace = "Job (task=0) failed during processing with trace:\n---\nTraceback (most recent call last):\n  File x\n"
+    failed = launchers.explain(
+        FailedJobError(f"{trace}ModuleNotFoundError: No module named 'mtl'\n---\nsee job.stdout()")
+    )
+    assert (
+        failed.exit_code == 1
+        and "submitit" in str(failed)
+        and "ModuleNotFoundError: No module named 'mtl'" in str(failed)
+    )
+    died = launchers.explain(
+        UncompletedJobError("Job 7 has not produced any output (state: NODE_FAIL)\n\nNo error stream")
+    )
+    assert "state: NODE_FAIL" in str(died) and "\n" not in str(died)
+    assert launchers.explain(ValueError("of a run")) is None
+
+
 def test_two_processes_fetch_cifar100_once(tmp_path, monkeypatch):
     root, count = tmp_path / "new" / "data", tmp_path / "count"
 
