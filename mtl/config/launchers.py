@@ -125,7 +125,7 @@ def explain(error: Exception) -> UserError | None:
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     reason = next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception)\b", line)), lines[0])
     return SetupError(
-        f"{origins.pop()} could not run the cells: {one_line(reason)[:300]}; the same command again goes on"
+        f"{origins.pop()} could not run the cells: {one_line(reason)[:300].rstrip('.')}; the same command again goes on"
     )
 
 
