@@ -79,7 +79,7 @@ def test_parallel_cells_give_what_cells_one_after_another_give(smoke, tmp_path, 
     try:
         parallel = smoke(*grid, "hydra/launcher=parallel", "hydra.launcher.n_jobs=2")
     finally:
-        get_reusable_executor().shutdown(wait=True)
+        get_reusable_executor(reuse=True).shutdown(kill_workers=True)
     shutil.move(tmp_path / "out", tmp_path / "parallel")
     one_by_one = smoke(*grid)
 
