@@ -70,28 +70,28 @@ def test_presets_compose_into_a_launcher(preset):
 
 
 def test_parallel_cells_give_what_cells_one_after_another_give(smoke, tmp_path, one_thread, monkeypatch):
-    """Two good cells, one that diverges, and one that is the first once more."""
+    """A good cell, one that diverges, and one that is the first once more."""
     needs("joblib")
     from joblib.externals.loky import get_reusable_executor
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    grid = ("-m", "optimizer.lr=0.1,1e9,1e-1,0.01")
+    grid = ("-m", "optimizer.lr=0.1,1e9,1e-1")
     try:
         parallel = smoke(*grid, "hydra/launcher=parallel", "hydra.launcher.n_jobs=2")
     finally:
-        get_reusable_executor().shutdown(wait=True)
+        get_reusable_executor(reuse=True).shutdown(kill_workers=True)
     shutil.move(tmp_path / "out", tmp_path / "parallel")
     one_by_one = smoke(*grid)
 
     assert parallel.code == one_by_one.code == 1
     assert table(parallel.out) == table(one_by_one.out)
     ours, theirs = runs(tmp_path / "parallel"), runs(tmp_path / "out")
-    assert len(ours) == 3
+    assert len(ours) == 2
     assert {k: metrics(d) for k, d in ours.items()} == {k: metrics(d) for k, d in theirs.items()}
     # The console has no epochs of several cells in disorder; the logs have them.
     assert "epoch 1/2" not in parallel.out and "epoch 1/2" in one_by_one.out
     assert all("epoch 1/2" in (d / "train.log").read_text() for d in ours.values())
-    assert [parallel.out.count(f"cell {i}    started") for i in range(4)] == [1, 1, 1, 1]
+    assert [parallel.out.count(f"cell {i}    started") for i in range(3)] == [1, 1, 1]
     assert parallel.err.count("error: ") == 1 and "became" in parallel.err
 
 
@@ -104,8 +104,8 @@ def test_a_preempted_job_is_requeued_and_ends_as_if_undisturbed(smoke, tmp_path,
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         # As soon as an epoch is complete, what Slurm does before it takes the node away.
-        os.kill(_job_with_an_epoch(tmp_path / "outputs", time.monotonic() + 120), signal.SIGUSR2)
-        output, _ = process.communicate(timeout=120)
+        os.kill(_job_with_an_epoch(tmp_path / "outputs", time.monotonic() + 300), signal.SIGUSR2)
+        output, _ = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 0, output
@@ -122,7 +122,7 @@ def test_a_preempted_job_is_requeued_and_ends_as_if_undisturbed(smoke, tmp_path,
 def _job_with_an_epoch(root: Path, deadline: float) -> int:
     """The id of the process of the only job under `root`, once it has written an epoch."""
     while time.monotonic() < deadline:
-        if any(file.read_text() for file in root.rglob("metrics.jsonl")):
+        if any(root.rglob("last.pt")):
             for process in Path("/proc").glob("[0-9]*"):
                 words = (process / "cmdline").read_bytes().split(b"\0")
                 if b"submitit.core._submit" in words and (process / "cwd").resolve() == root.parent:
@@ -149,7 +149,7 @@ def test_slurm_gets_what_the_preset_says(smoke, tmp_path, monkeypatch):
     assert {"partition=gpu", "time=90", "array=0-2%2", "gpus-per-node=1", "cpus-per-task=4", "mem=16GB"} <= options
     assert {"requeue", "open-mode=append", "signal=USR2@120", "job-name=mtl"} <= options
     assert result.code == 1
-    assert len(result.err.splitlines()) == 1 and "no such partition" in result.err
+    assert result.err.splitlines()[-1].startswith("error: submitit could not run the cells: no such partition")
     assert not runs(tmp_path / "out")
 
 
@@ -207,6 +207,27 @@ def test_a_missing_package_is_named(smoke, tmp_path, monkeypatch):
     assert result.code == 1
     assert result.err == "error: hydra/launcher needs a package: pip install hydra-joblib-launcher\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_the_error_of_another_process_is_one_line():
+    """What submitit raises in the command for a job that failed in its own process, and for one that died."""
+    needs("submitit")
+    from submitit.core.utils import FailedJobError, UncompletedJobError
+
+    trace = "Job (task=0) failed during processing with trace:\n---\nTraceback (most recent call last):\n  File x\n"
+    failed = launchers.explain(
+        FailedJobError(f"{trace}ModuleNotFoundError: No module named 'mtl'\n---\nsee job.stdout()")
+    )
+    assert (
+        failed.exit_code == 1
+        and "submitit" in str(failed)
+        and "ModuleNotFoundError: No module named 'mtl'" in str(failed)
+    )
+    died = launchers.explain(
+        UncompletedJobError("Job 7 has not produced any output (state: NODE_FAIL)\n\nNo error stream")
+    )
+    assert "state: NODE_FAIL" in str(died) and "\n" not in str(died)
+    assert launchers.explain(ValueError("of a run")) is None
 
 
 def test_two_processes_fetch_cifar100_once(tmp_path, monkeypatch):

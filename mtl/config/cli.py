@@ -50,7 +50,8 @@ def launch(main: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
-        code = _say(SetupError(f"cannot write to {error.filename}: {error.strerror}; set output_root=DIR"))
+        wrong = SetupError(f"cannot write to {error.filename}: {error.strerror}; set output_root=DIR")
+        code = _say(launchers.explain(error) or wrong)
     except Exception as error:  # a run's own errors end in its outcome: what arrives here is Hydra's
         code = _say(translate(error))
     except (KeyboardInterrupt, Terminated) as error:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import re
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -116,8 +118,18 @@ def explain(error: Exception) -> UserError | None:
     cause = error.__cause__ or error
     if isinstance(cause, ValidationError) and str(cause.full_key).startswith("hydra.launcher."):
         return ConfigError(f"{cause.full_key}: {one_line(cause).partition(' full_key:')[0]}")
-    origin = type(error).__module__.partition(".")[0]
-    if origin in PLUGINS.values():
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        return SetupError(f"{origin} could not run a cell: {one_line(reason)[:300]}; the same command again resumes it")
-    return None
+    origins = {type(error).__module__.partition(".")[0], _raised_in(error)} & set(PLUGINS.values())
+    if not origins:
+        return None
+    # Of a traceback that came from another process, the line that names the error.
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    reason = next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception)\b", line)), lines[0])
+    return SetupError(
+        f"{origins.pop()} could not run the cells: {one_line(reason)[:300].rstrip('.')}; the same command again goes on"
+    )
+
+
+def _raised_in(error: Exception) -> str:
+    """The package whose code raised `error`: Ray raises built-in exceptions too."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_globals.get("__name__", "").partition(".")[0] if frames else ""
