@@ -133,7 +133,7 @@ def train(cli, tmp_path, monkeypatch):
 
 
 def test_the_protocol_chooses_on_validation_data_and_survives(train, tmp_path, monkeypatch, capfd):
-    """Rate 0.02 is best on validation data and worst on test data; 0.05 diverges; a failure postpones, and is retried."""
+    """Rate 0.02 is best on validation data and worst on test data; 0.05 diverges; a failure is retried."""
     evaluate, train_epoch = Learner.evaluate, Learner.train_epoch
     rate = lambda self: self.optimizer.param_groups[0]["initial_lr"]  # noqa: E731
     broken = [0.01]

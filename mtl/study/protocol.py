@@ -238,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("words", nargs="+", metavar="METHOD|KEY=VALUE", help="methods, and options of train.py")
     parser.add_argument(
-        "--rates", type=float, nargs="+", default=RATES, help="learning rates; default: ten, 0.001 to 1"
+        "--rates", type=_numbers(float), default=RATES, metavar="R,R,…", help="learning rates; default: ten, 0.001 to 1"
     )
     parser.add_argument("--chooser", type=int, default=0, metavar="SEED", help="seed of stage 1; default: 0")
     parser.add_argument(
