@@ -158,6 +158,7 @@ def test_the_protocol_chooses_on_validation_data_and_survives(train, tmp_path, m
     assert [arguments[-2:] for arguments in train.grids] == [
         ["optimizer.lr=0.01", "seed=0"], ["optimizer.lr=0.02", "seed=1,2"]
     ]  # fmt: skip
+    capfd.readouterr()
     assert train("equal", *rates) == 0 and train.grids == []
     out = capfd.readouterr().out
     (row,) = (re.split(r"\s{2,}", line) for line in out.splitlines() if line.startswith("equal "))
