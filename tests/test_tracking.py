@@ -3,9 +3,12 @@
 import io
 import json
 import re
+import socket
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -21,6 +24,7 @@ from wandb.sdk.lib import wbauth
 from mtl.config.identity import Identity
 from mtl.engine.trainer import Learner
 from mtl.tracking import RunInfo, console, flatten
+from mtl.tracking import wandb as tracking
 from mtl.tracking.wandb import WandbTracker
 
 SMALL = ("data=digits", "data.limit_train=50", "data.limit_test=40", "data.batch_size=32", "arch=wide_resnet",
@@ -132,6 +136,7 @@ def test_wandb_never_asks(run, monkeypatch, mode):
 
 
 def arguments_of_init(monkeypatch, mode: str) -> dict:
+    monkeypatch.setattr("mtl.tracking.wandb._reachable", lambda url: True)
     monkeypatch.setattr(wandb, "init", init := mock.MagicMock())
     identity = Identity("digits", "resnet20", "dwa", "0a1b2c3d", 7)
     WandbTracker(mode=mode).start(RunInfo(identity, Path("run"), Path("outputs"), {"a.b": 1}, {"test/ink_mae": False}))
@@ -162,6 +167,92 @@ def test_wandb_is_online_when_logged_in_and_not_told_otherwise(run, monkeypatch,
 def test_wandbs_service_is_given_an_absolute_path(run, monkeypatch):
     """Another process, which may be older than this run and work in another directory, writes the files."""
     assert Path(arguments_of_init(monkeypatch, "offline")["dir"]).is_absolute()
+
+
+class Busy(BaseHTTPRequestHandler):
+    """A server that is there and cannot help."""
+
+    def do_GET(self):
+        self.send_error(500)
+
+    do_POST, log_message = do_GET, lambda *arguments: None
+
+
+@pytest.mark.parametrize("server", ["absent", "silent", "busy"])
+def test_a_key_without_a_network_means_offline(run, monkeypatch, server):
+    """Nobody listens, somebody who never answers, somebody who answers with errors: bounded, and nothing is lost."""
+    monkeypatch.setattr(tracking, "PROBE", 1.0)
+    monkeypatch.setattr(tracking, "BEGIN", 2.0)
+    url, http = "http://127.0.0.1:9", None
+    if server == "busy":
+        http = ThreadingHTTPServer(("127.0.0.1", 0), Busy)
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{http.server_port}"
+    listener = socket.create_server(("127.0.0.1", 0))
+    if server == "silent":
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    wandb.teardown()
+    for name, value in {"WANDB_BASE_URL": url, "WANDB_SILENT": "true", **KEY}.items():
+        monkeypatch.setenv(name, value)
+    try:
+        tracker, info = (
+            WandbTracker(),
+            RunInfo(Identity("d", "a", "l", "0a1b2c3d", 7), Path("run"), Path("outputs"), {}, {}),
+        )
+        line = tracker.start(info)
+        tracker.log({"epoch": 1, "test/ink_mae": 0.5})
+        tracker.finish({"status": "finished"}, ok=True)
+    finally:
+        wbauth.unauthenticate_session()
+        wandb.teardown()
+        listener.close()
+        if http:
+            http.shutdown()
+    why = "W&B refused" if server == "busy" else f"{url} cannot be reached"
+    assert line.startswith(why) and "offline; upload with: wandb sync" in line
+    (fragment,) = fragments()
+    assert [row["test/ink_mae"] for row in fragment.rows] == [0.5] and fragment.summary["status"] == "finished"
+
+
+def test_a_sweep_is_told_of_a_run_that_was_there_before(run, monkeypatch):
+    """W&B chooses the id, one per point: the finished run is told from its start, the sweep's own values stand."""
+    assert run("logger=none", "loss=dwa").code == 0
+    Path("point.yaml").write_text("wandb_version: 1\nloss:\n  value: dwa\nseed:\n  value: 42\n")
+    sweep = {
+        "WANDB_SWEEP_ID": "s",
+        "WANDB_RUN_ID": "point1",
+        "WANDB_SWEEP_PARAM_PATH": str(Path("point.yaml").resolve()),
+    }
+    wandb.teardown()
+    for name, value in sweep.items():
+        monkeypatch.setenv(name, value)
+    try:
+        result = run("logger=wandb", "loss=dwa")
+    finally:
+        wandb.teardown()
+    assert result.code == 0 and "finished 2" in result.out and "run    " not in result.out
+    (fragment,) = fragments()
+    assert fragment.run["run_id"] == "point1" and fragment.code == 0
+    assert [row["test/digit_accuracy"] for row in fragment.rows] == [r["test/digit_accuracy"] for r in results().rows]
+    assert fragment.run["config"]["update"]["loss"] == "dwa" and "max" in fragment.summary["test/digit_accuracy"]
+
+
+def test_the_best_checkpoint_is_an_artifact_on_request(run):
+    assert run("logger=wandb", "logger.artifact=best").code == 0
+    (folder,) = Path("outputs/wandb").glob("offline-run-*")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
+    records = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    (artifact,) = (r["artifact"] for r in map(json.loads, records) if r["type"] == "artifact" and "model" in str(r))
+    assert (artifact["name"], artifact["type"], "best" in artifact["aliases"]) == (results().name, "model", True)
+    metadata = json.loads(artifact["metadata"])
+    assert metadata["loss"] == "equal" and metadata["best/digit_accuracy"] == max(
+        row["test/digit_accuracy"] for row in results().rows
+    )
+    (entry,) = artifact["manifest"]["contents"]
+    assert (
+        entry["path"] == "best.pt"
+        and Path(entry["local_path"]).read_bytes() == (results().path / "best.pt").read_bytes()
+    )
 
 
 def test_tensorboard_holds_the_rows(run):

@@ -26,7 +26,7 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -224,6 +224,13 @@ def _higher(run: Run) -> bool:
     return summary["higher_is_better"][summary["selected"]["by"].replace("val/", "test/", 1)]
 
 
+def _numbers(kind: type) -> Callable[[str], list]:
+    def numbers(text: str) -> list:
+        return sorted({kind(word) for word in text.split(",")})
+
+    return numbers
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -231,10 +238,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("words", nargs="+", metavar="METHOD|KEY=VALUE", help="methods, and options of train.py")
     parser.add_argument(
-        "--rates", type=float, nargs="+", default=RATES, help="learning rates; default: ten, 0.001 to 1"
+        "--rates", type=_numbers(float), default=RATES, metavar="R,R,…", help="learning rates; default: ten, 0.001 to 1"
     )
     parser.add_argument("--chooser", type=int, default=0, metavar="SEED", help="seed of stage 1; default: 0")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds of stage 2; default: 1 2 3")
+    parser.add_argument(
+        "--seeds", type=_numbers(int), default=[1, 2, 3], metavar="S,S,…", help="of stage 2; default: 1,2,3"
+    )
     options = parser.parse_intermixed_args(arguments)
     try:
         specs, changes = [], []
@@ -258,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         methods = [Method(spec, tuple(changes)) for spec in dict.fromkeys(specs)]
         GlobalHydra.instance().clear()
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            return protocol(methods, sorted(set(options.rates)), options.chooser, options.seeds)
+            return protocol(methods, options.rates, options.chooser, options.seeds)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

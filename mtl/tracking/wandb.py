@@ -141,8 +141,8 @@ class WandbTracker(Tracker):
         facts = {"data": identity.data, "arch": identity.arch, "loss": identity.loss, "seed": identity.seed}
         chosen = {_slashed(k): v for k, v in summary.items() if k.startswith(("best.", "last.", "selected."))}
         artifact = wandb.Artifact(identity.name, type="model", metadata={**facts, **chosen})
-        # best.pt is not written again, so W&B need not copy it before the upload.
-        artifact.add_file(str(self.info.directory / "best.pt"), policy="immutable", skip_cache=True)
+        # Absolute, for a sync from anywhere; best.pt is not written again, so W&B need not copy it before.
+        artifact.add_file(str((self.info.directory / "best.pt").resolve()), policy="immutable", skip_cache=True)
         self.run.log_artifact(artifact, aliases=["best"])
 
     def _try(self, action: Callable[[], Any]) -> None:

@@ -1,0 +1,196 @@
+"""Sweep files, the protocol and Optuna: every point is a config that mtl accepts; searches look at validation data."""
+
+import itertools
+import json
+import math
+import random
+import re
+from functools import cache
+
+import pytest
+import yaml
+from conftest import ROOT
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+from mtl.config.errors import ConfigError
+from mtl.engine.finished import objective
+from mtl.engine.run import check
+from mtl.engine.trainer import Learner
+from mtl.study import protocol
+
+FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
+SMALL = ("experiment=smoke", "data.train_size=64", "data.test_size=32", "data.batch_size=32", "arch=wide_resnet",
+         "arch.depth=10", "arch.width=1", "trainer.epochs=1")  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hydra():
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        yield
+
+
+def points(sweep: dict) -> list[dict]:
+    """All points of a grid, 100 of a random or Bayesian search."""
+    parameters = sweep["parameters"]
+    if sweep["method"] == "grid":
+        return [
+            dict(zip(parameters, p, strict=True))
+            for p in itertools.product(*(v["values"] for v in parameters.values()))
+        ]
+    draw = random.Random(0)
+    assert {p["distribution"] for p in parameters.values()} == {"log_uniform_values"}
+    ends = {key: (math.log(p["min"]), math.log(p["max"])) for key, p in parameters.items()}
+    return [{key: math.exp(draw.uniform(*end)) for key, end in ends.items()} for _ in range(100)]
+
+
+def words(sweep: dict, point: dict) -> list[str]:
+    """The arguments that W&B's agent gives train.py."""
+    known = create_sweep_command_args({"args": {key: {"value": value} for key, value in point.items()}})
+    known |= {"env": ["/usr/bin/env"], "interpreter": ["python"], "program": [sweep["program"]]}
+    given = [known[c[2:-1]] if c.startswith("${") else [c] for c in create_sweep_command(list(sweep["command"]))]
+    command = list(itertools.chain(*given))
+    assert command[:3] == ["/usr/bin/env", "python", "train.py"]
+    return command[3:]
+
+
+@cache
+def composed(chosen: tuple[str, ...]):
+    return compose("config", list(chosen))
+
+
+def config_of(arguments: list[str]) -> dict:
+    """What `compose` makes of them, in a hundredth of the time: numbers are put into a composed config afterwards."""
+    number = re.compile(r"(seed|optimizer\.lr|loss\.weights\.coarse)=\d").match
+    split = next(i for i in range(len(arguments), 0, -1) if not number(arguments[i - 1]))
+    late = OverridesParser.create().parse_overrides(arguments[split:])
+    config = composed(tuple(arguments[:split])).copy()
+    for override in late:
+        assert OmegaConf.select(config, override.key_or_group) is not None
+        OmegaConf.update(config, override.key_or_group, override.value())
+    return OmegaConf.to_container(config, resolve=True)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_every_point_of_a_sweep_is_a_config(file):
+    sweep = yaml.safe_load(file.read_text())
+    for point in points(sweep):
+        arguments = words(sweep, point)
+        check(config_of(arguments))
+        # Not "None", "True" and the like, which Hydra takes for strings: numbers and names only.
+        assert not [v for v in point.values() if v is None or isinstance(v, (bool, list, dict))]
+    assert config_of(arguments) == OmegaConf.to_container(compose("config", arguments), resolve=True)
+    assert config_of(arguments)["seed"] == point.get("seed", 0)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_a_sweep_file_is_what_wandb_expects_and_its_header_says(file):
+    jsonschema = pytest.importorskip("jsonschema")
+    # From W&B's package "sweeps" 0.3.0, which no longer installs beside a current NumPy.
+    schema = json.loads((ROOT / "tests" / "oracles" / "sweep_schema.json").read_text())
+    text = file.read_text()
+    sweep = yaml.safe_load(text)
+    jsonschema.Draft7Validator(schema).validate(sweep)
+    assert not list(jsonschema.Draft7Validator(schema).iter_errors({**sweep, "method": "bayes"}))
+    runs = len(points(sweep)) if sweep["method"] == "grid" else sweep["run_cap"]
+    header = text.partition("program:")[0]
+    assert f"{runs} runs" in header and f"wandb sweep sweeps/{file.name}" in header and "Expected" in header
+    # A search by rates or weights is judged on validation data, so there must be some.
+    fraction = config_of(words(sweep, points(sweep)[0]))["data"]["val_fraction"]
+    assert sweep["metric"]["name"] == ("val/fine_accuracy" if fraction else "test/fine_accuracy")
+    assert sweep["metric"]["goal"] == "maximize" and (fraction > 0) == ("optimizer.lr" in sweep["parameters"])
+
+
+def test_a_point_that_is_wrong_is_refused():
+    sweep = yaml.safe_load((ROOT / "sweeps" / "bayes.yaml").read_text())
+    with pytest.raises(ConfigError, match=r"optimizer.lrr"):
+        check(OmegaConf.to_container(compose("config", [*words(sweep, {}), "+optimizer.lrr=1"]), resolve=True))
+
+
+@pytest.fixture
+def train(cli, tmp_path, monkeypatch):
+    """`train("equal", "--rates", …)` runs the protocol in-process; `train.grids` are the arguments of its grids."""
+
+    def grid(arguments):
+        call.grids.append(arguments)
+        code = cli(*arguments).code
+        GlobalHydra.instance().clear()
+        initialize_config_dir(str(ROOT / "conf"), version_base="1.3").__enter__()
+        return code
+
+    def call(*arguments):
+        call.grids = []
+        return protocol.main([*arguments, *SMALL, f"output_root={tmp_path / 'out'}", "data.val_fraction=0.25"])
+
+    monkeypatch.setattr(protocol, "grid", grid)
+    return call
+
+
+def test_the_protocol_chooses_on_validation_data_and_survives(train, tmp_path, monkeypatch, capfd):
+    """Rate 0.02 is best on validation data and worst on test data; 0.05 diverges; a failure is retried."""
+    evaluate, train_epoch = Learner.evaluate, Learner.train_epoch
+    rate = lambda self: self.optimizer.param_groups[0]["initial_lr"]  # noqa: E731
+    broken = [0.01]
+
+    def figures(self, batches, name):
+        row, sign = evaluate(self, batches, name), 1 if name == "val" else -1
+        return {**row, f"{name}/fine_accuracy": 50 + sign * {0.01: 1, 0.02: 2, 0.05: 3}[rate(self)]}
+
+    def epoch(self, *arguments):
+        if rate(self) in broken:
+            raise RuntimeError("out of memory")
+        row = train_epoch(self, *arguments)
+        return {**row, "train/fine_loss": math.nan} if rate(self) == 0.05 else row
+
+    monkeypatch.setattr(Learner, "evaluate", figures)
+    monkeypatch.setattr(Learner, "train_epoch", epoch)
+    rates = ("--rates", "0.05,0.01,0.02", "--seeds", "1,2")
+    assert train("equal", *rates) == 1
+    assert "rate 0.01 seed 0 failed; the same command tries again" in capfd.readouterr().err and len(train.grids) == 1
+    broken.clear()
+    assert train("equal", *rates) == 0
+    assert [arguments[-2:] for arguments in train.grids] == [
+        ["optimizer.lr=0.01", "seed=0"], ["optimizer.lr=0.02", "seed=1,2"]
+    ]  # fmt: skip
+    capfd.readouterr()
+    assert train("equal", *rates) == 0 and train.grids == []
+    out = capfd.readouterr().out
+    (row,) = (re.split(r"\s{2,}", line) for line in out.splitlines() if line.startswith("equal "))
+    assert row[:6] == ["equal", "0.02", "1", "52", "2", "48.00 ± 0.00"]
+    assert "optimizer.lr=0.02 seed=1,2" in out and "may lie beyond" not in out
+    (chosen,) = {f.parent for f in (tmp_path / "out").rglob("seed1/summary.json")}
+    assert objective(chosen) == 52
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["equl"], "did you mean equal?"), (["equal", "loss=dwa"], "loss: is the protocol's to set"),
+     (["equal", "data.val_fraction=0"], "chosen on validation data"), (["dwa:temp=1"], "unknown key"),
+     (["equal", "--seeds", "0,1"], "fresh ones"), (["equal", "trainer.epoch=1"], "did you mean epochs?")],
+)  # fmt: skip
+def test_the_protocol_refuses_before_it_runs(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(protocol, "grid", pytest.fail)
+    assert protocol.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_optuna_proposes_again_what_is_finished(cli, tmp_path):
+    """The objective reaches Optuna; the same command reads its finished trials and goes on."""
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="hydra-optuna-sweeper is not installed")
+    options = ["-m", "hydra/sweeper=tpe", *SMALL, "loss=static", "data.val_fraction=0.25",
+               f"output_root={tmp_path / 'out'}", "++loss.weights.coarse=tag(log, interval(0.03, 3))"]  # fmt: skip
+    first = cli(*options, "hydra.sweeper.n_trials=1")
+    assert first.code == 0, first.err
+    (directory,) = {f.parent for f in (tmp_path / "out").rglob("summary.json")}
+    result = yaml.safe_load(next((tmp_path / "out").rglob("optimization_results.yaml")).read_text())
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert result["best_value"] == max(row["val/fine_accuracy"] for row in rows)
+    assert set(result["best_params"]) == {"optimizer.lr", "++loss.weights.coarse"}
+    second = cli(*options, "hydra.sweeper.n_trials=2")
+    assert second.code == 0 and second.out.count("(delete that folder to run it again)") == 1
+    assert "best validation figure: " in second.out
