@@ -10,7 +10,7 @@ quickstart: .venv/installed
 	$(VENV)/python train.py -m experiment=quickstart loss=equal,uncertainty,pcgrad seed=0,1
 
 test: .venv/installed-test
-	$(VENV)/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/python -m pytest -n 2 --dist loadfile
 
 bench: .venv/installed
 	$(VENV)/python benchmarks/throughput.py
