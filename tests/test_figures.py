@@ -67,6 +67,21 @@ def test_learning_curves_are_means_in_bands_from_the_lowest_to_the_highest_seed(
     assert {t.get_text() for t in left.texts} == {"dwa", "equal"}
 
 
+def test_what_the_microscope_saw_is_drawn_for_any_strategy(tmp_path, axes):
+    seen = {
+        "micro/tasks/cosine/all": [0.5, 0.25],
+        "micro/tasks/cosine/stem": [0.1, 0.2],
+        "micro/tasks/cosine/top": [0.3, 0.4],
+    }
+    write_run(tmp_path, "equal", 0, {"test/a_accuracy": [1.0, 2.0], **seen})
+    write_run(tmp_path, "pcgrad", 0, {"test/a_accuracy": [1.0, 2.0], "grad/cosine": [0.6, 0.7]})
+    (axis,) = axes(read(tmp_path), "gradients")
+    assert {tuple(line.get_ydata()) for line in axis.get_lines()} >= {(0.5, 0.25), (0.6, 0.7)}
+    stem, top = axes(read(tmp_path), "layers")
+    assert [axis.get_title() for axis in (stem, top)] == ["stem", "top"]
+    assert [tuple(axis.get_lines()[0].get_ydata()) for axis in (stem, top)] == [(0.1, 0.2), (0.3, 0.4)]
+
+
 def test_epochs_without_a_figure_and_nan_leave_a_gap_not_a_shift(tmp_path, axes):
     write_run(tmp_path, "dwa", 0, {"test/a_accuracy": [1.0, 2.0, 3.0], "grad/cosine": [None, 0.5, 0.25]})
     write_run(tmp_path, "dwa", 1, {"test/a_accuracy": [1.0, 2.0, 3.0], "grad/cosine": [0.9, float("nan"), 0.75]})

@@ -22,6 +22,7 @@ Row = dict[str, float]
 
 PANELS = 5  # tasks against each other: so many at most, ten panels
 
+MICRO = "micro/tasks/cosine"
 GRADIENTS = {
     "grad/cosine": ("direction", "cosine of two tasks' gradients"),
     "grad/magnitude": ("length", "magnitude similarity"),
@@ -101,7 +102,7 @@ class Figure:
 
 def figures(benchmark: Benchmark) -> dict[str, list[Figure]]:
     """{arch: every figure for which there are data}."""
-    makers = (learning_curves, weights, gradients, parallel_coordinates, pareto, cost, learning_rates)
+    makers = (learning_curves, weights, gradients, layers, parallel_coordinates, pareto, cost, learning_rates)
     archs = dict.fromkeys(g.arch for g in benchmark.groups)
     return {arch: [f for make in makers if (f := make(on(benchmark, arch))).panels] for arch in archs}
 
@@ -182,15 +183,30 @@ def weights(benchmark: Benchmark) -> Figure:
 
 
 def gradients(benchmark: Benchmark) -> Figure:
-    """Agreement of the task gradients over epochs."""
+    """Agreement of the task gradients over epochs, as a gradient method or the microscope saw them."""
     panels = []
     for key, (name, label) in GRADIENTS.items():
-        panels.append(Panel(name, "epoch", label, _curves(benchmark, lambda row, key=key: row.get(key))))
+        seen = key.replace("grad/", "micro/tasks/") + "/all"
+        value = lambda row, key=key, seen=seen: row.get(key, row.get(seen))  # noqa: E731
+        panels.append(Panel(name, "epoch", label, _curves(benchmark, value)))
     note = "Gradients of the tasks on the shared parameters, mean over an epoch's steps and over pairs of tasks."
-    absent = [g.label for g in benchmark.groups if not _keys(g, "grad/cosine")]
+    absent = [g.label for g in benchmark.groups if not (_keys(g, "grad/cosine") or _keys(g, f"{MICRO}/all"))]
     if absent:
-        note += f" {len(absent)} of {len(benchmark.groups)} strategies do not compute them and are not shown."
+        note += f" {len(absent)} of {len(benchmark.groups)} strategies do not compute them and are not shown"
+        note += " (microscope.every=50 would)."
     return _figure(benchmark, "gradients", "Gradient agreement", note, panels, curves=True)
+
+
+def layers(benchmark: Benchmark) -> Figure:
+    """Cosine of the task gradients in every layer group, as the microscope saw them."""
+    keys = dict.fromkeys(k for g in benchmark.groups for k in _keys(g, f"{MICRO}/") if not k.endswith("/all"))
+    panels = [
+        Panel(key.rpartition("/")[2], "epoch", GRADIENTS["grad/cosine"][1],
+              _curves(benchmark, lambda row, key=key: row.get(key)))
+        for key in keys
+    ]  # fmt: skip
+    note = "Gradients of the tasks on the parameters of each layer group, at the steps that the microscope observed."
+    return _figure(benchmark, "layers", "Gradient agreement by layers", note, panels, curves=True)
 
 
 def parallel_coordinates(benchmark: Benchmark) -> Figure:
