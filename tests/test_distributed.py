@@ -110,8 +110,8 @@ def build(case, processes=None) -> tuple[Learner, TrainingBatches, EvaluationBat
 
     loss, optimizer, switches, kind = case
     benchmark = kind()
-    nodes = {group: yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text())
-             for group, name in (("loss", loss), ("optimizer", optimizer), ("schedule", "cosine"))}  # fmt: skip
+    chosen = {"loss": loss, "optimizer": optimizer, "schedule": "cosine", "microscope": "default"}
+    nodes = {g: yaml.safe_load((ROOT / "conf" / g / f"{name}.yaml").read_text()) for g, name in chosen.items()}
     nodes["loss"] = {**nodes["loss"], **NEEDED.get(loss, {})}
     strategy = schema.build(nodes["loss"], "loss", tasks=[t.name for t in benchmark.tasks])
     tasks = [t for t in benchmark.tasks if t.name in strategy.names]

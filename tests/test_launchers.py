@@ -52,7 +52,7 @@ def metrics(directory: Path) -> list[dict]:
 
 
 def table(output: str) -> str:
-    return output.split("mean ± std over seeds\n")[1].split("\n\n")[0]
+    return output.split(": test metrics\n")[1].split("\n\n")[0]
 
 
 def test_every_preset_has_a_test():

@@ -329,7 +329,7 @@ def test_the_command_writes_every_table_and_says_so(tmp_path, capsys):
         (["nowhere"], "nowhere: no such folder"),
         (["empty"], "empty: no finished run"),
         (["runs", "--reference", "equa"], "--reference equa: no such strategy here; one of equal; did you mean equal?"),
-        (["runs", "--format", "pdf"], "--format pdf: one of csv, md, tex"),
+        (["runs", "--format", "docx"], "--format docx: one of csv, md, tex, html"),
         (["broken"], "broken: no finished run; 1 run without a result"),
     ],
 )

@@ -72,8 +72,8 @@ def summarise(folder: Path) -> int:
         print(f"figure: {figure}")
     if (search := folder / "optimization_results.yaml").exists():  # of Hydra's Optuna sweeper
         best = yaml.safe_load(search.read_text())
-        found = " ".join(f"{key}={value}" for key, value in best["best_params"].items())
-        print(f"best validation figure: {best['best_value']:.4g}, by {found}")
+        words = " ".join(f"{key}={value}" for key, value in best["best_params"].items())
+        print(f"best validation figure: {best['best_value']:.4g}, by {words}")
     failed = [o for o in outcomes if o["status"] != "finished"]
     for o in failed:
         status = "interrupted" if o["status"] == "running" else o["status"]
