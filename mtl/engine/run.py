@@ -24,18 +24,18 @@ from mtl.config.errors import ConfigError, Diverged, SetupError, one_line
 from mtl.config.identity import Identity
 from mtl.data.base import Benchmark
 from mtl.data.batches import EvaluationBatches, TrainingBatches
-from mtl.engine import checkpoint
+from mtl.engine import checkpoint, words
 from mtl.engine.backward import Switches
 from mtl.engine.directory import RunDirectory, now, write_json
 from mtl.engine.distributed import Processes
 from mtl.engine.finished import repeat
 from mtl.engine.microscope import Microscope
 from mtl.engine.trainer import Learner, Trainer, defines
-from mtl.losses import Equal, GramianWeighting, LossWeighting, Strategy
+from mtl.losses import Equal, Strategy
 from mtl.random import derive
 from mtl.tasks import Task
 from mtl.tracking import RunInfo, Tracker, flatten
-from mtl.tracking.console import duration, epoch_line, table
+from mtl.tracking.console import epoch_line
 
 log = logging.getLogger("mtl")
 
@@ -245,7 +245,7 @@ class Job:
         rows = self._resume()
         directory.start(self.config, self._identity_fields(), self.learner.device)
         where = self.tracker.start(self._info(rows))
-        self._header(where, len(rows))
+        words.header(self, where, len(rows))
         try:
             with nullcontext() if processes is None else processes.guard(self._last_words):
                 self._train(rows)
@@ -262,7 +262,7 @@ class Job:
             self._close("failed", rows, message)
             return Outcome("failed", 1, path, message)
         self._close("finished", rows, None)
-        self._footer(rows)
+        words.footer(self, rows)
         return Outcome("finished", 0, path)
 
     def _resume(self) -> list[dict[str, float]]:
@@ -374,62 +374,6 @@ class Job:
     def _units(self) -> dict[str, tuple[str, str]]:
         return {t.name: (t.metrics[0].name, t.metrics[0].unit) for t in self.learner.tasks}
 
-    # -- console ------------------------------------------------------------------------------------------------------
-
-    def _header(self, tracker: str, resumed: int) -> None:
-        learner, config, identity = self.learner, self.config, self.identity
-        trainer, strategy, optimizer = learner.trainer, learner.strategy, config["optimizer"]
-        family = (
-            "loss weighting" if isinstance(strategy, LossWeighting)
-            else "Gramian weighting" if isinstance(strategy, GramianWeighting)
-            else "Jacobian aggregation"
-        )  # fmt: skip
-        own = sum(p.numel() for p in strategy.parameters())
-        sizes = [f"{self.train.size:,} train", *(f"{b.size:,} {name}" for name, b in self.evaluations.items())]
-        heads = "" if isinstance(strategy, LossWeighting) else f", heads: {strategy.heads} gradient"
-        lines = {
-            "run": identity.name,
-            "data": f"{identity.data}: {', '.join(sizes)}; "
-            f"tasks {', '.join(f'{t.name} ({t.outputs})' for t in learner.tasks)}",
-            "model": f"{identity.arch}: {count_parameters(learner.model):,} parameters, "
-            f"{count_macs(learner.model, self.benchmark.image_shape) / 1e6:,.1f} MMAC an image",
-            "strategy": f"{identity.loss} ({family}{heads}{f', {own} own parameters' if own else ''})",
-            "training": f"{trainer.epochs} epochs of {len(self.train)} steps, batch {self.benchmark.batch_size}, "
-            f"{optimizer['_target_'].rpartition('.')[2]} lr {optimizer.get('lr', 'default')}, "
-            f"{config['schedule']['_target_'].rpartition('.')[2].lower()} schedule",
-            "micro": learner.microscope.describe(learner, len(self.train), self.benchmark.batch_size),
-            "device": f"{_device_name(learner.device)}, {trainer.precision}"
-            + (f"; {processes.size} processes with a part of each batch" if (processes := learner.processes) else ""),
-            "output": str(self.directory.path),
-            "tracker": tracker,
-            "resumed": f"after epoch {resumed}" if resumed else "",
-        }
-        for key, value in lines.items():
-            if value:
-                log.info(f"{key:9s} {value}")
-        if trainer.slow_precision(learner.device):
-            log.info("WARNING   this CPU has no bf16 instructions: trainer.precision=fp32 is about 10x faster here")
-
-    def _footer(self, rows: list[dict[str, float]]) -> None:
-        summary, chosen = self.summary(rows), None
-        chosen = summary["selected"]
-        header = ["test", "best", "at epoch", f"last ({len(rows)})", *([f"by {chosen['by']}"] if chosen else [])]
-        body = [
-            [
-                key.removeprefix("test/"),
-                f"{best['value']:.4g}",
-                str(best["epoch"]),
-                f"{summary['last'][key]:.4g}",
-                *([f"{chosen[key]:.4g}"] if chosen else []),
-            ]
-            for key, best in summary["best"].items()
-        ]
-        log.info(table(header, body))
-        speed = f"{summary['images_per_second']:,.0f} img/s in training"
-        speed += f", peak memory {summary['peak_memory_gib']:.2f} GiB"
-        log.info(f"{duration(summary['seconds'])}, {speed}; checkpoints last.pt and best.pt in {self.directory.path}")
-        log.info(f"reproduce: {self.command}")
-
 
 def _best(rows: list[dict[str, float]], key: str, higher: bool) -> dict[str, float]:
     """The first row with the best value of `key`; a value that is not a number is never the best."""
@@ -443,9 +387,3 @@ def _peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.get_num_threads()} threads)"
