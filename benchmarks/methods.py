@@ -1,7 +1,7 @@
 """Time of a training step with each method, as a multiple of equal weighting's, side by side in one run.
 
-    python benchmarks/methods.py                        all methods, ResNet-20, batch 128; writes
-    results/step-time/steps.csv python benchmarks/methods.py --losses mgda cagrad   some, printed only
+    python benchmarks/methods.py                          all, ResNet-20, batch 128; writes results/step-time/steps.csv
+    python benchmarks/methods.py --losses mgda cagrad     some, printed only
 
 Every round times one short epoch of each method in turn, equal weighting first, on the same synthetic images with a
 fine and a coarse head; the multiple is that of the same round, and the table gives the median and the range over the

@@ -78,9 +78,8 @@ def summarise(folder: Path) -> int:
     for o in failed:
         status = "interrupted" if o["status"] == "running" else o["status"]
         print(f"{status}: {o['command']}{': ' if o['message'] else ''}{o['message']}")
-    print(
-        f"{len(outcomes) - len(failed)} of {len(outcomes)} runs finished; the same command again runs what is missing"
-    )
+    rest = "runs what is missing" if failed else "finds them and trains nothing"
+    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} runs finished; the same command again {rest}")
     if found.runs:
         root = found.runs[0].directory.parents[4]
         print(f"compare:  python -m mtl.report {root}   (Δm, ranks, differences by seed, a page with all figures)")
