@@ -26,9 +26,8 @@ from torchvision import transforms
 from mtl.archs.model import MultiTaskModel
 from mtl.config import schema
 from mtl.config.cli import CONF
-from mtl.data.base import Benchmark
 from mtl.data.batches import TrainingBatches
-from mtl.engine.run import build_learner
+from mtl.engine.run import assemble
 from mtl.engine.trainer import Trainer
 from mtl.tracking.console import table
 
@@ -50,12 +49,8 @@ def ours(arch: str, loss: str, precision: str, images: int, device: str, more: S
     overrides += more
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = OmegaConf.to_container(compose("config", overrides), resolve=True)
-    benchmark: Benchmark = schema.build(config["data"], "data")
-    strategy = schema.build(config["loss"], "loss", tasks=[t.name for t in benchmark.tasks])
-    trainer = schema.build(config["trainer"], "trainer")
-    where = trainer.open_device()
-    learner = build_learner(config, benchmark, list(benchmark.tasks), strategy, trainer, where)
-    batches = TrainingBatches(benchmark.splits()["train"], benchmark, where, seed=0)
+    benchmark, learner = assemble(config)
+    batches = TrainingBatches(benchmark.splits()["train"], benchmark, learner.device, seed=0)
     return lambda: learner.train_epoch(batches, 0)["time/seconds"]
 
 
