@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mtl.config.identity import Identity
+from mtl.engine.directory import RunDirectory
 from mtl.tracking import RunInfo, Tracker, flatten
 
 
@@ -20,18 +21,14 @@ def objective(directory: str | Path) -> float | None:
     chosen = json.loads(Path(directory, "summary.json").read_text()).get("selected")
     if not chosen:
         return None
-    return next(row[chosen["by"]] for row in _rows(directory) if row["epoch"] == chosen["epoch"])
+    return next(row[chosen["by"]] for row in RunDirectory(Path(directory)).rows() if row["epoch"] == chosen["epoch"])
 
 
 def repeat(tracker: Tracker, config: Mapping[str, Any], identity: Identity, directory: Path) -> None:
     """Tell `tracker` a finished run from its first epoch to its last."""
-    summary, rows = json.loads((directory / "summary.json").read_text()), _rows(directory)
+    summary, rows = json.loads((directory / "summary.json").read_text()), RunDirectory(directory).rows()
     best = dict(summary["higher_is_better"])
     if summary["selected"]:
         best |= {key.replace("test/", "val/", 1): higher for key, higher in best.items()}
     tracker.start(RunInfo(identity, directory, Path(config["output_root"]), flatten(config), best, rows))
     tracker.finish(flatten(summary), ok=True)
-
-
-def _rows(directory: str | Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in Path(directory, "metrics.jsonl").read_text().splitlines()]
