@@ -247,7 +247,8 @@ def pareto(benchmark: Benchmark) -> Figure:
         for first in mains[:i]:
             panels.append(_against(benchmark, first, second))
     note = "Every run (small), the mean over seeds (large)" if _several(benchmark) else "Every run"
-    note += ", and the border of what the best of them dominate (line)." if any(len(p.front) > 1 for p in panels) else "."
+    front = any(len(p.front) > 1 for p in panels)
+    note += ", and the border of what the best of them dominate (line)." if front else "."
     if benchmark.baselines:
         note += " Dotted: the single-task baselines."
     if len(mains) > PANELS:
