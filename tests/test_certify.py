@@ -83,7 +83,7 @@ def test_what_looks_into_the_network_finds_something(name, method):
 
 def test_a_history_leaves_every_stateful_method_changed():
     for name in pages.names():
-        fresh, old = make(name).state_dict(), experienced(name).state_dict()
+        fresh, old = make(name).memory(), experienced(name).memory()
         constant = ("equal", "static", "single", "rep_mtl")
         assert name in constant or not old or any(not torch.equal(v, old[k]) for k, v in fresh.items() if v is not None)
 

@@ -183,7 +183,7 @@ def test_an_absent_task_is_as_if_it_did_not_exist(case):
     with_it, without = make(case, tasks), make(case, tasks - 1)
     for p in with_it.parameters():
         p.data.copy_(tensor([0.5, 1.3, 0.8, 1.1]))
-    start = {k: v.clone() for k, v in with_it.state_dict().items()}
+    start = {k: v.clone() for k, v in with_it.memory().items()}
     without.load_state_dict({k: v[left] if v.ndim else v for k, v in start.items()})
     actual, expected = play(with_it, tasks, absent=absent), play(without, tasks, without=absent)
     assert (actual[..., absent] == 0).all()
@@ -191,7 +191,7 @@ def test_an_absent_task_is_as_if_it_did_not_exist(case):
     if case == "dwa-arithmetic":
         actual, expected = (x / x.sum(axis=-1, keepdims=True) for x in (actual, expected))
     assert_close(actual, expected)
-    for name, value in with_it.state_dict().items():
+    for name, value in with_it.memory().items():
         if value.ndim and not case.startswith("dwa"):
             torch.testing.assert_close(value[absent], start[name][absent], rtol=0, atol=0, equal_nan=True)
     assert np.isfinite(play(with_it, tasks, epochs=[0])).all()

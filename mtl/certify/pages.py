@@ -60,7 +60,7 @@ class Certificate:
     @property
     def state(self) -> int:
         """Numbers that the method keeps."""
-        return sum(x.numel() for x in self.strategy.state_dict().values())
+        return sum(x.numel() for x in self.strategy.memory().values())
 
     def complaints(self) -> list[str]:
         """One line for everything that should not be."""
@@ -75,7 +75,7 @@ class Certificate:
 def certify(name: str) -> Certificate:
     """Measure one method."""
     first = {key: holds(name, 0) for key, holds in PROPERTIES.items()}
-    remembers = bool(experienced(name).state_dict())
+    remembers = bool(experienced(name).memory())
     later = {key: holds(name, HISTORY) for key, holds in PROPERTIES.items()} if remembers else first
     ratios = []
     for seed in range(10):

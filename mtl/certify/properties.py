@@ -67,7 +67,7 @@ def selected(name: str, strategy: Strategy, index: Sequence[int]) -> Strategy:
     zeros.
     """
     index = list(index) if strategy.tasks == TASKS else [0]  # loss=single trains one task
-    state = strategy.state_dict()
+    state = strategy.memory()
     for key, value in state.items():
         total = value.sum() if value.shape == (TASKS,) and value.is_floating_point() else torch.zeros(())
         for dimension, size in enumerate(value.shape):

@@ -16,7 +16,8 @@ from torch import Tensor
 from mtl.archs.model import MultiTaskModel
 from mtl.config.errors import SetupError
 from mtl.data.batches import TrainingBatches
-from mtl.engine.backward import Step, Switches, backward, gradient_norm
+from mtl.engine.backward import Step, Switches, backward
+from mtl.engine.gradients import norm as gradient_norm
 from mtl.engine.distributed import Processes
 from mtl.engine.microscope import Microscope, Observer
 from mtl.losses import Statistics, Strategy
@@ -220,7 +221,7 @@ class Learner:
         if look is not None:
             look.before(predictions, losses, targets)
         inspect = None if look is None else look.jacobian
-        step = backward(seen, strategy, shared, heads, present, features, self.switches, per_task, inspect)
+        step = backward(seen, strategy, shared, heads, present, features, self.switches, per_task, inspect, group=None)
         if look is not None:
             look.after(step.weights)
         with self._resting(present):

@@ -52,6 +52,8 @@ class Annealed(LossWeighting):
         ValueError: `main` is no task, or a choice is none of those listed.
     """
 
+    uses_progress = True
+
     def __init__(
         self,
         tasks: int | Sequence[str],
@@ -74,6 +76,7 @@ class Annealed(LossWeighting):
         self.shape, self.gate = choose("shape", shape, Shape), choose("gate", gate, Gate)
         self.uncertainty = choose("uncertainty", uncertainty, Uncertainty)
         self.lr, self.weight_decay = lr, weight_decay
+        self.needs_positive = gate != "none"  # gates are ratios of losses
         self.register_buffer("is_main", torch.tensor([n == (main or self.names[0]) for n in self.names]))
         self.register_buffer("batches", torch.zeros(self.tasks))
         self.register_buffer("sums", torch.zeros(self.tasks))

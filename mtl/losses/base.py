@@ -5,7 +5,9 @@ Shapes: T tasks, P shared parameters. losses (T,), jacobian (T, P), gramian (T, 
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -13,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from mtl.losses import hooks
 from mtl.random import derive
 
 HEADS = ("own", "weighted")
@@ -54,6 +57,7 @@ class Strategy(nn.Module, ABC):
         samples: how many independent batches a step needs: 1, or 2 or 3 for the double-sampling methods.
         single_task_argument: name of the argument that takes single-task results, where a method needs them.
         epoch, epochs: training progress, epoch counted from 0; set by `epoch_start`.
+        uses_progress: whether its weights depend on `epoch` and `epochs`.
         lr, weight_decay: of the method's own parameters; None follows the optimizer's.
     """
 
@@ -68,6 +72,14 @@ class Strategy(nn.Module, ABC):
     lr: float | None = None
     weight_decay: float | None = 0.0
     single_task_argument: str | None = None
+    uses_progress: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # A loop that forgets a hook must not train on in silence: every hook that a method defines notes its call.
+        for hook in hooks.HOOKS:
+            if hook in cls.__dict__:
+                setattr(cls, hook, hooks.noted(hook, cls.__dict__[hook]))
 
     def __init__(self, tasks: int | Sequence[str]):
         super().__init__()
@@ -75,7 +87,11 @@ class Strategy(nn.Module, ABC):
         if not self.names:
             raise ValueError("tasks: at least one task is needed")
         self.epoch, self.epochs = 0, 1
-        self._seed = 0
+        self.calls = hooks.Calls()
+        self.across: hooks.Across | None = None  # averages over processes, in a foreign loop that has several
+        self.watch: Any = None  # the engine's, for flags that arrive from a GPU some steps later
+        self.tied: set[int] = set()  # ids of parameters that stand in a head and in shared, and are shared
+        self._seed: int | None = None
         for name in self.lazy:
             self.register_buffer(name, None)
         self._generators: dict[torch.device, torch.Generator] = {}
@@ -93,9 +109,9 @@ class Strategy(nn.Module, ABC):
 
         Reseeding each epoch makes the draws a function of (seed, epoch), so a resumed run needs no generator state.
         """
-        self.epoch, self.epochs, self._seed = epoch, epochs, derive(seed, "method", epoch)
-        for generator in self._generators.values():
-            generator.manual_seed(self._seed)
+        hooks.check_epoch(self, epoch)
+        self.epoch, self.epochs = epoch, epochs
+        self.reseed(derive(seed, "method", epoch))
 
     def epoch_end(self, statistics: Statistics) -> None:
         """Learn from the epoch that has ended (DWA and its kin)."""
@@ -141,13 +157,52 @@ class Strategy(nn.Module, ABC):
             # A checkpoint is read on the CPU; the buffer belongs where the others are.
             device = next((b.device for b in self.buffers() if b is not None), None)
             self.register_buffer(name, None if saved is None else torch.empty_like(saved, device=device))
+        # Checkpoints of the first release have no extra state.
+        state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The method's own random stream on `device`: never the global one, which data and dropout share."""
         if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+            self._generators[device] = torch.Generator(device).manual_seed(self.stream_seed())
         return self._generators[device]
+
+    def stream_seed(self) -> int:
+        """Seed of the random stream. Without `epoch_start`, `torch.manual_seed` decides it at the first draw."""
+        if self._seed is None:
+            self._seed = derive(torch.initial_seed(), "method")
+        return self._seed
+
+    def reseed(self, seed: int) -> None:
+        """Begin the random stream anew."""
+        self._seed = seed
+        for generator in self._generators.values():
+            generator.manual_seed(seed)
+
+    def memory(self) -> dict[str, Tensor]:
+        """What the method has learned: its parameters and buffers by name, the part of `state_dict` that has tasks."""
+        return {name: value for name, value in self.state_dict().items() if not name.endswith("_extra_state")}
+
+    def get_extra_state(self) -> Tensor:
+        """(bytes,) uint8, what a checkpoint needs besides parameters and buffers: progress, hooks, the random stream.
+
+        A tensor, because many loops treat every entry of a `state_dict` as one.
+        """
+        streams = {str(d): b64encode(bytes(g.get_state().tolist())).decode() for d, g in self._generators.items()}
+        progress = {"epoch": self.epoch, "epochs": self.epochs, "seed": self._seed, "streams": streams}
+        text = json.dumps({**progress, "calls": self.calls.state()})
+        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Go on from `get_extra_state`; on another kind of device the stream begins anew, from the same seed."""
+        known = json.loads(bytes(state.tolist()))
+        self.epoch, self.epochs, self._seed = known["epoch"], known["epochs"], known["seed"]
+        self.calls = hooks.Calls.of(known["calls"])
+        self._generators = {}
+        for name, saved in known["streams"].items():
+            device = torch.device(name)
+            if device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available()):
+                self.generator(device).set_state(torch.frombuffer(bytearray(b64decode(saved)), dtype=torch.uint8))
 
 
 class LossWeighting(Strategy):
@@ -242,6 +297,11 @@ class JacobianAggregation(Strategy):
         Returns:
             (P,) the direction; parameters move against it. A method that has task weights returns (direction, weights).
         """
+
+
+def overrides(strategy: Strategy, base: type[Strategy], method: str) -> bool:
+    """Whether the strategy belongs to the family `base` and has its own `method`."""
+    return isinstance(strategy, base) and getattr(type(strategy), method) is not getattr(base, method)
 
 
 def masked(values: Tensor, present: Tensor | None) -> Tensor:

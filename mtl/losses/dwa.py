@@ -40,6 +40,12 @@ class DWA(LossWeighting):
         self.register_buffer("weights", torch.ones(self.tasks))
 
     def epoch_end(self, statistics: Statistics) -> None:
+        for name, value in zip(self.names, statistics.losses.tolist(), strict=True):
+            if value < 0:
+                raise ValueError(
+                    f"DWA compares the losses of two epochs by their ratio, and the mean loss of {name} is negative "
+                    f"({value:.4g}) in epoch {self.epoch + 1}; add a constant to the loss"
+                )
         losses = statistics.losses.detach().to(self.last)
         # NaN marks "no epoch yet" and "no label all epoch": such a task enters with ratio 1, and its state stays.
         ratio = (losses / self.last).nan_to_num(nan=1.0, posinf=1.0)

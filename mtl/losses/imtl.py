@@ -25,6 +25,8 @@ class IMTL(GramianWeighting):
         lr: learning rate of s; None follows the optimizer's.
     """
 
+    needs_positive = True  # s settles where e^s L = 1
+
     def __init__(self, tasks: int | Sequence[str], lr: Annotated[float, Ge(0)] | None = None):
         super().__init__(tasks)
         self.lr = lr

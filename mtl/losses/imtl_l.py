@@ -27,6 +27,8 @@ class IMTLL(LossWeighting):
         weight_decay: of s; 0 by default, since decay pulls every weight to 1. None follows the optimizer's.
     """
 
+    needs_positive = True  # s settles where e^s L = 1
+
     def __init__(
         self,
         tasks: int | Sequence[str],

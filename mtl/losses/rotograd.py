@@ -85,5 +85,7 @@ class RotoGrad(JacobianAggregation):
             gap = v @ rotations.mT - own @ rotations.detach().mT
             objective = masked(gap.square().sum(2).mean(1), present).sum()
             (gradient,) = torch.autograd.grad(objective, self.generators)
-        self.generators.grad = gradient if self.generators.grad is None else self.generators.grad + gradient
+        if self.generators.grad is None:
+            self.generators.grad = torch.zeros_like(self.generators)
+        self.generators.grad += gradient  # in the parameter's own memory layout, as fused optimizers need it
         return length * on @ unit, on * length / safe

@@ -1,0 +1,187 @@
+"""What callers hand to `mtl.backward`, in the one form that the step computes with; what cannot be understood is refused.
+
+Every error begins with the name of the argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from mtl.losses.base import Strategy
+
+
+def scalars(name: str, given: Any, names: Sequence[str]) -> list[Tensor]:
+    """T losses of shape (), in the order of the strategy's tasks, in one dtype of at least 32 bits.
+
+    Args:
+        name: of the argument, for messages.
+        given: a sequence, a (T,) tensor or a mapping from the tasks' names; each loss holds one number.
+        names: of the tasks.
+
+    Raises:
+        ValueError: another number of losses, unknown names, or a loss that is not one real number.
+        TypeError: a loss is not a tensor.
+    """
+    if isinstance(given, Tensor) and given.dim() == 0:
+        given = given[None]
+    if not isinstance(given, Mapping | Sequence | Tensor):
+        given = list(given)
+    losses = list(_in_task_order(name, given, names))
+    if len(losses) != len(names):
+        raise ValueError(f"{name}: {len(losses)} losses for a strategy of {len(names)} tasks ({', '.join(names)})")
+    for i, loss in enumerate(losses):
+        where = f"{name}[{i}] ({names[i]})"
+        if not isinstance(loss, Tensor):
+            hint = "; .item() and float() cut a loss off from the network" if isinstance(loss, float) else ""
+            raise TypeError(f"{where}: a {type(loss).__name__}, not a tensor{hint}")
+        if loss.numel() != 1:
+            shape = tuple(loss.shape)
+            raise ValueError(f"{where}: shape {shape}; a loss is one number, such as the mean over the batch")
+        if not loss.is_floating_point():
+            raise ValueError(f"{where}: dtype {loss.dtype}; a loss is a real floating-point number")
+    # Half precision has no room for logarithms and ratios of losses.
+    dtype = torch.float32
+    for loss in losses:
+        dtype = torch.promote_types(dtype, loss.dtype)
+    return [loss.reshape(()).to(dtype) for loss in losses]
+
+
+def marks(given: Any, names: Sequence[str], device: torch.device) -> Tensor | None:
+    """(T,) bool `present` on `device`; None where all tasks are present.
+
+    Raises:
+        ValueError: not one truth value for each task.
+    """
+    if given is None:
+        return None
+    if isinstance(given, Mapping):
+        given = list(_in_task_order("present", given, names))
+    try:
+        present = given if isinstance(given, Tensor) else torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"present: {error}; one bool for each of {', '.join(names)} is needed") from error
+    if present.shape != (len(names),) or present.is_floating_point() or present.is_complex():
+        what = f"shape {tuple(present.shape)} of {str(present.dtype).removeprefix('torch.')}"
+        raise ValueError(f"present: {what}; one bool for each of the {len(names)} tasks is needed")
+    return present.to(device=device, dtype=torch.bool)
+
+
+def parameters(name: str, given: Any) -> list[Parameter]:
+    """The parameters in `given`, each once: a module, one parameter, or any nesting of iterables and mappings of these.
+
+    Pairs of a name and a parameter, as `named_parameters()` yields them, are understood, too.
+
+    Raises:
+        TypeError: something in it is no parameter.
+    """
+    found: dict[int, Parameter] = {}
+    for p in _flatten(name, given):
+        found.setdefault(id(p), p)
+    return list(found.values())
+
+
+def shared_parameters(given: Any) -> list[Parameter]:
+    """The trainable parameters in `shared`; empty where all of them are frozen.
+
+    Raises:
+        ValueError: it holds no parameter at all.
+        TypeError: as in `parameters`.
+    """
+    found = parameters("shared", given)
+    if not found:
+        raise ValueError(
+            "shared: no parameters; a generator such as model.parameters() yields them only once, "
+            "so call it anew for each step or keep a list"
+        )
+    return [p for p in found if p.requires_grad]
+
+
+def head_parameters(given: Any, strategy: Strategy, exclusive: bool) -> list[list[Parameter]]:
+    """The trainable parameters of each head, in task order.
+
+    Args:
+        exclusive: whether each parameter must belong to one head only.
+
+    Raises:
+        ValueError: not one collection for each task, or two of them hold the same parameter.
+        TypeError: as in `parameters`.
+    """
+    names, groups = strategy.names, given
+    if isinstance(given, nn.ModuleDict | nn.ParameterDict):
+        groups = dict(given.items())
+    elif isinstance(given, nn.Module) and not isinstance(given, nn.ModuleList | nn.Sequential | nn.ParameterList):
+        groups = [given]
+    elif isinstance(given, Parameter):
+        groups = [given]
+    elif not isinstance(given, Mapping):
+        groups = list(given)
+    groups = list(_in_task_order("heads", groups, names))
+    if len(groups) != len(names):
+        raise ValueError(
+            f"heads: {len(groups)} collections of parameters for {len(names)} tasks ({', '.join(names)}); "
+            "give one for each task, which may be empty"
+        )
+    heads = [[p for p in parameters(f"heads[{i}]", group) if p.requires_grad] for i, group in enumerate(groups)]
+    owner: dict[int, int] = {}
+    for i, head in enumerate(heads):
+        for p in head:
+            if (other := owner.setdefault(id(p), i)) != i and exclusive:
+                raise ValueError(
+                    f"heads[{other}] and heads[{i}] hold the same parameter, of shape {tuple(p.shape)}; "
+                    "what several tasks use belongs in shared"
+                )
+    return heads
+
+
+def loss_scale(given: Any, device: torch.device) -> Tensor | float | None:
+    """The factor of a GradScaler (as a tensor on `device`) or a plain number; None is 1.
+
+    Raises:
+        ValueError: not positive.
+        TypeError: neither a GradScaler nor a number.
+    """
+    if given is None:
+        return None
+    if isinstance(given, torch.amp.GradScaler):
+        return given.scale(torch.ones((), device=device)) if given.is_enabled() else None
+    if isinstance(given, Tensor) and given.numel() == 1:
+        return given.detach().reshape(()).to(device)
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        raise TypeError(f"scale: a {type(given).__name__}; give the GradScaler itself, or the number that it holds")
+    if not given > 0:
+        raise ValueError(f"scale: {given} is not positive")
+    return None if given == 1 else float(given)
+
+
+def _in_task_order(name: str, given: Any, names: Sequence[str]) -> Iterable[Any]:
+    if not isinstance(given, Mapping):
+        return given
+    if set(given) != set(names):
+        shown = ", ".join(map(str, given))
+        raise ValueError(
+            f"{name}: keys {shown}; the strategy's tasks are {', '.join(names)} (tasks=[...] gives them names)"
+        )
+    return [given[key] for key in names]
+
+
+def _flatten(name: str, given: Any) -> Iterable[Parameter]:
+    if isinstance(given, nn.Module):
+        yield from given.parameters()
+    elif isinstance(given, Tensor):
+        if not given.is_leaf:
+            raise TypeError(f"{name}: a tensor of shape {tuple(given.shape)} that is computed, not a parameter")
+        yield given
+    elif isinstance(given, Mapping):
+        for value in given.values():
+            yield from _flatten(name, value)
+    elif isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(f"{name}: {given!r:.60} is no parameter, module or collection of these")
+    else:
+        for item in given:
+            pair = isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
+            yield from _flatten(name, item[1] if pair else item)

@@ -1,0 +1,128 @@
+"""Which parameters each loss reaches: a loss that trains nothing, or a head in the wrong place, is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.nn import Parameter
+
+EVERY = 100  # steps between two looks at the graph, after the first two steps
+
+
+@dataclass
+class Reach:
+    """Where a backward pass from one loss ends.
+
+    Attributes:
+        leaves: the tensors that would get a gradient, by id.
+        nodes: names of the operations on the way.
+    """
+
+    leaves: dict[int, Tensor] = field(default_factory=dict)
+    nodes: set[str] = field(default_factory=set)
+
+    @property
+    def hidden(self) -> bool:
+        """Whether a part of the graph cannot be seen, because it is made anew in the backward pass."""
+        return "CheckpointFunctionBackward" in self.nodes
+
+
+def reach(loss: Tensor, stop: Tensor | None = None) -> Reach:
+    """Walk the graph of `loss`, as far as the node that made `stop`."""
+    found, todo, seen = Reach(), [loss.grad_fn], set()
+    if loss.grad_fn is None and loss.requires_grad:
+        found.leaves[id(loss)] = loss
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen or (stop is not None and node is stop.grad_fn):
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.leaves[id(node.variable)] = node.variable
+        else:
+            found.nodes.add(node.name())
+            todo.extend(parent for parent, _ in node.next_functions)
+    return found
+
+
+def due(steps: int) -> bool:
+    """Whether the graph is looked at in this step: walking it in every step would cost more than it tells."""
+    return steps < 2 or steps % EVERY == 0
+
+
+def check_constant(i: int, name: str, loss: Tensor) -> None:
+    """Raises:
+    ValueError: a loss of a task that is present has no graph.
+    """
+    if not loss.requires_grad:
+        raise ValueError(
+            f"losses[{i}] ({name}): has no graph, so it trains nothing. Was it detached, or made under no_grad? "
+            "If the batch has no labels of this task, say so with present="
+        )
+
+
+def check_shared(i: int, name: str, found: Reach | None, visible: bool) -> None:
+    """Say why a loss reaches no shared parameter.
+
+    Args:
+        found: where it ends, if that is known.
+        visible: whether the step would train the parameters behind a re-entrant checkpoint.
+
+    Raises:
+        ValueError: always, unless the step reaches them in a way that the graph does not show.
+    """
+    if found is not None and found.hidden:
+        if visible:
+            return
+        raise ValueError(
+            f"losses[{i}] ({name}): reaches no parameter of shared, because a re-entrant checkpoint hides them from "
+            "gradients of single tasks; use checkpoint(..., use_reentrant=False)"
+        )
+    raise ValueError(
+        f"losses[{i}] ({name}): reaches no parameter of shared. Were the features detached, or made under no_grad? "
+        "If the batch has no labels of this task, say so with present="
+    )
+
+
+def check_owners(
+    names: Sequence[str],
+    found: Sequence[Reach | None],
+    shared: Sequence[Parameter],
+    heads: Sequence[Sequence[Parameter]],
+    strict: bool,
+) -> None:
+    """Compare what the losses reach with what the caller says is whose.
+
+    Args:
+        found: where each task's loss ends; None for a task that may be absent.
+        strict: whether a parameter in neither list would never be trained.
+
+    Raises:
+        ValueError: a loss reaches no parameter of its own head or some of another head, or a parameter in no list.
+    """
+    owner = {id(p): i for i, head in enumerate(heads) for p in head}
+    known = {id(p) for p in shared}
+    for i, reached in enumerate(found):
+        if reached is None or reached.hidden:
+            continue
+        others = [(owner[key], leaf) for key, leaf in reached.leaves.items() if owner.get(key, i) != i]
+        if heads[i] and not any(id(p) in reached.leaves for p in heads[i]):
+            where = f"; it reaches those of heads[{others[0][0]}]: are the heads in task order?" if others else ""
+            raise ValueError(f"heads[{i}]: the loss of task {names[i]} reaches none of its parameters{where}")
+        if others:
+            j, leaf = others[0]
+            raise ValueError(
+                f"heads[{j}]: its parameter of shape {tuple(leaf.shape)} is also reached by the loss of task "
+                f"{names[i]}; what several tasks use belongs in shared"
+            )
+        if strict:
+            lost = [p for key, p in reached.leaves.items() if key not in known and key not in owner]
+            lost = [p for p in lost if isinstance(p, Parameter)]
+            if lost:
+                raise ValueError(
+                    f"shared: the loss of task {names[i]} reaches {len(lost)} parameters that are neither in shared "
+                    f"nor in heads, such as one of shape {tuple(lost[0].shape)}; they would never be trained. "
+                    "Add them to one of the two, or freeze them with requires_grad_(False)"
+                )

@@ -1,0 +1,160 @@
+"""Which hooks of a strategy a loop has called. A method whose hook nobody calls would keep its first weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import wraps
+from inspect import signature
+from typing import Any
+
+from torch import Tensor
+
+# (T,) values of this process and which of them count, to their means over all processes and which count in any.
+Across = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+HOOKS = ("prepare", "views", "look_ahead", "after_step", "epoch_end")
+PATIENCE = 32  # steps that a method which learns from epochs makes before it must have heard of one
+
+
+@dataclass
+class Calls:
+    """What happened to a strategy so far.
+
+    Attributes:
+        steps: backward passes in all.
+        prepared, viewed, looked, waits: prepare was called; views or look_ahead were called since the last backward
+            pass; the last backward pass still waits for after_step.
+        epoch_starts, epoch_ends: calls of epoch_start and epoch_end.
+        ended: epoch_end was called since the last epoch_start.
+        since: steps since the last epoch_start.
+    """
+
+    steps: int = 0
+    prepared: bool = False
+    viewed: bool = False
+    looked: bool = False
+    waits: bool = False
+    epoch_starts: int = 0
+    epoch_ends: int = 0
+    ended: bool = False
+    since: int = 0
+
+    def note(self, hook: str) -> None:
+        """A hook was called."""
+        if hook == "prepare":
+            self.prepared = True
+        elif hook == "views":
+            self.viewed = True
+        elif hook == "look_ahead":
+            self.looked = True
+        elif hook == "after_step":
+            self.waits = False
+        else:
+            self.epoch_ends, self.ended = self.epoch_ends + 1, True
+
+    def state(self) -> dict[str, Any]:
+        """Plain numbers for a checkpoint."""
+        return asdict(self)
+
+    @staticmethod
+    def of(state: dict[str, Any]) -> Calls:
+        """The inverse of `state`."""
+        return Calls(**state)
+
+
+def noted(hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A method's `function` for `hook`, which from now on notes in `strategy.calls` that it was called."""
+
+    @wraps(function)
+    def wrapper(strategy: Any, *args: Any, **kwargs: Any) -> Any:
+        if strategy.across is None:
+            result = function(strategy, *args, **kwargs)
+        else:
+            given = signature(function).bind(strategy, *args, **kwargs)
+            _average(given.arguments, strategy.across)
+            result = function(*given.args, **given.kwargs)
+        strategy.calls.note(hook)
+        return result
+
+    wrapper.noted = True
+    return wrapper
+
+
+def _average(given: dict[str, Any], across: Across) -> None:
+    """Replace what one process saw by what all of them saw: losses after a step, statistics of an epoch."""
+    if "losses" in given:
+        given["losses"], given["present"] = across(given["losses"], given.get("present"))
+    if (statistics := given.get("statistics")) is not None:
+        known = {name: getattr(statistics, name) for name in ("losses", "scores")}
+        means = {name: _mean_of_known(values, across) for name, values in known.items() if values is not None}
+        given["statistics"] = replace(statistics, **means)
+
+
+def _mean_of_known(values: Tensor, across: Across) -> Tensor:
+    """(T,) means over the processes in which a value is a number; NaN where it is none in all of them."""
+    known = ~values.isnan()
+    means, anywhere = across(values.nan_to_num(), known)
+    return means.where(anywhere, float("nan"))
+
+
+def defines(strategy: Any, hook: str) -> bool:
+    """Whether the method has something to do when `hook` is called."""
+    return hasattr(getattr(type(strategy), hook), "noted")
+
+
+def check_epoch(strategy: Any, epoch: int) -> None:
+    """Note that an epoch begins.
+
+    Raises:
+        RuntimeError: the method learns from the end of each epoch, and nobody told it of the last one's.
+    """
+    calls = strategy.calls
+    if calls.epoch_starts and calls.since and epoch > strategy.epoch and not calls.ended:
+        if defines(strategy, "epoch_end"):
+            raise RuntimeError(f"{_name(strategy)}: epoch {strategy.epoch} ended without {_EPOCH_END}")
+    calls.epoch_starts, calls.ended, calls.since = calls.epoch_starts + 1, False, 0
+
+
+def check_step(strategy: Any) -> None:
+    """Before a backward pass: every hook that was due has been called.
+
+    Raises:
+        RuntimeError: one was not; the message says which, and how to call it.
+    """
+    calls, name = strategy.calls, _name(strategy)
+    if defines(strategy, "prepare") and not calls.prepared:
+        raise RuntimeError(f"{name}: call strategy.prepare(features), the width of the features, before the optimizer")
+    if defines(strategy, "views") and not calls.viewed:
+        raise RuntimeError(f"{name}: each head i must get strategy.views(features)[i] instead of the features")
+    if defines(strategy, "look_ahead") and not calls.looked:
+        raise RuntimeError(
+            f"{name} tries steps out before each step: call strategy.look_ahead(losses_of, parameters, lr) before "
+            "every mtl.backward, with losses_of(k) the (T,) losses of half k of the batch"
+        )
+    if calls.waits:
+        raise RuntimeError(
+            f"{name} learns from what a step did: after every optimizer.step() call strategy.after_step(losses), "
+            "with the (T,) losses of the same batch under the new parameters"
+        )
+    unheard = not calls.epoch_starts and not calls.epoch_ends and calls.steps >= PATIENCE
+    if unheard and (strategy.uses_progress or defines(strategy, "epoch_end")):
+        ends = f" and {_EPOCH_END}" if defines(strategy, "epoch_end") else ""
+        raise RuntimeError(
+            f"{name} depends on epochs, and heard of none in {calls.steps} steps: call "
+            f"strategy.epoch_start(epoch, epochs) at the start of each epoch{ends}"
+        )
+
+
+def note_step(strategy: Any) -> None:
+    """After a backward pass."""
+    calls = strategy.calls
+    calls.steps, calls.since = calls.steps + 1, calls.since + 1
+    calls.viewed = calls.looked = False
+    calls.waits = defines(strategy, "after_step")
+
+
+_EPOCH_END = "strategy.epoch_end(mtl.losses.Statistics(losses=mean losses of the epoch)) at its end"
+
+
+def _name(strategy: Any) -> str:
+    return type(strategy).__name__
