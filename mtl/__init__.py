@@ -13,8 +13,8 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str):
     # Lazy, so that `python train.py --help` and shell completion never import torch.
-    if name == "backward":
-        return importlib.import_module("mtl.engine.backward").backward
+    if name in ("backward", "Switches"):
+        return getattr(importlib.import_module("mtl.engine.backward"), name)
     if name == "losses":
         return importlib.import_module("mtl.losses")
     raise AttributeError(f"module 'mtl' has no attribute {name!r}")

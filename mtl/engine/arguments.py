@@ -1,4 +1,4 @@
-"""What callers hand to `mtl.backward`, in the one form that the step computes with; what cannot be understood is refused.
+"""What callers hand to `mtl.backward`, in the one form that the step computes with. The rest is refused.
 
 Every error begins with the name of the argument.
 """
@@ -114,9 +114,9 @@ def head_parameters(given: Any, strategy: Strategy, exclusive: bool) -> list[lis
     names, groups = strategy.names, given
     if isinstance(given, nn.ModuleDict | nn.ParameterDict):
         groups = dict(given.items())
-    elif isinstance(given, nn.Module) and not isinstance(given, nn.ModuleList | nn.Sequential | nn.ParameterList):
-        groups = [given]
-    elif isinstance(given, Parameter):
+    elif (
+        isinstance(given, nn.Module) and not isinstance(given, nn.ModuleList | nn.Sequential | nn.ParameterList)
+    ) or isinstance(given, Parameter):
         groups = [given]
     elif not isinstance(given, Mapping):
         groups = list(given)

@@ -16,6 +16,7 @@ from mtl.engine.switches import Step, Switches
 from mtl.losses import hooks
 from mtl.losses.base import GramianWeighting, JacobianAggregation, LossWeighting, Strategy
 
+PAPER = Switches()  # everything as published
 Owners = nn.Module | Parameter | Iterable[Any]  # whatever holds parameters
 
 
@@ -26,7 +27,7 @@ def backward(
     heads: Sequence[Owners] | Mapping[str, Owners] | None = None,
     present: Tensor | Sequence[bool] | Mapping[str, bool] | None = None,
     features: Tensor | None = None,
-    switches: Switches = Switches(),
+    switches: Switches = PAPER,
     per_task: bool = False,
     inspect: Callable[[Tensor], None] | None = None,
     scale: torch.amp.GradScaler | float | None = None,

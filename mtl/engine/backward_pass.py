@@ -9,11 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils.weak import WeakIdKeyDictionary
 
 from mtl.engine import gradients, guard, reach
 from mtl.engine.replicas import Replicas
 from mtl.engine.switches import TINY, Step, Switches
 from mtl.losses.base import GramianWeighting, JacobianAggregation, LossWeighting, Strategy, count, masked, overrides
+
+# Whether several losses reach a parameter that a caller lists in shared and in a head. A cache of weak references.
+_TIED = WeakIdKeyDictionary()
 
 
 @dataclass
@@ -57,7 +61,7 @@ class BackwardPass:
         found = [reach.reach(x, stop) if x.requires_grad and not maybe[i] else None for i, x in enumerate(samples[0])]
         if combines:
             known = [*self.shared, *strategy.parameters()]
-            reach.check_owners(names, found, known, self.heads, strict=True)
+            reach.check_owners(names, samples[0], found, known, self.heads)
         elif self.shared:
             for i, reached in enumerate(found):
                 if reached is not None and not any(id(p) in reached.leaves for p in self.shared):
@@ -75,14 +79,14 @@ class BackwardPass:
         listed = {id(p) for p in self.shared}
         if self.of_features or not any(id(p) in listed for head in self.heads for p in head):
             return
-        found = [reach.reach(loss).leaves if loss.requires_grad else {} for loss in losses]
-        tied = self.strategy.tied
-        for i, head in enumerate(self.heads):
-            others = [leaves for j, leaves in enumerate(found) if j != i]
-            tied.update(id(p) for p in head if id(p) in listed and any(id(p) in leaves for leaves in others))
-            own = {id(p) for p in head if id(p) not in tied}
-            self.shared = [p for p in self.shared if id(p) not in own]
-            self.heads[i] = [p for p in head if id(p) in own]
+        both = [(p, i) for i, head in enumerate(self.heads) for p in head if id(p) in listed]
+        unknown = [pair for pair in both if pair[0] not in _TIED]
+        tied = {id(p): reach.moved_by_others(p, i, losses) for p, i in unknown}
+        if not any(self._maybe_absent()):  # an absent task's loss may reach it in another batch
+            _TIED.update({p: tied[id(p)] for p, _ in unknown})
+        tied |= {id(p): _TIED[p] for p, _ in both if p in _TIED}
+        self.shared = [p for p in self.shared if tied.get(id(p), True)]
+        self.heads = [[p for p in head if not tied.get(id(p), False)] for head in self.heads]
 
     def run(self, samples: list[list[Tensor]], combines: bool) -> Step:
         """The step itself; the strategy's buffers stay as they were if it is not finite."""
@@ -124,9 +128,7 @@ class BackwardPass:
         if extra is not None and extra.requires_grad:
             self._scaled(extra).backward(retain_graph=True)
 
-    def _weights_of_losses(
-        self, losses: list[Tensor], values: Tensor, share: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _weights_of_losses(self, losses: list[Tensor], values: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor]:
         """(the stacked losses, ∂total/∂L_i): the weight that each task really has, whatever the method, a user's too.
 
         The method's own parameters get their gradient here.

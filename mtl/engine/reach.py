@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -49,6 +50,8 @@ def reach(loss: Tensor, stop: Tensor | None = None) -> Reach:
 
 def due(steps: int) -> bool:
     """Whether the graph is looked at in this step: walking it in every step would cost more than it tells."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # the host must not read anything
+        return False
     return steps < 2 or steps % EVERY == 0
 
 
@@ -86,18 +89,33 @@ def check_shared(i: int, name: str, found: Reach | None, visible: bool) -> None:
     )
 
 
+def moves(loss: Tensor, parameters: Sequence[Tensor]) -> bool:
+    """Whether the gradient of `loss` for one of the parameters is not 0.
+
+    The graph alone says too much: losses that were computed as one vector have all of their graphs in common.
+    """
+    if not loss.requires_grad or not parameters:
+        return False
+    found = torch.autograd.grad(loss, list(parameters), retain_graph=True, allow_unused=True)
+    return any(bool((g.to_dense() if g.is_sparse else g).any()) for g in found if g is not None)
+
+
+def moved_by_others(p: Parameter, task: int, losses: Sequence[Tensor]) -> bool:
+    """Whether the loss of another task than `task` has a gradient for `p`."""
+    return any(moves(loss, [p]) for j, loss in enumerate(losses) if j != task)
+
+
 def check_owners(
     names: Sequence[str],
+    losses: Sequence[Tensor],
     found: Sequence[Reach | None],
     shared: Sequence[Parameter],
     heads: Sequence[Sequence[Parameter]],
-    strict: bool,
 ) -> None:
     """Compare what the losses reach with what the caller says is whose.
 
     Args:
         found: where each task's loss ends; None for a task that may be absent.
-        strict: whether a parameter in neither list would never be trained.
 
     Raises:
         ValueError: a loss reaches no parameter of its own head or some of another head, or a parameter in no list.
@@ -107,22 +125,25 @@ def check_owners(
     for i, reached in enumerate(found):
         if reached is None or reached.hidden:
             continue
-        others = [(owner[key], leaf) for key, leaf in reached.leaves.items() if owner.get(key, i) != i]
-        if heads[i] and not any(id(p) in reached.leaves for p in heads[i]):
-            where = f"; it reaches those of heads[{others[0][0]}]: are the heads in task order?" if others else ""
+        others = [leaf for key, leaf in reached.leaves.items() if owner.get(key, i) != i]
+        others = others if moves(losses[i], others) else []
+        own = [p for p in heads[i] if id(p) in reached.leaves]
+        if heads[i] and (not own or (others and not moves(losses[i], own))):
+            where = (
+                f"; it reaches those of heads[{owner[id(others[0])]}]: are the heads in task order?" if others else ""
+            )
             raise ValueError(f"heads[{i}]: the loss of task {names[i]} reaches none of its parameters{where}")
         if others:
-            j, leaf = others[0]
+            j, shape = owner[id(others[0])], tuple(others[0].shape)
             raise ValueError(
-                f"heads[{j}]: its parameter of shape {tuple(leaf.shape)} is also reached by the loss of task "
-                f"{names[i]}; what several tasks use belongs in shared"
+                f"heads[{j}]: its parameter of shape {shape} is also reached by the loss of task {names[i]}; "
+                "what several tasks use belongs in shared"
             )
-        if strict:
-            lost = [p for key, p in reached.leaves.items() if key not in known and key not in owner]
-            lost = [p for p in lost if isinstance(p, Parameter)]
-            if lost:
-                raise ValueError(
-                    f"shared: the loss of task {names[i]} reaches {len(lost)} parameters that are neither in shared "
-                    f"nor in heads, such as one of shape {tuple(lost[0].shape)}; they would never be trained. "
-                    "Add them to one of the two, or freeze them with requires_grad_(False)"
-                )
+        lost = [p for key, p in reached.leaves.items() if key not in known and key not in owner]
+        lost = [p for p in lost if isinstance(p, Parameter)]
+        if lost:
+            raise ValueError(
+                f"shared: the loss of task {names[i]} reaches {len(lost)} parameters that are neither in shared "
+                f"nor in heads, such as one of shape {tuple(lost[0].shape)}; they would never be trained. "
+                "Add them to one of the two, or freeze them with requires_grad_(False)"
+            )

@@ -1,4 +1,4 @@
-"""A foreign loop on several processes, each with a replica of the model and a part of the batch (DistributedDataParallel).
+"""A foreign loop on several processes: DistributedDataParallel, a replica of the model and a part of the batch each.
 
 DistributedDataParallel averages what `Tensor.backward` leaves, and knows nothing of gradients of single tasks. So the
 losses, the Jacobian and the heads' gradients are averaged here: every process then takes the step that one process
@@ -95,7 +95,8 @@ class Replicas:
     ) -> list[list[Tensor | None]]:
         """The heads' gradients, of the mean losses over all processes."""
         dense = [
-            (torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g) * share.to(p.device, p.real.dtype)
+            (torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g)
+            * share.to(p.device, p.real.dtype)
             for parameters, gradients, share in zip(heads, own, shares, strict=True)
             for p, g in zip(parameters, gradients, strict=True)
         ]

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from mtl.losses.base import GramianWeighting, JacobianAggregation, LossWeighting, Strategy, overrides
+from mtl.losses.base import JacobianAggregation, LossWeighting, Strategy, overrides
 
 TINY = 1e-12  # losses are held above it where transform=log takes their logarithm
 

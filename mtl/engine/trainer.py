@@ -17,8 +17,8 @@ from mtl.archs.model import MultiTaskModel
 from mtl.config.errors import SetupError
 from mtl.data.batches import TrainingBatches
 from mtl.engine.backward import Step, Switches, backward
-from mtl.engine.gradients import norm as gradient_norm
 from mtl.engine.distributed import Processes
+from mtl.engine.gradients import norm as gradient_norm
 from mtl.engine.microscope import Microscope, Observer
 from mtl.losses import Statistics, Strategy
 from mtl.optim.schedules import Schedule

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mtl.losses.base import GramianWeighting, masked
-from mtl.losses.solvers import double
+from mtl.losses.solvers import decomposable, double
 
 
 class AlignedMTL(GramianWeighting):
@@ -35,7 +35,7 @@ class AlignedMTL(GramianWeighting):
 
     def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
         eps = torch.finfo(gramian.dtype).eps
-        values, vectors = torch.linalg.eigh(double(gramian))
+        values, vectors = torch.linalg.eigh(decomposable(double(gramian)))
         kept = values > values[-1] * len(values) * eps
         rank = kept.sum().clamp(min=1)
         if self.scale == "min":

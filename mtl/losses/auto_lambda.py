@@ -60,7 +60,7 @@ class AutoLambda(LossWeighting):
         lr: float,
         present: Tensor | None = None,
     ) -> None:
-        parameters = list(parameters)  # model.parameters() yields them only once
+        parameters = [p for p in parameters if p.requires_grad]
         before = [p.detach().clone() for p in parameters]
         (step,) = gradients((masked(self.task_weights, present) * losses_of(0)).sum()[None], parameters)
         move(parameters, before, step, -lr)

@@ -90,7 +90,6 @@ class Strategy(nn.Module, ABC):
         self.calls = hooks.Calls()
         self.across: hooks.Across | None = None  # averages over processes, in a foreign loop that has several
         self.watch: Any = None  # the engine's, for flags that arrive from a GPU some steps later
-        self.tied: set[int] = set()  # ids of parameters that stand in a head and in shared, and are shared
         self._seed: int | None = None
         for name in self.lazy:
             self.register_buffer(name, None)

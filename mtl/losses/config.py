@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mtl.losses.base import GramianWeighting, masked
-from mtl.losses.solvers import double
+from mtl.losses.solvers import decomposable, double
 
 
 class ConFIG(GramianWeighting):
@@ -28,7 +28,7 @@ class ConFIG(GramianWeighting):
         norms = G.diagonal().clamp(min=0).sqrt()
         live = (norms > 0) if present is None else (norms > 0) & present
         safe = torch.where(live, norms, 1.0)
-        matrix = G / safe / safe[:, None]
+        matrix = decomposable(G / safe / safe[:, None])
         a = torch.linalg.pinv(matrix, hermitian=True, rtol=rtol) @ live.to(G)
         reached = matrix @ a  # the cosines with x, all 1 when they can be
         nobody = reached.norm() <= rtol * len(G) ** 0.5  # then x is only rounding errors

@@ -43,7 +43,9 @@ class FAMO(LossWeighting):
         super().__init__(tasks)
         self.gamma, self.adam = gamma, Adam(self.tasks, lr)
         self.register_buffer("logits", torch.zeros(self.tasks))
-        self.register_buffer("before", torch.full((self.tasks,), torch.nan))  # D of the last step; NaN: was absent
+        self.register_buffer(
+            "before", torch.full((self.tasks,), torch.nan)
+        )  # D of the last step; NaN: was absent, or is learned from
 
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
         gaps = masked(losses, present) + EPS
@@ -54,8 +56,10 @@ class FAMO(LossWeighting):
         return scale * (z * gaps.log()).sum()
 
     def after_step(self, losses: Tensor, present: Tensor | None = None) -> None:
-        present = ~self.before.isnan() if present is None else present & ~self.before.isnan()
+        known = ~self.before.isnan() & losses.detach().isfinite()
+        present = known if present is None else present & known
         fall = masked(self.before.log() - (losses.detach().to(self.before) + EPS).log(), present)
         z = softmax(self.logits, present)
         gradient = z * (fall - z @ fall) + self.gamma * self.logits
         self.logits.copy_(self.adam(self.logits, gradient, present))
+        self.before.fill_(torch.nan)  # a step that a GradScaler skips must not be learned from twice

@@ -109,9 +109,9 @@ def check_epoch(strategy: Any, epoch: int) -> None:
         RuntimeError: the method learns from the end of each epoch, and nobody told it of the last one's.
     """
     calls = strategy.calls
-    if calls.epoch_starts and calls.since and epoch > strategy.epoch and not calls.ended:
-        if defines(strategy, "epoch_end"):
-            raise RuntimeError(f"{_name(strategy)}: epoch {strategy.epoch} ended without {_EPOCH_END}")
+    silent = calls.epoch_starts and calls.since and epoch > strategy.epoch and not calls.ended
+    if silent and defines(strategy, "epoch_end"):
+        raise RuntimeError(f"{_name(strategy)}: epoch {strategy.epoch} ended without {_EPOCH_END}")
     calls.epoch_starts, calls.ended, calls.since = calls.epoch_starts + 1, False, 0
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mtl.losses.base import GramianWeighting, count, masked
-from mtl.losses.solvers import double
+from mtl.losses.solvers import decomposable, double
 
 
 class IMTLG(GramianWeighting):
@@ -37,7 +37,7 @@ def equal_projections(gramian: Tensor, present: Tensor | None) -> Tensor:
     norms = G.diagonal().clamp(min=0).sqrt()
     live = (norms > 0) if present is None else (norms > 0) & present
     scale = torch.where(live, norms, 1.0)
-    cosines = G / scale / scale[:, None]
+    cosines = decomposable(G / scale / scale[:, None])
     alpha = torch.linalg.pinv(cosines, hermitian=True, rtol=rtol) @ live.to(G) / scale
     total = alpha.sum()
     # Σ α = 0: the gradients cancel out and no direction serves all; their mean is as good as any.

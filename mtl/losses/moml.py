@@ -54,7 +54,7 @@ class MOML(LossWeighting):
         present: Tensor | None = None,
     ) -> None:
         rate = lr if self.look_ahead_lr is None else self.look_ahead_lr
-        parameters = list(parameters)  # model.parameters() yields them only once
+        parameters = [p for p in parameters if p.requires_grad]
         before = [p.detach().clone() for p in parameters]
         weights = softmax(self.logits, present)
         inner = _jacobian(losses_of(0), parameters)

@@ -30,6 +30,13 @@ def cosines(gramian: Tensor) -> tuple[Tensor, Tensor]:
     return matrix, norms
 
 
+def decomposable(matrix: Tensor) -> Tensor:
+    """`matrix` (T, T), or the identity if an entry is not finite: LAPACK raises there, and that step is lost anyway."""
+    return torch.where(
+        matrix.isfinite().all(), matrix, torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    )
+
+
 def double(x: Tensor) -> Tensor:
     """`x` in float64, or in float32 on a device (MPS) that has no float64."""
     return x.float() if x.device.type == "mps" else x.double()

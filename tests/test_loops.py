@@ -1,0 +1,672 @@
+"""mtl.backward in strangers' loops: the right numbers, or an error that names the argument and the cure."""
+
+import copy
+import io
+import os
+import pickle
+import re
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from loops import METHODS, TASKS, Loop, batch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import mtl
+from mtl.certify.problem import make
+from mtl.losses import Equal, Statistics
+from mtl.losses.hooks import PATIENCE, defines
+from mtl.optim.taskwise import AdaTask
+
+close = torch.testing.assert_close
+
+
+def network(seed: int = 0, tasks: int = 2) -> tuple[nn.Module, list[nn.Module], torch.Tensor]:
+    torch.manual_seed(seed)
+    return nn.Linear(4, 6), [nn.Linear(6, 1) for _ in range(tasks)], torch.randn(8, 4)
+
+
+def errors(f: torch.Tensor, heads) -> list[torch.Tensor]:
+    return [(h(f) - i - 1).square().mean() for i, h in enumerate(heads)]
+
+
+def fresh(name: str, tasks: int = 2, **options):
+    return getattr(mtl.losses, name)(tasks=tasks, **options)
+
+
+# ----------------------------------------------------------------------------------- gradients as autograd writes them
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 6, 4))
+        self.added = nn.Parameter(torch.zeros(4))
+
+    def forward(self, f):
+        return (
+            torch.einsum("nf,efk->nek", f, self.weight).square().mean() + self.added.sum().square() + self.added.sum()
+        )
+
+
+@pytest.mark.parametrize("name", ["Equal", "Uncertainty", "PCGrad", "GradDrop", "IMTL", "DBMTL"])
+def test_fused_and_plain_optimizers_agree(name):
+    """A head whose gradient autograd leaves in another layout, and a parameter whose gradient is expanded."""
+
+    def train(fused):
+        body, (head, *_), x = network()
+        heads, strategy = [Experts(), head], fresh(name)
+        everything = [p for m in (body, *heads, strategy) for p in m.parameters()]
+        optimizer = torch.optim.SGD(everything, lr=0.05, momentum=0.9, fused=fused)
+        for _ in range(3):
+            f = body(x).tanh()
+            optimizer.zero_grad()
+            mtl.backward([heads[0](f), heads[1](f).square().mean()], strategy, body, heads)
+            optimizer.step()
+        return everything
+
+    for a, b in zip(train(False), train(True), strict=True):
+        close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_gradient_has_its_parameters_strides_and_memory_of_its_own(name):
+    loop = Loop(name)
+    loop.net.trunk.weight = nn.Parameter(loop.net.trunk.weight.detach().T.contiguous().T)  # column by column
+    loop.fill(0)
+    found = [p for p in (*loop.net.parameters(), *loop.strategy.parameters()) if p.grad is not None]
+    strides = lambda t: [s for s, size in zip(t.stride(), t.shape, strict=True) if size > 1]  # noqa: E731
+    assert all(strides(p.grad) == strides(p) for p in found)
+    assert len({p.grad.untyped_storage().data_ptr() for p in found}) == len(found) >= 8
+    assert all(p.grad.untyped_storage().nbytes() == p.numel() * p.element_size() for p in found)
+
+
+# -------------------------------------------------------------------------------------------------------- arguments
+
+
+def accepted() -> dict:
+    def by_name(losses, strategy, body, heads):
+        named = mtl.losses.PCGrad(tasks=["a", "b"])
+        return mtl.backward({"b": losses[1], "a": losses[0]}, named, body, {"b": heads[1], "a": heads[0]})
+
+    return {
+        "modules": lambda x, s, body, heads: mtl.backward(x, s, body, heads),
+        "module list": lambda x, s, body, heads: mtl.backward(x, s, body, nn.ModuleList(heads)),
+        "named": lambda x, s, body, heads: mtl.backward(
+            x, s, body.named_parameters(), [h.named_parameters() for h in heads]
+        ),
+        "by name": by_name,
+        "duplicates": lambda x, s, body, heads: mtl.backward(x, s, [*body.parameters(), body, body.bias], heads),
+        "everything shared": lambda x, s, body, heads: mtl.backward(
+            x, s, [*body.parameters(), *heads[0].parameters(), *heads[1].parameters()], heads
+        ),
+        "shape (1,)": lambda x, s, body, heads: mtl.backward([loss[None] for loss in x], s, body, heads),
+        "one tensor": lambda x, s, body, heads: mtl.backward(torch.stack(x), s, body, heads),
+        "column": lambda x, s, body, heads: mtl.backward(torch.stack(x)[:, None], s, body, heads),
+        "tuple": lambda x, s, body, heads: mtl.backward(tuple(x), s, body, heads),
+        "generator": lambda x, s, body, heads: mtl.backward(iter(x), s, body, (h for h in heads)),
+        "present list": lambda x, s, body, heads: mtl.backward(x, s, body, heads, [True, True]),
+        "present numbers": lambda x, s, body, heads: mtl.backward(x, s, body, heads, torch.tensor([1, 1])),
+    }
+
+
+@pytest.mark.parametrize("form", accepted())
+def test_what_can_be_understood_is_accepted(form):
+    """The same gradients as from lists of parameters."""
+    found = []
+    for call in (accepted()[form], lambda x, s, body, heads: mtl.backward(x, s, list(body.parameters()), heads)):
+        body, heads, x = network()
+        call(errors(body(x).tanh(), heads), fresh("PCGrad"), body, heads)
+        found.append([p.grad for m in (body, *heads) for p in m.parameters()])
+    close(found[0], found[1])
+
+
+REFUSED = {
+    "heads in the wrong order": (lambda c: c.update(heads=c["heads"][::-1]), r"heads\[0\].*task order"),
+    "one batch of losses": (lambda c: c.update(losses=[torch.ones(8, requires_grad=True)] * 2), r"losses\[0\].*\(8,\)"),
+    "no tensor": (lambda c: c.update(losses=[1.5, 2.0]), r"losses\[0\].*float"),
+    "whole numbers": (lambda c: c.update(losses=[torch.tensor(1)] * 2), r"losses\[0\].*int64"),
+    "three losses": (lambda c: c.update(losses=[*c["losses"], c["losses"][0]]), r"losses: 3"),
+    "names": (lambda c: c.update(losses={"a": c["losses"][0], "b": c["losses"][1]}), r"losses: keys a, b"),
+    "present of three": (lambda c: c.update(present=[True] * 3), r"present: shape \(3,\)"),
+    "present as shares": (lambda c: c.update(present=[0.5, 1.0]), r"present: .*float32"),
+    "used generator": (lambda c: c.update(shared=iter(())), r"shared: no parameters; a generator"),
+    "rows of a weight": (lambda c: c.update(shared=list(c["shared"].weight)), r"shared: .*computed"),
+    "names as shared": (lambda c: c.update(shared=["weight"]), r"shared: 'weight'"),
+    "a part of the trunk": (lambda c: c.update(shared=c["shared"].weight), r"shared: .*neither in shared nor in heads"),
+    "one head": (lambda c: c.update(heads=c["heads"][0]), r"heads: 1 collections"),
+    "flat heads": (
+        lambda c: c.update(heads=[p for h in c["heads"] for p in h.parameters()]),
+        r"heads: 4 collections.*2 tasks",
+    ),
+    "a head twice": (lambda c: c.update(heads=[c["heads"][0]] * 2), r"heads\[0\] and heads\[1\] hold the same"),
+    "scale": (lambda c: c.update(scale="dynamic"), r"scale: a str"),
+    "scale of 0": (lambda c: c.update(scale=0.0), r"scale: 0.0"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_the_rest_is_refused_with_the_arguments_name(what):
+    body, heads, x = network()
+    change, message = REFUSED[what]
+    call = {"losses": errors(body(x).tanh(), heads), "strategy": fresh("PCGrad"), "shared": body, "heads": heads}
+    change(call)
+    with pytest.raises((ValueError, TypeError), match=message):
+        mtl.backward(**call)
+    assert all(p.grad is None for m in (body, *heads) for p in m.parameters())
+
+
+@pytest.mark.parametrize("name", ["PCGrad", "CAGrad", "UPGrad", "GradNorm", "GradDrop"])
+def test_a_tied_weight_is_shared(name):
+    """An output layer that is the embedding itself: the same as listing it in shared only, and counted once."""
+    found = []
+    for tied in (True, False):
+        torch.manual_seed(0)
+        embedding, encoder, classifier = nn.Embedding(20, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        x = torch.randint(0, 20, (8,))
+        f = encoder(embedding(x)).tanh()
+        losses = [
+            nn.functional.cross_entropy(f @ embedding.weight.T, x),
+            nn.functional.cross_entropy(classifier(f), x % 3),
+        ]
+        heads = [[embedding.weight] if tied else [], classifier]
+        mtl.backward(losses, fresh(name), [embedding, encoder], heads)
+        found.append([p.grad for m in (embedding, encoder, classifier) for p in m.parameters()])
+    close(found[0], found[1])
+
+
+# ------------------------------------------------------------------------------------------ what a loss does not reach
+
+
+def detached(body, heads, x):
+    return errors(body(x).detach(), heads)
+
+
+def without_gradient(body, heads, x):
+    with torch.no_grad():
+        f = body(x)
+    return errors(f, heads)
+
+
+def one_detached(body, heads, x):
+    f = body(x)
+    return [errors(f, heads)[0], errors(f.detach(), heads)[1]]
+
+
+def reentrant(body, heads, x):
+    return errors(checkpoint(body, x.requires_grad_(), use_reentrant=True).tanh(), heads)
+
+
+@pytest.mark.parametrize("name", ["Equal", "Uncertainty", "PCGrad", "GradDrop", "NashMTL"])
+@pytest.mark.parametrize("how", [detached, without_gradient, one_detached, reentrant])
+def test_a_loss_that_reaches_no_shared_parameter_is_an_error(how, name):
+    """Except behind a re-entrant checkpoint for loss weighting, whose single backward pass reaches it."""
+    body, heads, x = network()
+    losses = how(body, heads, x)
+    if how is reentrant and name in ("Equal", "Uncertainty"):
+        mtl.backward(losses, fresh(name), body, heads)
+        assert body.weight.grad.norm() > 0.1
+        return
+    match = "use_reentrant=False" if how is reentrant else r"losses\[[01]\].*reaches no parameter of shared.*detached"
+    with pytest.raises(ValueError, match=match):
+        mtl.backward(losses, fresh(name), body, heads)
+
+
+def test_it_is_noticed_in_every_step_of_a_gradient_method():
+    body, heads, x = network()
+    strategy = fresh("PCGrad")
+    for _ in range(5):
+        mtl.backward(errors(body(x), heads), strategy, body, heads)
+    with pytest.raises(ValueError, match=r"losses\[1\]"):
+        mtl.backward(one_detached(body, heads, x), strategy, body, heads)
+
+
+def test_a_loss_without_a_graph_must_be_absent():
+    body, heads, x = network()
+    losses = [errors(body(x), heads)[0], torch.zeros(())]
+    with pytest.raises(ValueError, match=r"losses\[1\].*present="):
+        mtl.backward(losses, fresh("Equal"), body, heads)
+    mtl.backward(losses, fresh("PCGrad"), body, heads, present=[True, False])
+    assert body.weight.grad.any() and heads[1].weight.grad is None
+
+
+def test_a_task_may_use_a_part_of_the_trunk():
+    body, heads, x = network()
+    deep = nn.Linear(6, 6)
+    f = body(x).tanh()
+    mtl.backward([errors(f, heads)[0], (heads[1](deep(f))).square().mean()], fresh("PCGrad"), [body, deep], heads)
+    assert body.weight.grad.any() and deep.weight.grad.any()
+
+
+def test_a_head_that_another_task_uses_is_refused():
+    body, heads, x = network()
+    f = body(x)
+    losses = [heads[0](f).square().mean(), (heads[1](f) + heads[0](f)).square().mean()]
+    with pytest.raises(ValueError, match=r"heads\[0\].*also reached by the loss of task 1"):
+        mtl.backward(losses, fresh("PCGrad"), body, heads)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_with_a_frozen_trunk_heads_get_their_own_gradients(name):
+    loop = Loop(name)
+    loop.net.trunk.requires_grad_(False)
+    if loop.strategy.gradients == "features" or name in ("rep_mtl", "consmtl"):
+        pytest.skip("takes gradients of the features, which a frozen trunk does not have")
+    loop.fill(0)
+    assert all(p.grad is None for p in loop.net.trunk.parameters())
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in loop.net.heads.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------- mixed precision
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_loss_scale_changes_nothing_but_the_scale(name):
+    plain, scaled = Loop(name), Loop(name, scale=1024.0)
+    for step in range(2):
+        a, b = plain.fill(step), scaled.fill(step)
+        close([g / 1024 for g in scaled.gradients()], plain.gradients(), rtol=1e-9, atol=1e-12)
+        close(b.norm, a.norm, rtol=1e-9, atol=0)
+        for p in (*scaled.net.parameters(), *scaled.strategy.parameters()):
+            p.grad = None if p.grad is None else p.grad / 1024  # as GradScaler.unscale_ does it
+        plain.finish(step)
+        scaled.finish(step)
+    close(scaled.numbers(), plain.numbers(), rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["uncertainty", "fairgrad", "db_mtl", "famo", "rotograd"])
+def test_a_grad_scaler_skips_an_overflow_and_goes_on_as_if_it_had_not_been(name):
+    """The step that overflows leaves model, method and optimizer as they were; the scale is halved."""
+
+    def train(overflow):
+        loop, scaler = Loop(name), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        for step in (0, 1, "overflow", 2, 3):
+            if step == "overflow":
+                if not overflow:
+                    continue
+                loop.fill(7, factors=(1.0, float("inf"), 1.0), scale=scaler)
+            else:
+                loop.fill(step, scale=scaler)
+            scaler.step(loop.optimizer)
+            scaler.update()
+            loop.look_back(7 if step == "overflow" else step)
+        return loop, scaler.get_scale()
+
+    (skipped, low), (straight, high) = train(True), train(False)
+    close(skipped.numbers(), straight.numbers(), rtol=1e-9, atol=1e-12, equal_nan=True)
+    assert low == high / 2
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_step_that_is_not_finite_leaves_the_methods_memory_untouched(name, value):
+    """Its gradient is not finite either, so that a GradScaler sees it; the next step is."""
+    loop = Loop(name)
+    for step in range(2):
+        loop.fill(step)
+        loop.finish(step)
+    before = {k: v.clone() for k, v in loop.strategy.named_buffers()}
+    if defines(loop.strategy, "look_ahead"):
+        pytest.skip("looks ahead before the step")
+    loop.fill(2, factors=(1.0, value, 1.0))
+    assert not all(g.isfinite().all() for g in loop.gradients())
+    close(dict(loop.strategy.named_buffers()), before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["DBMTL", "MoCo", "ExcessMTL", "GradNorm", "FAMO"])
+def test_so_it_is_in_the_first_step(name):
+    loop = Loop(fresh(name, TASKS).double())
+    loop.fill(0, factors=(1.0, float("inf"), 1.0))
+    again, straight = Loop(fresh(name, TASKS).double()), None
+    if defines(loop.strategy, "after_step"):
+        loop.strategy.after_step(torch.ones(TASKS, dtype=torch.float64))
+    loop.fill(1)
+    again.fill(1)
+    straight = again.gradients()
+    close(loop.gradients(), straight)
+
+
+@pytest.mark.parametrize("name", ["PCGrad", "NashMTL", "Uncertainty", "UPGrad"])
+def test_inside_autocast_the_methods_own_products_are_not_rounded(name):
+    found = []
+    for inside in (False, True):
+        body, heads, x = network()
+        losses = errors(body(x).tanh(), heads)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            mtl.backward(losses, fresh(name), body, heads)
+        found.append([p.grad for m in (body, *heads) for p in m.parameters()])
+    close(found[0], found[1], rtol=0, atol=0)
+
+
+def test_half_precision_losses_are_computed_with_in_single_precision():
+    """A loss of 1e-7 in half precision times anything is 0, and so is its floor."""
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        body, heads, x = network()
+        losses = [(loss * s).to(dtype) for loss, s in zip(errors(body(x).tanh(), heads), (1.0, 1e-3), strict=True)]
+        found.append(mtl.backward(losses, fresh("GLS"), body, heads).weights)
+    close(found[0], found[1], rtol=1e-2, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------ kinds of parameters
+
+
+@pytest.mark.parametrize("name", ["PCGrad", "MGDA", "NashMTL", "DBMTL"])
+def test_complex_parameters_are_two_real_ones(name):
+    def run(split):
+        torch.manual_seed(0)
+        w, heads = torch.randn(4, 3, dtype=torch.complex128), [nn.Linear(3, 1).double() for _ in range(2)]
+        x = torch.randn(8, 4, dtype=torch.float64)
+        if split:
+            parts = [nn.Parameter(w.real.clone()), nn.Parameter(w.imag.clone())]
+            f = (x @ parts[0]).square() + (x @ parts[1]).square()
+        else:
+            parts = [nn.Parameter(w)]
+            f = (x.to(w) @ parts[0]).abs().square()
+        mtl.backward(errors(f, heads), fresh(name), parts, heads)
+        return [p.grad for p in parts], [p.grad for h in heads for p in h.parameters()]
+
+    (whole,), heads = run(False)
+    (real, imaginary), same = run(True)
+    close(whole.real, real)
+    close(whole.imag, imaginary)
+    close(heads, same)
+
+
+@pytest.mark.parametrize("name", ["Equal", "PCGrad", "GradDrop"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_sparse_embeddings(name, shared):
+    """A sparse gradient has the numbers of a dense one, in the trunk and in a head."""
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        embedding, heads, x = nn.Embedding(10, 6, sparse=sparse), [nn.Linear(6, 1), nn.Linear(6, 1)], torch.arange(5)
+        body, strategy = nn.Linear(6, 6), fresh(name).double()
+        strategy.epoch_start(0, 1, 3)
+        f = body(embedding(x) if shared else torch.ones(5, 6))
+        losses = errors(f, heads)
+        if not shared:
+            losses[0] = losses[0] + embedding(x).square().mean()
+        mtl.backward(
+            losses, strategy, [body, embedding] if shared else body, [[heads[0], embedding][: 2 - shared], heads[1]]
+        )
+        gradient = embedding.weight.grad
+        found.append([gradient.to_dense() if gradient.is_sparse else gradient, body.weight.grad])
+    close(found[0], found[1])
+
+
+@pytest.mark.parametrize("first", [torch.float16, torch.bfloat16, torch.float64])
+def test_parameters_of_several_dtypes_in_any_order(first):
+    """The Jacobian is as precise as its most precise parameter, whichever comes first."""
+    found = []
+    for order in (1, -1):
+        torch.manual_seed(0)
+        a, b, heads = nn.Parameter(torch.randn(4, 6).to(first)), nn.Parameter(torch.randn(6)), network()[1]
+        f = (torch.randn(8, 4) @ a.float() + b).tanh()
+        info = mtl.backward(errors(f, heads), fresh("CAGrad"), [a, b][::order], heads)
+        assert a.grad.dtype == first and b.grad.dtype == torch.float32
+        found.append([info.weights.float(), a.grad, b.grad])
+    close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------- accumulation
+
+
+@pytest.mark.parametrize("name", ["Equal", "Static", "PCGrad"])
+def test_adatask_over_micro_batches_equals_the_whole_batch(name):
+    def step(parts):
+        body, heads, _ = network()
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
+        options = {"weights": [1.0, 2.0]} if name == "Static" else {}
+        optimizer = AdaTask([p for m in (body, *heads) for p in m.parameters()], lr=0.1, base="sgd", betas=(0.0, 0.9))
+        before = body.weight.detach().clone()
+        for part in x.chunk(parts):
+            # Losses that never conflict, so that PCGrad is linear in the batch.
+            f = body(part)
+            losses = [((i + 1) * h(f).mean()) / parts for i, h in enumerate([heads[0], heads[0]])]
+            mtl.backward(losses, fresh(name, **options), [body, heads[0]], [[], []], per_task=True)
+        optimizer.step()
+        return body.weight.detach() - before
+
+    close(step(1), step(2), rtol=1e-5, atol=1e-7)
+
+
+# ------------------------------------------------------------------------------------------------------------- hooks
+
+
+def test_a_forgotten_hook_is_an_error_that_says_what_to_call():
+    def loop(name, steps, **options):
+        body, heads, x = network()
+        strategy = fresh(name, **options)
+        for _ in range(steps):
+            mtl.backward(errors(body(x).tanh(), heads), strategy, body, heads)
+        return strategy
+
+    loop("FAMO", 1)
+    for name, steps, said in [
+        ("FAMO", 2, "strategy.after_step(losses)"),
+        ("AutoLambda", 1, "strategy.look_ahead(losses_of, parameters, lr)"),
+        ("MOML", 1, "strategy.look_ahead(losses_of, parameters, lr)"),
+        ("RotoGrad", 1, "strategy.prepare(features)"),
+        ("DWA", PATIENCE + 1, "strategy.epoch_end"),
+        ("STCH", PATIENCE + 1, "strategy.epoch_end"),
+        ("Annealed", PATIENCE + 1, "strategy.epoch_start(epoch, epochs)"),
+    ]:
+        with pytest.raises(RuntimeError, match=re.escape(said)):
+            loop(name, steps)
+        if steps > 1:
+            loop(name, steps - 1)
+    for name in ("MoDo", "SDMGrad"):
+        with pytest.raises(ValueError, match=f"losses: {name} needs the losses of {fresh(name).samples} independent"):
+            loop(name, 1)
+
+
+def test_an_epoch_that_ended_in_silence_is_an_error():
+    loop = Loop(fresh("DWA", TASKS).double())
+    loop.strategy.epoch_start(0, 3)
+    loop.fill(0)
+    with pytest.raises(RuntimeError, match=r"DWA: epoch 0 ended without strategy.epoch_end"):
+        loop.strategy.epoch_start(1, 3)
+
+
+def test_methods_that_learn_from_epochs_work_with_epoch_end_alone():
+    """As the README of the first release said."""
+    body, heads, x = network()
+    strategy = fresh("DWA")
+    for epoch in range(3):
+        for _ in range(30):
+            info = mtl.backward(errors(body(x).tanh(), heads), strategy, body, heads)
+        strategy.epoch_end(Statistics(torch.tensor([1.0, 1.0 - 0.3 * epoch])))
+    assert info.weights[0] > info.weights[1]
+
+
+def test_views_must_be_asked_for():
+    body, heads, x = network()
+    strategy = fresh("RotoGrad", features=6)
+    f = body(x)
+    with pytest.raises(RuntimeError, match=re.escape("strategy.views(features)[i]")):
+        mtl.backward(errors(f, heads), strategy, body, heads, features=f)
+
+
+# ------------------------------------------------------------------------------------------------------------- state
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_loop_that_saves_and_loads_goes_on_exactly(name):
+    """Everything is in state_dict, the random stream and the progress included; it is tensors, loaded without code."""
+    straight = Loop(name)
+    straight.epoch(0)
+    straight.strategy.epoch_start(1, 4)
+    for step in (3, 4):
+        straight.fill(step)
+        straight.finish(step)
+    state = {"net": straight.net.state_dict(), "strategy": straight.strategy.state_dict()}
+    torch.save({**state, "optimizer": straight.optimizer.state_dict()}, file := io.BytesIO())
+    assert all(isinstance(value, torch.Tensor) for value in state["strategy"].values())
+    saved = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    resumed = Loop(name)
+    resumed.net.load_state_dict(saved["net"])
+    resumed.strategy.load_state_dict(saved["strategy"])
+    resumed.optimizer.load_state_dict(saved["optimizer"])
+    for loop in (straight, resumed):
+        for step in range(5, 8):
+            loop.fill(step)
+            loop.finish(step)
+    close(resumed.numbers(), straight.numbers(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["RLW", "PCGrad", "GradVac", "GradDrop"])
+def test_manual_seed_decides_the_draws(name):
+    """Also between two methods in one process, and without moving the global stream."""
+
+    def draws(seed):
+        torch.manual_seed(seed)
+        strategy = fresh(name, 8)
+        body, heads, x = network(tasks=8)
+        torch.manual_seed(seed)
+        for _ in range(3):
+            mtl.backward(errors(body(x).tanh(), heads), strategy, body, heads)
+        return body.weight.grad, torch.rand(1)
+
+    first, again, other = draws(1), draws(1), draws(2)
+    close(first, again, rtol=0, atol=0)
+    assert not torch.equal(first[0], other[0])
+    torch.manual_seed(1)
+    close(first[1], torch.rand(1), rtol=0, atol=0)
+
+
+def test_checkpoints_of_the_first_release_load():
+    old = {key: value for key, value in make("dwa").state_dict().items() if "extra" not in key}
+    make("dwa").load_state_dict(old)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_strategy_can_be_copied_and_pickled(name):
+    loop = Loop(name)
+    loop.fill(0)
+    loop.finish(0)
+    copies = [copy.deepcopy(loop.strategy), make(name)]
+    copies[1].load_state_dict(loop.strategy.state_dict())
+    for other in copies:
+        close(other.memory(), loop.strategy.memory(), rtol=0, atol=0, equal_nan=True)
+
+
+# -------------------------------------------------------------------------------------------------- negative losses
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["DBMTL", "MoCo", "UncertaintySoftmax", "GradNorm", "GLS", "ScaleInvariant", "FAMO", "STCH", "IMTLL", "IMTL"],
+)
+def test_methods_that_take_logarithms_or_ratios_refuse_a_negative_loss(name):
+    body, heads, x = network()
+    strategy = fresh(name)
+    losses = errors(body(x).tanh(), heads)
+    with pytest.raises(ValueError, match=rf"losses\[1\] \(1\): negative .*{name}"):
+        mtl.backward([losses[0], losses[1] - 9], strategy, body, heads)
+    strategy.epoch_start(4, 10)
+    losses = errors(body(x).tanh(), heads)
+    with pytest.raises(ValueError, match="in epoch 5"):
+        mtl.backward([losses[0], losses[1] - 9], strategy, body, heads)
+    losses = errors(body(x).tanh(), heads)  # where the task is absent, its loss says nothing
+    mtl.backward([losses[0], losses[1] - 9], strategy, body, heads, present=[True, False])
+
+
+def test_dwa_refuses_a_negative_mean():
+    with pytest.raises(ValueError, match=r"DWA.*mean loss of 1 is negative"):
+        fresh("DWA").epoch_end(Statistics(torch.tensor([1.0, -2.0])))
+
+
+def test_log_losses_refuse_a_negative_loss():
+    body, heads, x = network()
+    losses = errors(body(x).tanh(), heads)
+    with pytest.raises(ValueError, match=r"losses\[0\].*Equal is given log-losses"):
+        mtl.backward([losses[0] - 50, losses[1]], Equal(2), body, heads, switches=mtl.Switches(transform="log"))
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+
+REFUSE_PROCESSES = ("auto_lambda", "moml", "rep_mtl", "consmtl", "rotograd")
+FEATURES = ("mgda", "cagrad", "pcgrad")
+DRAWING = ("RLW", "PCGrad", "GradDrop")
+PARTIAL = ("Equal", "Uncertainty", "MGDA", "UPGrad")
+
+
+def _replica(rank: int, file: str, results) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    found = {}
+    for name in METHODS:
+        try:
+            torch.manual_seed(rank)  # a stranger's processes are seeded apart
+            loop = Loop(name, DistributedDataParallel, slice(rank, None, 2))
+            for epoch in range(3):
+                loop.epoch(epoch, steps=2)
+            found[name] = loop.numbers()
+        except ValueError as error:
+            found[name] = str(error)
+    for name in FEATURES:
+        loop = Loop(name, DistributedDataParallel, slice(rank, None, 2), switches=mtl.Switches(gradients="features"))
+        for epoch in range(3):
+            loop.epoch(epoch, steps=2)
+        found[f"{name} of features"] = loop.numbers()
+    for name in DRAWING:
+        loop = Loop(fresh(name, TASKS).double(), DistributedDataParallel, slice(rank, None, 2))
+        torch.manual_seed(rank)
+        loop.fill(0)
+        found[f"{name} unseeded"] = torch.cat([g.flatten() for g in loop.gradients()])
+    for name in PARTIAL:  # the second process has no label of the second task
+        loop = Loop(fresh(name, TASKS).double(), DistributedDataParallel, slice(rank, None, 2))
+        loop.fill(0, present=[True, rank == 0, True])
+        found[f"{name} partial"] = torch.cat([g.flatten() for g in loop.gradients()])
+    results.put((rank, pickle.dumps(found)))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def replicas(tmp_path_factory) -> dict[int, dict]:
+    """What two processes with DistributedDataParallel end with, for every method."""
+    file = tmp_path_factory.mktemp("gloo") / "store"
+    results = multiprocessing.get_context("spawn").Queue()
+    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)
+        started = multiprocessing.spawn(_replica, (str(file), results), nprocs=2, join=False)
+        found = {rank: pickle.loads(data) for rank, data in (results.get(timeout=300) for _ in range(2))}
+        started.join()
+    return found
+
+
+@pytest.mark.parametrize("name", [*METHODS, *(f"{name} of features" for name in FEATURES)])
+def test_replicas_are_equal_and_equal_to_one_process(replicas, name):
+    """Six steps over three epochs, every hook called with what one process sees."""
+    first, second = replicas[0][name], replicas[1][name]
+    if name in REFUSE_PROCESSES:
+        assert first == second and first.startswith("group: ")
+        return
+    assert torch.equal(first.nan_to_num(-1), second.nan_to_num(-1))
+    method, _, of_features = name.partition(" of ")
+    options = {"switches": mtl.Switches(gradients="features")} if of_features else {}
+    whole = Loop(method, **options)
+    for epoch in range(3):
+        whole.epoch(epoch, steps=2)
+    close(first, whole.numbers(), rtol=1e-6, atol=1e-8, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_replicas_draw_the_same_however_their_processes_are_seeded(replicas, name):
+    first, second = replicas[0][f"{name} unseeded"], replicas[1][f"{name} unseeded"]
+    assert first.any() and torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_a_task_that_one_process_lacks_is_the_other_processes_alone(replicas, name):
+    """As one process with the losses (a + b) / 2, of the task that is partly missing the one that is there."""
+    assert torch.equal(replicas[0][f"{name} partial"], replicas[1][f"{name} partial"])
+    loop = Loop(fresh(name, TASKS).double())
+    parts = [loop.losses(*(t[rank::2] for t in batch(0)))[0] for rank in range(2)]
+    losses = [a if i == 1 else (a + b) / 2 for i, (a, b) in enumerate(zip(*parts, strict=True))]
+    mtl.backward(losses, loop.strategy, loop.net.trunk, loop.net.heads)
+    close(replicas[0][f"{name} partial"], torch.cat([g.flatten() for g in loop.gradients()]), rtol=1e-6, atol=1e-9)
