@@ -4,18 +4,18 @@
     python benchmarks/gpu_day.py --minutes 9 --out DIR --plan                    say what would be done
     python benchmarks/gpu_day.py --minutes 3 --out /tmp/day --device cpu --tiny  try all of it without a GPU
 
-DIR/gpu_day.md is the page, DIR/gpu_day.json its content; both are replaced after every phase. The same command on a
-later day goes on with interrupted runs. FOLDER holds cifar-100-python/. The machine needs Python 3.12 and torch.
+DIR/gpu_day.md is the page, DIR/gpu_day.json its content. Both are replaced after every phase. The same command on a
+later day goes on with interrupted runs. FOLDER holds cifar-100-python/. The machine needs torch, torchvision and scipy.
 
-A machine without a network gets wheels. Prepare them beside this repository's README, where there is a network:
+A machine without a network gets the rest as wheels. Prepare them in the repository's folder, where there is a network:
     python -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp -d .whl \
         --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
         hydra-core==1.3.8 omegaconf==2.3.1 wandb==0.31.0 pydantic==2.14.4 pydantic-core==2.50.5 annotated-types \
-        typing-inspection typing-extensions pytest iniconfig pluggy
-    python -m pip wheel --no-deps -w .whl antlr4-python3-runtime==4.9.3    # there is no wheel of it
-Data in parts that small transfers allow, and back to one folder:
+        typing-inspection typing-extensions pyyaml packaging filelock pytest iniconfig pluggy pygments
+    python -m pip wheel --no-deps -w .whl antlr4-python3-runtime==4.9.3    # PyPI has no wheel of it
+Data in parts for a transfer with a limit, and back:
     tar c cifar-100-python | xz -T2 | split -b 54m - cifar.     cat cifar.* | xz -dc -T0 | tar x -C FOLDER
-Results back, and to the machine of the next day:
+Results to this machine, and to the machine of the next day:
     tar c DIR | split -b 15m - day.                             cat day.* | tar x
 """
 
