@@ -17,7 +17,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
-from throughput import BATCH, ours, write
+from files import write
+from throughput import BATCH, ours
 
 from mtl.tracking.console import table
 

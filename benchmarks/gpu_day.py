@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
@@ -40,6 +39,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from files import read, read_lines, write, write_text
 from gpu_day_page import plan, render
 
 ROOT = Path(__file__).parents[1]
@@ -151,7 +151,7 @@ def execute(phase: Phase, clock: Clock, env: dict[str, str]) -> None:
         lines = log.read_text(errors="replace").strip().splitlines()
         phase.error = f"exit code {process.returncode}: {lines[-1] if lines else 'no output'}"
     phase.seconds = clock.elapsed() - began
-    phase.found = read(phase.result)
+    phase.found = read_lines(phase.result) if phase.result.suffix == ".jsonl" else read(phase.result)
     if stopped:
         raise Stopped
 
@@ -165,18 +165,6 @@ def _end(process: subprocess.Popen, grace: float) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def read(file: Path) -> Any:
-    """The value of a .json file, or the list of values of a .jsonl file; None where there is nothing to read."""
-    try:
-        text = file.read_text()
-        if file.suffix == ".json":
-            return json.loads(text)
-        # The last line is left out if the process was killed while it wrote.
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    except (OSError, ValueError):
-        return None
 
 
 def phases(options: argparse.Namespace) -> list[Phase]:
@@ -251,12 +239,10 @@ def _output(command: Sequence[str]) -> str | None:
         return None
 
 
-def write(out: Path, day: dict[str, Any]) -> None:
+def report(out: Path, day: dict[str, Any]) -> None:
     """Replace gpu_day.json and gpu_day.md."""
-    for name, text in (("gpu_day.json", json.dumps(day, indent=1) + "\n"), ("gpu_day.md", render(day))):
-        partial = out / f"{name}.tmp"
-        partial.write_text(text)
-        os.replace(partial, out / name)
+    write(out / "gpu_day.json", day)
+    write_text(out / "gpu_day.md", render(day))
 
 
 def keep(out: Path) -> None:
@@ -321,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def note() -> None:
         day.update(seconds=clock.elapsed(), phases={phase.name: phase.note() for phase in todo})
-        write(options.out, day)
+        report(options.out, day)
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)

@@ -10,7 +10,6 @@ replaced every few seconds.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import statistics
@@ -22,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from files import read, read_lines, write
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from throughput import write
 
 from mtl.config.cli import CONF
 from mtl.config.identity import identify
@@ -61,25 +60,18 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return _json(self.directory / "run.json").get("status") == "finished"
+        return (read(self.directory / "run.json") or {}).get("status") == "finished"
 
     def rows(self) -> list[dict[str, float]]:
         """The rows of metrics.jsonl, without a half-written last one."""
-        result = []
-        file = self.directory / "metrics.jsonl"
-        for line in file.read_text().splitlines() if file.is_file() else []:
-            try:
-                result.append(json.loads(line))
-            except ValueError:
-                break
-        return result
+        return read_lines(self.directory / "metrics.jsonl")
 
     def state(self) -> dict[str, Any]:
         """What the page shows of this run: plain Python values."""
         rows = self.rows()
         keys = [key for key in (rows[-1] if rows else {}) if key.startswith("test/") and key.endswith("_accuracy")]
         today = rows[self.before :]
-        status = _json(self.directory / "run.json").get("status", "not started")
+        status = (read(self.directory / "run.json") or {}).get("status", "not started")
         if self.error and status != "diverged":
             status = "failed"
         elif status == "running" and self.process is None:
@@ -96,19 +88,12 @@ class Run:
             "best": {key: max(row[key] for row in rows) for key in keys},
             "seconds_per_epoch": _median(today, "time/seconds"),
             "images_per_second": _median(today, "time/images_per_second"),
-            "peak_memory_gib": _json(self.directory / "summary.json").get("peak_memory_gib"),
+            "peak_memory_gib": (read(self.directory / "summary.json") or {}).get("peak_memory_gib"),
         }
 
 
 def _median(rows: Sequence[dict[str, float]], key: str) -> float | None:
     return statistics.median(row[key] for row in rows) if rows else None
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 def queue(out: Path, losses: Sequence[str], seeds: Sequence[int], words: Sequence[str]) -> list[Run]:

@@ -19,8 +19,6 @@ layer in the layout of our loop. No loop in fp32 that calls the same kernels can
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from files import write
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset
@@ -250,13 +249,6 @@ def rows(loops: Sequence[Loop], images: int, batch: int) -> list[dict[str, Any]]
             }
         )
     return result
-
-
-def write(file: Path, content: Any) -> None:
-    """Replace a JSON file in one step: whoever reads it while this process is killed finds a whole one."""
-    partial = file.with_name(file.name + ".tmp")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, file)
 
 
 def main() -> None:

@@ -12,7 +12,8 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu_day
-from gpu_day import Clock, Phase, execute, keep, main, parse, phases, read, write
+from files import read_lines
+from gpu_day import Clock, Phase, execute, keep, main, parse, phases, report
 from gpu_day_page import plan, render
 from gpu_day_runs import Pool, Run
 
@@ -73,7 +74,7 @@ class TestTime:
     def test_a_half_written_line_is_left_out(self, tmp_path):
         file = tmp_path / "tests.jsonl"
         file.write_text('{"test": 1}\n{"te')
-        assert read(file) == [{"test": 1}]
+        assert read_lines(file) == [{"test": 1}]
 
 
 @pytest.fixture
@@ -180,7 +181,7 @@ class TestPage:
     def test_an_earlier_page_is_kept(self, tmp_path):
         for number in (1, 2, 3):
             keep(tmp_path)
-            write(tmp_path, {**day(), "commit": f"c{number}"})
+            report(tmp_path, {**day(), "commit": f"c{number}"})
         commits = [json.loads((tmp_path / f"gpu_day{n}.json").read_text())["commit"] for n in ("-1", "-2", "")]
         assert commits == ["c1", "c2", "c3"]
 
