@@ -1,4 +1,4 @@
-"""A prepared GPU day: tests, step times and CIFAR-100 runs on a bare GPU machine, within a given time, with one command.
+"""A prepared GPU day: tests, step times and CIFAR-100 runs on a bare GPU machine, within a given time, by one command.
 
     python benchmarks/gpu_day.py --minutes 9 --out DIR --data FOLDER --wheels .whl --commit $(git rev-parse HEAD)
     python benchmarks/gpu_day.py --minutes 9 --out DIR --plan                    say what would be done
@@ -50,6 +50,8 @@ PHASES = ("tests", "steps", "at-once", "runs")
 STEPS = {"resnet56": 10}  # of a round; 20 for the others
 STEP_LOSSES = ("equal", "uncertainty", "pcgrad", "cagrad", "graddrop")  # all families
 PROTOCOL = ("experiment=cifar100", "trainer.precision=bf16")
+TINY_TIMES = ("--steps", "1", "--rounds", "1", "--batch", "8", "--precisions", "fp32")
+TINY_COUNT = ("--steps", "1", "--seconds", "1", "--batch", "8", "--counts", "1", "2")
 TINY = ("data=digits", "data.limit_train=128", "data.limit_test=64", "data.batch_size=32", "trainer.epochs=2")
 
 
@@ -181,13 +183,12 @@ def phases(options: argparse.Namespace) -> list[Phase]:
         file = logs / f"steps-{arch}.json"
         times = [python, str(HERE / "throughput.py"), "--arch", arch, "--device", options.device, "--in-memory",
                  "--losses", *STEP_LOSSES[: 2 if tiny else None], "--layouts", "channels_last", "contiguous",
-                 *(["--steps", "1", "--rounds", "1", "--batch", "8"] if tiny else ["--steps", str(STEPS.get(arch, 20))]),
-                 "--json", str(file)]  # fmt: skip
+                 *(TINY_TIMES if tiny else ("--steps", str(STEPS.get(arch, 20)))), "--json", str(file)]  # fmt: skip
         # Its clock starts after its imports, so it stops itself early.
         result.append(Phase(f"steps {arch}", 0.125, lambda s, t=times: [*t, "--seconds", f"{s - 10:.0f}"], file))
     file = logs / "at-once.json"
     count = [python, str(HERE / "at_once.py"), "--arch", options.arch, "--device", options.device,
-             *(["--counts", "1", "2", "--seconds", "1", "--steps", "1", "--batch", "8"] if tiny else []), "--json", str(file)]  # fmt: skip
+             *(TINY_COUNT if tiny else ()), "--json", str(file)]  # fmt: skip
     result.append(Phase("at-once", 0.15, lambda _: count, file))
     file = logs / "runs.json"
 

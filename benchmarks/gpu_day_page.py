@@ -1,4 +1,4 @@
-"""The page of a GPU day: Markdown from what gpu_day.json holds, also when phases failed, were cut or were not reached."""
+"""The page of a GPU day: Markdown from what gpu_day.json holds, also when phases failed or were cut."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _head(day: dict[str, Any]) -> str:
 
 def _phases(phases: dict[str, dict[str, Any]]) -> str:
     rows = [
-        [name, p["status"], f"{p['seconds']:.0f} s", f"{p['budget']:.0f} s", f"`{p['command']}`" if p["command"] else ""]
+        [name, p["status"], f"{p['seconds']:.0f} s", f"{p['budget']:.0f} s", f"`{p['command']}`"]
         for name, p in phases.items()
     ]
     return "## Phases\n\n" + _table(["phase", "status", "took", "at most", "command"], rows)
@@ -94,8 +94,8 @@ def _steps(arch: str, found: dict[str, Any]) -> str:
     header = ["loop", "ms a step", "images/s", "speed x plain", "speed x in memory", "MiB", "rounds"]
     text = f"## Steps: {arch}\n\n{found['about']}. Ratios are of the same round: median (lowest–highest), above 1 is "
     text += "faster. Plain: the tutorial's loop with two loader workers. In memory: a plain loop of the same precision "
-    text += "and layout whose images lie on the device, without augmentation. MiB: the most that an epoch needed beside "
-    return text + "what was there before it (weights, images).\n\n" + _table(header, rows)
+    text += "and layout. Its images lie on the device and are not augmented. MiB: the most GPU memory that an epoch "
+    return text + "needed, without weights and images.\n\n" + _table(header, rows)
 
 
 def _at_once(found: dict[str, Any]) -> str:
@@ -144,6 +144,9 @@ def _missing(phases: dict[str, dict[str, Any]]) -> str:
         for row in (phase["found"] or {}).get("rows", []) if name.startswith("steps") else []:
             if not row["rounds"]:
                 lines.append(f"- {name}: no round of “{row['loop']}”")
+    for outcome, count in sorted(Counter(t["outcome"] for t in phases.get("tests", {}).get("found") or []).items()):
+        if outcome != "passed":
+            lines.append(f"- tests: {count} {outcome}")
     runs = phases.get("runs", {}).get("found")
     if runs:
         lines += [f"- {r['loss']} seed {r['seed']}: {r['error']}" for r in runs["runs"] if r["error"]]
@@ -180,8 +183,9 @@ def plan(options: argparse.Namespace, phases: Sequence[Phase], before: dict[str,
 
 
 def _plan_runs(options: argparse.Namespace, seconds: float, found: dict[str, Any] | None) -> list[str]:
-    lines = [f"    {len(options.losses) * len(options.seeds)} runs: {', '.join(options.losses)}; "
-             f"seeds {', '.join(map(str, options.seeds))}; {options.at_once or 'a measured number'} at a time"]  # fmt: skip
+    losses, seeds = ", ".join(options.losses), ", ".join(map(str, options.seeds))
+    number = len(options.losses) * len(options.seeds)
+    lines = [f"    {number} runs: {losses}; seeds {seeds}; {options.at_once or 'a measured number'} at a time"]
     pace, source = ASSUMED, "assumed"
     if found and _pace(found):
         pace, source = _pace(found), "measured on the day before"

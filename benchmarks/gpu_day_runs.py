@@ -3,8 +3,8 @@
     python benchmarks/gpu_day_runs.py --out DIR --until $(($(date +%s) + 300)) --at-once 4 --losses dwa equal \
         --seeds 42 123 456 -- experiment=cifar100 arch=resnet20 trainer.precision=bf16
 
-Every run is `train.py` in a process of its own, so the same command goes on with what was interrupted. DIR/logs/runs.json is
-replaced every few seconds.
+Every run is `train.py` in a process of its own, so the same command goes on with what was interrupted. DIR/logs/runs.json
+is replaced every few seconds.
 """
 
 from __future__ import annotations
@@ -218,6 +218,8 @@ def main() -> None:
     for run in runs:
         state = run.state()
         print(f"{run.loss} seed {run.seed}: {state['status']}, {state['reached']}/{run.epochs} epochs")
+    if failed := sum(run.error is not None for run in runs):
+        sys.exit(f"{failed} of {len(runs)} runs failed")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ DataLoader with two workers, an eager fp32 model in the default layout, SGD, equ
 `Learner.train_epoch`, as train.py runs it. Rounds alternate between the contenders, so that a change of the machine's
 pace hits all alike; the table gives medians, of the speeds and of the ratios to the plain loop of the same round.
 
-`--in-memory` adds plain loops that load nothing: normalised images lie on the device, and no image is augmented. There is
-one for each precision and layout. They show what our step costs, because a fast GPU waits for the tutorial's loader.
+`--in-memory` adds a plain loop for each precision and layout. Its normalised images lie on the device and are not
+augmented. It shows what our step costs, because a fast GPU waits for the tutorial's loader.
 
 The last row is the bound that the libraries set: nothing but the network's convolutions, forward and backward, layer by
 layer in the layout of our loop. No loop in fp32 that calls the same kernels can be faster.
