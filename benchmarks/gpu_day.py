@@ -286,7 +286,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the day; the exit code is 0 if no phase failed."""
+    """Run the day; the exit code is 1 if a phase failed or a signal stopped the day."""
     options = parse(arguments)
     clock = Clock(60 * options.minutes)
     todo = phases(options)
@@ -299,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = str(options.out / "logs" / "tests.jsonl")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), "GPU_DAY_TESTS": results,
            "PYTHONUNBUFFERED": "1"}  # fmt: skip
-    day = about(options)
+    day, stopped = about(options), False
 
     def stop(signum, frame) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second signal must not stop the closing
@@ -319,11 +319,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 execute(phase, clock, env)
                 print(f"{phase.name}: {phase.status} after {phase.seconds:.0f} s {phase.error or ''}", flush=True)
     except Stopped:
+        stopped = True
         print("stopped by a signal", flush=True)
     note()
     shutil.rmtree(options.site, ignore_errors=True)
     print(f"{options.out / 'gpu_day.md'}, {clock.elapsed():.0f} s")
-    return int(any(phase.status == "failed" for phase in todo))
+    return int(stopped or any(phase.status == "failed" for phase in todo))
 
 
 if __name__ == "__main__":

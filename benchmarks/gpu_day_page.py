@@ -63,7 +63,7 @@ def _head(day: dict[str, Any]) -> str:
 
 def _phases(phases: dict[str, dict[str, Any]]) -> str:
     rows = [
-        [name, p["status"], f"{p['seconds']:.0f} s", f"{p['budget']:.0f} s", f"`{p['command']}`"]
+        [name, p["status"], f"{p['seconds']:.0f} s", f"{p['budget']:.0f} s", f"`{p['command'] or '–'}`"]
         for name, p in phases.items()
     ]
     return "## Phases\n\n" + _table(["phase", "status", "took", "at most", "command"], rows)

@@ -3,8 +3,8 @@
     python benchmarks/gpu_day_runs.py --out DIR --until $(($(date +%s) + 300)) --at-once 4 --losses dwa equal \
         --seeds 42 123 456 -- experiment=cifar100 arch=resnet20 trainer.precision=bf16
 
-Every run is `train.py` in a process of its own, so the same command goes on with what was interrupted. DIR/logs/runs.json
-is replaced every few seconds.
+Every run is `train.py` in a process of its own, so the same command goes on with what was interrupted. What is known of
+the runs is in DIR/logs/runs.json, which is replaced every few seconds.
 """
 
 from __future__ import annotations

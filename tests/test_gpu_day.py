@@ -12,10 +12,12 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu_day
+from at_once import choose
 from files import read_lines
 from gpu_day import Clock, Phase, execute, keep, main, parse, phases, report
 from gpu_day_page import plan, render
 from gpu_day_runs import Pool, Run
+from throughput import Loop, measure, rows
 
 
 def phase(tmp_path: Path, code: str, share: float = 1.0, grace: float = 1.0) -> Phase:
@@ -186,6 +188,28 @@ class TestPage:
             report(tmp_path, {**day(), "commit": f"c{number}"})
         commits = [json.loads((tmp_path / f"gpu_day{n}.json").read_text())["commit"] for n in ("-1", "-2", "")]
         assert commits == ["c1", "c2", "c3"]
+
+
+class TestTimes:
+    def test_a_measurement_that_is_cut_reports_the_rounds_it_has(self):
+        loops = [Loop("plain", lambda: 2.0), Loop("bare", lambda: 0.5, "bare"), Loop("ours", lambda: 1.0, "bare")]
+        notes = []
+        until = time.monotonic() + 1000
+        measure(loops, 2, "cpu", until, lambda: notes.append(rows(loops, images=256, batch=128)))
+        after_two, last = notes[1], notes[-1]
+        assert [row["rounds"] for row in after_two] == [1, 1, 0]
+        assert after_two[2]["x_plain"] is None and after_two[2]["step_ms"] is None
+        assert last[2]["x_plain"] == {"median": 2.0, "lowest": 2.0, "highest": 2.0}
+        assert last[2]["x_in_memory"]["median"] == 0.5 and last[0]["x_in_memory"] is None
+        assert (last[2]["step_ms"], last[2]["images_per_second"]) == (500.0, 256.0)
+
+    def test_no_loop_starts_after_the_time(self):
+        loop = Loop("plain", lambda: pytest.fail("started"))
+        measure([loop], 2, "cpu", time.monotonic(), lambda: None)
+        assert loop.seconds == []
+
+    def test_as_few_runs_at_a_time_as_are_nearly_the_fastest(self):
+        assert choose({1: 10.0, 2: 19.0, 4: 20.0, 8: 18.0}) == 2
 
 
 class TestRuns:
