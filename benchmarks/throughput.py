@@ -2,11 +2,15 @@
 
     python benchmarks/throughput.py                              ResNet-20, 20 steps of 128 images, 3 rounds
     python benchmarks/throughput.py --arch resnet56 --steps 10
+    python benchmarks/throughput.py --in-memory --layouts channels_last contiguous --seconds 60 --json times.json
 
 The plain loop is what a tutorial writes: PIL images through torchvision's RandomCrop, flip, ToTensor and Normalize in a
 DataLoader with two workers, an eager fp32 model in the default layout, SGD, equal weighting. Ours is
 `Learner.train_epoch`, as train.py runs it. Rounds alternate between the contenders, so that a change of the machine's
 pace hits all alike; the table gives medians, of the speeds and of the ratios to the plain loop of the same round.
+
+`--in-memory` adds a plain loop for each precision and layout. Its normalised images lie on the device and are not
+augmented. It shows what our step costs, because a fast GPU waits for the tutorial's loader.
 
 The last row is the bound that the libraries set: nothing but the network's convolutions, forward and backward, layer by
 layer in the layout of our loop. No loop in fp32 that calls the same kernels can be faster.
@@ -17,10 +21,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from files import write
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset
@@ -30,25 +38,22 @@ from mtl.archs.model import MultiTaskModel
 from mtl.config import schema
 from mtl.config.cli import CONF
 from mtl.data.batches import TrainingBatches
+from mtl.data.synthetic import Synthetic
 from mtl.engine.run import assemble
 from mtl.engine.trainer import Trainer
 from mtl.tracking.console import table
 
 BATCH = 128
-OURS = [
-    ("equal", "fp32"),
-    ("equal", "bf16"),
-    ("uncertainty", "fp32"),
-    ("dwa", "fp32"),
-    ("pcgrad", "fp32"),
-    ("graddrop", "fp32"),
-]
+REFERENCE = "plain PyTorch loop, fp32"
+Epoch = Callable[[], float]  # trains once over its images and returns the seconds it took
 
 
-def ours(arch: str, loss: str, precision: str, images: int, device: str, more: Sequence[str] = ()):
+def ours(
+    arch: str, loss: str, precision: str, images: int, device: str, more: Sequence[str] = (), batch: int = BATCH
+) -> Epoch:
     """A function that trains one epoch of `images` images and returns the seconds it took."""
     overrides = ["data=synthetic", f"data.train_size={images}", "data.test_size=1", f"arch={arch}", f"loss={loss}"]
-    overrides += [f"trainer.precision={precision}", f"trainer.device={device}", f"data.batch_size={BATCH}"]
+    overrides += [f"trainer.precision={precision}", f"trainer.device={device}", f"data.batch_size={batch}"]
     overrides += more
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = OmegaConf.to_container(compose("config", overrides), resolve=True)
@@ -83,13 +88,11 @@ def backbone(arch: str) -> torch.nn.Module:
     return schema.build(node, "arch", in_channels=3)
 
 
-def plain(arch: str, images: int, device: str):
-    """The same for the plain loop."""
-    from mtl.data.synthetic import Synthetic
-
+def plain(arch: str, images: int, device: str, batch: int = BATCH) -> Epoch:
+    """The same for the tutorial's loop."""
     model = MultiTaskModel(backbone(arch), Synthetic.tasks).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    loader = DataLoader(Pictures(images), BATCH, shuffle=True, num_workers=2, persistent_workers=True)
+    loader = DataLoader(Pictures(images), batch, shuffle=True, num_workers=2, persistent_workers=True)
 
     def epoch() -> float:
         started = time.perf_counter()
@@ -105,14 +108,39 @@ def plain(arch: str, images: int, device: str):
     return epoch
 
 
-def convolutions(arch: str, images: int, device: str):
+def in_memory(arch: str, precision: str, layout: str, images: int, device: str, batch: int = BATCH) -> Epoch:
+    """The same for a plain loop whose normalised images lie on the device."""
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    model = MultiTaskModel(backbone(arch), Synthetic.tasks).to(device, memory_format=memory_format)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randn(images, 3, 32, 32, generator=generator).to(device)
+    fine = torch.randint(0, 100, (images,), generator=generator).to(device)
+
+    def epoch() -> float:
+        started = time.perf_counter()
+        for chosen in torch.randperm(images, device=device).split(batch):
+            x, y = pictures[chosen].to(memory_format=memory_format), fine[chosen]
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
+                a, b = model(x)
+            loss = F.cross_entropy(a.float(), y) + F.cross_entropy(b.float(), y // 5)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        loss.item()  # on a GPU, wait for the last step
+        return time.perf_counter() - started
+
+    return epoch
+
+
+def convolutions(arch: str, images: int, device: str, batch: int = BATCH) -> Epoch:
     """The same for the backbone's convolutions alone."""
     network = backbone(arch).to(device, memory_format=torch.channels_last)
     layers = []
     for module in network.modules():
         if isinstance(module, torch.nn.Conv2d):
             module.register_forward_hook(lambda m, inputs, y: layers.append((m, inputs[0].detach(), y.detach())))
-    first = torch.randn(BATCH, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+    first = torch.randn(batch, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     network(first)
     # The images need no gradient, the inputs of all other layers do.
     layers = [(m.forward, x.requires_grad_(x.shape[1] > 3), m.weight, torch.randn_like(y)) for m, x, y in layers]
@@ -121,7 +149,7 @@ def convolutions(arch: str, images: int, device: str):
         started = time.perf_counter()
         for forward, x, weight, gradient in layers:
             wanted = [weight, x] if x.requires_grad else [weight]
-            for _ in range(images // BATCH):
+            for _ in range(images // batch):
                 torch.autograd.grad(forward(x), wanted, gradient)
         if device != "cpu":
             torch.cuda.synchronize(device)
@@ -130,40 +158,139 @@ def convolutions(arch: str, images: int, device: str):
     return epoch
 
 
+@dataclass
+class Loop:
+    """One contender.
+
+    Attributes:
+        name: of its row.
+        epoch: trains once and returns the seconds it took.
+        bare: name of the plain loop in memory with the same precision and layout, if there is one.
+        seconds: of each round, without the warm-up.
+        memory: bytes on the GPU that an epoch needed at most, beyond those in use before it.
+    """
+
+    name: str
+    epoch: Epoch
+    bare: str | None = None
+    seconds: list[float] = field(default_factory=list)
+    memory: int = 0
+
+
+def contenders(options: argparse.Namespace, images: int) -> list[Loop]:
+    """The tutorial's loop first, then the other loops; bf16 is left out where the CPU emulates it."""
+    arch, device, batch = options.arch, options.device, options.batch
+    slow = Trainer(precision="bf16").slow_precision(torch.device(device))
+    precisions = [p for p in options.precisions if not (slow and p == "bf16")]
+    if precisions != options.precisions:
+        print("bf16 is left out: this CPU emulates it")
+    loops = [Loop(REFERENCE, plain(arch, images, device, batch))]
+    for precision in precisions:
+        for layout in options.layouts:
+            setting = precision if layout == "channels_last" else f"{precision}, {layout}"
+            bare = f"plain loop in memory, {setting}" if options.in_memory else None
+            if bare:
+                loops.append(Loop(bare, in_memory(arch, precision, layout, images, device, batch), bare))
+            more = [f"trainer.channels_last={str(layout == 'channels_last').lower()}"]
+            for loss in options.losses:
+                epoch = ours(arch, loss, precision, images, device, more, batch)
+                loops.append(Loop(f"mtl, {loss}, {setting}", epoch, bare))
+    return [*loops, Loop("convolutions alone, fp32", convolutions(arch, images, device, batch))]
+
+
+def measure(loops: Sequence[Loop], rounds: int, device: str, until: float, note: Callable[[], None]) -> None:
+    """Time the loops in alternating rounds, the first of which warms up.
+
+    Args:
+        loops: whose times and memory are filled in.
+        rounds: at most, beside the first.
+        device: cpu, cuda or cuda:N.
+        until: on the clock of time.monotonic; no loop starts after it.
+        note: called after every time that is taken.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    for number in range(rounds + 1):
+        for loop in loops:
+            if time.monotonic() >= until:
+                return
+            before = 0
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats(device)
+                before = torch.cuda.memory_allocated(device)
+            elapsed = loop.epoch()
+            if number:
+                loop.seconds.append(elapsed)
+                loop.memory = max(loop.memory, torch.cuda.max_memory_allocated(device) - before) if on_gpu else 0
+                note()
+
+
+def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, float] | None:
+    """Median and range of the ratios of the rounds that both have; None where there is no such round."""
+    each = [n / d for n, d in zip(numerator, denominator, strict=False)]
+    return {"median": statistics.median(each), "lowest": min(each), "highest": max(each)} if each else None
+
+
+def rows(loops: Sequence[Loop], images: int, batch: int) -> list[dict[str, Any]]:
+    """What the rounds so far say of each loop: plain Python values; None where there is nothing to say yet."""
+    named = {loop.name: loop for loop in loops}
+    result = []
+    for loop in loops:
+        seconds = statistics.median(loop.seconds) if loop.seconds else None
+        bare = ratios(named[loop.bare].seconds, loop.seconds) if loop.bare else None
+        result.append(
+            {
+                "loop": loop.name,
+                "rounds": len(loop.seconds),
+                "images_per_second": images / seconds if seconds else None,
+                "step_ms": 1e3 * seconds * batch / images if seconds else None,
+                "x_plain": ratios(loops[0].seconds, loop.seconds),
+                "x_in_memory": bare,
+                "memory_mib": loop.memory / 2**20 or None,
+            }
+        )
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="resnet20")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--losses", nargs="+", default=["equal", "uncertainty", "dwa", "pcgrad", "graddrop"])
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--layouts", nargs="+", default=["channels_last"], choices=["channels_last", "contiguous"])
+    parser.add_argument("--in-memory", action="store_true", help="add plain loops that load nothing")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no loop after this time")
+    parser.add_argument("--json", type=Path, help="write the rows to this file after every loop")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    images = options.steps * BATCH
+    until, images = time.monotonic() + options.seconds, options.steps * options.batch
+    about = f"{options.arch}, batch {options.batch}, {options.steps} steps a round, {options.rounds} rounds, "
+    about += f"{options.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    loops = contenders(options, images)
 
-    contenders = {"plain PyTorch loop, fp32": plain(options.arch, images, options.device)}
-    for loss, precision in OURS:
-        if precision == "bf16" and Trainer(precision="bf16").slow_precision(torch.device(options.device)):
-            print("bf16 is left out: this CPU emulates it")
-            continue
-        contenders[f"mtl, {loss}, {precision}"] = ours(options.arch, loss, precision, images, options.device)
-    contenders["convolutions alone, fp32"] = convolutions(options.arch, images, options.device)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(options.rounds + 1):
-        for name, epoch in contenders.items():
-            elapsed = epoch()
-            if number:  # the first round warms up
-                seconds[name].append(elapsed)
-    reference = next(iter(seconds.values()))
-    rows = []
-    for name, times in seconds.items():
-        ratios = [r / t for r, t in zip(reference, times, strict=True)]
-        spread = f"{min(ratios):.2f}–{max(ratios):.2f}"
-        rows.append([name, f"{images / statistics.median(times):,.0f}", f"{statistics.median(ratios):.2f}", spread])
-    print(
-        f"{options.arch}, batch {BATCH}, {options.steps} steps a round, {options.rounds} rounds, {options.device}, ",
-        end="",
-    )
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(table(["loop", "images/s", "x plain", "lowest–highest"], rows))
+    def note() -> None:
+        if options.json:
+            write(options.json, {"about": about, "rows": rows(loops, images, options.batch)})
+
+    measure(loops, options.rounds, options.device, until, note)
+    print(about)
+    print(_table(rows(loops, images, options.batch), options.in_memory))
+
+
+def _table(found: Sequence[dict[str, Any]], in_memory: bool) -> str:
+    def median(ratio: dict[str, float] | None) -> str:
+        return f"{ratio['median']:.2f}" if ratio else "–"
+
+    header = ["loop", "images/s", "x plain", "lowest–highest", *(["x in memory"] if in_memory else [])]
+    body = []
+    for row in found:
+        speed, plain = row["images_per_second"], row["x_plain"]
+        spread = f"{plain['lowest']:.2f}–{plain['highest']:.2f}" if plain else "–"
+        cells = [row["loop"], f"{speed:,.0f}" if speed else "–", median(plain), spread]
+        body.append([*cells, median(row["x_in_memory"])] if in_memory else cells)
+    return table(header, body)
 
 
 if __name__ == "__main__":

@@ -4,32 +4,27 @@ import pytest
 import torch
 from conftest import ROOT
 
-from mtl.config import schema
 from mtl.engine import trainer as trainer_module
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 
 
-def learner_on_gpu(loss: str, precision: str):
+def learner_on(device: str, loss: str, *overrides: str, images: int = 1024):
+    """What `train.py trainer.device=<device> loss=<loss>` trains, and its training batches."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
     from mtl.data.batches import TrainingBatches
-    from mtl.engine.run import build_learner
+    from mtl.engine.run import assemble
 
     GlobalHydra.instance().clear()
-    overrides = ["data=synthetic", "data.train_size=1024", f"loss={loss}", f"trainer.precision={precision}"]
-    overrides += [NEEDED[loss]] if loss in NEEDED else []
+    words = ["data=synthetic", f"data.train_size={images}", f"loss={loss}", f"trainer.device={device}", *overrides]
+    words += [NEEDED[loss]] if loss in NEEDED else []
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = OmegaConf.to_container(compose("config", overrides), resolve=True)
-    benchmark = schema.build(config["data"], "data")
-    strategy = schema.build(config["loss"], "loss", tasks=["fine", "coarse"])
-    tasks = [t for t in benchmark.tasks if t.name in strategy.names]
-    trainer = schema.build(config["trainer"], "trainer")
-    device = torch.device("cuda")
-    learner = build_learner(config, benchmark, tasks, strategy, trainer, device)
-    return learner, TrainingBatches(benchmark.splits()["train"], benchmark, device, seed=0)
+        config = OmegaConf.to_container(compose("config", words), resolve=True)
+    benchmark, learner = assemble(config)
+    return learner, TrainingBatches(benchmark.splits()["train"], benchmark, learner.device, seed=0)
 
 
 # An eigendecomposition on a GPU makes the host wait: torch checks its result.
@@ -47,7 +42,7 @@ LOSSES = sorted({f.stem for f in (ROOT / "conf" / "loss").glob("*.yaml")} - {"cu
 @pytest.mark.parametrize("loss", LOSSES)
 def test_no_step_waits_for_the_device(loss, precision, monkeypatch):
     """A host synchronisation anywhere in the epoch is an error, up to the one read at its end."""
-    learner, batches = learner_on_gpu(loss, precision)
+    learner, batches = learner_on("cuda", loss, f"trainer.precision={precision}")
     learner.train_epoch(batches, 0)  # cuDNN's benchmark mode and lazy initialisation may wait
     read = trainer_module.Sums.read
 
@@ -62,3 +57,34 @@ def test_no_step_waits_for_the_device(loss, precision, monkeypatch):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert row["train/fine_loss"] > 0
+
+
+@pytest.mark.parametrize("loss", WAITING)
+def test_a_method_that_waits_trains_all_the_same(loss):
+    learner, batches = learner_on("cuda", loss)
+    row = learner.train_epoch(batches, 0)
+    assert 0 < row["train/fine_loss"] < 10  # ln 100 = 4.6
+    assert all(p.isfinite().all() for p in learner.model.parameters())
+
+
+@pytest.mark.parametrize("loss", ["equal", "pcgrad"])
+def test_a_deterministic_run_has_the_same_bits_twice(loss):
+    try:
+        ends = []
+        for _ in range(2):
+            learner, batches = learner_on("cuda", loss, "trainer.deterministic=true", "seed=3")
+            learner.train_epoch(batches, 0)
+            ends.append([p.detach().cpu() for p in learner.model.parameters()])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_the_first_steps_agree_with_the_cpu():
+    """Up to TF32, in which cuDNN convolves."""
+    rows = []
+    for device in ("cpu", "cuda"):
+        learner, batches = learner_on(device, "equal", images=256)
+        rows.append(learner.train_epoch(batches, 0))
+    for key in ("train/fine_loss", "train/coarse_loss"):
+        assert rows[1][key] == pytest.approx(rows[0][key], rel=0.02)
