@@ -1,5 +1,6 @@
 """Runs over two processes against the same runs in one. torchrun starts this file: see `__main__` at its end."""
 
+import copy
 import hashlib
 import json
 import os
@@ -337,12 +338,47 @@ def test_one_device_for_all_is_refused(started, name):
         Processes(0, 2, 0, None).device(name)
 
 
-def test_a_backbone_that_cannot_be_divided_is_refused():
+class Noisy(nn.Module):
+    """Own code that draws: stochastic depth."""
+
+    def forward(self, x):
+        return x * (torch.rand(len(x), *[1] * (x.dim() - 1)) > 0.5)
+
+
+class Last(nn.Module):
+    """The output of a module that returns several things."""
+
+    def __init__(self, inner, *more):
+        super().__init__()
+        self.inner, self.more = inner, more
+
+    def forward(self, x):
+        return self.inner(x, *[x] * len(self.more))[0]
+
+
+@pytest.mark.parametrize(("module", "name"), [
+    (nn.AlphaDropout(), "alpha_dropout"), (nn.RReLU(), "rrelu"), (Noisy(), "rand"),
+    (Last(nn.LSTM(4, 4, 2, dropout=0.2)), "lstm"), (Last(nn.GRU(4, 4, 2, dropout=0.2)), "gru"),
+    (Last(nn.MultiheadAttention(4, 2, dropout=0.1), 1, 1), "multi_head_attention_forward"),
+    (nn.TransformerEncoderLayer(4, 2, 8, dropout=0.1), "multi_head_attention_forward"),
+    (nn.Dropout(), None), (nn.Dropout1d(), None), (Last(nn.LSTM(4, 4, 2)), None),
+    (Last(nn.MultiheadAttention(4, 2), 1, 1), None), (nn.Sequential(nn.BatchNorm1d(3), nn.Dropout1d()), None),
+])  # fmt: skip
+def test_a_backbone_whose_draws_cannot_be_divided_is_refused(module, name):
+    """And looking for that changes nothing: buffers, mode, random stream."""
     from mtl.config.errors import ConfigError
     from mtl.engine.distributed import Processes
 
-    with pytest.raises(ConfigError, match=r"^arch: AlphaDropout "):
-        Processes(0, 2, 0, None).check(nn.Sequential(nn.Linear(2, 2), nn.AlphaDropout()))
+    images = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
+    before, stream = copy.deepcopy(module.state_dict()), torch.get_rng_state()
+    look = lambda: Processes(0, 2, 0, None).check(module, images)  # noqa: E731
+    if name is None:
+        look()
+    else:
+        with pytest.raises(ConfigError, match=f"^arch: {name} would draw"):
+            look()
+    assert module.training and torch.equal(stream, torch.get_rng_state())
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
 
 
 if __name__ == "__main__":

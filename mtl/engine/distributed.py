@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from mtl.config import torchrun
 from mtl.config.cli import Terminated
 from mtl.config.errors import ConfigError, SetupError, UserError, one_line
-from mtl.engine.divide import forward
+from mtl.engine.divide import drawing, forward
 
 if TYPE_CHECKING:
     from mtl.data.batches import EvaluationBatches, TrainingBatches
@@ -133,14 +133,18 @@ class Processes:
             raise SetupError(f"trainer.device={name}: {started} {count} CUDA devices; one is needed for each")
         return f"cuda:{self.local_rank}"
 
-    def check(self, backbone: nn.Module) -> None:
-        """Raises:
-        ConfigError: the backbone draws numbers that cannot be divided among processes.
+    def check(self, backbone: nn.Module, images: Tensor) -> None:
+        """Args:
+            images: a few, on the backbone's device.
+
+        Raises:
+            ConfigError: the backbone draws numbers that cannot be divided among processes.
         """
-        for module in backbone.modules():
-            if isinstance(module, nn.AlphaDropout | nn.FeatureAlphaDropout | nn.RReLU):
-                name = type(module).__name__
-                raise ConfigError(f"arch: {name} would draw other numbers in each process; train it in a single one")
+        if (name := drawing(backbone, images)) is not None:
+            raise ConfigError(
+                f"arch: {name} would draw other random numbers in each process (dropout in attention or in a recurrent "
+                "layer, say); train it in a single one, without torchrun"
+            )
 
     @contextmanager
     def leader_first(self) -> Iterator[None]:

@@ -53,6 +53,41 @@ def forward(backbone: nn.Module, images: Tensor, rank: int, size: int, sum_: Sum
     return _Gather.apply(features, sum_, start, total)
 
 
+def drawing(backbone: nn.Module, images: Tensor) -> str | None:
+    """The first function in a training pass over `images` that draws random numbers which cannot be divided.
+
+    Attention and recurrent layers draw their dropout inside of one call, and own code may call torch.rand: each process
+    would draw for its own part, and the results would not be those of a single process. Parameters, buffers and the
+    random stream stay as they were.
+    """
+    copies = {name: b.clone() for name, b in backbone.named_buffers()}  # batch norm's averages would move
+    training, devices = backbone.training, [images.device] if images.is_cuda else []
+    with torch.no_grad(), torch.random.fork_rng(devices), _Draws(images.device) as watch:
+        backbone.train()
+        functional_call(backbone, copies, (images,))
+    backbone.train(training)
+    return watch.found
+
+
+class _Draws(TorchFunctionMode):
+    """Notes the first function that moves the global random stream, dropout apart."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device, self.found = device, None
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        before = self._state()
+        result = function(*args, **(kwargs or {}))
+        if self.found is None and function not in DROPOUTS and not all(map(torch.equal, before, self._state())):
+            self.found = getattr(function, "__name__", str(function))
+        return result
+
+    def _state(self) -> list[Tensor]:
+        cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
+        return [torch.get_rng_state(), *cuda]
+
+
 class _Replicate(Function):
     """The parameters themselves; their gradients are summed over the processes, all in one flat all_reduce."""
 

@@ -155,7 +155,8 @@ def assemble(config: Mapping[str, Any], processes: Processes | None = None) -> t
     device = trainer.open_device()
     learner = build_learner(config, benchmark, tasks, strategy, trainer, device, switches)
     if processes is not None:
-        processes.check(learner.model.backbone)
+        images = torch.randn(2, *benchmark.image_shape, generator=torch.Generator().manual_seed(0))
+        processes.check(learner.model.backbone, images.to(device))
         learner.processes = processes
     return benchmark, learner
 
