@@ -39,6 +39,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mtl.config.cli import translate
 from mtl.config.errors import ConfigError, UserError, suggest
 from mtl.config.identity import CONF, identify
+from mtl.config.program import child, program
 from mtl.engine.directory import RunDirectory
 from mtl.engine.finished import objective
 from mtl.engine.run import check
@@ -46,7 +47,6 @@ from mtl.tracking.console import table
 
 RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 METHOD = re.compile(r"\w+(:.*)?$")
-TRAIN = CONF.parent / "train.py"
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Method:
 
 def grid(words: Sequence[str]) -> int:
     """Run train.py; return its exit code. Ctrl-C is the grid's to obey: it notes where it stopped before it ends."""
-    process = subprocess.Popen([sys.executable, str(TRAIN), *words])
+    process = subprocess.Popen([*child(), *words])
     before = {
         signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),  # a terminal sends it to the grid as well
         signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
@@ -206,7 +206,7 @@ def _report(searches: dict[Method, list[Run]], chosen: dict[Method, Run], finals
         if len(rates) > 1 and best.rate in (rates[0], rates[-1]):
             end = "smallest" if best.rate == rates[0] else "largest"
             notes.append(f"{method.spec}: {best.rate:g} is the {end} rate tried; the best may lie beyond it (--rates)")
-    commands = [shlex.join(["python", "train.py", *method.command(runs)]) for method, runs in finals.items()]
+    commands = [shlex.join([*program(), *method.command(runs)]) for method, runs in finals.items()]
     title = f"\ntest set at the epoch with the best {by} and at the last epoch, mean ± std over seeds; rate by {by}\n"
     return "\n".join([title + table(header, body), *notes, "", *commands])
 
