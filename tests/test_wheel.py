@@ -40,7 +40,7 @@ def wheel(tmp_path_factory) -> Path:
     source.mkdir()
     for name in ("mtl", "conf"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "train.py"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "train.py"):
         shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", out, source]
     result = subprocess.run(command, capture_output=True, text=True, cwd=out)
