@@ -244,12 +244,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seeds", type=_numbers(int), default=[1, 2, 3], metavar="S,S,…", help="of stage 2; default: 1,2,3"
     )
+    parser.add_argument("--config-dir", type=Path, metavar="DIR", help="your own methods: DIR/loss/NAME.yaml")
     options = parser.parse_intermixed_args(arguments)
     try:
         specs, changes = [], []
         for word in options.words:
             (specs if METHOD.match(word) else changes).append(word)
-        known = sorted(file.stem for file in (CONF / "loss").glob("*.yaml"))
+        folders = [CONF]
+        if options.config_dir is not None:
+            if not options.config_dir.is_dir():
+                raise ConfigError(f"--config-dir {options.config_dir}: is not a folder")
+            folders.append(options.config_dir.absolute())
+            changes.append(f"hydra.searchpath=[{folders[-1]}]")  # what --config-dir does, as an option of each run
+        known = sorted(file.stem for folder in folders for file in (folder / "loss").glob("*.yaml"))
         for name in (spec.partition(":")[0] for spec in specs):
             if name not in known:
                 raise ConfigError(f"{name}: no such method; one of {', '.join(known)}{suggest(name, known)}")
