@@ -1,4 +1,4 @@
-"""The wheel: built without a network, unpacked, and used from an empty folder in which nothing of the checkout is found."""
+"""The wheel: built without a network, unpacked, and used from a folder in which nothing of the checkout is found."""
 
 import os
 import re
@@ -42,7 +42,8 @@ def wheel(tmp_path_factory) -> Path:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "README.md", "train.py"):
         shutil.copy(ROOT / name, source)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", out, source]
+    offline = ["--no-deps", "--no-build-isolation", "--no-index"]
+    command = [sys.executable, "-m", "pip", "wheel", *offline, "-w", out, source]
     result = subprocess.run(command, capture_output=True, text=True, cwd=out)
     assert result.returncode == 0, result.stderr
     (file,) = out.glob("*.whl")
@@ -51,7 +52,7 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """`installed("-m", "mtl.report")` runs Python, and `installed("mtl-train", …)` the command, in a folder of its own."""
+    """`installed("-m", "mtl.report")` runs Python, `installed("mtl-train", …)` the command, in a folder of its own."""
     site, folder = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("user")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)

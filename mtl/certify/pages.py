@@ -304,7 +304,8 @@ def _certified(name: str) -> Certificate:
         frames = traceback.extract_tb(error.__traceback__)
         theirs = [f for f in frames if not Path(f.filename).is_relative_to(own) and "site-packages" not in f.filename]
         where = f"{theirs[-1].filename}:{theirs[-1].lineno}: " if theirs else ""
-        raise ConfigError(f"loss={name}: cannot be measured: {where}{type(error).__name__}: {one_line(error)}") from error
+        reason = f"{where}{type(error).__name__}: {one_line(error)}"
+        raise ConfigError(f"loss={name}: cannot be measured: {reason}") from error
 
 
 def _report(certificates: list[Certificate]) -> int:

@@ -133,7 +133,7 @@ def _read(name: str) -> dict:
     choice, *words = shlex.split(name)
     if not words:
         return OmegaConf.to_container(OmegaConf.load(CONF / "loss" / f"{choice}.yaml"), resolve=True)
-    words = [f"hydra.searchpath=[{w[len(CONFIGS):]}]" if w.startswith(CONFIGS) else w for w in words]
+    words = [f"hydra.searchpath=[{w[len(CONFIGS) :]}]" if w.startswith(CONFIGS) else w for w in words]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):

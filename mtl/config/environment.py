@@ -30,7 +30,7 @@ def require() -> None:
     a package."""
     version = "{}.{}".format(*sys.version_info[:2])
     if not OLDEST <= sys.version_info[:2] < TOO_NEW:
-        wrong, cure = "is Python {}; 3.10 to 3.13 is needed".format(version), "try: make PYTHON=python3.12"
+        wrong, cure = f"is Python {version}; 3.10 to 3.13 is needed", "try: make PYTHON=python3.12"
     else:
         missing = [package for module, package in PACKAGES.items() if importlib.util.find_spec(module) is None]
         if not missing:
@@ -41,5 +41,5 @@ def require() -> None:
     if not os.path.exists(os.path.join(root, "pyproject.toml")):
         cure = "install mtl into another environment: python3.12 -m venv, then pip install"
     elif os.path.exists(python) and os.path.abspath(sys.executable) != python:
-        cure = "type {} instead of python".format(os.path.relpath(python))
-    sys.exit("error: {} {}; {}".format(sys.executable, wrong, cure))
+        cure = f"type {os.path.relpath(python)} instead of python"
+    sys.exit(f"error: {sys.executable} {wrong}; {cure}")
