@@ -1,11 +1,12 @@
 # make quickstart   a real comparison in a minute or two: 3 strategies x 2 seeds on handwritten digits
 # make test         the test suite
 # make bench        speed, side by side with plain PyTorch
-# All three create .venv on first use and are safe to repeat. PYTHON=python3.12 chooses the interpreter (3.10 to 3.13).
+# make wheel        dist/mtl-….whl, which pip installs anywhere: the command mtl-train, with conf/ inside
+# All of them create .venv on first use and are safe to repeat. PYTHON=python3.12 chooses the interpreter (3.10 to 3.13).
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: quickstart test bench lint
+.PHONY: quickstart test bench wheel lint
 quickstart: .venv/installed
 	$(VENV)/python train.py -m experiment=quickstart loss=equal,uncertainty,pcgrad seed=0,1
 
@@ -14,6 +15,12 @@ test: .venv/installed-test
 
 bench: .venv/installed
 	$(VENV)/python benchmarks/throughput.py
+
+# setuptools never empties build/: a module that was renamed since would still be in the wheel.
+wheel: .venv/bin/pip
+	rm -rf build
+	$(VENV)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	@ls dist/*.whl
 
 lint: .venv/installed-test
 	$(VENV)/pip install --quiet ruff

@@ -2,17 +2,11 @@
 
 import sys
 
-import hydra
+from mtl.config.environment import require
 
-from mtl.config.cli import CONF, launch
+require()  # before Hydra: a Python without it gets one line instead of a traceback
 
-
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def main(config) -> float | None:
-    from mtl.study.cell import run_from_hydra  # late: help and shell completion must not import torch
-
-    return run_from_hydra(config)
-
+from mtl.train import command, main  # noqa: E402, F401  bash completes a file in which it finds the word @hydra.main
 
 if __name__ == "__main__":
-    sys.exit(launch(main))
+    sys.exit(command())

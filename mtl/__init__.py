@@ -7,8 +7,14 @@ Two lines put any strategy into a foreign training loop::
 """
 
 import importlib
+import sys
 
 __version__ = "0.1.0"
+
+if sys.argv[:1] == ["-m"]:  # `python -m mtl.report` and the like: what Python says while it looks for the module
+    from mtl.config.environment import require
+
+    require()
 
 
 def __getattr__(name: str):

@@ -30,7 +30,7 @@ def test_the_index_lists_all_methods_and_each_has_an_oracle():
     assert text.startswith(pages.index([]))
     rows = text.removeprefix(pages.index([])).splitlines()
     assert [line.split("`")[1] for line in rows] == pages.names()
-    assert sorted(agreement._oracles().STEPS) == pages.names()
+    assert sorted(agreement.oracles().STEPS) == pages.names()
 
 
 def test_a_claim_that_does_not_hold_is_named(monkeypatch, capsys):
@@ -114,7 +114,7 @@ def test_permuted_tasks_keep_their_draws(monkeypatch):
     """Without that PCGrad and RLW would only be permuted in distribution; GradDrop draws for parameters."""
     for name in ("pcgrad", "gradvac", "rlw"):
         assert properties.permutation(name, HISTORY)
-    monkeypatch.setattr(properties, "drawn_for", lambda order: nullcontext())
+    monkeypatch.setattr(properties, "drawn_for", lambda *args: nullcontext())
     assert not properties.permutation("rlw", HISTORY)
 
 
@@ -173,10 +173,12 @@ def test_a_stale_page_is_named(monkeypatch, tmp_path, capsys):
 
 def test_without_the_tests_there_are_no_oracles(monkeypatch, tmp_path):
     """As in an installed package."""
-    monkeypatch.setattr(agreement, "CONF", tmp_path / "conf")
-    agreement._oracles.cache_clear()
-    assert agreement.oracle_error("equal") is None
-    agreement._oracles.cache_clear()
+    monkeypatch.setattr(agreement, "checkout", lambda: None)
+    agreement.oracles.cache_clear()
+    certificate = certify("equal")
+    assert certificate.oracle is None and certificate.complaints() == []
+    assert f"NumPy oracle, over ten steps | {pages.WITHOUT_ORACLES} |" in pages.page(certificate)
+    agreement.oracles.cache_clear()
 
 
 @pytest.mark.parametrize("words", [["loss=cagrat"], ["los=cagrad"]])
@@ -184,3 +186,112 @@ def test_a_mistyped_method_gets_one_line(words):
     with pytest.raises(UserError, match=r"did you mean cagrad|not understood") as error:
         main(words)
     assert "\n" not in str(error.value) and error.value.exit_code == 2
+
+
+# ----------------------------------------------------------------------------------------------- a user's own method
+
+WEIGHTED = """
+import torch
+
+class MultiTaskLoss(torch.nn.Module):
+    \"\"\"The second loss counts twice.\"\"\"
+
+    def forward(self, first, second, epoch, total_epochs):
+        return first + 2 * second
+"""
+AVERAGED = """
+import torch
+
+class MultiTaskLoss(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mean = None  # a plain attribute, which no state_dict knows
+
+    def forward(self, first, second, epoch, total_epochs):
+        now = torch.stack([first, second]).detach()
+        self.mean = now if self.mean is None else (self.mean + now) / 2
+        return (1 + (self.mean - now)[0].abs()) * first + 2 * second
+"""
+STRATEGY = """
+from mtl.losses.base import LossWeighting, masked
+
+class Power(LossWeighting):
+    \"\"\"A power mean.\"\"\"
+
+    claims = ("scale_free",)
+
+    def __init__(self, tasks, power: float = 2.0):
+        super().__init__(tasks)
+        self.power = power
+
+    def forward(self, losses, present=None):
+        return masked(losses, present).pow(self.power).sum().pow(1 / self.power)
+"""
+
+
+def answer(text: str, key: str) -> str:
+    """What a page says of a property."""
+    rows = (line.split(" | ") for line in text.splitlines() if line.startswith("| "))
+    return {row[0].removeprefix("| "): row[1].removesuffix(" |") for row in rows}[pages._sentence(key)]
+
+
+def test_a_loss_in_a_file_is_measured_with_the_two_losses_that_it_takes(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(WEIGHTED)
+    assert main(["loss=custom", f"loss.file={tmp_path / 'mine.py'}"]) == 0
+    text = capsys.readouterr().out
+    assert "**The second loss counts twice.**" in text and f"file: {tmp_path / 'mine.py'}" in text
+    assert answer(text, "linear") == "yes" and answer(text, "task_scale_free") == "no"
+    assert answer(text, "permutation").startswith("no") and answer(text, "random") == "no"
+    assert answer(text, "exact_absence") == "not measured: it takes 2 losses, no fewer"
+
+
+def test_what_a_module_remembers_in_plain_attributes_is_part_of_its_history(tmp_path):
+    """The running mean of one step is that step's loss: only later steps depend on the losses before."""
+    (tmp_path / "mine.py").write_text(AVERAGED)
+    certificate = certify(f"custom loss.file={tmp_path / 'mine.py'}")
+    assert certificate.first["linear"] and not certificate.later["linear"]
+
+
+def test_a_strategy_in_a_config_folder_is_measured_and_its_claim_holds(tmp_path, capsys, monkeypatch):
+    (tmp_path / "own_strategy.py").write_text(STRATEGY)
+    (tmp_path / "conf" / "loss").mkdir(parents=True)
+    (tmp_path / "conf" / "loss" / "power.yaml").write_text("_target_: own_strategy.Power\npower: 2.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["loss=power", "loss.power=3", "--config-dir", str(tmp_path / "conf")]) == 0
+    text = capsys.readouterr().out
+    assert "**A power mean.**" in text and "power: 3" in text
+    assert answer(text, "scale_free") == "yes, as the paper claims" and answer(text, "exact_absence") == "yes"
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["loss=custom"], "loss.file: required"),
+        (["loss=custom", "loss.file=nope.py"], "nope.py does not exist"),
+        (["loss=custom", "loss.file=BROKEN"], r"broken.py:4: AttributeError: .* no attribute 'nothing'"),
+        (["loss=custom", "loss.file=FOUR"], "must take 2 losses"),
+        (["loss=cagrad", "loss.x=1"], "loss.x: unknown key; allowed: c, rescale"),
+        (["loss=cagrad", "loss.c=-1"], "loss.c=-1: must be"),
+        (["loss=equal", "--config-dir", "nope"], "nope: is not a folder"),
+        (["loss.c=1"], "say which: loss=NAME"),
+    ],
+)
+def test_a_users_mistake_gets_one_line(words, reason, tmp_path):
+    head = "import torch\nclass MultiTaskLoss(torch.nn.Module):\n    def forward(self, a, b, "
+    (tmp_path / "broken.py").write_text(f"{head}epoch, total):\n        return self.nothing\n")
+    (tmp_path / "four.py").write_text(f"{head}c, d, epoch, total):\n        return a\n")
+    files = {"BROKEN": str(tmp_path / "broken.py"), "FOUR": str(tmp_path / "four.py")}
+    for key, file in files.items():
+        words = [word.replace(key, file) for word in words]
+    with pytest.raises(UserError, match=reason) as error:
+        main(words)
+    assert "\n" not in str(error.value) and error.value.exit_code == 2
+
+
+def test_pages_replace_generated_pages_only(monkeypatch, tmp_path):
+    monkeypatch.setattr(pages, "DOCS", tmp_path)
+    monkeypatch.setattr(pages, "names", lambda: ["equal"])
+    (tmp_path / "gone.md").write_text(f"# a method that is no more\n\n{pages.GENERATED}\n")
+    (tmp_path / "notes.md").write_text("mine")
+    assert main([]) == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "equal.md", "notes.md"]

@@ -166,11 +166,22 @@ def test_the_protocol_chooses_on_validation_data_and_survives(train, tmp_path, m
     assert objective(chosen) == 52
 
 
+def test_the_protocol_tries_methods_of_ones_own_config_folder(train, tmp_path, capfd):
+    folder = tmp_path / "my_configs"
+    (folder / "loss").mkdir(parents=True)
+    (folder / "loss" / "mine.yaml").write_text("_target_: mtl.losses.DWA\ntemperature: 1.0\n")
+    assert train("mine", "--config-dir", str(folder), "--rates", "0.1", "--seeds", "1") == 0
+    assert all(f"hydra.searchpath=[{folder}]" in arguments for arguments in train.grids) and len(train.grids) == 2
+    out = capfd.readouterr().out
+    assert re.search(rf"^python train.py -m .*searchpath=\[{folder}\].* loss=mine ", out, re.MULTILINE)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["equl"], "did you mean equal?"), (["equal", "loss=dwa"], "loss: is the protocol's to set"),
      (["equal", "data.val_fraction=0"], "chosen on validation data"), (["dwa:temp=1"], "unknown key"),
-     (["equal", "--seeds", "0,1"], "fresh ones"), (["equal", "trainer.epoch=1"], "did you mean epochs?")],
+     (["equal", "--seeds", "0,1"], "fresh ones"), (["equal", "trainer.epoch=1"], "did you mean epochs?"),
+     (["equal", "--config-dir", "nope"], "nope: is not a folder")],
 )  # fmt: skip
 def test_the_protocol_refuses_before_it_runs(monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(protocol, "grid", pytest.fail)

@@ -1,5 +1,6 @@
 """python -m mtl.certify"""
 
+import os
 import sys
 
 import torch
@@ -14,3 +15,5 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # `python -m mtl.certify loss=cagrad | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

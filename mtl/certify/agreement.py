@@ -1,12 +1,13 @@
 """Numbers of a certificate that compare a method's steps with what they should be: oracles and optimality conditions.
 
-The oracles are the independent NumPy implementations in tests/oracles, which are no part of the installed package:
-without that folder the certificates have none. tests/oracles/steps.py plays each of them step by step.
+The oracles are the independent NumPy implementations in tests/oracles. They are no part of the installed package:
+outside a checkout a certificate has none, and says so. tests/oracles/steps.py plays each of them step by step.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 import sys
 from functools import cache
@@ -30,31 +31,31 @@ from mtl.certify.problem import (
     step,
 )
 from mtl.certify.properties import MEASURED, copies
-from mtl.config.cli import CONF
+from mtl.config.program import checkout
 from mtl.losses import Strategy
 
 STEPS, PER_EPOCH = 10, 2
 
 
 @cache
-def _oracles() -> ModuleType | None:
-    folder = CONF.parent / "tests"
-    if not (folder / "oracles" / "steps.py").exists():
+def oracles() -> ModuleType | None:
+    """tests/oracles/steps.py of the checkout, under a name of its own; None where there is no checkout."""
+    root = checkout()
+    package = root and root / "tests" / "oracles" / "__init__.py"
+    if not package or not package.exists():
         return None
-    sys.path.insert(0, str(folder))
-    try:
-        return importlib.import_module("oracles.steps")
-    finally:
-        sys.path.remove(str(folder))
+    spec = importlib.util.spec_from_file_location("mtl_oracles", package)
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    return importlib.import_module("mtl_oracles.steps")
 
 
 def oracle_error(name: str) -> float | None:
     """Largest relative error of the step over a history of several epochs, and no less than the oracle's own; None
     without an oracle."""
-    oracles = _oracles()
-    if oracles is None or name not in oracles.STEPS:
+    steps = oracles()
+    if steps is None or name not in steps.STEPS:
         return None
-    strategy, peer = _unclipped(make(name)), oracles.Peer(name, TASKS, arguments(name), ANCHOR.numpy(), RATE)
+    strategy, peer = _unclipped(make(name)), steps.Peer(name, TASKS, arguments(name), ANCHOR.numpy(), RATE)
     peer.begin(0, EPOCHS, seed=0)
     errors = []
     for k in range(STEPS):
@@ -69,7 +70,7 @@ def oracle_error(name: str) -> float | None:
             end_epoch(strategy, tasks, epoch)
             peer.end(tasks.values.numpy(), scores(epoch).numpy())
             peer.begin(epoch + 1, EPOCHS, seed=0)
-    return float(np.max([*errors, oracles.PRECISION.get(name, 0.0)]))
+    return float(np.max([*errors, steps.PRECISION.get(name, 0.0)]))
 
 
 def optimality(name: str) -> float | None:

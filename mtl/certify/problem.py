@@ -11,16 +11,23 @@ row (v, g, b, r)_i, so that scaling, reordering and leaving out tasks are matric
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from mtl.config import schema
-from mtl.config.cli import CONF
+from mtl.config.cli import translate
+from mtl.config.errors import ConfigError
+from mtl.config.identity import CONF
 from mtl.engine.backward import backward
 from mtl.losses import Statistics, Strategy
 
@@ -30,6 +37,7 @@ TASKS = 3
 HISTORY = 4  # steps before the measured one, an epoch each
 EPOCHS = 10
 RATE = 0.1  # of all that is learned
+CONFIGS = "--config-dir="
 _generator = torch.Generator().manual_seed(1)
 ANCHOR = torch.randn(SAMPLES, WIDTH, generator=_generator, dtype=torch.float64)
 BASIS = torch.linalg.qr(torch.randn(SIZE, SIZE, generator=_generator, dtype=torch.float64)).Q
@@ -122,23 +130,79 @@ def problem(seed: int, dimensions: int = SIZE, kind: str = "") -> Tasks:
 
 @cache
 def _read(name: str) -> dict:
-    return OmegaConf.to_container(OmegaConf.load(CONF / "loss" / f"{name}.yaml"), resolve=True)
+    choice, *words = shlex.split(name)
+    if not words:
+        return OmegaConf.to_container(OmegaConf.load(CONF / "loss" / f"{choice}.yaml"), resolve=True)
+    words = [f"hydra.searchpath=[{w[len(CONFIGS) :]}]" if w.startswith(CONFIGS) else w for w in words]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return OmegaConf.to_container(compose("config", [f"loss={choice}", *words]).loss, resolve=True)
+    except (OmegaConfBaseException, HydraException) as error:
+        raise translate(error) from error
 
 
 def config(name: str) -> dict:
-    """The node of conf/loss/<name>.yaml, a copy."""
+    """The method's node, a copy.
+
+    Args:
+        name: as after `loss=` on the command line: an option, and then perhaps words that change its node, e.g.
+            "custom loss.file=my_loss.py", or --config-dir=DIR for options of your own.
+
+    Raises:
+        ConfigError: there is no such option or key.
+    """
     return dict(_read(name))
 
 
 def arguments(name: str, tasks: int = TASKS) -> dict:
-    """The method's node with what it needs for `tasks` tasks."""
-    needed = ARGUMENTS.get(name, {}).items()
-    return config(name) | {key: value[:tasks] if isinstance(value, list) else value for key, value in needed}
+    """The method's node with what it needs for `tasks` tasks; what `name` sets is left as it is."""
+    choice, *words = shlex.split(name)
+    typed = {word.lstrip("+~").partition("=")[0].removeprefix("loss.") for word in words}
+    needed = {key: value for key, value in ARGUMENTS.get(choice, {}).items() if key not in typed}
+    return config(name) | {key: value[:tasks] if isinstance(value, list) else value for key, value in needed.items()}
 
 
-def make(name: str, tasks: int = TASKS, seed: int = 0) -> Strategy:
-    """The method with its defaults for tasks "0", "1", …, in float64."""
-    strategy = schema.build(arguments(name, tasks), "loss", tasks=[str(i) for i in range(tasks)])
+@cache
+def count(name: str) -> int:
+    """How many tasks the method is measured with: three, or as many as it takes.
+
+    Raises:
+        ConfigError: it cannot be built.
+    """
+    if _fits(name, TASKS) is None:
+        return TASKS
+    for tasks in (2, 1):
+        if _fits(name, tasks) is None:
+            return tasks
+    raise _fits(name, 2)
+
+
+@cache
+def fixed(name: str) -> bool:
+    """Whether the method takes this number of tasks and no smaller one, as a loss with two arguments does."""
+    return _fits(name, count(name) - 1) is not None
+
+
+def _fits(name: str, tasks: int) -> ConfigError | None:
+    node = arguments(name, tasks)
+    try:
+        schema.check(node, "loss", supplied=("tasks",))
+        _build(node, tasks, seed=0)
+    except ConfigError as error:
+        return error
+
+
+def _build(node: dict, tasks: int, seed: int) -> Strategy:
+    with torch.random.fork_rng(devices=[]):  # a user's loss may start at random: at the same random numbers each time
+        torch.manual_seed(seed)
+        return schema.build(node, "loss", tasks=[str(i) for i in range(tasks)])
+
+
+def make(name: str, tasks: int | None = None, seed: int = 0) -> Strategy:
+    """The method with its defaults for tasks "0", "1", …, in float64; for `count(name)` tasks if nothing is said."""
+    tasks = count(name) if tasks is None else tasks
+    strategy = _build(arguments(name, tasks), tasks, seed)
     strategy.prepare(WIDTH)
     strategy.double()
     strategy.epoch_start(0, EPOCHS, seed)

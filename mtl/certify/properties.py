@@ -7,6 +7,7 @@ Directions are compared for the shared parameters and for each head.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from unittest import mock
@@ -22,13 +23,15 @@ from mtl.certify.problem import (
     Network,
     Tasks,
     Update,
+    count,
     experienced,
+    fixed,
     make,
     problem,
     same,
     step,
 )
-from mtl.losses import Strategy
+from mtl.losses import Custom, Strategy
 
 TOLERANCE = 1e-5  # of angles, in radians, and of equal steps
 SMALL = 1e-4  # lengths, where iterations and floors of a method leave more
@@ -66,14 +69,18 @@ def selected(name: str, strategy: Strategy, index: Sequence[int]) -> Strategy:
     Weights that add up to T or to 1 are renormalised to do so for the tasks that are left; equal ones take the place of
     zeros.
     """
-    index = list(index) if strategy.tasks == TASKS else [0]  # loss=single trains one task
+    index = [i for i in index if i < strategy.tasks]  # loss=single trains one task
+    if isinstance(strategy, Custom) and index == list(range(strategy.tasks)):
+        part = copy.deepcopy(strategy)  # a user's module may keep its state in any attribute
+        part.epoch_start(HISTORY, EPOCHS)
+        return part
     state = strategy.memory()
     for key, value in state.items():
-        total = value.sum() if value.shape == (TASKS,) and value.is_floating_point() else torch.zeros(())
+        total = value.sum() if value.shape == (strategy.tasks,) and value.is_floating_point() else torch.zeros(())
         for dimension, size in enumerate(value.shape):
-            if size == TASKS:
+            if size == strategy.tasks:
                 value = value.index_select(dimension, torch.tensor(index))
-        for whole, left in ((TASKS, len(index)), (1, 1)):
+        for whole, left in ((strategy.tasks, len(index)), (1, 1)):
             if abs(total - whole) < 1e-6:
                 value = value * (left / value.sum()) if value.any() else torch.full_like(value, left / len(value))
         state[key] = value
@@ -89,16 +96,16 @@ def copies(name: str, strategy: Strategy) -> Callable[[], Strategy]:
 
 
 @contextmanager
-def drawn_for(index: Sequence[int]) -> Iterator[None]:
-    """Let tasks that were reordered or taken out keep their draws: what is drawn for each of S tasks is drawn for all,
-    and then the part of the tasks `index` is taken. This compares methods that draw under the same draws."""
+def drawn_for(index: Sequence[int], tasks: int) -> Iterator[None]:
+    """Let tasks that were reordered or taken out keep their draws: what is drawn for each of S tasks is drawn for all
+    `tasks`, and then the part of the tasks `index` is taken. This compares methods that draw under the same draws."""
 
     def matched(draw: Callable) -> Callable:
         def call(*size, generator=None, **options):
             size = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
             if generator is None:
                 return draw(*size, **options)
-            values = draw([TASKS if n == len(index) else n for n in size], generator=generator, **options)
+            values = draw([tasks if n == len(index) else n for n in size], generator=generator, **options)
             for dimension, n in enumerate(size):
                 if n == len(index):
                     values = values.index_select(dimension, torch.tensor(index))
@@ -148,11 +155,11 @@ def non_conflicting(name: str, history: int) -> bool:
         new = copies(name, experienced(name, steps=history, start=start))
         for seed in range(36):
             kind = ("", "short", "short", "opposite")[seed % 4]
-            tasks, strategy = problem(MEASURED + start + seed, dimensions=4, kind=kind), new()
+            tasks, strategy = problem(MEASURED + start + seed, 4, kind).taken(range(count(name))), new()
             shared, heads = Network(strategy, tasks).gradients()  # before the step turns any views
             shared = torch.cat([shared, tasks.slopes[strategy.tasks :]])  # those that loss=single leaves out
             update = step(strategy, tasks)
-            for gradients, d in ((shared, update.shared.expand(TASKS, -1)), (heads, update.heads)):
+            for gradients, d in ((shared, update.shared.expand(count(name), -1)), (heads, update.heads)):
                 if not ((gradients * d).sum(1) >= -1e-7 * gradients.norm(dim=1) * d.norm(dim=1)).all():
                     return False
     return True
@@ -162,9 +169,9 @@ def stationary(name: str, history: int) -> bool:
     """stops at a Pareto-stationary point: d = 0 where a convex combination of all gradients, none of weight 0, is 0"""
     new = copies(name, experienced(name, steps=history))
     for seed in range(6):
-        tasks = problem(MEASURED + seed)
+        tasks = problem(MEASURED + seed).taken(range(count(name)))
         for rows in (tasks.slopes, tasks.noise):
-            rows[2] = -(0.5 * rows[0] + 2.0 * rows[1])
+            rows[-1] = -sum(factor * row for factor, row in zip((0.5, 2.0), rows[:-1], strict=False))
         if not step(new(), tasks).shared.norm() <= SMALL * tasks.slopes.norm():
             return False
     return True
@@ -181,28 +188,32 @@ def unanimous(name: str, history: int) -> bool:
     return apart(step(strategy, tasks).shared, common) < TOLERANCE
 
 
-def permutation(name: str, history: int) -> bool:
+def permutation(name: str, history: int) -> bool | None:
     """the order of the tasks does not matter: with their state and draws reordered, weights and steps are the same"""
-    order = [2, 0, 1]
-    old = experienced(name, steps=history)
+    old, tasks_there = experienced(name, steps=history), count(name)
+    if isinstance(old, Custom) and history:
+        return None  # nobody knows which part of its state is which task's
+    order = [tasks_there - 1, *range(tasks_there - 1)]
     ours, theirs = selected(name, old, range(TASKS)), selected(name, old, order)
-    index = order if ours.tasks == TASKS else [0]
+    index = [i for i in order if i < ours.tasks]
     for k in range(3):
         tasks = problem(MEASURED + k, dimensions=4)
         a = step(ours, tasks)
-        with drawn_for(order):
-            b = step(theirs, tasks.taken(order) if ours.tasks == TASKS else tasks)
+        with drawn_for(order, tasks_there):
+            b = step(theirs, tasks.taken(index))
         if not equal(Update(a.shared, a.heads[index], None if a.weights is None else a.weights[index]), b):
             return False
     return True
 
 
-def exact_absence(name: str, history: int) -> bool:
+def exact_absence(name: str, history: int) -> bool | None:
     """a task without labels leaves the others' steps as they would be without it, with weights that add up to a number
     renormalised over the others"""
     old = experienced(name, steps=history)
     if old.tasks == 1:
         return True
+    if fixed(name) or (isinstance(old, Custom) and history):
+        return None
     for absent in (1, 2):
         left = [i for i in range(TASKS) if i != absent]
         present = torch.arange(TASKS) != absent
@@ -210,7 +221,7 @@ def exact_absence(name: str, history: int) -> bool:
         for k in range(3):
             tasks = problem(MEASURED + k, dimensions=4)
             a = step(ours, tasks, present)
-            with drawn_for(left):
+            with drawn_for(left, TASKS):
                 b = step(theirs, tasks.taken(left))
             weights = None if a.weights is None else a.weights[left]
             if a.heads[absent].any() or not equal(Update(a.shared, a.heads[left], weights), b):
@@ -225,7 +236,8 @@ def random(name: str, history: int) -> bool:
     return any(not torch.equal(step(one, tasks).shared, step(two, tasks).shared) for tasks in problems)
 
 
-PROPERTIES: Mapping[str, Callable[[str, int], bool]] = {
+# None: cannot be measured.
+PROPERTIES: Mapping[str, Callable[[str, int], bool | None]] = {
     f.__name__: f
     for f in (
         scale_free,

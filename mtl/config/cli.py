@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mtl.config import launchers, torchrun
 from mtl.config.errors import ConfigError, SetupError, UserError, one_line, remove_empty, suggest
 from mtl.config.identity import CONF
+from mtl.config.program import program
 
 TARGET = "_target_"
 GROUPS = (
@@ -146,7 +147,7 @@ def translate(error: Exception) -> UserError:
         return ConfigError(f"{error.override!r} is not KEY=VALUE; {advice}")
     if text.startswith("Ambiguous value for argument"):
         override = text.partition("'")[2].partition("'\n")[0]
-        command = shlex.join(["python", "train.py", "-m", *sys.argv[1:]])
+        command = shlex.join([*program(), "-m", *sys.argv[1:]])
         return ConfigError(f"{override}: several values make a grid, which needs -m: {command}")
     if text.startswith("Config group override must be"):
         names = {arg.partition("=")[0] for arg in sys.argv[1:]}
@@ -180,3 +181,4 @@ def _natural(file: Path) -> tuple[str, int]:
 
 
 OmegaConf.register_new_resolver("mtl.groups", describe_groups, replace=True)
+OmegaConf.register_new_resolver("mtl.program", lambda: shlex.join(program()), replace=True)

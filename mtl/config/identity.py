@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-CONF = Path(__file__).parents[2] / "conf"
+_INSTALLED = Path(__file__).parents[1] / "conf"
+CONF = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "conf"  # in a wheel; in a checkout
 
 # What does not decide a run's numbers: paths, device, logging, what is looked at, where the images lie. The seed is
 # named apart.

@@ -48,7 +48,8 @@ def scalars(name: str, given: Any, names: Sequence[str]) -> list[Tensor]:
     dtype = torch.float32
     for loss in losses:
         dtype = torch.promote_types(dtype, loss.dtype)
-    return [loss.reshape(()).to(dtype) for loss in losses]
+    alike = [loss if loss.dtype == dtype else loss.to(dtype) for loss in losses]
+    return [loss if loss.dim() == 0 else loss.reshape(()) for loss in alike]
 
 
 def marks(given: Any, names: Sequence[str], device: torch.device) -> Tensor | None:

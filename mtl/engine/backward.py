@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -91,7 +92,8 @@ def backward(
     )  # fmt: skip
     one.check(samples, combines)
     # A caller may be inside of autocast; the method's own products must not be rounded to half precision.
-    with torch.autocast(device.type, enabled=False):
+    inside = torch.is_autocast_enabled(device.type)
+    with torch.autocast(device.type, enabled=False) if inside else nullcontext():
         step = one.run(samples, combines)
     hooks.note_step(strategy)
     return step

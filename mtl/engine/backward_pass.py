@@ -109,7 +109,8 @@ class BackwardPass:
         if log:
             values = masked(values.clamp(min=TINY).log(), self.present)
         step = self._combine(samples, values, share) if combines else self._weigh(samples[0], values, share)
-        untouched.unless(values.isfinite().all() & step.norm.isfinite())
+        if untouched:
+            untouched.unless(values.isfinite().all() & step.norm.isfinite())
         return step
 
     def _weigh(self, losses: list[Tensor], values: Tensor, share: Tensor | None) -> Step:

@@ -17,7 +17,9 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
+from mtl import __version__
 from mtl.config.errors import Busy, SetupError, remove_empty
+from mtl.config.program import checkout
 
 PACKAGES = ("torch", "torchvision", "hydra-core", "omegaconf", "wandb")
 
@@ -141,7 +143,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     return {
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        "versions": {"python": platform.python_version(), "mtl": __version__, **{p: version(p) for p in PACKAGES}},
         "hardware": {
             "device": str(device),
             "gpu": gpu,
@@ -153,10 +155,13 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    root = checkout()
+    if root is None:  # installed: a repository around the environment is not this code's
+        return None
+    command = ["git", "-C", str(root), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):  # installed without git, or not a checkout
+    except (OSError, subprocess.SubprocessError):  # no git, or a copy without its history
         return None
 
 

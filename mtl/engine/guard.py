@@ -85,6 +85,9 @@ class Untouched:
         self._before = [(name, b.clone()) for name, b in strategy.named_buffers() if b is not None]
         self._missing = [name for name in strategy.lazy if getattr(strategy, name) is None]
 
+    def __bool__(self) -> bool:
+        return bool(self._before or self._missing)
+
     @torch.no_grad()
     def unless(self, finite: Tensor) -> None:
         """Restore the buffers where `finite` () is False; the device decides, the host does not wait."""

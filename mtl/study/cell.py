@@ -22,6 +22,7 @@ from mtl.config import launchers, schema, torchrun
 from mtl.config.cli import Grid, translate
 from mtl.config.errors import Busy, ConfigError, UserError, one_line
 from mtl.config.identity import identify
+from mtl.config.program import program
 from mtl.engine.directory import write_json
 from mtl.engine.distributed import together
 from mtl.engine.finished import objective
@@ -71,7 +72,7 @@ def run_from_hydra(config: DictConfig) -> float | None:
         cells = [(None, choices, words)]
         refused = Outcome("refused", error.exit_code, message=str(error))
     for i, (plain, chosen, typed) in enumerate(cells):
-        command, since = shlex.join([*torchrun.command(), "train.py", *typed]), time.perf_counter()
+        command, since = shlex.join([*program(), *typed]), time.perf_counter()
         if grid:
             suffix = f"-{i}" if i < len(cells) - 1 else ""  # the baselines of a cell stand before it
             file = Path(hydra.sweep.dir) / f"cell-{hydra.job.num:05d}{suffix}.json"

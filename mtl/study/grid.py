@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import statistics
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import yaml
 
 from mtl.config.errors import remove_empty
+from mtl.config.program import program
 from mtl.study import results
 from mtl.study.compare import benchmarks
 from mtl.study.runs import load
@@ -84,7 +86,8 @@ def summarise(folder: Path) -> int:
         root = found.runs[0].directory.parents[4]
         print(f"compare:  python -m mtl.report {root}   (Δm, ranks, differences by seed, a page with all figures)")
         if found.runs[0].info["data"] == "digits":
-            print("next:     python train.py trainer.epochs=10 data.limit_train=10000   (CIFAR-100, downloaded once)")
+            start = shlex.join(program())
+            print(f"next:     {start} trainer.epochs=10 data.limit_train=10000   (CIFAR-100, downloaded once)")
     return max((o["code"] for o in outcomes), default=0)
 
 

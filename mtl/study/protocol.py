@@ -39,6 +39,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mtl.config.cli import translate
 from mtl.config.errors import ConfigError, UserError, suggest
 from mtl.config.identity import CONF, identify
+from mtl.config.program import child, program
 from mtl.engine.directory import RunDirectory
 from mtl.engine.finished import objective
 from mtl.engine.run import check
@@ -46,7 +47,6 @@ from mtl.tracking.console import table
 
 RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 METHOD = re.compile(r"\w+(:.*)?$")
-TRAIN = CONF.parent / "train.py"
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Method:
 
 def grid(words: Sequence[str]) -> int:
     """Run train.py; return its exit code. Ctrl-C is the grid's to obey: it notes where it stopped before it ends."""
-    process = subprocess.Popen([sys.executable, str(TRAIN), *words])
+    process = subprocess.Popen([*child(), *words])
     before = {
         signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),  # a terminal sends it to the grid as well
         signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
@@ -206,7 +206,7 @@ def _report(searches: dict[Method, list[Run]], chosen: dict[Method, Run], finals
         if len(rates) > 1 and best.rate in (rates[0], rates[-1]):
             end = "smallest" if best.rate == rates[0] else "largest"
             notes.append(f"{method.spec}: {best.rate:g} is the {end} rate tried; the best may lie beyond it (--rates)")
-    commands = [shlex.join(["python", "train.py", *method.command(runs)]) for method, runs in finals.items()]
+    commands = [shlex.join([*program(), *method.command(runs)]) for method, runs in finals.items()]
     title = f"\ntest set at the epoch with the best {by} and at the last epoch, mean ± std over seeds; rate by {by}\n"
     return "\n".join([title + table(header, body), *notes, "", *commands])
 
@@ -244,12 +244,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seeds", type=_numbers(int), default=[1, 2, 3], metavar="S,S,…", help="of stage 2; default: 1,2,3"
     )
+    parser.add_argument("--config-dir", type=Path, metavar="DIR", help="your own methods: DIR/loss/NAME.yaml")
     options = parser.parse_intermixed_args(arguments)
     try:
         specs, changes = [], []
         for word in options.words:
             (specs if METHOD.match(word) else changes).append(word)
-        known = sorted(file.stem for file in (CONF / "loss").glob("*.yaml"))
+        folders = [CONF]
+        if options.config_dir is not None:
+            if not options.config_dir.is_dir():
+                raise ConfigError(f"--config-dir {options.config_dir}: is not a folder")
+            folders.append(options.config_dir.absolute())
+            changes.append(f"hydra.searchpath=[{folders[-1]}]")  # what --config-dir does, as an option of each run
+        known = sorted(file.stem for folder in folders for file in (folder / "loss").glob("*.yaml"))
         for name in (spec.partition(":")[0] for spec in specs):
             if name not in known:
                 raise ConfigError(f"{name}: no such method; one of {', '.join(known)}{suggest(name, known)}")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mtl.config.errors import ConfigError, suggest
+from mtl.config.program import divide
 from mtl.metrics import multitask
 from mtl.study.compare import Benchmark, Group
 from mtl.study.runs import FACTS, SELECTIONS, Collection
@@ -198,11 +199,11 @@ def baseline_command(scores: Scores) -> str | None:
     for group in scores.groups:
         tasks = [t for t in scores.benchmark.tasks if scores.benchmark.baseline(group, t) is None]
         if tasks:
-            words = shlex.split(group.any.info.get("command", "python train.py"))
+            start, words = divide(shlex.split(group.any.info.get("command") or ""))
             dropped = ("loss=", "loss.", "step=", "step.", "seed=", "-m", "--multirun")
             kept = [w for w in words if not w.lstrip("+~").startswith(dropped)]
-            kept[2:2] = ["-m", "loss=single", f"loss.task={','.join(tasks)}"]
-            return shlex.join([*kept, f"seed={','.join(str(r.seed) for r in group.runs)}"])
+            alone = ["-m", "loss=single", f"loss.task={','.join(tasks)}"]
+            return shlex.join([*start, *alone, *kept, f"seed={','.join(str(r.seed) for r in group.runs)}"])
     return None
 
 

@@ -1,0 +1,45 @@
+"""Is this the right Python? Needs the standard library only, and runs before anything else of mtl is imported."""
+
+import importlib.util
+import os
+import sys
+
+OLDEST, TOO_NEW = (3, 10), (3, 14)  # requires-python in pyproject.toml
+
+# Every module that mtl cannot do without, and the package that has it: the dependencies in pyproject.toml.
+PACKAGES = {
+    "torch": "torch",
+    "torchvision": "torchvision",
+    "hydra": "hydra-core",
+    "omegaconf": "omegaconf",
+    "wandb": "wandb",
+    "pydantic": "pydantic",
+    "annotated_types": "annotated-types",
+    "filelock": "filelock",
+    "yaml": "pyyaml",
+    "numpy": "numpy",
+    "scipy": "scipy",
+    "matplotlib": "matplotlib",
+    "plotly": "plotly",
+    "sklearn": "scikit-learn",
+}
+
+
+def require() -> None:
+    """End the process with one line and exit code 1 where this Python cannot run mtl: it is too old, too new, or lacks
+    a package."""
+    version = "{}.{}".format(*sys.version_info[:2])
+    if not OLDEST <= sys.version_info[:2] < TOO_NEW:
+        wrong, cure = f"is Python {version}; 3.10 to 3.13 is needed", "try: make PYTHON=python3.12"
+    else:
+        missing = [package for module, package in PACKAGES.items() if importlib.util.find_spec(module) is None]
+        if not missing:
+            return
+        wrong, cure = "lacks " + ", ".join(missing), "install what is missing: pip install -e ."
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    python = os.path.join(root, ".venv", "bin", "python")  # what `make` has made
+    if not os.path.exists(os.path.join(root, "pyproject.toml")):
+        cure = "install mtl into another environment: python3.12 -m venv, then pip install"
+    elif os.path.exists(python) and os.path.abspath(sys.executable) != python:
+        cure = f"type {os.path.relpath(python)} instead of python"
+    sys.exit(f"error: {sys.executable} {wrong}; {cure}")

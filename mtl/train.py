@@ -1,0 +1,31 @@
+"""The command `mtl-train`, and `python -m mtl.train`; in a checkout `python train.py` is the same."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from mtl.config.cli import launch
+from mtl.config.identity import CONF
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def main(config: DictConfig) -> float | None:
+    """Run one composed config; see `mtl.study.cell.run_from_hydra`."""
+    from mtl.study.cell import run_from_hydra  # late: help and shell completion must not import torch
+
+    return run_from_hydra(config)
+
+
+def command() -> int:
+    """The command line; returns the exit code."""
+    if os.getcwd() not in sys.path:  # loss._target_=my_package.Mine; last, so that no file here hides an installed one
+        sys.path.append(os.getcwd())
+    return launch(main)
+
+
+if __name__ == "__main__":
+    sys.exit(command())
