@@ -186,6 +186,12 @@ def _key(content: Any) -> str:
     return json.dumps(canonical(content), sort_keys=True, default=str)
 
 
+def rateless(run: Run) -> str:
+    """What a run shares with those that differ from it in the learning rate and the seed alone, as a key."""
+    content = _decisive(run)
+    return _key({**content, "optimizer": {k: v for k, v in content["optimizer"].items() if k != "lr"}})
+
+
 def _option(run: Run, node: str) -> str:
     """The name of the option that was chosen for a node."""
     name = run.info.get("choices", {}).get(node)

@@ -1,4 +1,4 @@
-"""Read the files of a run: nothing that blocks, nothing absurdly large, nothing but plain values."""
+"""Read the files of a run: nothing that blocks, nothing absurdly large, nothing but plain values. Write text."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ MB = 10**6
 LIMITS = {"run.json": 4 * MB, "config.yaml": MB, "summary.json": 4 * MB}  # a thousand times what runs write
 LINE = 4 * MB  # of metrics.jsonl
 VALUES, DEPTH = 50_000, 60  # of one file
+LARGEST = 10**300  # of whole numbers: beyond, they are no floats
 
 
 class Damaged(Exception):
@@ -65,6 +66,8 @@ def plain(value: Any, depth: int = 0, count: list[int] | None = None) -> Any:
         raise ValueError(f"more than {VALUES:,} values, or nested more than {DEPTH} deep")
     if isinstance(value, str):
         return visible(re.sub(r"\s*\n\s*", " ", value))
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError("a number that no float holds")
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, list):
@@ -76,6 +79,16 @@ def plain(value: Any, depth: int = 0, count: list[int] | None = None) -> Any:
             raise ValueError("texts and numbers as the names of one mapping")
         return {visible(k) if isinstance(k, str) else k: plain(v, depth + 1, count) for k, v in value.items()}
     raise ValueError(f"a {type(value).__name__}")
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a file in one step: a full disk leaves the one before. Raises OSError."""
+    partial = file.with_name(file.name + ".tmp")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _read(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:

@@ -12,18 +12,17 @@ from typing import Any
 import numpy as np
 
 from mtl.config.identity import Identity, canonical, identify
-from mtl.study.files import Damaged
+from mtl.study.files import LARGEST, Damaged
 from mtl.tracking import flatten
 
 FACTS = ("parameters", "macs", "seconds", "images_per_second", "peak_memory_gib")
 SINGLE = "mtl.losses.Single"
-_LARGEST = 10**300
 
 Kind = tuple[str, Callable[[Any], bool]]  # in words, and the test
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and not (abs(value) > _LARGEST and isinstance(value, int))
+    return type(value) in (int, float) and not (abs(value) > LARGEST and isinstance(value, int))
 
 
 def _or_null(kind: Kind) -> Kind:
@@ -45,7 +44,7 @@ def _splits(value: Any) -> bool:
 TEXT: Kind = ("a text", lambda v: isinstance(v, str))
 NAME: Kind = ("a name", lambda v: isinstance(v, str) and bool(v.strip()))
 NAMES: Kind = ("a list of names", lambda v: isinstance(v, list) and bool(v) and all(isinstance(x, str) for x in v))
-COUNT: Kind = ("a whole number", lambda v: type(v) is int and 0 <= v < _LARGEST)
+COUNT: Kind = ("a whole number", lambda v: type(v) is int and 0 <= v < LARGEST)
 POSITIVE: Kind = ("a whole number above 0", lambda v: COUNT[1](v) and v > 0)
 NUMBER: Kind = ("a number or null", lambda v: v is None or _is_number(v))  # null stands for a number that is not finite
 RATE: Kind = ("a number from 0", lambda v: _is_number(v) and 0 <= v < math.inf)
