@@ -25,7 +25,7 @@ def delta_m(values: ArrayLike, baselines: ArrayLike, higher: ArrayLike) -> float
         NaN where a figure is missing or not finite, or a baseline is 0.
     """
     values, baselines = _finite(values), _finite(baselines)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         gain = np.where(higher, 1.0, -1.0) * (values - baselines) / np.where(baselines == 0, np.nan, np.abs(baselines))
         return _finite_mean(gain)
 
@@ -44,7 +44,7 @@ def achievement(values: ArrayLike, baselines: ArrayLike, higher: ArrayLike) -> f
     """
     values, baselines = _finite(values), _finite(baselines)
     above, below = np.where(higher, values, baselines), np.where(higher, baselines, values)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         return _finite_mean(above / np.where((below > 0) & (above >= 0), below, np.nan))
 
 

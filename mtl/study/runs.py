@@ -166,9 +166,9 @@ def _without_edited(runs: Sequence[Run], found: Collection) -> list[Run]:
         original = originals.get(run.info["group"])
         if genuine[id(run)] is False and original:
             there, here = (flatten({**r.config, "seed": None, "output_root": None}) for r in (original, run))
-            differ = [f"{k} {here.get(k)}, there {v}" for k, v in there.items() if here.get(k) != v]
-            differ += [f"{k} {v}, there nothing" for k, v in here.items() if k not in there]
-            reason = f"contradiction: config.yaml is not that of seed {original.seed} of the same group: {differ[0]}"
+            differ = [k for k in dict.fromkeys([*there, *here]) if (k in there, there.get(k)) != (k in here, here.get(k))]
+            words = ", ".join(f"{k} {here.get(k, 'missing')} instead of {there.get(k, 'nothing')}" for k in differ[:3])
+            reason = f"contradiction: config.yaml is not that of seed {original.seed} of the same group: {words}"
             found.damaged.append((run.directory, reason))
             continue
         said = validate.doubts(run.info, run.config, run.summary.get("epochs"))
