@@ -381,10 +381,12 @@ def test_the_command_for_baselines_keeps_flags_and_drops_any_loss(command, expec
     assert single_task_command(command, ["a", "b"], [0, 1]) == expected
 
 
-def test_the_command_for_baselines_runs_with_a_config_folder_of_ones_own(smoke, tmp_path):
+def test_the_command_for_baselines_runs_with_a_config_folder_of_ones_own(cli, tmp_path):
     (tmp_path / "mine" / "loss").mkdir(parents=True)
     (tmp_path / "mine" / "loss" / "own.yaml").write_text("_target_: mtl.losses.DWA\ntemperature: 3.0\n")
-    assert smoke("--config-dir", "mine", "loss=own", "loss.temperature=4.0", "trainer.epochs=1", "seed=5").code == 0
+    small = ("experiment=smoke", "data.train_size=64", "data.test_size=32", "data.batch_size=32", "trainer.epochs=1",
+             "output_root=out")  # fmt: skip
+    assert cli("--config-dir", "mine", "loss=own", "loss.temperature=4.0", *small, "seed=5").code == 0
     (file,) = Path("out").rglob("run.json")
     info = json.loads(file.read_text())
     if "--config-dir" not in info["command"]:  # as the command line notes it
@@ -395,7 +397,7 @@ def test_the_command_for_baselines_runs_with_a_config_folder_of_ones_own(smoke, 
     command = results.baseline_command(Scores(benchmark, benchmark.archs[0]))
     words = shlex.split(command)
     assert words[:6] == ["python", "train.py", "--config-dir", "mine", "-m", "loss=single"]
-    assert smoke(*words[2:]).code == 0
+    assert cli(*words[2:]).code == 0
     found = load(["out"])
     (benchmark,) = benchmarks(found.runs)
     assert results.baseline_command(Scores(benchmark, benchmark.archs[0])) is None and len(found.runs) == 3

@@ -66,7 +66,7 @@ def draw(
             if only is not None and figure.name not in only:
                 continue
             title = f"{benchmark.name}, {arch}: {figure.title[0].lower()}{figure.title[1:]}"
-            stem = f"{slug(f'{benchmark.name}-{arch}')}-{figure.name}"
+            stem = f"{slug(f'{benchmark.name} {arch}')}-{figure.name}"
             figure = replace(figure, caption=f"{figure.caption} {colour_note(looks)}".strip())
             files += save(figure, looks, title, [folder / f"{stem}.{f}" for f in formats])
     return files
@@ -214,7 +214,7 @@ def _handle(name: str, look: Style, traces: Sequence[Trace]) -> Line2D:
                   marker="" if line else look.marker, markersize=4.5, linewidth=1.4)  # fmt: skip
 
 
-def _legible(text: str, longest: int = 60) -> str:
+def _legible(text: str, longest: int = 40) -> str:
     """Text that matplotlib draws as it is: no formulas between dollars, and "U+6F22" for a letter the font lacks."""
     text = text if len(text) <= longest else f"{text[:longest]}…"
     return "".join(c if c in "\n " or _drawn(c) else f"U+{ord(c):04X}" for c in text).replace("$", r"\$")
