@@ -186,9 +186,7 @@ def change(file, old, new):
         ("metrics.jsonl", '"test/fine_accuracy": 60.5', '"test/fine_accuracy": 99.0', "summary.json says 62.0 is the"),
     ],
 )  # fmt: skip
-def test_an_edited_file_is_named_as_a_contradiction_everywhere(
-    tmp_path, capsys, plotless, name, old, new, reason
-):
+def test_an_edited_file_is_named_as_a_contradiction_everywhere(tmp_path, capsys, plotless, name, old, new, reason):
     for seed in range(2):
         folder = write(tmp_path / "runs", "dwa", seed, figures=fine(60.0 + seed))
     summary = json.loads((folder / "summary.json").read_text()) | {"selected": None}
@@ -225,7 +223,8 @@ def test_a_task_whose_name_starts_anothers_has_its_own_metric(tmp_path, tasks, n
     metrics = {f"{t}_mae": False for t in tasks}
     folder = write_run(tmp_path, "equal", 0, {f"test/{m}": [3.0, 2.0] for m in metrics}, higher=metrics)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rows = [{k: v for k, v in r.items() if not k.endswith("_loss")} | {f"test/{t}_loss": 1.0 for t in tasks} for r in rows]
+    losses = {f"test/{t}_loss": 1.0 for t in tasks}
+    rows = [{k: v for k, v in r.items() if not k.endswith("_loss")} | losses for r in rows]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     if noted:
         summary = json.loads((folder / "summary.json").read_text())
@@ -289,7 +288,7 @@ def test_what_blocks_or_explodes_is_refused_at_once(tmp_path, name, act, reason)
 @pytest.mark.parametrize(
     ("name", "old", "new", "reason"),
     [
-        ("run.json", '"choices": {"optimizer": "sgd"}', '"choices": null', "run.json: choices is None, must be a mapping"),
+        ("run.json", '"choices": {"optimizer": "sgd"}', '"choices": null', "run.json: choices is None, must be"),
         ("run.json", '"error": null', '"versions": null', "run.json: versions is None"),
         ("run.json", '"error": null', '"hardware": {"gpu": [1]}', "run.json: hardware.gpu is [1]"),
         ("run.json", '"error": null', '"hardware": {"threads": {}}', "run.json: hardware.threads is {}"),
@@ -371,8 +370,9 @@ def test_file_names_are_short_and_different():
     [
         ("python train.py --config-dir 'my conf' loss=custom loss.file=x.py +loss.k=1 ~loss.z data=mine seed=3",
          "python train.py --config-dir 'my conf' -m loss=single loss.task=a,b data=mine seed=0,1"),
-        ("torchrun --nproc-per-node 2 train.py -cn other -m 'hydra.searchpath=[file://x]' loss._target_=my.Loss study.plan=x",
-         "torchrun --nproc-per-node 2 train.py -cn other -m loss=single loss.task=a,b 'hydra.searchpath=[file://x]' seed=0,1"),
+        ("torchrun --nproc-per-node 2 train.py -cn other -m 'hydra.searchpath=[file://x]' loss._target_=my.L",
+         "torchrun --nproc-per-node 2 train.py -cn other -m loss=single loss.task=a,b 'hydra.searchpath=[file://x]' "
+         "seed=0,1"),
         ("python -m mtl.train data=mine --config-dir=x step.gradients=features",
          "python -m mtl.train --config-dir=x -m loss=single loss.task=a,b data=mine seed=0,1"),
     ],

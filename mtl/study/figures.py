@@ -130,8 +130,8 @@ def _panel(axis: plt.Axes, panel: Panel, looks: Mapping[str, Style]) -> None:
         place = {"xy": (rule.value, 0.02), "xycoords": axis.get_xaxis_transform(), "xytext": (-2, 0), "rotation": 90}
         if not rule.vertical:
             place = {"xy": (0.98, rule.value), "xycoords": axis.get_yaxis_transform(), "xytext": (0, 2)}
-        axis.annotate(_legible(rule.name), **place, fontsize=6, color=GREY, textcoords="offset points", ha="right", va="bottom",
-                      path_effects=[withStroke(linewidth=2, foreground="white")])  # fmt: skip
+        axis.annotate(_legible(rule.name), **place, fontsize=6, color=GREY, textcoords="offset points", ha="right",
+                      va="bottom", path_effects=[withStroke(linewidth=2, foreground="white")])  # fmt: skip
     if len(panel.front) > 1:
         axis.plot(*zip(*panel.front, strict=True), color=GREY, linewidth=0.7, zorder=1.5)
     axis.set(title=_legible(panel.title), xlabel=_legible(panel.x), ylabel=_legible(panel.y))
@@ -172,7 +172,8 @@ def _names(axis: plt.Axes, panel: Panel, looks: Mapping[str, Style]) -> None:
     heights = spread([y for _, y in ends], 8.5 * axis.figure.dpi / 72 / box.height)
     for trace, (x, y), height in zip(named, ends, heights, strict=True):
         colour, where = looks[trace.label].colour, axis.transAxes
-        axis.text(1.06, height, _legible(trace.label), color=colour, fontsize=7, va="center", ha="left", transform=where)
+        name = _legible(trace.label)
+        axis.text(1.06, height, name, color=colour, fontsize=7, va="center", ha="left", transform=where)
         axis.add_line(Line2D([x, 1.05], [y, height], color=colour, linewidth=0.4, clip_on=False, transform=where))
 
 

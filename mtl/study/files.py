@@ -115,7 +115,7 @@ def _regular(file: Path) -> int:
 
 
 def _unreadable(file: Path, error: OSError) -> Damaged:
-    return Damaged(f"{file.name} is missing" if isinstance(error, FileNotFoundError) else f"{file.name}: {error.strerror}")
+    return Damaged(f"{file.name}{' is missing' if isinstance(error, FileNotFoundError) else f': {error.strerror}'}")
 
 
 class _Yaml(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # ten times as fast where libyaml is installed

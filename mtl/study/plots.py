@@ -122,7 +122,7 @@ def learning_rates(benchmark: Benchmark) -> Figure:
     families: dict[str, dict[float, Group]] = {}
     for group in benchmark.groups:
         rate = group.runs[0].config["optimizer"].get("lr")
-        if isinstance(rate, (int, float)) and 0 < rate and drawable(rate):
+        if isinstance(rate, (int, float)) and rate > 0 and drawable(rate):
             families.setdefault(rateless(group.runs[0]), {})[rate] = group
     traces = []
     for family in families.values():

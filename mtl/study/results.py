@@ -12,9 +12,9 @@ from mtl.config.errors import ConfigError, suggest
 from mtl.metrics import multitask
 from mtl.study.commands import single_task_command
 from mtl.study.compare import Benchmark, Group
+from mtl.study.names import visible
 from mtl.study.runs import SELECTIONS, Collection, Run
 from mtl.study.scores import Scores
-from mtl.study.names import visible
 from mtl.study.statistics import RULE, deviation, holm, mean, paired, verdict
 from mtl.study.tables import Cell, Table
 from mtl.study.validate import FACTS
@@ -86,9 +86,9 @@ def multi_task(scores: Scores, at: str) -> Table:
         f"metric of each task ({', '.join(bench.tasks.values())}), {_pairing(scores)}. Achievement: mean share of the "
         "single-task figure (Yun & Cho 2023); 100 is single-task learning. MR: mean rank over all metrics, of the "
         "means over seeds (Navon et al. 2022); ties shared, lower is better; a strategy with a failed seed or a value "
-        f"that is not finite ranks last, one with fewer than {scores.usual} seeds not at all. Pareto: runs that none of the {len(optimal)} runs on "
-        "this architecture dominates in the main metrics. Wins: seeds in which the strategy is the best; ties count "
-        "for each."
+        f"that is not finite ranks last, one with fewer than {scores.usual} seeds not at all. Pareto: runs that none "
+        f"of the {len(optimal)} runs on this architecture dominates in the main metrics. Wins: seeds in which the "
+        "strategy is the best; ties count for each."
     )
     header = ["strategy", "n", "Δm %", "achievement %", "MR", "Pareto", *(f"wins\n{m}" for m in bench.metrics)]
     return Table(title(scores, "multi-task metrics", at), f"{note} {_excuses(scores)}".strip(), header, rows)
@@ -192,7 +192,7 @@ def missing(collection: Collection) -> Table | None:
 def doubtful(collection: Collection) -> Table | None:
     """Every run that counts although its files contradict each other; None where there is none."""
     rows = [[Cell(visible(str(d))), Cell(why)] for d, why in collection.doubtful]
-    note = "They are in the tables, under the settings in config.yaml; do not trust them before you know which is right."
+    note = "They are in the tables, with the settings of config.yaml. Find out which file is right before you use them."
     title = f"{len(rows)} contradiction{'s' if len(rows) > 1 else ''} in runs that count"
     return Table(title, note, ["directory", "reason"], rows) if rows else None
 

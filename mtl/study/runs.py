@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -166,8 +165,8 @@ def _without_edited(runs: Sequence[Run], found: Collection) -> list[Run]:
         original = originals.get(run.info["group"])
         if genuine[id(run)] is False and original:
             there, here = (flatten({**r.config, "seed": None, "output_root": None}) for r in (original, run))
-            differ = [k for k in dict.fromkeys([*there, *here]) if (k in there, there.get(k)) != (k in here, here.get(k))]
-            words = ", ".join(f"{k} {here.get(k, 'missing')} instead of {there.get(k, 'nothing')}" for k in differ[:3])
+            keys = [k for k in {**there, **here} if here.get(k, "missing") != there.get(k, "missing")]
+            words = ", ".join(f"{k} {here.get(k, 'missing')} instead of {there.get(k, 'missing')}" for k in keys[:3])
             reason = f"contradiction: config.yaml is not that of seed {original.seed} of the same group: {words}"
             found.damaged.append((run.directory, reason))
             continue
@@ -187,7 +186,7 @@ def _without_copies(runs: Sequence[Run], found: Collection) -> list[Run]:
     kept = []
     for same in copies.values():
         first, *others = sorted(same, key=lambda r: r.status != "finished")
-        reason = f"a second copy of {first.directory}, which is the one that counts"
+        reason = visible(f"a second copy of {first.directory}, which is the one that counts")
         found.damaged += [(r.directory, reason) for r in others]
         kept.append(first)
     return kept

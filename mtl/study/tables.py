@@ -91,25 +91,26 @@ class Table:
 
     def latex(self) -> str:
         r"""A booktabs table for `\input`; the best of a column in bold."""
-        rows = [[rf"\textbf{{{names.latex(c.text)}}}" if c.best else names.latex(c.text) for c in row] for row in self.rows]
+        tex = names.latex
+        rows = [[rf"\textbf{{{tex(c.text)}}}" if c.best else tex(c.text) for c in row] for row in self.rows]
         kinds = ["r" if any(r[i].value is not None for r in self.rows) else "l" for i in range(len(self.header))]
         above, below = self._lines()
         spans = [(top, len(list(same))) for top, same in groupby(above)]
-        tops = [names.latex(t) if n == 1 else rf"\multicolumn{{{n}}}{{c}}{{{names.latex(t)}}}" for t, n in spans]
+        tops = [tex(t) if n == 1 else rf"\multicolumn{{{n}}}{{c}}{{{tex(t)}}}" for t, n in spans]
         head = [" & ".join(tops)] if any(above) else []
-        lines = [f"{line} \\\\" for line in [*head, " & ".join(map(names.latex, below))]]
+        lines = [f"{line} \\\\" for line in [*head, " & ".join(map(tex, below))]]
         body = [" & ".join(row) + r" \\" for row in rows]
         return "\n".join([
             r"% needs \usepackage{booktabs,graphicx}; letters that pdflatex's fonts lack are spelled U+...",
             r"\begin{table}",
             r"  \centering\footnotesize\setlength{\tabcolsep}{4pt}",
-            rf"  \caption{{{names.latex(self.title)}}}",
+            rf"  \caption{{{tex(self.title)}}}",
             r"  \resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
             rf"  \begin{{tabular}}{{{''.join(kinds)}}}",
             *(f"    {line}" for line in [r"\toprule", *lines, r"\midrule", *body, r"\bottomrule"]),
             r"  \end{tabular}}",
             "",  # a paragraph of its own
-            rf"  \medskip\parbox{{\linewidth}}{{{names.latex(self.note)}}}",
+            rf"  \medskip\parbox{{\linewidth}}{{{tex(self.note)}}}",
             r"\end{table}",
             "",
         ])  # fmt: skip

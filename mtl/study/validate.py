@@ -165,11 +165,13 @@ def _check_quoted(key: str, value: Any, epoch: Any, rows: Sequence[Mapping[str, 
 
 
 def _check_best(key: str, best: float, higher: bool | None, rows: Sequence[Mapping[str, Any]]) -> None:
-    """No row is better than the best one. Runs of older versions do not say whether higher is better."""
+    """No row is better than a finite best. Runs of older versions do not say whether higher is better."""
     values = np.array([number(row.get(key)) for row in rows])
     finite = values[np.isfinite(values)]
-    ends = {True: [finite.max()], False: [finite.min()], None: [finite.max(), finite.min()]}[higher] if len(finite) else []
-    if ends and best not in ends:
+    if not len(finite) or not math.isfinite(best):
+        return
+    ends = {True: [finite.max()], False: [finite.min()], None: [finite.max(), finite.min()]}[higher]
+    if best not in ends:
         epoch = int(np.flatnonzero(values == ends[0])[0]) + 1
         raise Damaged(
             f"contradiction: {key} is {ends[0]} in epoch {epoch} of metrics.jsonl, summary.json says {best} is the best"
