@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mtl.config.errors import UserError
 from mtl.config.identity import Identity, canonical, identify
 from mtl.study.files import LARGEST, Damaged
 from mtl.tracking import flatten
@@ -208,8 +209,8 @@ def genuine(info: Mapping[str, Any], config: Mapping[str, Any]) -> bool | None:
         return None
     try:
         return identify(config, info).digest == info["digest"]
-    except OSError:  # a name that no file can have
-        return False
+    except (OSError, ValueError, UserError):  # a name that no file can have, or a file that is gone
+        return None
 
 
 def number(value: Any) -> float:
