@@ -344,6 +344,7 @@ class Job:
             "best": {k: {"value": (row := _best(rows, k, h))[k], "epoch": row["epoch"]} for k, h in tests.items()},
             "last": {k: rows[-1][k] for k in tests},
             "higher_is_better": tests,
+            "tasks": {t.name: [f"{t.name}_{m.name}" for m in t.metrics] for t in self.learner.tasks},
             "selected": {"by": key, "epoch": chosen["epoch"], **{k: chosen[k] for k in tests}}
             if key.startswith("val/")
             else None,

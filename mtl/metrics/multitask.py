@@ -22,11 +22,12 @@ def delta_m(values: ArrayLike, baselines: ArrayLike, higher: ArrayLike) -> float
         higher: (T,).
 
     Returns:
-        NaN where a figure is missing or a baseline is 0.
+        NaN where a figure is missing or not finite, or a baseline is 0.
     """
-    values, baselines = np.asarray(values, float), np.asarray(baselines, float)
-    gain = np.where(higher, 1.0, -1.0) * (values - baselines) / np.where(baselines == 0, np.nan, np.abs(baselines))
-    return float(100 * gain.mean())
+    values, baselines = _finite(values), _finite(baselines)
+    with np.errstate(over="ignore", invalid="ignore"):
+        gain = np.where(higher, 1.0, -1.0) * (values - baselines) / np.where(baselines == 0, np.nan, np.abs(baselines))
+        return _finite_mean(gain)
 
 
 def achievement(values: ArrayLike, baselines: ArrayLike, higher: ArrayLike) -> float:
@@ -39,15 +40,18 @@ def achievement(values: ArrayLike, baselines: ArrayLike, higher: ArrayLike) -> f
         values, baselines, higher: (T,) as for `delta_m`.
 
     Returns:
-        NaN where a figure is missing or negative (a share of it means nothing) or a denominator is 0.
+        NaN where a figure is missing, not finite or negative (a share of it means nothing) or a denominator is 0.
     """
-    values, baselines = np.asarray(values, float), np.asarray(baselines, float)
+    values, baselines = _finite(values), _finite(baselines)
     above, below = np.where(higher, values, baselines), np.where(higher, baselines, values)
-    return float(100 * (above / np.where((below > 0) & (above >= 0), below, np.nan)).mean())
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _finite_mean(above / np.where((below > 0) & (above >= 0), below, np.nan))
 
 
 def ranks(figures: ArrayLike, higher: ArrayLike) -> NDArray:
-    """Ranks from 1 (best) within each column; equals share the mean of their places, NaN shares the last ones.
+    """Ranks from 1 (best) within each column; equals share the mean of their places.
+
+    What is not a finite number shares the last places, whichever infinity it is.
 
     Args:
         figures: (S, M) of S strategies.
@@ -65,13 +69,14 @@ def ranks(figures: ArrayLike, higher: ArrayLike) -> NDArray:
 def mean_rank(figures: ArrayLike, higher: ArrayLike) -> NDArray:
     """MR (S,): the average of a strategy's ranks over all metrics; lower is better. Navon et al., "Multi-Task Learning
     as a Bargaining Game", ICML 2022. Arguments as for `ranks`."""
-    return ranks(figures, higher).mean(1)
+    found = ranks(figures, higher)
+    return found.mean(1) if found.shape[1] else np.full(len(found), np.nan)
 
 
 def pareto_optimal(figures: ArrayLike, higher: ArrayLike, rivals: ArrayLike | None = None) -> NDArray:
     """Which runs no other run dominates, i.e. equals or beats in all figures and beats in one.
 
-    Equal runs do not dominate each other; a run with a NaN is never optimal and dominates none.
+    Equal runs do not dominate each other; a run with a value that is not finite is never optimal and dominates none.
 
     Args:
         figures: (N, T), one metric per task.
@@ -81,8 +86,10 @@ def pareto_optimal(figures: ArrayLike, higher: ArrayLike, rivals: ArrayLike | No
     Returns:
         (N,) bool.
     """
+    if not len(figures):
+        return np.zeros(0, bool)
     costs = _costs(figures, higher)
-    others = costs if rivals is None else _costs(rivals, higher)
+    others = costs if rivals is None else _costs(rivals, higher) if len(rivals) else costs[:0]
     others = np.unique(others[np.isfinite(others).all(1)], axis=0)
     kept = np.isfinite(costs).all(1)
     for i in np.flatnonzero(kept):
@@ -91,6 +98,18 @@ def pareto_optimal(figures: ArrayLike, higher: ArrayLike, rivals: ArrayLike | No
 
 
 def _costs(figures: ArrayLike, higher: ArrayLike) -> NDArray:
-    """(N, K) lower is better; infinite where there is no figure."""
-    figures = np.asarray(figures, float)
+    """(N, K) lower is better; infinite where there is no finite figure."""
+    figures = _finite(figures)
     return np.where(np.isnan(figures), np.inf, np.where(higher, -figures, figures))
+
+
+def _finite(figures: ArrayLike) -> NDArray:
+    """Floats, NaN where there is no finite number; None counts as missing."""
+    figures = np.asarray(figures, float)
+    return np.where(np.isfinite(figures), figures, np.nan)
+
+
+def _finite_mean(shares: NDArray) -> float:
+    """In percent; NaN where one is missing or the result is beyond all floats."""
+    mean = float(100 * shares.mean()) if len(shares) else np.nan
+    return mean if np.isfinite(mean) else np.nan

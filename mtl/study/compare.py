@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,11 +12,12 @@ from typing import Any
 
 from mtl.config.identity import EXCLUDED, canonical
 from mtl.study.runs import SELECTIONS, Run
+from mtl.study.validate import SINGLE
 from mtl.tracking import flatten
 
-SINGLE = "mtl.losses.Single"
 _PROTOCOL = ("data", "trainer")  # the nodes that make a benchmark
 _SPELLED = {"epochs": "{} epochs", "limit_test": "{:,} test images", "batch_size": "batch {}"}
+_LONGEST = 60  # characters of a value in a label
 
 
 @dataclass
@@ -63,8 +66,8 @@ class Group:
         return [r for r in self.stopped if r.status in ("diverged", "failed")]
 
     def by_seed(self, metric: str, at: str) -> dict[int, float]:
-        """{seed: value} of the finished runs."""
-        return {r.seed: r.figure(metric, at) for r in self.runs}
+        """{seed: value} of the finished runs whose value is a finite number."""
+        return {r.seed: value for r in self.runs if math.isfinite(value := r.figure(metric, at))}
 
 
 @dataclass
@@ -183,17 +186,24 @@ def _key(content: Any) -> str:
     return json.dumps(canonical(content), sort_keys=True, default=str)
 
 
+def rateless(run: Run) -> str:
+    """What a run shares with those that differ from it in the learning rate and the seed alone, as a key."""
+    content = _decisive(run)
+    return _key({**content, "optimizer": {k: v for k, v in content["optimizer"].items() if k != "lr"}})
+
+
 def _option(run: Run, node: str) -> str:
     """The name of the option that was chosen for a node."""
     name = run.info.get("choices", {}).get(node)
     target = run.config.get(node, {}).get("_target_", "")
-    return run.info[node] if node in run.info else name or target.rpartition(".")[2].lower() or "none"
+    return run.info[node] if node in ("data", "arch", "loss") else name or target.rpartition(".")[2].lower() or "none"
 
 
 def _labels(groups: Sequence[Group], named: str, nodes: Sequence[str]) -> list[str]:
     """One label per group: the option chosen for the node `named`, and what differs in `nodes` where several share it.
 
-    Groups with equal nodes get equal labels, except for losses, which must be told apart: there the digest decides.
+    Groups with equal nodes get equal labels, except for losses, which must be told apart: there the run's digest
+    decides. Where the words leave two nodes alike (a long value is cut), a digest of the node does.
     """
     configs = [{n: c[n] for n in nodes if n in c} for c in (_decisive(g.any) for g in groups)]
     labels = [_option(g.any, named) for g in groups]
@@ -203,8 +213,12 @@ def _labels(groups: Sequence[Group], named: str, nodes: Sequence[str]) -> list[s
             for i, words in zip(same, _differences([groups[i] for i in same], [configs[i] for i in same]), strict=True):
                 labels[i] = ", ".join([name, *words])
     if named == "loss":
-        twice = {label for label in labels if labels.count(label) > 1}
-        labels = [f"{x}, {g.any.info['digest']}" if x in twice else x for x, g in zip(labels, groups, strict=True)]
+        tags, twice = [g.any.info["digest"] for g in groups], {x for x in labels if labels.count(x) > 1}
+    else:
+        keys = [_key(c) for c in configs]
+        tags = [hashlib.sha256(k.encode()).hexdigest()[:8] for k in keys]
+        twice = {x for x in labels if len({k for k, y in zip(keys, labels, strict=True) if x == y}) > 1}
+    labels = [f"{x}, {tag}" if x in twice else x for x, tag in zip(labels, tags, strict=True)]
     return labels
 
 
@@ -240,10 +254,15 @@ def _spell(key: str, value: Any, node: Mapping[str, Any]) -> str:
         return str(value)
     if value is None:
         return ""
-    if leaf == "limit_train":
-        return f"{value - round(value * node.get('val_fraction', 0)):,} images"
     if isinstance(value, bool):
         return leaf if value else f"no {leaf}"
+    if isinstance(value, int) and leaf == "limit_train":
+        share = node.get("val_fraction", 0)
+        held_out = round(value * share) if isinstance(share, (int, float)) and 0 <= share < 1 else 0
+        return f"{value - held_out:,} images"
+    if isinstance(value, int):
+        return _SPELLED.get(leaf, leaf + " {}").format(value)
     if isinstance(value, float):
         return f"{leaf} {value:g}"
-    return _SPELLED.get(leaf, leaf + " {}").format(value)
+    text = str(value)
+    return f"{leaf} {text[:_LONGEST] + '…' if len(text) > _LONGEST else text}"

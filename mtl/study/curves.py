@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtl.study.compare import Benchmark, Group
-from mtl.study.panels import Figure, Panel, Trace, arrow, axis, figure, title
+from mtl.study.panels import LARGEST, Figure, Panel, Trace, arrow, axis, figure, title
 
 Curves = Mapping[str, NDArray]  # of one run
 
@@ -36,12 +36,14 @@ def weights(benchmark: Benchmark) -> Figure:
 
     def total(curves: Curves) -> NDArray | None:
         every = [np.abs(v) for k, v in curves.items() if k.startswith("weights/")]
-        return np.sum(every, axis=0) if every else None
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.sum(every, axis=0) if every else None
 
     def share(task: str) -> Callable[[Curves], NDArray | None]:
         def value(curves: Curves) -> NDArray | None:
             weight, every = curves.get(f"weights/{task}"), total(curves)
-            return None if weight is None else weight / np.where(every > 0, every, np.nan)
+            with np.errstate(over="ignore", invalid="ignore"):
+                return None if weight is None else weight / np.where(every > 0, every, np.nan)
 
         return value
 
@@ -86,23 +88,30 @@ def layers(benchmark: Benchmark) -> Figure:
 
 
 def _traces(benchmark: Benchmark, value: Callable[[Curves], NDArray | None]) -> list[Trace]:
-    """`value` (E,) of every run over epochs: its mean over seeds, for the groups whose runs all have it somewhere."""
+    """`value` (E,) of every run over epochs: its mean over the seeds that have it somewhere."""
     traces = []
     for group in benchmark.groups:
-        each = [value(run.curves) for run in group.runs]
-        if any(v is None for v in each):
+        found = [(run, value(run.curves)) for run in group.runs]
+        found = [(run, v) for run, v in found if v is not None and _drawable(v).any()]
+        if not found:
             continue
+        runs, each = zip(*found, strict=True)
         values = np.array(list(zip(*each, strict=False)))  # (E, S): the epochs that all have
-        epochs = np.flatnonzero(np.isfinite(values).all(1))
+        epochs = np.flatnonzero(_drawable(values).all(1))
         step = -(-len(epochs) // POINTS) or 1
         epochs = epochs[(len(epochs) - 1) % step :: step]  # the last one is among them
         if len(epochs):
             values, several = values[epochs], len(each) > 1
             low, high = (values.min(1).tolist(), values.max(1).tolist()) if several else ((), ())
-            names = [f"seed {r.seed}" for r in group.runs] if several else []
+            names = [f"seed {r.seed}" for r in runs] if several else []
             x, mean = (epochs + 1).tolist(), values.mean(1).tolist()
             traces.append(Trace(group.label, x, mean, low, high, names, values if several else ()))
     return traces
+
+
+def _drawable(values: NDArray) -> NDArray:
+    """Of each value whether it can be drawn; NaN is not below anything."""
+    return np.abs(values) < LARGEST
 
 
 def _figure(benchmark: Benchmark, name: str, heading: str, note: str, panels: Sequence[Panel]) -> Figure:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")  # files only: a figure must not need a screen
 import numpy as np
+from matplotlib import font_manager
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
 from mtl.study import plots
 from mtl.study.compare import Benchmark
+from mtl.study.names import minus, slug
 from mtl.study.panels import Figure, Panel, Trace
 from mtl.study.style import REST, Style, colour_note
 
@@ -64,7 +66,7 @@ def draw(
             if only is not None and figure.name not in only:
                 continue
             title = f"{benchmark.name}, {arch}: {figure.title[0].lower()}{figure.title[1:]}"
-            stem = re.sub(r"[^\w.-]+", "-", f"{benchmark.name}-{arch}-{figure.name}").strip("-")
+            stem = f"{slug(f'{benchmark.name} {arch}')}-{figure.name}"
             figure = replace(figure, caption=f"{figure.caption} {colour_note(looks)}".strip())
             files += save(figure, looks, title, [folder / f"{stem}.{f}" for f in formats])
     return files
@@ -90,8 +92,8 @@ def render(figure: Figure, looks: Mapping[str, Style], title: str) -> plt.Figure
     width = 5.0 if count == 1 else 7.2
     height = (3.2 if count == 1 else 2.5 if columns < 5 else 1.6) * rows + 0.6
     canvas, grid = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
-    canvas.suptitle(title, x=0.01, ha="left", fontsize=9, fontweight="bold")
-    note = textwrap.fill(figure.caption, int(width * 20))
+    canvas.suptitle(_legible(title, 120), x=0.01, ha="left", fontsize=9, fontweight="bold")
+    note = textwrap.fill(_legible(figure.caption, 2000), int(width * 20))
     canvas.supxlabel(note, x=0.01, ha="left", fontsize=6.5, color=GREY, linespacing=1.35)
     axes = list(grid.flat)
     for axis, panel in zip(axes, figure.panels, strict=False):
@@ -128,11 +130,11 @@ def _panel(axis: plt.Axes, panel: Panel, looks: Mapping[str, Style]) -> None:
         place = {"xy": (rule.value, 0.02), "xycoords": axis.get_xaxis_transform(), "xytext": (-2, 0), "rotation": 90}
         if not rule.vertical:
             place = {"xy": (0.98, rule.value), "xycoords": axis.get_yaxis_transform(), "xytext": (0, 2)}
-        axis.annotate(rule.name, **place, fontsize=6, color=GREY, textcoords="offset points", ha="right", va="bottom",
-                      path_effects=[withStroke(linewidth=2, foreground="white")])  # fmt: skip
+        axis.annotate(_legible(rule.name), **place, fontsize=6, color=GREY, textcoords="offset points", ha="right",
+                      va="bottom", path_effects=[withStroke(linewidth=2, foreground="white")])  # fmt: skip
     if len(panel.front) > 1:
         axis.plot(*zip(*panel.front, strict=True), color=GREY, linewidth=0.7, zorder=1.5)
-    axis.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
+    axis.set(title=_legible(panel.title), xlabel=_legible(panel.x), ylabel=_legible(panel.y))
     if "x" in panel.log:
         axis.set_xscale("log")
     if "y" in panel.log:
@@ -145,7 +147,7 @@ def _panel(axis: plt.Axes, panel: Panel, looks: Mapping[str, Style]) -> None:
 
 def _scales(axis: plt.Axes, panel: Panel) -> None:
     """Parallel coordinates: a scale of its own at every tick."""
-    axis.set_xticks(range(len(panel.ticks)), panel.ticks)
+    axis.set_xticks(range(len(panel.ticks)), [_legible(tick) for tick in panel.ticks])
     axis.tick_params(axis="x", length=0, pad=12)
     axis.set_yticks([])
     axis.grid(False)
@@ -155,7 +157,7 @@ def _scales(axis: plt.Axes, panel: Panel) -> None:
     for x, (low, high) in enumerate(panel.ends):
         axis.axvline(x, color=GREY, linewidth=0.6, zorder=0)
         for y, value, side in ((0, low, -1), (1, high, 1)):
-            text = f"{value:.4g}".replace("-", "−")
+            text = minus(f"{value:.4g}")
             axis.annotate(text, (x, y), xytext=(0, 5 * side), textcoords="offset points", ha="center",
                           va="bottom" if side > 0 else "top", fontsize=7, color=GREY)  # fmt: skip
 
@@ -170,7 +172,8 @@ def _names(axis: plt.Axes, panel: Panel, looks: Mapping[str, Style]) -> None:
     heights = spread([y for _, y in ends], 8.5 * axis.figure.dpi / 72 / box.height)
     for trace, (x, y), height in zip(named, ends, heights, strict=True):
         colour, where = looks[trace.label].colour, axis.transAxes
-        axis.text(1.06, height, trace.label, color=colour, fontsize=7, va="center", ha="left", transform=where)
+        name = _legible(trace.label)
+        axis.text(1.06, height, name, color=colour, fontsize=7, va="center", ha="left", transform=where)
         axis.add_line(Line2D([x, 1.05], [y, height], color=colour, linewidth=0.4, clip_on=False, transform=where))
 
 
@@ -208,5 +211,17 @@ def _legend(canvas: plt.Figure, figure: Figure, looks: Mapping[str, Style]) -> N
 
 def _handle(name: str, look: Style, traces: Sequence[Trace]) -> Line2D:
     line = any(t.line for t in traces)
-    return Line2D([], [], color=look.colour, linestyle=LINES[look.dash] if line else "", label=name,
+    return Line2D([], [], color=look.colour, linestyle=LINES[look.dash] if line else "", label=_legible(name),
                   marker="" if line else look.marker, markersize=4.5, linewidth=1.4)  # fmt: skip
+
+
+def _legible(text: str, longest: int = 40) -> str:
+    """Text that matplotlib draws as it is: no formulas between dollars, and "U+6F22" for a letter the font lacks."""
+    text = text if len(text) <= longest else f"{text[:longest]}…"
+    return "".join(c if c in "\n " or _drawn(c) else f"U+{ord(c):04X}" for c in text).replace("$", r"\$")
+
+
+@cache
+def _drawn(character: str) -> bool:
+    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+    return font.get_char_index(ord(character)) != 0

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
+import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,10 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from mtl.study import plots
+from mtl.study.attempt import attempt
 from mtl.study.compare import Benchmark
+from mtl.study.files import replace_text
+from mtl.study.names import minus, visible
 from mtl.study.panels import Figure, Panel, Trace
 from mtl.study.runs import Collection, Run
 from mtl.study.style import Style, colour_note
@@ -29,8 +32,8 @@ FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
 FILTER = 12  # strategies: with fewer, nobody needs a filter
 
 
-def write(collection: Collection, benchmarks: Sequence[Benchmark], tables: Sequence[Table], file: Path) -> None:
-    """Write the page.
+def write(collection: Collection, benchmarks: Sequence[Benchmark], tables: Sequence[Table], file: Path) -> list[str]:
+    """Write the page; what could not be made, as lines that the page shows in its place.
 
     Args:
         collection: all runs that were found, of which those left out are listed.
@@ -39,8 +42,17 @@ def write(collection: Collection, benchmarks: Sequence[Benchmark], tables: Seque
         file: replaced in one step.
     """
     drawn: list[str] = []
+    failed: list[str] = []
     numbers = itertools.count(1)
-    sections = [_benchmark(b, i, drawn, numbers) for i, b in enumerate(benchmarks)]
+
+    def section(name: str, make: Callable[[], str]) -> str:
+        before = len(failed)
+        return attempt(name, make, failed) or "".join(f'<p class="note">{escape(x)}</p>' for x in failed[before:])
+
+    sections = [
+        section(f"Figures of {b.name}", lambda i=i, b=b: _benchmark(b, i, drawn, numbers))
+        for i, b in enumerate(benchmarks)
+    ]
     title = "Multi-task learning: " + ", ".join(dict.fromkeys(b.name for b in benchmarks)) if benchmarks else "No runs"
     strategies = max((len({g.label for g in b.groups}) for b in benchmarks), default=0)
     parts = [
@@ -56,8 +68,8 @@ def write(collection: Collection, benchmarks: Sequence[Benchmark], tables: Seque
         if tables
         else "",
         *sections,
-        _left_out(collection),
-        _origin(collection.runs),
+        section("Runs left out", lambda: _left_out(collection)),
+        section("Where it comes from", lambda: _origin(collection.runs)),
         "</main>",
     ]
     content = _PAGE.format(
@@ -69,9 +81,8 @@ def write(collection: Collection, benchmarks: Sequence[Benchmark], tables: Seque
         plotly=get_plotlyjs().replace("</script", "<\\/script"),
         js=(HERE / "page.js").read_text(),
     )
-    partial = file.with_name(file.name + ".tmp")
-    partial.write_text(content, encoding="utf-8")
-    os.replace(partial, file)
+    replace_text(file, content)
+    return failed
 
 
 _PAGE = """<!doctype html>
@@ -145,10 +156,10 @@ def _table(table: Table, number: int) -> str:
 
 def _cell(cell: Cell, numeric: bool) -> str:
     classes = " ".join(["best"] * cell.best + ["word"] * (not numeric))
-    value = "" if cell.value is None or cell.value != cell.value else f' data-value="{float(cell.value)!r}"'
+    known = cell.value is not None and math.isfinite(cell.value)
+    value = f' data-value="{float(cell.value)!r}"' if known else ""
     named = f' class="{classes}"' if classes else ""
-    text = re.sub(r"(?<![\w.])-(?=\d)", "−", cell.text)  # a minus sign, not a hyphen
-    return f"<td{named}{value}>{escape(text)}</td>"
+    return f"<td{named}{value}>{escape(minus(cell.text))}</td>"
 
 
 def _benchmark(benchmark: Benchmark, number: int, drawn: list[str], numbers: Iterator[int]) -> str:
@@ -298,7 +309,7 @@ def _scales(layout: dict[str, Any], panel: Panel) -> None:
         layout["shapes"].append({"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1,
                                  "line": {"color": GREY, "width": 1}, "layer": "below"})  # fmt: skip
         for y, value, anchor in ((-0.03, low, "top"), (1.03, high, "bottom")):
-            text = f"{value:.4g}".replace("-", "−")
+            text = minus(f"{value:.4g}")
             layout["annotations"].append({"x": x, "y": y, "text": text, "showarrow": False, "yanchor": anchor,
                                           "font": {"size": 11, "color": GREY}})  # fmt: skip
 
@@ -306,10 +317,10 @@ def _scales(layout: dict[str, Any], panel: Panel) -> None:
 def _left_out(collection: Collection) -> str:
     if not collection.unfinished and not collection.damaged:
         return ""
-    rows = [(d, "unfinished", why) for d, why in collection.unfinished]
-    rows += [(d, "damaged", why) for d, why in collection.damaged]
+    rows = [(visible(str(d)), "unfinished", why) for d, why in collection.unfinished]
+    rows += [(visible(str(d)), "damaged", why) for d, why in collection.damaged]
     cells = "".join(
-        f"<tr><td><code>{escape(str(d))}</code></td><td>{kind}</td><td>{escape(why)}</td></tr>" for d, kind, why in rows
+        f"<tr><td><code>{escape(d)}</code></td><td>{kind}</td><td>{escape(why)}</td></tr>" for d, kind, why in rows
     )
     return (
         '<section id="left-out"><h2>Runs left out</h2><p>They are in no table and no figure, unless a note says so.</p>'
@@ -353,8 +364,8 @@ def _safe(text: str) -> str:
 
 
 def _short(values: Iterable[Any]) -> list[Any]:
-    """Five digits are more than a screen shows."""
-    return [float(f"{v:.5g}") if isinstance(v, float) else v for v in values]
+    """Five digits are more than a screen shows; JSON has no number that is not finite."""
+    return [(float(f"{v:.5g}") if math.isfinite(v) else None) if isinstance(v, float) else v for v in values]
 
 
 def _json(content: Any) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mtl.study.compare import Benchmark
 from mtl.study.runs import SELECTIONS
+
+LARGEST = 1e100  # of what is drawn: beyond, the margins of the axes are infinite
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,20 @@ def figure(
         note += f" Lines: mean over {count}; bands: from the lowest to the highest seed."
     if failed := [g.label for g in benchmark.groups if g.failures]:
         note += f" Without the seeds in which they failed or diverged: {', '.join(failed)}."
+    broken = [
+        f"{g.label} (seed {r.seed})"
+        for g in benchmark.groups
+        for r in g.runs
+        if not all(drawable(r.figure(m)) for m in r.metrics)
+    ]
+    if broken:
+        note += f" Without the values that are not finite: {', '.join(broken[:6])}"
+        note += f" and {len(broken) - 6} more." if len(broken) > 6 else "."
     return Figure(name, heading, note, [p for p in panels if p.traces], curves)
+
+
+def drawable(value: float) -> bool:
+    return math.isfinite(value) and abs(value) < LARGEST
 
 
 def several(benchmark: Benchmark) -> bool:

@@ -6,18 +6,16 @@ A run's figures are those of `Benchmark.main`, at one epoch, so that they belong
 from __future__ import annotations
 
 import itertools
-import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mtl.config.identity import identify
 from mtl.metrics.multitask import pareto_optimal
-from mtl.study.compare import Benchmark, Group
+from mtl.study.compare import Benchmark, Group, rateless
 from mtl.study.curves import gradients, layers, learning_curves, weights
-from mtl.study.panels import Figure, Panel, Rule, Trace, axis, figure, several, title
+from mtl.study.panels import Figure, Panel, Rule, Trace, axis, drawable, figure, several, title
 from mtl.study.runs import Run
 from mtl.study.scores import Scores
+from mtl.study.statistics import mean
 from mtl.study.style import Style, palette
 
 PANELS = 5  # tasks against each other: so many at most, ten panels
@@ -43,7 +41,7 @@ def styles(benchmark: Benchmark) -> dict[str, Style]:
     for arch in dict.fromkeys(g.arch for g in benchmark.groups):
         for place, group in enumerate(Scores(benchmark, arch).groups):
             places.setdefault(group.label, []).append(place)
-    return palette(sorted(places, key=lambda k: statistics.fmean(places[k])), reference(benchmark))
+    return palette(sorted(places, key=lambda k: mean(places[k])), reference(benchmark))
 
 
 def reference(benchmark: Benchmark) -> str | None:
@@ -105,7 +103,7 @@ def cost(benchmark: Benchmark) -> Figure:
     metric = next(iter(benchmark.metrics))
     traces = []
     for group in benchmark.groups:
-        runs = [r for r in group.runs if step_time(r) is not None and math.isfinite(r.figure(metric, benchmark.main))]
+        runs = [r for r in group.runs if step_time(r) is not None and drawable(r.figure(metric, benchmark.main))]
         traces += _scatter(group, [step_time(r) for r in runs], [r.figure(metric, benchmark.main) for r in runs], runs)
     times = [x for t in traces for x in t.x]
     log = "x" if times and max(times) > 8 * min(times) else ""
@@ -123,15 +121,15 @@ def learning_rates(benchmark: Benchmark) -> Figure:
     metric = next(iter(benchmark.metrics))
     families: dict[str, dict[float, Group]] = {}
     for group in benchmark.groups:
-        rate = group.runs[0].config.get("optimizer", {}).get("lr")
-        if rate:
-            families.setdefault(_without_rate(group.runs[0]), {})[rate] = group
+        rate = group.runs[0].config["optimizer"].get("lr")
+        if isinstance(rate, (int, float)) and rate > 0 and drawable(rate):
+            families.setdefault(rateless(group.runs[0]), {})[rate] = group
     traces = []
     for family in families.values():
         known = {r: g for r, g in sorted(family.items()) if final(benchmark, g, metric) is not None}
         if len(known) > 1:
-            each = [[v for r in g.runs if math.isfinite(v := r.figure(metric, benchmark.main))] for g in known.values()]
-            means = [statistics.fmean(v) for v in each]
+            each = [_values(benchmark, g, metric) for g in known.values()]
+            means = [mean(v) for v in each]
             best = means.index(max(means) if benchmark.metrics[metric] else min(means))
             label = list(known.values())[best].label
             low, high = (list(map(pick, each)) if max(map(len, each)) > 1 else () for pick in (min, max))
@@ -145,19 +143,26 @@ def delta_m(benchmark: Benchmark) -> dict[str, float]:
     """{label: Δm in %, mean over seeds} where there are baselines."""
     scores = Scores(benchmark, benchmark.archs[0])
     found = {g.label: scores.delta_m(g, benchmark.main).values() for g in benchmark.groups}
-    return {label: statistics.fmean(values) for label, values in found.items() if values}
+    return {label: mean(values) for label, values in found.items() if values and drawable(mean(values))}
 
 
 def final(benchmark: Benchmark, group: Group, metric: str) -> float | None:
     """Mean over seeds of a metric at `Benchmark.main`; None without a finite one."""
-    values = [v for r in group.runs if math.isfinite(v := r.figure(metric, benchmark.main))]
-    return statistics.fmean(values) if values else None
+    values = _values(benchmark, group, metric)
+    return mean(values) if values else None
+
+
+def _values(benchmark: Benchmark, group: Group, metric: str) -> list[float]:
+    """Of the runs that have a finite one."""
+    return [v for r in group.runs if drawable(v := r.figure(metric, benchmark.main))]
 
 
 def step_time(run: Run) -> float | None:
     """Milliseconds a training step."""
-    rate, batch = run.summary.get("images_per_second"), run.config.get("data", {}).get("batch_size")
-    return 1000 * batch / rate if rate and batch else None
+    rate, batch = run.fact("images_per_second"), run.config["data"].get("batch_size")
+    if not isinstance(batch, int) or not drawable(rate) or rate <= 0:
+        return None
+    return 1000 * batch / rate if drawable(1000 * batch / rate) else None
 
 
 def _against(benchmark: Benchmark, first: str, second: str) -> Panel:
@@ -165,11 +170,11 @@ def _against(benchmark: Benchmark, first: str, second: str) -> Panel:
     traces, means = [], []
     for group in benchmark.groups:
         pairs = [(r.figure(first, benchmark.main), r.figure(second, benchmark.main)) for r in group.runs]
-        known = [(r, *p) for r, p in zip(group.runs, pairs, strict=True) if all(map(math.isfinite, p))]
+        known = [(r, *p) for r, p in zip(group.runs, pairs, strict=True) if all(map(drawable, p))]
         if known:
             runs, x, y = zip(*known, strict=True)
             traces += _scatter(group, x, y, runs)
-            means.append((statistics.fmean(x), statistics.fmean(y)))
+            means.append((mean(x), mean(y)))
     rules = []
     for vertical, metric in ((True, first), (False, second)):
         for baseline in benchmark.baselines:
@@ -183,7 +188,9 @@ def _against(benchmark: Benchmark, first: str, second: str) -> Panel:
 
 
 def _steps(front: Sequence[tuple[float, float]], up: bool) -> list[tuple[float, float]]:
-    """The border of what the front dominates: its points, and the corners between them."""
+    """The border of what the front dominates: its points, and the corners between them; empty without a point."""
+    if not front:
+        return []
     corners = [(p[0], q[1]) if up else (q[0], p[1]) for p, q in itertools.pairwise(front)]
     return [point for pair in zip(front, [*corners, None], strict=True) for point in pair if point is not None]
 
@@ -201,14 +208,8 @@ def _scatter(group: Group, x: Sequence[float], y: Sequence[float], runs: Sequenc
     each = [[f"seed {r.seed}"] for r in runs]
     if len(runs) == 1:
         return [Trace(group.label, x, y, names=["run"], values=each, line=False, marked="large")]
-    mean = Trace(
-        group.label, [statistics.fmean(x)], [statistics.fmean(y)], names=["mean of"],
+    middle = Trace(
+        group.label, [mean(x)], [mean(y)], names=["mean of"],
         values=[[f"{len(runs)} seeds"]], line=False, marked="large",
     )  # fmt: skip
-    return [Trace(group.label, x, y, names=["run"], values=each, line=False, marked="small"), mean]
-
-
-def _without_rate(run: Run) -> str:
-    """What a run shares with those that differ from it in the learning rate and seed alone."""
-    optimizer = {k: v for k, v in run.config["optimizer"].items() if k != "lr"}
-    return identify({**run.config, "optimizer": optimizer}, run.info).digest
+    return [Trace(group.label, x, y, names=["run"], values=each, line=False, marked="small"), middle]

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import csv
 import math
-import shlex
-import statistics
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from mtl.config.errors import ConfigError, suggest
-from mtl.config.program import divide
 from mtl.metrics import multitask
+from mtl.study.commands import single_task_command
 from mtl.study.compare import Benchmark, Group
-from mtl.study.runs import FACTS, SELECTIONS, Collection
+from mtl.study.names import visible
+from mtl.study.runs import SELECTIONS, Collection, Run
 from mtl.study.scores import Scores
-from mtl.study.statistics import RULE, holm, paired, verdict
+from mtl.study.statistics import RULE, deviation, holm, mean, paired, verdict
 from mtl.study.tables import Cell, Table
+from mtl.study.validate import FACTS
 from mtl.tracking import flatten
 
 # The protocol of the published numbers, where a run's config can tell it.
@@ -42,19 +42,21 @@ def figures(scores: Scores) -> Table:
     """Strategy x metric, all selections side by side; baselines and published figures below."""
     bench = scores.benchmark
     finished = [*scores.groups, *scores.baselines]
-    fair = [scores.comparable(g) for g in scores.groups] + [False] * len(scores.baselines)
+    sizes = [len(g.runs) for g in finished]
     columns = [(m, at) for m in bench.metrics for at in bench.selections]
-    rows = [[Cell(g.label), _count(g)] for g in [*finished, *scores.lost]]
+    rows = [[Cell(g.label), _count(scores, g)] for g in [*finished, *scores.lost]]
     for metric, at in columns:
+        fair = [scores.comparable(g, at) for g in scores.groups] + [False] * len(scores.baselines)
         values = [list(g.by_seed(metric, at).values()) for g in finished]
-        cells = _spreads(values, fair, bench.metrics[metric], _decimals(finished, metric))
+        cells = _spreads(values, sizes, fair, bench.metrics[metric], _decimals(finished, metric))
         for row, cell in zip(rows, cells + [NONE] * len(scores.lost), strict=True):
             row.append(cell)
     published, source = _published(scores, columns)
     note = (
         "Test set, mean ± sample standard deviation over n seeds. Columns: "
         f"{'; '.join(f'{at}: {_WORDS[at]}' for at in bench.selections)}. Marked: the best mean of a column among "
-        "strategies that have as many seeds as most and failed in none, which does not say that the difference is real."
+        "strategies that have as many seeds as most, failed in none and have finite values in all, which does not say "
+        "that the difference is real."
     )
     parts = [note, _excuses(scores), source, _provenance(scores)]
     header = ["strategy", "n", *(f"{m}\n{at}" for m, at in columns)]
@@ -64,17 +66,17 @@ def figures(scores: Scores) -> Table:
 def multi_task(scores: Scores, at: str) -> Table:
     """Δm, mean rank, average achievement, Pareto-optimal runs and wins, for one selection."""
     bench, ranks, optimal = scores.benchmark, scores.mean_ranks(at), scores.pareto(at)
-    fair = [scores.comparable(g) for g in scores.groups]
-    deltas = _spreads([list(scores.delta_m(g, at).values()) for g in scores.groups], fair, True, 2)
-    reached = _spreads([list(scores.achievement(g, at).values()) for g in scores.groups], fair, True, 2)
+    fair, sizes = [scores.comparable(g, at) for g in scores.groups], [len(g.runs) for g in scores.groups]
+    deltas = _spreads([list(scores.delta_m(g, at).values()) for g in scores.groups], sizes, fair, True, 2)
+    reached = _spreads([list(scores.achievement(g, at).values()) for g in scores.groups], sizes, fair, True, 2)
     won = [scores.wins(m, at) for m in bench.metrics]
     lowest = min((r for r in ranks.values() if not math.isnan(r)), default=None)
     rows = []
     for group, delta, share in zip(scores.groups, deltas, reached, strict=True):
         rank, front = ranks[group.label], sum(optimal[r.directory] for r in group.runs)
-        row = [Cell(group.label), _count(group), delta, share]
+        row = [Cell(group.label), _count(scores, group), delta, share]
         row.append(NONE if math.isnan(rank) else Cell(f"{rank:.2f}", rank, rank == lowest))
-        row.append(Cell(f"{front} of {len(group.runs)}", front))
+        row.append(Cell(f"{front} of {len(group.runs)}", front) if bench.tasks else NONE)
         for by_label, seeds in won:
             n = by_label.get(group.label)
             row.append(NONE if n is None or not seeds else Cell(f"{n} of {seeds}", n))
@@ -83,10 +85,10 @@ def multi_task(scores: Scores, at: str) -> Table:
         f"Figures of {_WORDS[at]}. Δm: mean relative gain over single-task learning (Maninis et al. 2019) in the main "
         f"metric of each task ({', '.join(bench.tasks.values())}), {_pairing(scores)}. Achievement: mean share of the "
         "single-task figure (Yun & Cho 2023); 100 is single-task learning. MR: mean rank over all metrics, of the "
-        "means over seeds (Navon et al. 2022); ties shared, lower is better; a strategy with a failed seed ranks last, "
-        f"one with fewer than {scores.usual} seeds not at all. Pareto: runs that none of the {len(optimal)} runs on "
-        "this architecture dominates in the main metrics. Wins: seeds in which the strategy is the best; ties count "
-        "for each."
+        "means over seeds (Navon et al. 2022); ties shared, lower is better; a strategy with a failed seed or a value "
+        f"that is not finite ranks last, one with fewer than {scores.usual} seeds not at all. Pareto: runs that none "
+        f"of the {len(optimal)} runs on this architecture dominates in the main metrics. Wins: seeds in which the "
+        "strategy is the best; ties count for each."
     )
     header = ["strategy", "n", "Δm %", "achievement %", "MR", "Pareto", *(f"wins\n{m}" for m in bench.metrics)]
     return Table(title(scores, "multi-task metrics", at), f"{note} {_excuses(scores)}".strip(), header, rows)
@@ -133,17 +135,17 @@ def differences(scores: Scores, reference: str, at: str) -> Table | None:
     pairs = []
     for group, against, metric in compared:
         ours, theirs = group.by_seed(metric, at), against.by_seed(metric, at)
-        seeds = [s for s in ours if s in theirs and not math.isnan(ours[s] - theirs[s])]
+        seeds = [s for s in ours if s in theirs]
         pairs.append(paired([ours[s] for s in seeds], [theirs[s] for s in seeds], scores.metrics[metric]))
     adjusted, rows = holm([d.p for d in pairs]), []
     digits = {metric: _decimals(scores.groups, metric) for metric in scores.metrics}
     for (group, against, metric), d, p in zip(compared, pairs, adjusted, strict=True):
         words = verdict(d, p, scores.metrics[metric])
-        if failed := [g for g in (group, against) if g.failures]:
-            words = f"{words}; but {', '.join(f'{g.label}: {_failed(g)}' for g in failed)}"
+        if failed := [f"{g.label}: {why}" for g in (group, against) if (why := _failed(g, metric, at))]:
+            words = f"{words}; but {', '.join(failed)}"
         bounds = [d.mean, *(d.student or (math.nan, math.nan)), *(d.bootstrap or (math.nan, math.nan))]
         row = [Cell(group.label), Cell(metric), Cell(str(d.n), d.n)]
-        row += [NONE if math.isnan(x) else Cell(f"{x:+.{digits[metric]}f}", x) for x in bounds]
+        row += [NONE if math.isnan(x) else Cell(_signed(x, digits[metric]), x) for x in bounds]
         row += [Cell(f"{d.wins}:{d.losses}"), NONE if math.isnan(p) else Cell(f"{p:.3f}", p), Cell(words)]
         rows.append(row)
     named = any(g.name == reference for g in scores.groups)
@@ -171,9 +173,9 @@ def per_run(benchmarks: Sequence[Benchmark]) -> Table:
         for group in [*benchmark.groups, *benchmark.baselines]:
             for run in group.runs:
                 words = [benchmark.name, group.arch, group.label, group.optimizer, str(run.seed)]
-                numbers = [run.figure(m, at) for m, at in columns] + [run.summary.get(f, math.nan) for f in FACTS]
+                numbers = [run.figure(m, at) for m, at in columns] + [run.fact(f) for f in FACTS]
                 cells = [Cell("") if math.isnan(x) else Cell(str(x), x) for x in numbers]
-                ends = [str(run.info.get("commit")), str(run.info.get("dirty")), str(run.directory)]
+                ends = [str(run.info.get("commit")), str(run.info.get("dirty")), visible(str(run.directory))]
                 rows.append([*map(Cell, words), *cells, *map(Cell, ends)])
     header = ["benchmark", "arch", "strategy", "optimizer", "seed", *(f"{m}\n{at}" for m, at in columns), *FACTS]
     return Table("Runs", "Test set.", [*header, "commit", "dirty", "directory"], rows)
@@ -181,9 +183,17 @@ def per_run(benchmarks: Sequence[Benchmark]) -> Table:
 
 def missing(collection: Collection) -> Table | None:
     """Every run that is in no table, with its reason; None where there is none."""
-    rows = [[Cell(str(d)), Cell(reason)] for d, reason in [*collection.unfinished, *collection.damaged]]
+    rows = [[Cell(visible(str(d))), Cell(why)] for d, why in [*collection.unfinished, *collection.damaged]]
     note = "Left out of all means; a strategy with failed or diverged runs is never marked as the best."
     title = f"{len(rows)} run{'s' if len(rows) > 1 else ''} without a result"
+    return Table(title, note, ["directory", "reason"], rows) if rows else None
+
+
+def doubtful(collection: Collection) -> Table | None:
+    """Every run that counts although its files contradict each other; None where there is none."""
+    rows = [[Cell(visible(str(d))), Cell(why)] for d, why in collection.doubtful]
+    note = "They are in the tables, with the settings of config.yaml. Find out which file is right before you use them."
+    title = f"{len(rows)} contradiction{'s' if len(rows) > 1 else ''} in runs that count"
     return Table(title, note, ["directory", "reason"], rows) if rows else None
 
 
@@ -199,11 +209,8 @@ def baseline_command(scores: Scores) -> str | None:
     for group in scores.groups:
         tasks = [t for t in scores.benchmark.tasks if scores.benchmark.baseline(group, t) is None]
         if tasks:
-            start, words = divide(shlex.split(group.any.info.get("command") or ""))
-            dropped = ("loss=", "loss.", "step=", "step.", "seed=", "-m", "--multirun")
-            kept = [w for w in words if not w.lstrip("+~").startswith(dropped)]
-            alone = ["-m", "loss=single", f"loss.task={','.join(tasks)}"]
-            return shlex.join([*start, *alone, *kept, f"seed={','.join(str(r.seed) for r in group.runs)}"])
+            command = group.any.info.get("command", "python train.py")
+            return single_task_command(command, tasks, [r.seed for r in group.runs])
     return None
 
 
@@ -217,7 +224,18 @@ def _excuses(scores: Scores) -> str:
         if g.stopped
     ]
     fewer = [f"{g.label} ({len(g.runs)})" for g in scores.groups if not scores.complete(g)]
+    broken = [
+        f"{g.label}, seed {r.seed} ({', '.join(f'{m} {_value(r, m)}' for m in bad)})"
+        for g in scores.groups
+        for r in g.runs
+        if (bad := list(dict.fromkeys(m for at in scores.benchmark.selections for m in scores.broken(r, at))))
+    ]
+    unknown = [m for m in scores.metrics if m not in scores.known] if scores.groups else []
     parts = [f"Without a result: {_some(stopped)}; their means are over the other seeds."] if stopped else []
+    if broken:
+        parts.append(f"Not finite: {_some(broken)}; these means are over the other seeds, (n=…) says how many.")
+    if unknown:
+        parts.append(f"No run has a finite value of {', '.join(unknown)}.")
     if fewer:
         parts.append(f"Fewer than {scores.usual} seeds: {_some(fewer)}.")
     if scores.usual == 1:
@@ -247,7 +265,7 @@ def _pairing(scores: Scores) -> str:
 def _provenance(scores: Scores) -> str:
     runs = [r for g in [*scores.groups, *scores.baselines] for r in g.runs]
     commits = Counter((r.info.get("commit") or "unknown")[:7] for r in runs)
-    devices = sorted({(r.info.get("hardware") or {}).get("gpu") or "CPU" for r in runs})
+    devices = sorted({r.info.get("hardware", {}).get("gpu") or "CPU" for r in runs})
     dirty = sum(bool(r.info.get("dirty")) for r in runs)
     text = f"{len(runs)} runs, commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
     return text + (f" ({dirty} with uncommitted changes)" if dirty else "") + f", on {', '.join(devices)}."
@@ -264,7 +282,8 @@ def _published(scores: Scores, columns: Sequence[tuple[str, str]]) -> tuple[list
         mine = [e for e in entries if e["strategy"] == name]
         row = [Cell(f"published, not run here: {name}"), Cell(str(len(mine)), len(mine))]
         for metric, at in columns:
-            row += _spreads([[float(e["value"]) for e in mine if (e["metric"], at) == (metric, "best")]], [False], True)
+            values = [float(e["value"]) for e in mine if (e["metric"], at) == (metric, "best")]
+            row += _spreads([values], [len(mine)], [False], True)
         rows.append(row)
     note = (
         "Published: the CIFAR-100 loss-combination benchmark, best fine-class test accuracy, 200 epochs on all 50,000 "
@@ -283,30 +302,50 @@ def _some(words: Sequence[str], most: int = 6) -> str:
 # -- cells ------------------------------------------------------------------------------------------------------------
 
 
-def _count(group: Group) -> Cell:
+def _count(scores: Scores, group: Group) -> Cell:
     states = Counter(r.status for r in group.stopped)
-    return Cell(", ".join([str(len(group.runs)), *(f"{n} {state}" for state, n in states.items())]), len(group.runs))
+    text = ", ".join([str(len(group.runs)), *(f"{n} {state}" for state, n in states.items())])
+    # Of a baseline, the other tasks' metrics are not broken but not there.
+    broken = sum(any(scores.broken(r, at) for at in scores.benchmark.selections) for r in group.runs)
+    return Cell(text + (f" ({broken} not finite)" if broken and group in scores.groups else ""), len(group.runs))
 
 
-def _failed(group: Group) -> str:
+def _failed(group: Group, metric: str, at: str) -> str:
     states = Counter(r.status for r in group.failures)
+    if broken := len(group.runs) - len(group.by_seed(metric, at)):
+        states["not finite"] = broken
     return ", ".join(f"{n} of {len(group.runs) + len(group.failures)} seeds {state}" for state, n in states.items())
 
 
+def _value(run: Run, metric: str) -> str:
+    """What the last epoch has: "nan", "inf", or that its figure is finite and another selection's is not."""
+    value = run.figure(metric)
+    return "not in every selection" if math.isfinite(value) else str(value)
+
+
 def _spreads(
-    columns: Sequence[Sequence[float]], fair: Sequence[bool], higher: bool, digits: int | None = None
+    columns: Sequence[Sequence[float]],
+    sizes: Sequence[int],
+    fair: Sequence[bool],
+    higher: bool,
+    digits: int | None = None,
 ) -> list[Cell]:
-    """One column: mean ± standard deviation, the best mean of the fair ones marked."""
-    columns = [[v for v in values if not math.isnan(v)] for values in columns]
-    means = [statistics.fmean(values) if values else math.nan for values in columns]
+    """One column: mean ± standard deviation, the best mean of the fair ones marked.
+
+    Args:
+        columns: finite values of each row.
+        sizes: how many values each row has elsewhere; a cell of fewer says so.
+    """
+    means = [mean(values) for values in columns]
     digits = _digits(means) if digits is None else digits
-    ranked = [m for m, f in zip(means, fair, strict=True) if f and not math.isnan(m)]
+    ranked = [m for m, f in zip(means, fair, strict=True) if f and math.isfinite(m)]
     top = (max if higher else min)(ranked) if len(ranked) > 1 else None
     cells = []
-    for values, mean, f in zip(columns, means, fair, strict=True):
-        spread = statistics.stdev(values) if len(values) > 1 else None
-        text = f"{mean:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
-        cells.append(Cell(text, mean, f and mean == top, spread) if values else NONE)
+    for values, size, average, f in zip(columns, sizes, means, fair, strict=True):
+        spread, count = deviation(values), len(values) if len(values) < size else None
+        text = _fixed(average, digits) + ("" if spread is None else f" ± {_fixed(spread, digits)}")
+        text += "" if count is None else f" (n={count})"
+        cells.append(Cell(text, average, f and average == top, spread, count) if values else NONE)
     return cells
 
 
@@ -319,3 +358,11 @@ def _digits(values: Sequence[float]) -> int:
     """Decimals for figures of this size."""
     largest = max((abs(v) for v in values if math.isfinite(v)), default=0)
     return 2 if largest >= 10 else 3 if largest >= 1 else 4
+
+
+def _fixed(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}" if abs(value) < 1e9 else f"{value:.3e}"
+
+
+def _signed(value: float, digits: int) -> str:
+    return ("+" if value >= 0 else "") + _fixed(value, digits)

@@ -2,42 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
-from pydantic_core import from_json  # three times as fast as json.loads
 
 from mtl.config.errors import ConfigError
+from mtl.study import validate
+from mtl.study.files import Damaged, read_json, read_rows, read_yaml
+from mtl.study.names import visible
+from mtl.study.validate import number
+from mtl.tracking import flatten
 
 SELECTIONS = {"last": "last epoch", "best": "best epoch", "selected": "chosen on validation data"}
-FACTS = ("parameters", "macs", "seconds", "images_per_second", "peak_memory_gib")
 _DRAWN = ("test/", "weights/", "grad/", "micro/tasks/")  # what figures show over epochs
-_PRUNED = ("wandb", "multirun", "report")  # of an output tree: no runs in there
-# What the files must hold, and what they may: older runs lack some.
-_INFO = {"data": str, "arch": str, "loss": str, "digest": str, "seed": int, "group": str, "status": str}
-_INFO_TOO = {"choices": dict, "command": str, "commit": str, "hardware": dict, "error": str}
-_CONFIG = {
-    "data": dict,
-    "arch": dict,
-    "loss": dict,
-    "optimizer": dict,
-    "trainer": dict,
-    "seed": int,
-    "output_root": str,
-}
-_SUMMARY = {"epochs": int, "last": dict, "best": dict}
-_SUMMARY_TOO = {"higher_is_better": dict, "selected": dict, **dict.fromkeys(FACTS, float)}
-_Yaml = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where libyaml is installed
+_PRUNED = ("wandb", "multirun")  # of an output tree: no runs in there
 
 
 @dataclass(frozen=True)
@@ -75,7 +61,7 @@ class Run:
     @property
     def error(self) -> str:
         """Why it did not finish, on one line."""
-        return " ".join(str(self.info.get("error") or "").split())
+        return self.info.get("error") or ""
 
     def figure(self, metric: str, at: str = "last") -> float:
         """A test metric.
@@ -86,26 +72,40 @@ class Run:
                 first task's validation metric chose.
 
         Returns:
-            NaN where the run has no such figure.
+            NaN where the run has no such figure; an infinite one as it is.
         """
-        part = self.summary.get(at) or {}
-        value = part.get(f"test/{metric}", math.nan)
-        return value["value"] if isinstance(value, dict) else value
+        value = (self.summary.get(at) or {}).get(f"test/{metric}")
+        return number(value["value"] if isinstance(value, dict) else value)
+
+    def fact(self, name: str) -> float:
+        """One of `validate.FACTS`; NaN where the run does not know it."""
+        return number(self.summary.get(name))
 
     @cached_property
     def metrics(self) -> dict[str, bool]:
         """{"fine_accuracy": higher is better, …}, in the order of the tasks, the main metric of each first."""
-        if "higher_is_better" not in self.summary:  # written before runs noted it: the best epoch tells
-            best = {k: v["value"] for k, v in self.summary["best"].items()}
-            return {k.removeprefix("test/"): bool(v >= np.nanmax(self.curves[k])) for k, v in best.items()}
-        return {k.removeprefix("test/"): v for k, v in self.summary["higher_is_better"].items()}
+        higher = self.summary.get("higher_is_better")
+        if higher is None:  # written before runs noted it: the best epoch tells
+            higher = {}
+            for key, best in self.summary["best"].items():
+                curve = self.curves[key][np.isfinite(self.curves[key])]
+                higher[key] = not len(curve) or bool(number(best["value"]) >= curve.max())
+        return {k.removeprefix("test/"): v for k, v in higher.items()}
 
     @cached_property
     def tasks(self) -> dict[str, str]:
         """The main metric of each task that the run trained: {"fine": "fine_accuracy", …}."""
-        names = [k.removeprefix("test/").removesuffix("_loss") for k in self.curves if re.fullmatch("test/.*_loss", k)]
-        found = {n: next((m for m in self.metrics if m.startswith(f"{n}_")), None) for n in names}
-        return {n: m for n, m in found.items() if m}
+        if noted := self.summary.get("tasks"):
+            return {task: metrics[0] for task, metrics in noted.items()}
+        # Older runs do not say whose a metric is. Every task has a loss, and of the tasks age and age_group the metric
+        # age_group_mae belongs to the longer name.
+        losses = [k.removeprefix("test/") for k in self.curves if re.fullmatch("test/.*_loss", k)]
+        names = [k.removesuffix("_loss") for k in losses if k not in self.metrics]
+        found: dict[str, str] = {}
+        for metric in self.metrics:
+            if owners := [n for n in names if metric.startswith(f"{n}_")]:
+                found.setdefault(max(owners, key=len), metric)
+        return {n: found[n] for n in names if n in found}
 
 
 @dataclass
@@ -115,18 +115,17 @@ class Collection:
     Attributes:
         runs: the finished ones, sorted by directory.
         unfinished: (directory, status and error) of runs that are running, were interrupted, failed or diverged.
-        damaged: (directory, reason) of directories that cannot be read, and of second copies of a run.
+        damaged: (directory, reason) of directories that cannot be read, whose files contradict each other, or that
+            hold a second copy of a run.
         stopped: the runs of `unfinished`, without a summary: they count against their strategy.
+        doubtful: (directory, contradiction) of runs that count although two of their files disagree on the config.
     """
 
     runs: list[Run] = field(default_factory=list)
     unfinished: list[tuple[Path, str]] = field(default_factory=list)
     damaged: list[tuple[Path, str]] = field(default_factory=list)
     stopped: list[Run] = field(default_factory=list)
-
-
-class _Damaged(Exception):
-    """Why a directory is left out."""
+    doubtful: list[tuple[Path, str]] = field(default_factory=list)
 
 
 def load(paths: Sequence[str | Path]) -> Collection:
@@ -135,22 +134,20 @@ def load(paths: Sequence[str | Path]) -> Collection:
     Raises:
         ConfigError: a path does not exist.
     """
-    for path in map(Path, paths):
-        if not path.is_dir():
-            raise ConfigError(f"{path}: {'is no folder' if path.exists() else 'no such folder'}")
+    for path in paths:
+        if not os.path.isdir(path):
+            raise ConfigError(f"{path}: {'is no folder' if os.path.lexists(path) else 'no such folder'}")
     found = Collection()
-    copies: dict[tuple[str, int], list[Run]] = {}
-    for directory in sorted({d.resolve(): d for path in paths for d in _directories(Path(path))}.values()):
+    directories: dict[Path, Path] = {}
+    for path in paths:
+        directories |= {d.resolve(): d for d in _directories(Path(path), found.damaged)}
+    runs = []
+    for directory in sorted(directories.values()):
         try:
-            run = _read(directory)
-            copies.setdefault((run.info["group"], run.seed), []).append(run)
-        except _Damaged as reason:
-            found.damaged.append((directory, str(reason)))
-    for runs in copies.values():
-        run, *others = sorted(runs, key=lambda r: r.status != "finished")
-        found.damaged += [
-            (r.directory, f"a second copy of {run.directory}, which is the one that counts") for r in others
-        ]
+            runs.append(_read(directory))
+        except Damaged as reason:
+            found.damaged.append((directory, visible(str(reason))))
+    for run in _without_copies(_without_edited(runs, found), found):
         if run.status == "finished":
             found.runs.append(run)
         else:
@@ -159,125 +156,83 @@ def load(paths: Sequence[str | Path]) -> Collection:
     return found
 
 
+def _without_edited(runs: Sequence[Run], found: Collection) -> list[Run]:
+    """Note the configs that are not those of their digest. Where another seed has the digest's config, that counts."""
+    genuine = {id(r): validate.genuine(r.info, r.config) for r in runs}
+    originals = {r.info["group"]: r for r in reversed(runs) if genuine[id(r)]}
+    kept = []
+    for run in runs:
+        original = originals.get(run.info["group"])
+        if genuine[id(run)] is False and original:
+            there, here = (flatten({**r.config, "seed": None, "output_root": None}) for r in (original, run))
+            keys = [k for k in {**there, **here} if here.get(k, "missing") != there.get(k, "missing")]
+            words = ", ".join(f"{k} {here.get(k, 'missing')} instead of {there.get(k, 'missing')}" for k in keys[:3])
+            reason = f"contradiction: config.yaml is not that of seed {original.seed} of the same group: {words}"
+            found.damaged.append((run.directory, reason))
+            continue
+        said = validate.doubts(run.info, run.config, run.summary.get("epochs"))
+        if genuine[id(run)] is False and originals and not said:
+            said = [f"config.yaml does not give the digest {run.info['digest']} of run.json: one of them was changed"]
+        found.doubtful += [(run.directory, f"contradiction: {text}") for text in said]
+        kept.append(run)
+    return kept
+
+
+def _without_copies(runs: Sequence[Run], found: Collection) -> list[Run]:
+    """Of several directories with the same run one counts, a finished one if there is one."""
+    copies: dict[tuple[str, int], list[Run]] = {}
+    for run in runs:
+        copies.setdefault((run.info["group"], run.seed), []).append(run)
+    kept = []
+    for same in copies.values():
+        first, *others = sorted(same, key=lambda r: r.status != "finished")
+        reason = visible(f"a second copy of {first.directory}, which is the one that counts")
+        found.damaged += [(r.directory, reason) for r in others]
+        kept.append(first)
+    return kept
+
+
 def _why(run: Run) -> str:
     if run.status == "running":  # or killed without a chance to say so
-        return f"running since {run.info.get('started', 'an unknown time')}"
+        return f"running since {run.info.get('started') or 'an unknown time'}"
     return f"{run.status}: {run.error}" if run.error else run.status
 
 
-def _directories(root: Path) -> Iterator[Path]:
-    for name, folders, files in os.walk(root):
-        here = Path(name)
-        if "run.json" in files or "metrics.jsonl" in files or (files and re.fullmatch(r"seed\d+", here.name)):
-            folders.clear()
+def _directories(root: Path, unreadable: list[tuple[Path, str]]) -> Iterator[Path]:
+    """Directories of runs; those that cannot be read are added to `unreadable`."""
+    left = [root]
+    while left:
+        here = left.pop()
+        try:
+            with os.scandir(here) as entries:
+                found = {e.name: e.is_dir(follow_symlinks=False) for e in entries}
+        except OSError as error:
+            unreadable.append((here, f"cannot be read: {error.strerror}"))
+            continue
+        numbered = re.fullmatch(r"seed\d+", here.name) and not all(found.values())
+        if "run.json" in found or "metrics.jsonl" in found or numbered:
             yield here
         else:
-            folders[:] = [f for f in folders if f not in _PRUNED and not f.startswith(".")]
+            left += [here / n for n, folder in found.items() if folder and n not in _PRUNED and not n.startswith(".")]
 
 
 def _read(directory: Path) -> Run:
-    info = _json(directory / "run.json")
-    _expect("run.json", info, _INFO, _INFO_TOO)
-    config = _yaml(directory / "config.yaml")
-    _expect("config.yaml", config, _CONFIG, {})
-    if wrong := [k for k, v in config.items() if isinstance(v, dict) and not isinstance(v.get("_target_", ""), str)]:
-        raise _Damaged(f"config.yaml: no class in {wrong[0]}")
+    info = read_json(directory / "run.json")
+    validate.check_info(directory, info)
+    config = read_yaml(directory / "config.yaml")
+    validate.check_config(config, info)
     if info["status"] != "finished":
         return Run(directory, info, config, {})
-    summary = _json(directory / "summary.json")
-    _expect("summary.json", summary, _SUMMARY, _SUMMARY_TOO)
-    rows = _rows(directory)
-    _agree(summary, rows)
+    summary, rows = read_json(directory / "summary.json"), _rows(directory)
+    validate.check_summary(summary, rows)
     return Run(directory, info, config, summary, _curves(rows))
 
 
 def _rows(directory: Path) -> list[dict[str, float]]:
-    try:
-        lines = (directory / "metrics.jsonl").read_bytes().splitlines()
-    except OSError as error:
-        raise _Damaged(f"metrics.jsonl: {error.strerror}") from None
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(from_json(line))
-            whole = rows[-1]["epoch"] == number
-        except (ValueError, TypeError, KeyError):
-            whole = False
-        if not whole:
-            raise _Damaged(f"metrics.jsonl: line {number} is not the row of epoch {number}")
-    return rows
+    rows = enumerate(read_rows(directory / "metrics.jsonl"), start=1)
+    return [validate.check_row(row, place) for place, row in rows]
 
 
 def _curves(rows: Sequence[Mapping[str, float]]) -> dict[str, NDArray]:
     keys = [k for k in dict.fromkeys(chain.from_iterable(rows)) if k.startswith(_DRAWN)]
-    try:
-        return {k: np.array([r.get(k) for r in rows], float) for k in keys}  # None becomes NaN
-    except (TypeError, ValueError) as error:
-        raise _Damaged(f"metrics.jsonl: {error}") from None
-
-
-def _expect(name: str, content: Mapping[str, Any], needed: Mapping[str, type], known: Mapping[str, type]) -> None:
-    """A file cut off or edited by hand can be valid and still lack what a report needs."""
-    for key, kind in {**needed, **known}.items():
-        value = content.get(key)
-        if value is None and key in needed:
-            raise _Damaged(f"{name} lacks {key}")
-        if value is not None and not isinstance(value, (int, float) if kind is float else kind):
-            raise _Damaged(f"{name}: {key} is {value!r:.40}")
-
-
-def _agree(summary: Mapping[str, Any], rows: Sequence[Mapping[str, float]]) -> None:
-    """The rows and the summary tell the same story."""
-    try:
-        epochs, last, best = summary["epochs"], summary["last"], summary["best"]
-        if len(rows) != epochs:
-            raise _Damaged(f"metrics.jsonl has {len(rows)} rows, summary.json says {epochs} epochs")
-        quoted = [(key, value, epochs) for key, value in last.items()]
-        quoted += [(key, value["value"], value["epoch"]) for key, value in best.items()]
-        if chosen := summary.get("selected"):
-            quoted += [(key, chosen[key], chosen["epoch"]) for key in last]
-        if set(best) != set(last) or not set(summary.get("higher_is_better") or last) == set(last):
-            raise _Damaged("summary.json names different metrics for the last and the best epoch")
-        for key, value, epoch in quoted:
-            found = rows[epoch - 1][key]
-            if not _same(found, value):
-                raise _Damaged(f"{key} of epoch {epoch}: {found} in metrics.jsonl, {value} in summary.json")
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-        raise _Damaged(f"summary.json and metrics.jsonl do not fit together: {error!r}") from None
-
-
-def _same(a: float, b: float) -> bool:
-    return a == b or (math.isnan(a) and math.isnan(b))
-
-
-def _json(file: Path) -> dict[str, Any]:
-    return _mapping(file, from_json)
-
-
-def _yaml(file: Path) -> dict[str, Any]:
-    return _mapping(file, _config)
-
-
-def _config(text: str) -> dict[str, Any]:
-    """Runs of one group have equal configs but for the seed, so each is parsed once."""
-    parts = re.split(r"^seed: (\d+)\n", text, maxsplit=1, flags=re.MULTILINE)
-    if len(parts) != 3:
-        return yaml.load(text, _Yaml)
-    return {**_parsed(parts[0] + parts[2]), "seed": int(parts[1])}
-
-
-@cache
-def _parsed(text: str) -> dict[str, Any]:
-    return yaml.load(text, _Yaml)
-
-
-def _mapping(file: Path, parse) -> dict[str, Any]:
-    try:
-        content = parse(file.read_text())
-    except FileNotFoundError:
-        raise _Damaged(f"{file.name} is missing") from None
-    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
-        raise _Damaged(f"{file.name}: {' '.join(str(error).split())[:120]}") from None
-    if not isinstance(content, dict):
-        raise _Damaged(f"{file.name} is half-written")
-    return content
+    return {visible(k): np.array([number(r.get(k)) for r in rows]) for k in keys}

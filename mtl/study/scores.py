@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
@@ -12,13 +11,14 @@ from pathlib import Path
 from mtl.metrics import multitask
 from mtl.study.compare import Benchmark, Group, counterpart
 from mtl.study.runs import Run
+from mtl.study.statistics import mean
 
 
 class Scores:
     """What the tables and figures of one benchmark on one architecture are made of.
 
-    A strategy that failed or diverged in a seed has no mean that could be compared: what it shows is the mean over the
-    seeds that survived. It is never the best and ranks last.
+    A strategy that failed or diverged in a seed, or ended with a value that is not finite, has no mean that could be
+    compared: what it shows is the mean over the other seeds. It is never the best and ranks last.
 
     Args:
         benchmark: of `mtl.study.compare`.
@@ -48,10 +48,20 @@ class Scores:
         """Whether a strategy has as many seeds as most, with a result or without."""
         return len(group.runs) + len(group.failures) >= self.usual
 
-    def comparable(self, group: Group) -> bool:
-        """Whether its mean may be the best: all its seeds are there, none failed and none ended in NaN."""
-        broken = any(math.isnan(r.figure(m)) for r in group.runs for m in self.metrics)
-        return self.complete(group) and not group.failures and not broken
+    def comparable(self, group: Group, at: str) -> bool:
+        """Whether its mean may be the best: all its seeds are there, none failed, and all have finite values."""
+        whole = not any(self.broken(r, "last") or self.broken(r, at) for r in group.runs)
+        return self.complete(group) and not group.failures and whole
+
+    def broken(self, run: Run, at: str) -> list[str]:
+        """The metrics of which a run has no finite value; without those of which no run has one."""
+        return [m for m in self.known if not math.isfinite(run.figure(m, at))]
+
+    @cached_property
+    def known(self) -> dict[str, bool]:
+        """{metric: higher is better}, of those of which some run's last epoch has a finite value."""
+        runs = [r for g in self.groups for r in g.runs]
+        return {m: up for m, up in self.metrics.items() if any(math.isfinite(r.figure(m)) for r in runs)}
 
     def delta_m(self, group: Group, at: str) -> dict[int, float]:
         """{seed: Δm in %}; without the seeds that lack a figure or a baseline."""
@@ -65,24 +75,27 @@ class Scores:
         found = {task: self.benchmark.baseline(group, task) for task in self.benchmark.tasks}
         if not found or None in found.values():
             return {}
-        metrics = self.benchmark.tasks.values()
+        metrics = list(self.benchmark.tasks.values())
         known = [found[task].by_seed(metric, at) for task, metric in self.benchmark.tasks.items()]
         scores = {}
         for run in group.runs:  # against the baselines of the same seed where there is one, else against their mean
-            potentials = [k[run.seed] if run.seed in k else statistics.fmean(k.values()) for k in known]
+            potentials = [k[run.seed] if run.seed in k else mean(k.values()) for k in known]
             scores[run.seed] = measure([run.figure(m, at) for m in metrics], potentials, self.higher)
         return {seed: score for seed, score in scores.items() if not math.isnan(score)}
 
     def mean_ranks(self, at: str) -> dict[str, float]:
-        """{label: mean rank}, by the means over seeds; NaN for a strategy with fewer seeds than most, or no rival."""
+        """{label: mean rank}, by the means over seeds; NaN for a strategy with fewer seeds than most, or no rival.
+
+        Over the metrics in `known`.
+        """
         ranks = dict.fromkeys((g.label for g in self.groups), math.nan)
         ranked = [g for g in self.groups if self.complete(g)]
         if len(ranked) > 1:
             figures = [
-                [statistics.fmean(g.by_seed(m, at).values()) if self.comparable(g) else math.nan for m in self.metrics]
+                [mean(g.by_seed(m, at).values()) if self.comparable(g, at) else math.nan for m in self.known]
                 for g in ranked
             ]
-            found = multitask.mean_rank(figures, list(self.metrics.values()))
+            found = multitask.mean_rank(figures, list(self.known.values()))
             ranks |= zip((g.label for g in ranked), map(float, found), strict=True)
         return ranks
 
@@ -118,7 +131,7 @@ class Scores:
         figures = {g.label: g.by_seed(metric, at) for g in rivals}
         won, best = Counter({label: 0 for label in figures}), max if self.metrics[metric] else min
         for seed in seeds:
-            top = best((f[seed] for f in figures.values() if not math.isnan(f.get(seed, math.nan))), default=None)
+            top = best((f[seed] for f in figures.values() if seed in f), default=None)
             won.update(label for label, f in figures.items() if f.get(seed) == top is not None)
         return dict(won), len(seeds)
 

@@ -11,7 +11,8 @@ Journal of Statistics, 1979).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from scipy import special  # and not scipy.stats, which takes a second to import
 
 LEVEL, RESAMPLES, FEWEST, FEW = 0.95, 10_000, 3, 5
+LARGEST = 1e150  # beyond, squares are infinite
 
 
 @dataclass(frozen=True)
@@ -48,23 +50,41 @@ def paired(values: Sequence[float], reference: Sequence[float], higher: bool) ->
     """Compare figures of the same seeds.
 
     Args:
-        values, reference: (n,), seed by seed.
+        values, reference: (n,), seed by seed; a pair without a finite difference does not count.
         higher: is better.
     """
-    d = np.asarray(values, float) - np.asarray(reference, float)
-    n, mean = len(d), float(d.mean()) if len(d) else math.nan
+    with np.errstate(over="ignore", invalid="ignore"):
+        d = np.asarray(values, float) - np.asarray(reference, float)
+    d = d[np.abs(d) < LARGEST]
+    n, average = len(d), float(d.mean()) if len(d) else math.nan
     wins, losses = int((d > 0).sum()), int((d < 0).sum())
     if not higher:
         wins, losses = losses, wins
     if n < 2:
-        return Difference(n, mean, None, None, math.nan, wins, losses)
+        return Difference(n, average, None, None, math.nan, wins, losses)
     low, high = np.quantile(_resamples(n) @ d, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     error = float(d.std(ddof=1)) / math.sqrt(n)
-    if error < 1e-12 * max(1.0, abs(mean)):  # equal differences, up to rounding: no spread to judge by
-        return Difference(n, mean, None, (float(low), float(high)), math.nan, wins, losses)
+    if error < 1e-12 * max(1.0, abs(average)):  # equal differences, up to rounding: no spread to judge by
+        return Difference(n, average, None, (float(low), float(high)), math.nan, wins, losses)
     half = float(special.stdtrit(n - 1, (1 + LEVEL) / 2)) * error
-    p = 2 * float(special.stdtr(n - 1, -abs(mean) / error))
-    return Difference(n, mean, (mean - half, mean + half), (float(low), float(high)), p, wins, losses)
+    p = 2 * float(special.stdtr(n - 1, -abs(average) / error))
+    return Difference(n, average, (average - half, average + half), (float(low), float(high)), p, wins, losses)
+
+
+def mean(values: Collection[float]) -> float:
+    """Of finite values: NaN of none, infinite where no float holds the sum."""
+    try:
+        return statistics.fmean(values) if values else math.nan
+    except OverflowError:
+        return math.inf
+
+
+def deviation(values: Collection[float]) -> float | None:
+    """Sample standard deviation of finite values: None of fewer than two, infinite where no float holds it."""
+    try:
+        return statistics.stdev(values) if len(values) > 1 else None
+    except OverflowError:
+        return math.inf
 
 
 @cache
