@@ -381,7 +381,7 @@ def test_file_names_are_short_and_different():
         ("python train.py --config-dir 'my conf' loss=custom loss.file=x.py +loss.k=1 ~loss.z data=mine seed=3",
          "python train.py --config-dir 'my conf' -m loss=single loss.task=a,b data=mine seed=0,1"),
         ("torchrun --nproc-per-node 2 train.py -cn other -m 'hydra.searchpath=[file://x]' loss._target_=my.L",
-         "torchrun --nproc-per-node 2 train.py -cn other -m loss=single loss.task=a,b 'hydra.searchpath=[file://x]' "
+         "python train.py -cn other -m loss=single loss.task=a,b 'hydra.searchpath=[file://x]' "
          "seed=0,1"),
         ("python -m mtl.train data=mine --config-dir=x step.gradients=features",
          "python -m mtl.train --config-dir=x -m loss=single loss.task=a,b data=mine seed=0,1"),
