@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mtl.archs.check import check_features
 from mtl.tasks import Task
 
 
@@ -17,19 +19,33 @@ class MultiTaskModel(nn.Module):
     Args:
         backbone: a module from images (N, C, H, W) to features (N, F), with the width F as `out_features`.
         tasks: the tasks, in the order in which predictions are returned.
+
+    Raises:
+        ValueError: the backbone is no module, or has no `out_features`, or a task has no head for so many features.
     """
 
     def __init__(self, backbone: nn.Module, tasks: Sequence[Task]):
         super().__init__()
-        if not isinstance(getattr(backbone, "out_features", None), int):
-            raise ValueError(
-                f"{type(backbone).__name__} needs an int attribute out_features: the width of its features"
-            )
+        name = type(backbone).__name__
+        if not isinstance(backbone, nn.Module):
+            raise ValueError(f"a {name} was built; a torch.nn.Module is needed")
+        width = getattr(backbone, "out_features", None)
+        if not isinstance(width, Integral) or width < 1:
+            raise ValueError(f"{name} needs an int attribute out_features: the width of its features, not {width!r}")
         self.backbone = backbone
-        self.heads = nn.ModuleDict({task.name: task.head(backbone.out_features) for task in tasks})
+        self.heads = nn.ModuleDict()
+        for task in tasks:
+            # Not by ModuleDict's own way, which takes no task called "type" or "values".
+            self.heads._modules[task.name] = task.head(int(width))
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        """Images (N, C, H, W) to a prediction (N, outputs) for each task.
+
+        Raises:
+            ValueError: the backbone does not return features (N, out_features) of the images' dtype.
+        """
         features = self.backbone(images)
+        check_features(self.backbone, features, images)
         return self.predict([features] * len(self.heads))
 
     def predict(self, features: Sequence[Tensor]) -> list[Tensor]:

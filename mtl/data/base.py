@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Lt
 from torch import Tensor
 
+from mtl.config import schema
+from mtl.config.errors import ConfigError
+from mtl.data.check import check_declared, check_loaded
 from mtl.random import stream
 from mtl.tasks import Task
 
@@ -21,7 +24,7 @@ class Split:
 
     Attributes:
         images: (N, H, W, C) uint8; may be memory-mapped when larger than memory.
-        targets: per task name, (N, …); −100 (classes) or NaN (numbers) where a sample carries no label.
+        targets: for each task by name, (N, …); −100 (classes) or NaN (numbers) where a sample carries no label.
     """
 
     images: Tensor
@@ -78,8 +81,14 @@ class Benchmark(ABC):
         """
 
     def splits(self) -> dict[str, Split]:
-        """`train`, `test` and, with a val_fraction, `val`, limited as the fields say."""
-        train, test = self.load()
+        """`train`, `test` and, with a val_fraction, `val`, limited as the fields say.
+
+        Raises:
+            mtl.config.SetupError: what `load` returned does not fit the tasks or image_shape.
+        """
+        loaded = self.load()
+        check_loaded(self, loaded)
+        train, test = loaded
         train, test = train.take(slice(self.limit_train)), test.take(slice(self.limit_test))
         if not self.val_fraction:
             return {"train": train, "test": test}
@@ -91,3 +100,19 @@ class Benchmark(ABC):
             "val": train.take(order[:held_out].sort().values),
             "test": test,
         }
+
+
+def build_benchmark(node: Mapping[str, Any]) -> Benchmark:
+    """Build the data set that a checked data node describes; nothing is read yet.
+
+    Raises:
+        ConfigError: it is no Benchmark, or its class attributes do not fit together.
+    """
+    benchmark = schema.build(node, "data")
+    if not isinstance(benchmark, Benchmark):
+        raise ConfigError(f"data.{schema.TARGET}={node[schema.TARGET]}: must make a Benchmark, not {benchmark!r:.60}")
+    try:
+        check_declared(benchmark)
+    except ValueError as error:
+        raise ConfigError(f"data: {type(benchmark).__name__}.{error}") from error
+    return benchmark

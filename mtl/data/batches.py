@@ -99,10 +99,16 @@ class TrainingBatches:
         seed: of the run.
         smallest: an epoch's last batch is left out when it has fewer samples (batch norm needs two in each part that a
             strategy splits a batch into).
+
+    Attributes:
+        partial: names of the tasks that lack the label of some sample.
     """
 
     def __init__(self, split: Split, benchmark: Benchmark, device: torch.device, seed: int, smallest: int = 2):
         self.benchmark, self.device, self.seed, self.size = benchmark, device, seed, len(split)
+        self.partial = frozenset(
+            t.name for t in benchmark.tasks if (y := split.targets.get(t.name)) is not None and t.count(y) < len(y)
+        )
         self.normalise = Normalise(benchmark.mean, benchmark.std, device)
         self.padding = benchmark.crop_padding
         self.resident = _resident(split, benchmark, device)
