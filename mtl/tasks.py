@@ -54,7 +54,9 @@ class Task(ABC):
         labelled = self.labelled(target)
         if target.is_complex():
             raise ValueError(f"dtype {_name(target.dtype)}; {self.allowed}")
-        if labelled.shape != target.shape[:1] or labelled.dtype != torch.bool:
+        if not isinstance(labelled, Tensor) or labelled.dtype != torch.bool:
+            raise ValueError(f"{type(self).__name__}.labelled must return a bool for each sample, not {labelled!r:.60}")
+        if labelled.shape != target.shape[:1]:
             size, shape = len(target), tuple(target.shape)
             hint = "; drop the second dimension with squeeze(1)" if shape[1:] == (1,) else ""
             raise ValueError(f"shape {shape}; one label for each sample has the shape ({size},){hint}")
@@ -88,7 +90,7 @@ class Task(ABC):
         losses = self.criterion(prediction, target)
         if losses.shape != target.shape[:1]:
             raise ValueError(
-                f"{type(self).__name__}.criterion of task {self.name!r} returned the shape {tuple(losses.shape)} for a "
+                f"{type(self).__name__}.criterion returned the shape {tuple(losses.shape)} for a "
                 f"prediction {tuple(prediction.shape)}; one loss for each sample has the shape ({len(target)},)"
             )
         # A factor of exactly 1 where all samples are labelled: then this is losses.mean(), bit for bit.
@@ -147,6 +149,9 @@ class Regression(Task):
         return ~target.isnan()
 
     def criterion(self, prediction: Tensor, target: Tensor) -> Tensor:
+        if prediction.shape != (len(target), 1):
+            shape = tuple(prediction.shape)
+            raise ValueError(f"{self.name} is one number for each sample, but its head returned the shape {shape}")
         # In the prediction's precision: labels from NumPy are float64, and would make the losses so.
         known = target.nan_to_num(0.0).to(prediction.dtype)
         loss = F.smooth_l1_loss(prediction.squeeze(1), known, reduction="none")

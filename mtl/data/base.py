@@ -12,7 +12,7 @@ from annotated_types import Ge, Lt
 from torch import Tensor
 
 from mtl.config import schema
-from mtl.config.errors import ConfigError
+from mtl.config.errors import ConfigError, SetupError, UserError, one_line, where
 from mtl.data.check import check_declared, check_loaded
 from mtl.random import stream
 from mtl.tasks import Task
@@ -84,9 +84,15 @@ class Benchmark(ABC):
         """`train`, `test` and, with a val_fraction, `val`, limited as the fields say.
 
         Raises:
-            mtl.config.SetupError: what `load` returned does not fit the tasks or image_shape.
+            mtl.config.SetupError: `load` fails, or what it returned does not fit the tasks or image_shape.
         """
-        loaded = self.load()
+        try:
+            loaded = self.load()
+        except UserError:
+            raise
+        except Exception as error:  # whatever a user's own code raises
+            what = f"{type(self).__name__}.load(): {type(error).__name__}: {one_line(error)}"
+            raise SetupError(f"data: {what}{where(error)}") from error
         check_loaded(self, loaded)
         train, test = loaded
         train, test = train.take(slice(self.limit_train)), test.take(slice(self.limit_test))

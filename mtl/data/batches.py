@@ -82,8 +82,8 @@ class Normalise:
     """
 
     def __init__(self, mean, std, device: torch.device):
-        self.mean = torch.tensor(mean, dtype=torch.float32, device=device)
-        self.std = torch.tensor(std, dtype=torch.float32, device=device)
+        self.mean = torch.tensor([*map(float, mean)], dtype=torch.float32, device=device)
+        self.std = torch.tensor([*map(float, std)], dtype=torch.float32, device=device)
 
     def __call__(self, images: Tensor) -> Tensor:
         return images.float().div_(255).sub_(self.mean).div_(self.std).permute(0, 3, 1, 2)

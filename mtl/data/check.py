@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mtl.config.errors import SetupError, suggest
+from mtl.config.errors import SetupError, one_line, suggest, where
 from mtl.metrics.task import Metric
 from mtl.tasks import Task
 
@@ -34,7 +34,7 @@ def check_declared(benchmark: Benchmark) -> None:
     for name in ("tasks", "image_shape", "mean", "std"):
         if not hasattr(benchmark, name):
             raise ValueError(f"{name}: missing; a Benchmark needs tasks, image_shape, mean and std")
-    _check_tasks(benchmark.tasks)
+    _check_names(benchmark.tasks)
     shape = benchmark.image_shape
     if not (_is_sequence(shape) and len(shape) == 3 and all(isinstance(n, Integral) and n > 0 for n in shape)):
         raise ValueError(f"image_shape: {shape!r}; three whole numbers are needed: (channels, height, width)")
@@ -67,17 +67,50 @@ def check_loaded(benchmark: Benchmark, loaded: Any) -> None:
             raise SetupError(f"{where}: {name} split: {error}") from error
 
 
-def _check_tasks(tasks: Any) -> None:
+def check_tasks(tasks: Sequence[Task], predictions: Sequence[Tensor], targets: Mapping[str, Tensor]) -> None:
+    """Try loss and metrics of each task on a few samples.
+
+    Args:
+        predictions: each task's (N, …), in the order of the tasks.
+        targets: by task name, (N, …).
+
+    Raises:
+        SetupError: a loss or metric fails, or is not what training adds up.
+    """
+    for task, prediction in zip(tasks, predictions, strict=True):
+        try:
+            target = targets[task.name]
+            loss, count = task.loss(prediction, target), task.count(target)
+            if loss.shape != () or count.shape != ():
+                raise ValueError(f"its loss and count have the shapes {tuple(loss.shape)} and {tuple(count.shape)}, not ()")
+            for metric in task.metrics:
+                if not isinstance(state := metric.update(prediction, target), Tensor):
+                    raise ValueError(f"update of metric {metric.name!r} returned a {type(state).__name__}, not a tensor")
+                metric.compute(state.flatten().tolist(), max(1, int(count)))
+        except Exception as error:  # whatever a user's own task raises
+            raise SetupError(f"data: task {task.name!r}: {_message(error)}") from error
+
+
+def _message(error: Exception) -> str:
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    return f"{kind}{one_line(error)}{where(error)}"
+
+
+def _check_names(tasks: Any) -> None:
     if not _is_sequence(tasks) or not len(tasks):
         raise ValueError(f"tasks: {tasks!r:.80}; a tuple of at least one task is needed, as in (Regression('size'),)")
-    keys: dict[str, str] = {}  # of metrics.jsonl, without the split
+    keys, names = set(), [getattr(task, "name", None) for task in tasks]  # keys of metrics.jsonl, without the split
     for task in tasks:
         if not isinstance(task, Task):
             raise ValueError(f"tasks: {task!r:.80} is no mtl.tasks.Task")
         if not isinstance(task.name, str) or not NAME.fullmatch(task.name):
             raise ValueError(f"tasks: the name {task.name!r} may hold letters, digits, _ and - only, and not be empty")
+        if task.name == "training":  # an attribute of every nn.Module, which the heads' container would lose
+            raise ValueError("tasks: no task can have the name 'training'; rename it")
         if not isinstance(task.outputs, Integral) or task.outputs < 1:
             raise ValueError(f"tasks: {task.name} has outputs={task.outputs!r}; a whole number from 1 is needed")
+        if names.count(task.name) > 1:
+            raise ValueError(f"tasks: two tasks have the name {task.name!r}; rename one of them")
         metrics = task.metrics
         if not _is_sequence(metrics) or not len(metrics) or not all(isinstance(m, Metric) for m in metrics):
             raise ValueError(f"tasks: {task.name} has the metrics {metrics!r:.80}; a tuple of at least one is needed")
@@ -86,9 +119,8 @@ def _check_tasks(tasks: Any) -> None:
                 raise ValueError(f"tasks: {task.name} has a metric with the name {name!r}; letters, digits, _ and -")
             key = f"{task.name}_{name}"
             if key in keys:
-                same = f"two tasks are called {task.name!r}" if name == "loss" and keys[key] == task.name else None
-                raise ValueError(f"tasks: {same or f'two metrics or losses are called {key!r}'}; rename one of them")
-            keys[key] = task.name
+                raise ValueError(f"tasks: two tasks, or metrics, share the name {key!r} in the results; rename one of them")
+            keys.add(key)
 
 
 def _check_images(images: Any, image_shape: Sequence[int]) -> None:
@@ -124,11 +156,13 @@ def _check_labels(split: Split, tasks: Sequence[Task]) -> None:
         try:
             if not isinstance(target, Tensor):
                 raise ValueError(f"a {type(target).__name__}; a tensor is needed (torch.as_tensor makes one)")
+            if target.layout != torch.strided:
+                raise ValueError(f"layout {target.layout}; convert with to_dense()")
             if target.ndim == 0 or len(target) != size:
                 raise ValueError(f"shape {tuple(target.shape)}; one label for each of the {size} images is needed")
             task.check(target)
-        except ValueError as error:
-            raise ValueError(f"labels of task {task.name!r}: {error}") from error
+        except Exception as error:  # whatever a user's own task raises
+            raise ValueError(f"labels of task {task.name!r}: {_message(error)}") from error
 
 
 def _listed(names: Any) -> str:

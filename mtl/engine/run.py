@@ -17,14 +17,15 @@ from typing import Annotated, Any
 import torch
 from annotated_types import Ge
 
-from mtl.archs.check import check_model, where
+from mtl.archs.check import ArchError, as_before, check_model
 from mtl.archs.model import MultiTaskModel, count_macs, count_parameters
 from mtl.config import schema, torchrun
 from mtl.config.cli import Terminated
-from mtl.config.errors import ConfigError, Diverged, SetupError, one_line
+from mtl.config.errors import ConfigError, Diverged, SetupError, one_line, where
 from mtl.config.identity import Identity
 from mtl.data.base import Benchmark, build_benchmark
 from mtl.data.batches import EvaluationBatches, TrainingBatches
+from mtl.data.check import check_tasks
 from mtl.engine import checkpoint, words
 from mtl.engine.backward import Switches
 from mtl.engine.directory import RunDirectory, now, write_json
@@ -168,12 +169,20 @@ def assemble(config: Mapping[str, Any], processes: Processes | None = None) -> t
 
 
 def open_batches(benchmark: Benchmark, learner: Learner) -> tuple[TrainingBatches, dict[str, EvaluationBatches]]:
-    """Load the data: training batches, and one set of evaluation batches for each other split."""
+    """Load the data: training batches, and one set of evaluation batches for each other split.
+
+    Raises:
+        UserError: the data is missing or wrong, or a task's loss or metrics do not work on it.
+    """
     strategy, splits = learner.strategy, benchmark.splits()
     smallest = 2 * parts(strategy)
     if len(splits["train"]) < smallest:
         raise ConfigError(f"data: {len(splits['train'])} training samples; batch norm needs at least {smallest}")
     train = TrainingBatches(splits["train"], benchmark, learner.device, learner.seed, smallest)
+    few = splits["train"].take(slice(2))
+    with as_before(learner.model), torch.no_grad():
+        predictions = learner.model.eval()(train.normalise(few.images.to(learner.device)))
+        check_tasks(learner.tasks, predictions, {name: y.to(learner.device) for name, y in few.targets.items()})
     evaluations = {n: EvaluationBatches(s, benchmark, learner.device) for n, s in splits.items() if n != "train"}
     return train, evaluations
 
@@ -241,6 +250,8 @@ def _build_model(config, benchmark: Benchmark, tasks: list[Task], trainer: Train
         model = MultiTaskModel(backbone, tasks)
         count_macs(model, benchmark.image_shape)
         check_model(model, trainer.images(images.contiguous(memory_format=torch.channels_last)))
+    except ArchError as error:
+        raise ConfigError(f"arch: {error}") from error
     except Exception as error:  # whatever a user's own module raises
         shape, kind = "x".join(map(str, benchmark.image_shape)), type(error).__name__
         what = one_line(error) if isinstance(error, ValueError | RuntimeError) else f"{kind}: {one_line(error)}"
