@@ -1,4 +1,4 @@
-"""A user's own backbone, tried out before training: what would otherwise train nothing, or something else, is refused."""
+"""A user's own backbone, tried out before training: what would train nothing, or something else, is refused."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def check_model(model: MultiTaskModel, images: Tensor) -> None:
     if not torch.allclose(features, again, rtol=1e-4, atol=1e-5, equal_nan=True):
         raise ArchError(
             f"{name} returns other features for the same images, weights and random numbers when it is called again; "
-            "what it remembers belongs into buffers (self.register_buffer), and random numbers come from torch's own generator, "
-            "or a resumed run would differ"
+            "what it remembers belongs into buffers (self.register_buffer), and random numbers come from torch's own "
+            "generator, or a resumed run would differ"
         )
 
 
@@ -82,8 +82,8 @@ def _check_reach(model: MultiTaskModel, predictions: list[Tensor]) -> None:
         known = set(map(id, model.parameters()))
         if strange := [leaf for leaf in _leaves(total) if id(leaf) not in known]:
             raise ArchError(
-                f"{len(strange)} weights of {type(model.backbone).__name__} or a head are not among its parameters, such "
-                f"as one of shape {tuple(strange[0].shape)}, and would never be trained; use nn.Parameter for a tensor "
+                f"{len(strange)} weights of {type(model.backbone).__name__} or a head are not among its parameters, "
+                f"such as one of shape {tuple(strange[0].shape)}, and would never be trained; use nn.Parameter for a tensor "
                 "and nn.ModuleList for a list of modules"
             )
         # Not autograd.grad, which re-entrant checkpoints do not bear.

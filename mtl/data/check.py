@@ -82,10 +82,12 @@ def check_tasks(tasks: Sequence[Task], predictions: Sequence[Tensor], targets: M
             target = targets[task.name]
             loss, count = task.loss(prediction, target), task.count(target)
             if loss.shape != () or count.shape != ():
-                raise ValueError(f"its loss and count have the shapes {tuple(loss.shape)} and {tuple(count.shape)}, not ()")
+                shapes = f"{tuple(loss.shape)} and {tuple(count.shape)}"
+                raise ValueError(f"loss and count have the shapes {shapes}, not ()")
             for metric in task.metrics:
                 if not isinstance(state := metric.update(prediction, target), Tensor):
-                    raise ValueError(f"update of metric {metric.name!r} returned a {type(state).__name__}, not a tensor")
+                    kind = type(state).__name__
+                    raise ValueError(f"update of metric {metric.name!r} returned a {kind}, not a tensor")
                 metric.compute(state.flatten().tolist(), max(1, int(count)))
         except Exception as error:  # whatever a user's own task raises
             raise SetupError(f"data: task {task.name!r}: {_message(error)}") from error
@@ -119,7 +121,7 @@ def _check_names(tasks: Any) -> None:
                 raise ValueError(f"tasks: {task.name} has a metric with the name {name!r}; letters, digits, _ and -")
             key = f"{task.name}_{name}"
             if key in keys:
-                raise ValueError(f"tasks: two tasks, or metrics, share the name {key!r} in the results; rename one of them")
+                raise ValueError(f"tasks: two metrics or losses share the name {key!r} in the results; rename one")
             keys.add(key)
 
 

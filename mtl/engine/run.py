@@ -145,8 +145,8 @@ def assemble(config: Mapping[str, Any], processes: Processes | None = None) -> t
     if benchmark.batch_size < parts(strategy):
         name = type(strategy).__name__
         raise ConfigError(
-            f"data.batch_size={benchmark.batch_size}: {name} divides a batch into {parts(strategy)} parts, none of which "
-            f"may be empty; use {parts(strategy)} or more, and {2 * parts(strategy)} or more with batch norm"
+            f"data.batch_size={benchmark.batch_size}: {name} divides a batch into {parts(strategy)} parts, none "
+            f"of which may be empty; use {parts(strategy)} or more, and {2 * parts(strategy)} or more with batch norm"
         )
     # A strategy may train fewer tasks than there are (loss=single): the others then do not exist in this run.
     tasks = [task for task in benchmark.tasks if task.name in strategy.names]
