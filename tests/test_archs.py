@@ -21,7 +21,7 @@ from mtl.tasks import Classification, Regression
 
 FILES = {file.stem: file for file in sorted((Path(__file__).parents[1] / "conf" / "arch").glob("*.yaml"))}
 del FILES["point"]  # no network: tests/test_toy_data.py
-FINE, COARSE = Classification("fine", 100), Classification("coarse", 20)
+FINE, COARSE, INK = Classification("fine", 100), Classification("coarse", 20), Regression("ink")
 SMALL = {"wide_resnet": {"width": 1}}
 
 
@@ -150,7 +150,7 @@ class Own(nn.Module):
         return self.step(self, self.conv(x).mean((2, 3)))
 
 
-def try_out(backbone, tasks=(FINE, Regression("ink"))) -> MultiTaskModel:
+def try_out(backbone, tasks=(FINE, INK)) -> MultiTaskModel:
     """As `build_learner` does it."""
     model = MultiTaskModel(backbone, tasks)
     count_macs(model, (1, 8, 8))
@@ -212,7 +212,7 @@ def test_heads_are_checked():
         def head(self, features):
             return Mean(features, 1)
 
-    with pytest.raises(ArchError, match="NoModule.head made a NoneType for task 'a'"):
+    with pytest.raises(ArchError, match=r"NoModule.head made a NoneType for task 'a'"):
         try_out(Own(), (NoModule("a"),))
     with pytest.raises(ArchError, match=r"the head of task 'a' returned \(1,\) for 2 images"):
         try_out(Own(), (MeanTask("a"),))

@@ -57,7 +57,7 @@ def test_class_attributes_are_checked_before_anything_is_read(attributes, messag
 
 
 def test_what_builds_no_benchmark_is_refused():
-    with pytest.raises(ConfigError, match="data._target_=builtins.dict: must make a Benchmark, not {}"):
+    with pytest.raises(ConfigError, match=r"data._target_=builtins.dict: must make a Benchmark, not {}"):
         build_benchmark({"_target_": "builtins.dict"})
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from mtl.data.base import Benchmark, Split
+from mtl.metrics.task import MeanAbsoluteError
 from mtl.tasks import Classification, Regression
 
 
@@ -94,6 +95,28 @@ class Broadcasts(Shapes):
     tasks = (Classification("shape", 3), WrongTask("size"))
 
 
+class Unmasked(Regression):
+    def criterion(self, prediction, target):
+        return (prediction.squeeze(1) - target).square()
+
+
+class Error(MeanAbsoluteError):
+    def update(self, prediction, target):
+        return (prediction.squeeze(1) - target).abs().sum()[None]
+
+
+class UnmaskedMetric(Regression):
+    metrics = (Error(),)
+
+
+class NaNLoss(Shapes):
+    tasks = (Classification("shape", 3), Unmasked("size"))
+
+
+class NaNMetric(Shapes):
+    tasks = (Classification("shape", 3), UnmaskedMetric("size"))
+
+
 class Tiny(nn.Module):
     out_features = 8
 
@@ -116,7 +139,7 @@ def own(cli, tmp_path, monkeypatch):
     (tmp_path / "own_classes.py").write_text(textwrap.dedent(OWN))
     monkeypatch.syspath_prepend(tmp_path)
     small = ["data=digits", "arch=vgg16_bn", "~arch.dropout", "arch._target_=own_classes.Tiny", "+arch.fault=''",
-             "+data.fault=''", "data.batch_size=16", "trainer.epochs=2", "logger=none"]  # fmt: skip
+             "+data.fault=''", "data.batch_size=16", "trainer.epochs=1", "logger=none"]  # fmt: skip
     return lambda data, *options: cli(*small, f"data._target_=own_classes.{data}", *options)
 
 
@@ -148,6 +171,8 @@ def test_missing_labels_count_without_being_declared(own):
     ("Shapes", "data.fault=class", r"test split: labels of task 'shape': sample 7 has the label 3; .* from 0 to 2"),
     ("Shapes", "data.fault=bug", r"data: Shapes.load\(\): KeyError: 'colour' \(.*own_classes.py, line \d+\)"),
     ("Broadcasts", "", r"data: task 'size': WrongTask.criterion returned the shape \(2, 2\)"),
+    ("NaNLoss", "data.fault=missing", "task 'size': its loss of a sample without a label is nan; it must be 0"),
+    ("NaNMetric", "data.fault=missing", r"metric 'mae' returned \[nan\] of samples without a label"),
     ("Shapes", "arch.fault=bug", r"arch: .* no attribute 'missing' \(.*own_classes.py, line \d+\)"),
     ("Shapes", "arch.fault=detached", r"arch: no loss reaches a parameter of Tiny"),
     ("Shapes", "data.batch_size=1 loss=auto_lambda", "data.batch_size=1: AutoLambda divides a batch into 2 parts"),
@@ -164,7 +189,7 @@ layout = pytest.mark.xfail(strict=False, reason="mtl.backward leaves autograd's 
 def test_heads_of_any_memory_layout_train_alike_with_a_fused_optimizer(own, loss):
     rows = []
     for fused in ("true", "false"):
-        run = own("Sides", f"loss={loss}", f"optimizer.fused={fused}", f"output_root=fused_{fused}")
+        run = own("Sides", "trainer.epochs=2", f"loss={loss}", f"optimizer.fused={fused}", f"output_root=fused_{fused}")
         assert run.code == 0, run.err
         rows.append({k: v for k, v in last_row(f"fused_{fused}").items() if k.startswith(("train/", "test/"))})
     assert rows[0] == pytest.approx(rows[1], rel=1e-4)

@@ -83,8 +83,8 @@ def _check_reach(model: MultiTaskModel, predictions: list[Tensor]) -> None:
         if strange := [leaf for leaf in _leaves(total) if id(leaf) not in known]:
             raise ArchError(
                 f"{len(strange)} weights of {type(model.backbone).__name__} or a head are not among its parameters, "
-                f"such as one of shape {tuple(strange[0].shape)}, and would never be trained; use nn.Parameter for a tensor "
-                "and nn.ModuleList for a list of modules"
+                f"such as one of shape {tuple(strange[0].shape)}, and would never be trained; use nn.Parameter for a "
+                "tensor and nn.ModuleList for a list of modules"
             )
         # Not autograd.grad, which re-entrant checkpoints do not bear.
         total.backward()

@@ -114,7 +114,7 @@ class TrainingBatches:
         self.resident = _resident(split, benchmark, device)
         self.split = split
         if self.resident:
-            self.split = _move(Split(pad(split.images, self.padding), split.targets), device)
+            self.split = move(Split(pad(split.images, self.padding), split.targets), device)
         full, rest = divmod(self.size, benchmark.batch_size)
         self.steps = full + (rest >= smallest)
 
@@ -152,7 +152,7 @@ class EvaluationBatches:
         self.benchmark, self.device, self.size = benchmark, device, len(split)
         self.normalise = Normalise(benchmark.mean, benchmark.std, device)
         self.resident = _resident(split, benchmark, device)
-        self.split = _move(split, device) if self.resident else split
+        self.split = move(split, device) if self.resident else split
 
     def __iter__(self) -> Iterator[Batch]:
         if self.resident:
@@ -177,7 +177,8 @@ def _resident(split: Split, benchmark: Benchmark, device: torch.device) -> bool:
     return size < 4 * 2**30  # the host's own memory: beyond this, memory-mapped images are read as they are needed
 
 
-def _move(split: Split, device: torch.device) -> Split:
+def move(split: Split, device: torch.device) -> Split:
+    """Images and labels on `device`."""
     return Split(split.images.to(device), {name: t.to(device) for name, t in split.targets.items()})
 
 

@@ -67,8 +67,17 @@ def check_loaded(benchmark: Benchmark, loaded: Any) -> None:
             raise SetupError(f"{where}: {name} split: {error}") from error
 
 
+def few(split: Split, tasks: Sequence[Task]) -> Split:
+    """At most two samples and, for each task, the first one without a label."""
+    chosen = set(range(min(2, len(split))))
+    for task in tasks:
+        missing = ~task.labelled(split.targets[task.name])
+        chosen |= set(missing.nonzero()[:1].flatten().tolist())
+    return split.take(torch.tensor(sorted(chosen)))
+
+
 def check_tasks(tasks: Sequence[Task], predictions: Sequence[Tensor], targets: Mapping[str, Tensor]) -> None:
-    """Try loss and metrics of each task on a few samples.
+    """Try loss and metrics of each task on the samples that `few` chose.
 
     Args:
         predictions: each task's (N, …), in the order of the tasks.
@@ -80,7 +89,9 @@ def check_tasks(tasks: Sequence[Task], predictions: Sequence[Tensor], targets: M
     for task, prediction in zip(tasks, predictions, strict=True):
         try:
             target = targets[task.name]
-            loss, count = task.loss(prediction, target), task.count(target)
+            loss, count, unlabelled = task.loss(prediction, target), task.count(target), ~task.labelled(target)
+            if (wrong := task.criterion(prediction, target)[unlabelled]).any():
+                raise ValueError(f"its loss of a sample without a label is {wrong[0].item()}; it must be 0")
             if loss.shape != () or count.shape != ():
                 shapes = f"{tuple(loss.shape)} and {tuple(count.shape)}"
                 raise ValueError(f"loss and count have the shapes {shapes}, not ()")
@@ -88,6 +99,9 @@ def check_tasks(tasks: Sequence[Task], predictions: Sequence[Tensor], targets: M
                 if not isinstance(state := metric.update(prediction, target), Tensor):
                     kind = type(state).__name__
                     raise ValueError(f"update of metric {metric.name!r} returned a {kind}, not a tensor")
+                if unlabelled.any() and (wrong := metric.update(prediction[unlabelled], target[unlabelled])).any():
+                    shown = f"{wrong.flatten().tolist()} of samples without a label"
+                    raise ValueError(f"update of metric {metric.name!r} returned {shown}; these must add nothing, 0")
                 metric.compute(state.flatten().tolist(), max(1, int(count)))
         except Exception as error:  # whatever a user's own task raises
             raise SetupError(f"data: task {task.name!r}: {_message(error)}") from error

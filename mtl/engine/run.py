@@ -24,8 +24,8 @@ from mtl.config.cli import Terminated
 from mtl.config.errors import ConfigError, Diverged, SetupError, one_line, where
 from mtl.config.identity import Identity
 from mtl.data.base import Benchmark, build_benchmark
-from mtl.data.batches import EvaluationBatches, TrainingBatches
-from mtl.data.check import check_tasks
+from mtl.data.batches import EvaluationBatches, TrainingBatches, move
+from mtl.data.check import check_tasks, few
 from mtl.engine import checkpoint, words
 from mtl.engine.backward import Switches
 from mtl.engine.directory import RunDirectory, now, write_json
@@ -179,10 +179,11 @@ def open_batches(benchmark: Benchmark, learner: Learner) -> tuple[TrainingBatche
     if len(splits["train"]) < smallest:
         raise ConfigError(f"data: {len(splits['train'])} training samples; batch norm needs at least {smallest}")
     train = TrainingBatches(splits["train"], benchmark, learner.device, learner.seed, smallest)
-    few = splits["train"].take(slice(2))
-    with as_before(learner.model), torch.no_grad():
-        predictions = learner.model.eval()(train.normalise(few.images.to(learner.device)))
-        check_tasks(learner.tasks, predictions, {name: y.to(learner.device) for name, y in few.targets.items()})
+    for split in splits.values():
+        samples = move(few(split, learner.tasks), learner.device)
+        with as_before(learner.model), torch.no_grad():
+            predictions = learner.model.eval()(train.normalise(samples.images))
+            check_tasks(learner.tasks, predictions, samples.targets)
     evaluations = {n: EvaluationBatches(s, benchmark, learner.device) for n, s in splits.items() if n != "train"}
     return train, evaluations
 
