@@ -91,6 +91,12 @@ class WrongTask(Regression):
         return (prediction - target).square()
 
 
+class Property(Shapes):
+    @property
+    def tasks(self):
+        return [Classification(name, 3) for name in self.names]
+
+
 class Broadcasts(Shapes):
     tasks = (Classification("shape", 3), WrongTask("size"))
 
@@ -170,6 +176,7 @@ def test_missing_labels_count_without_being_declared(own):
 @pytest.mark.parametrize(("data", "options", "message"), [
     ("Shapes", "data.fault=class", r"test split: labels of task 'shape': sample 7 has the label 3; .* from 0 to 2"),
     ("Shapes", "data.fault=bug", r"data: Shapes.load\(\): KeyError: 'colour' \(.*own_classes.py, line \d+\)"),
+    ("Property", "", r"data: Property: AttributeError: .* no attribute 'names' \(.*own_classes.py, line \d+\)"),
     ("Broadcasts", "", r"data: task 'size': WrongTask.criterion returned the shape \(2, 2\)"),
     ("NaNLoss", "data.fault=missing", "task 'size': its loss of a sample without a label is nan; it must be 0"),
     ("NaNMetric", "data.fault=missing", r"metric 'mae' returned \[nan\] of samples without a label"),

@@ -119,6 +119,9 @@ def build_benchmark(node: Mapping[str, Any]) -> Benchmark:
         raise ConfigError(f"data.{schema.TARGET}={node[schema.TARGET]}: must make a Benchmark, not {benchmark!r:.60}")
     try:
         check_declared(benchmark)
-    except ValueError as error:
-        raise ConfigError(f"data: {type(benchmark).__name__}.{error}") from error
+    except Exception as error:
+        # What we refuse begins with the attribute's name; the rest comes from a property of the user's own.
+        ours = isinstance(error, ValueError) and not where(error)
+        what = f".{error}" if ours else f": {type(error).__name__}: {one_line(error)}{where(error)}"
+        raise ConfigError(f"data: {type(benchmark).__name__}{what}") from error
     return benchmark

@@ -32,7 +32,7 @@ def check_declared(benchmark: Benchmark) -> None:
         ValueError: one is missing or wrong; the message begins with its name.
     """
     for name in ("tasks", "image_shape", "mean", "std"):
-        if not hasattr(benchmark, name):
+        if not hasattr(type(benchmark), name) and not hasattr(benchmark, name):
             raise ValueError(f"{name}: missing; a Benchmark needs tasks, image_shape, mean and std")
     _check_names(benchmark.tasks)
     shape = benchmark.image_shape
