@@ -94,7 +94,8 @@ class Benchmark(ABC):
             what = f"{type(self).__name__}.load(): {type(error).__name__}: {one_line(error)}"
             raise SetupError(f"data: {what}{where(error)}") from error
         check_loaded(self, loaded)
-        train, test = loaded
+        # Labels of no task, as a subclass with fewer tasks leaves them, go no further.
+        train, test = (Split(part.images, {t.name: part.targets[t.name] for t in self.tasks}) for part in loaded)
         train, test = train.take(slice(self.limit_train)), test.take(slice(self.limit_test))
         if not self.val_fraction:
             return {"train": train, "test": test}

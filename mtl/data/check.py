@@ -165,8 +165,6 @@ def _check_labels(split: Split, tasks: Sequence[Task]) -> None:
         if name not in targets:
             hint = suggest(name, [key for key in map(str, targets) if key not in names])
             raise ValueError(f"no labels for task {name!r}; there are labels for {_listed(targets)}{hint}")
-    if unknown := [key for key in targets if key not in names]:
-        raise ValueError(f"labels for {_listed(unknown)}, but the tasks are {_listed(names)}")
     for task in tasks:
         target = targets[task.name]
         try:
