@@ -1,14 +1,18 @@
 """Backbones and the multi-task model against published sizes and torchvision's nets."""
 
+import random
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 import yaml
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from mtl.archs.check import ArchError, check_model
 from mtl.archs.model import MultiTaskModel, count_macs, count_parameters
 from mtl.archs.resnet import ResNet, WideResNet
 from mtl.archs.vgg import VGG16BN
@@ -17,7 +21,7 @@ from mtl.tasks import Classification, Regression
 
 FILES = {file.stem: file for file in sorted((Path(__file__).parents[1] / "conf" / "arch").glob("*.yaml"))}
 del FILES["point"]  # no network: tests/test_toy_data.py
-FINE, COARSE = Classification("fine", 100), Classification("coarse", 20)
+FINE, COARSE, INK = Classification("fine", 100), Classification("coarse", 20), Regression("ink")
 SMALL = {"wide_resnet": {"width": 1}}
 
 
@@ -126,3 +130,130 @@ def test_counting_macs_leaves_the_model_alone(training):
     assert all(m.training is training for m in model.modules())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------- a user's own nets
+
+
+class Own(nn.Module):
+    """One convolution; `step(net, features)` is what is wrong with it, on the way to its features (N, 8)."""
+
+    out_features = 8
+
+    def __init__(self, step=lambda net, f: f, **attributes):
+        super().__init__()
+        self.conv, self.step = nn.Conv2d(1, 8, 3, padding=1), step
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x):
+        return self.step(self, self.conv(x).mean((2, 3)))
+
+
+def try_out(backbone, tasks=(FINE, INK)) -> MultiTaskModel:
+    """As `build_learner` does it."""
+    model = MultiTaskModel(backbone, tasks)
+    count_macs(model, (1, 8, 8))
+    check_model(model, torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    return model
+
+
+def average(net, f):
+    """A running mean outside all buffers."""
+    net.mean = f.detach().mean(0) if net.mean is None else 0.9 * net.mean + 0.1 * f.detach().mean(0)
+    return f - net.mean
+
+
+def count(net, f):
+    net.calls += 1
+    return f / net.calls
+
+
+@pytest.mark.parametrize("backbone, message", [
+    (lambda: Own(out_features=7), r"features of shape \(1, 8\) for .*out_features=7; \(1, 7\) is needed"),
+    (lambda: Own(out_features=8.0), "Own needs an int .* not 8.0"), (lambda: Own(out_features=0), "not 0"),
+    (lambda: len, "a builtin_function_or_method was built"), (lambda: Own(lambda net, f: (f, f)), "returned a tuple"),
+    (lambda: Own(lambda net, f: f[..., None, None]), r"\(1, 8, 1, 1\) .*\.mean\(\(2, 3\)\)"),
+    (lambda: Own(lambda net, f: f.sum(0)), r"features of shape \(8,\)"),
+    (lambda: Own(lambda net, f: None), "a NoneType"),
+    (lambda: Own(lambda net, f: f.half()), "float16 features for float32 images"),
+    (lambda: Own(lambda net, f: f.to(torch.complex64)), "complex64 features"),
+    (lambda: Own(lambda net, f: f.detach()), "no loss reaches a parameter of Own"),
+    (lambda: Own(lambda net, f: net.w * f, w=torch.ones(8, requires_grad=True)), r"1 .*shape \(8,\).*nn.Parameter"),
+    (lambda: Own(lambda net, f: net.more[0](f), more=[nn.Linear(8, 8)]), "2 weights .* nn.ModuleList"),
+    (lambda: Own(average, mean=None), "other features .*register_buffer"),
+    (lambda: Own(count, calls=0), "other features"),
+    (lambda: nn.Sequential(nn.ReLU(inplace=True), Own()), "Sequential needs an int"),
+    (lambda: Own(lambda net, f: f, lazy=nn.LazyLinear(3)), "the parameter backbone.lazy.weight has no shape yet"),
+])  # fmt: skip
+def test_a_backbone_that_cannot_be_trained_is_refused(backbone, message):
+    with pytest.raises(ArchError, match=message):
+        try_out(backbone())
+
+
+def test_images_changed_in_place_are_refused():
+    """FAMO and others look at the same batch again."""
+    net = nn.Sequential(nn.ReLU(inplace=True), Own())
+    net.out_features = 8
+    with pytest.raises(ArchError, match="changes its images in place"):
+        try_out(net)
+
+
+def test_heads_are_checked():
+    class NoModule(Regression):
+        def head(self, features):
+            return None
+
+    class Mean(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).mean(0)
+
+    class MeanTask(Regression):
+        def head(self, features):
+            return Mean(features, 1)
+
+    with pytest.raises(ArchError, match=r"NoModule.head made a NoneType for task 'a'"):
+        try_out(Own(), (NoModule("a"),))
+    with pytest.raises(ArchError, match=r"the head of task 'a' returned \(1,\) for 2 images"):
+        try_out(Own(), (MeanTask("a"),))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("backbone", [
+    lambda: Own(lambda net, f: net.lazy(f), lazy=nn.LazyLinear(8)), lambda: Own().requires_grad_(False),
+    lambda: Own(lambda net, f: (f * net.w).real, w=nn.Parameter(torch.ones(8, dtype=torch.complex64))),
+    lambda: Own(lambda net, f: net.late(f), late=nn.Dropout(0.5)), lambda: Own(out_features=np.int64(8)),
+    lambda: Own(lambda net, f: f + torch.rand(()) + float(np.random.rand()) + random.random()),
+    lambda: Own(lambda net, f: f if net.training else f.detach()), lambda: Own(unused=nn.Linear(2, 2)),
+    lambda: Own(lambda net, f: checkpoint(nn.functional.relu, f, use_reentrant=True)),
+])  # fmt: skip
+def test_a_backbone_that_can_be_trained_passes(backbone):
+    """Lazy, frozen, complex, random, with dropout, with unused or half-frozen parts, with re-entrant checkpoints."""
+    assert all(p.grad is None for p in try_out(backbone()).parameters())
+
+
+def test_trying_out_leaves_model_and_generators_alone():
+    """A parameter that the first batch sets and running averages are as they were, as are all random numbers."""
+
+    def first_batch(net, f):
+        if not net.done:
+            net.scale.data = 1 / f.detach().abs().mean(0)
+            net.done.fill_(True)
+        return net.norm(f * net.scale + torch.rand(8) + random.random() + np.random.rand())
+
+    net = Own(first_batch, scale=nn.Parameter(torch.ones(8)), norm=nn.BatchNorm1d(8))
+    net.register_buffer("done", torch.tensor(False))
+    model = MultiTaskModel(net.train(), (FINE,))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    states = [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
+    count_macs(model, (1, 8, 8))
+    check_model(model, torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    assert states == [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_a_task_may_bear_the_name_of_a_method():
+    model = try_out(Own(), (Regression("type"), Regression("values"), Regression("train")))
+    assert list(model.heads) == ["type", "values", "train"] and len(list(model.head_parameters("values"))) == 2
+    assert sum(k.startswith("heads.") for k in model.state_dict()) == 6

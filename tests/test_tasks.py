@@ -1,12 +1,14 @@
 """Losses and metrics of tasks against torch and scikit-learn; missing labels; accumulation over batches."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 from sklearn import metrics as sklearn_metrics
 from torch import nn
 
+from mtl.metrics.task import Accuracy, MeanAbsoluteError
 from mtl.tasks import Classification, Regression
 
 N, CLASSES = 53, 7
@@ -27,7 +29,7 @@ def make(kind: str, partial: bool, absent: int = 0):
 
 
 @every_kind
-@pytest.mark.parametrize("partial, absent", [(False, 0), (True, 0), (True, 2)])
+@pytest.mark.parametrize("partial, absent", [(False, 0), (False, 2), (True, 0), (True, 2)])
 def test_loss_equals_torch_on_the_labelled(kind, partial, absent):
     """Mean cross-entropy and smooth L1 loss, value and gradient; samples without a label get no gradient."""
     task, prediction, target, present = make(kind, partial, absent)
@@ -47,7 +49,7 @@ def test_loss_equals_torch_on_the_labelled(kind, partial, absent):
 @every_kind
 def test_no_label_at_all_is_a_differentiable_zero(kind):
     """Loss 0 and gradient 0, not NaN."""
-    task, prediction, target, _ = make(kind, partial=True, absent=5)
+    task, prediction, target, _ = make(kind, partial=False, absent=5)
     loss = task.loss(prediction, target)
     (grad,) = torch.autograd.grad(loss, prediction)
     assert task.count(target) == 0 and loss == 0 and (grad == 0).all()
@@ -58,7 +60,7 @@ def test_no_label_at_all_is_a_differentiable_zero(kind):
 @pytest.mark.parametrize("batch", [1, 10, N])
 def test_metric_over_batches_equals_scikit_learn_over_samples(kind, absent, batch):
     """States and counts add up to the figure of all labelled samples, batches without any label included."""
-    task, prediction, target, present = make(kind, absent > 0, absent)
+    task, prediction, target, present = make(kind, False, absent)
     prediction, (metric,) = prediction.detach(), task.metrics
     pairs = list(zip(prediction.split(batch), target.split(batch), strict=True))
     state, count = sum(metric.update(*pair) for pair in pairs), sum(task.count(t) for _, t in pairs)
@@ -68,3 +70,84 @@ def test_metric_over_batches_equals_scikit_learn_over_samples(kind, absent, batc
         expected = sklearn_metrics.mean_absolute_error(target[present], prediction[present])
     assert metric.compute(state.tolist(), count.item()) == pytest.approx(expected, rel=1e-6)
     assert metric.higher_is_better is (kind == "classification")
+
+
+@every_kind
+def test_complete_labels_give_the_plain_mean_bit_for_bit(kind):
+    """Loss and gradient, for every batch size: counting labels costs no rounding."""
+    for size in (1, 2, 3, 7, 30, 49, 53):
+        task, prediction, target, _ = make(kind, partial=False)
+        prediction, target = prediction[:size].detach().requires_grad_(), target[:size]
+        loss, plain = task.loss(prediction, target), task.criterion(prediction, target).mean()
+        assert torch.equal(loss, plain)
+        assert torch.equal(*(torch.autograd.grad(x, prediction)[0] for x in (loss, plain)))
+
+
+@pytest.mark.parametrize("kind, dtypes", [
+    ("classification", (torch.int32, torch.int16, torch.uint8)),
+    ("regression", (torch.float64, torch.float16, torch.int64)),
+])  # fmt: skip
+def test_labels_of_other_dtypes_are_the_same_labels(kind, dtypes):
+    task, prediction, target, _ = make(kind, partial=False)
+    for dtype in dtypes:
+        other = target.to(dtype)
+        task.check(other)
+        same, (metric,) = other.to(target.dtype), task.metrics
+        loss = task.loss(prediction, other)
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, task.loss(prediction, same), rtol=0, atol=0)
+        torch.testing.assert_close(metric.update(prediction, other), metric.update(prediction, same))
+
+
+def test_class_156_as_uint8_is_no_missing_label():
+    """-100 is 156 in eight bits."""
+    task, target = Classification("a", 200), torch.tensor([156, 3], dtype=torch.uint8)
+    prediction = torch.randn(2, 200, generator=torch.Generator().manual_seed(0))
+    task.check(target)
+    assert task.count(target) == 2
+    assert task.loss(prediction, target) == nn.CrossEntropyLoss()(prediction, target.long())
+
+
+@pytest.mark.parametrize("label, message", [
+    ([0, 3], r"sample 1 has the label 3; a class must be an integer from 0 to 2, or -100"),
+    ([-100, -1, 5], r"sample 1 has the label -1 \(2 labels are wrong\)"),
+    ([0.0, 1.0], r"dtype float32; .*\.long\(\)"), ([[0], [1]], r"shape \(2, 1\); .* \(2,\); .* squeeze\(1\)"),
+    ([[1, 0, 0], [0, 1, 0]], r"shape \(2, 3\); one label for each sample has the shape \(2,\)"),
+    ([1j, 0j], "dtype complex64"),
+])  # fmt: skip
+def test_wrong_classes_are_named(label, message):
+    Classification("a", 3).check(torch.tensor([0, 1, 2, -100]))
+    with pytest.raises(ValueError, match=message):
+        Classification("a", 3).check(torch.tensor(label))
+
+
+@pytest.mark.parametrize("label, message", [
+    (torch.tensor([0.0, math.inf]), r"sample 1 has the label inf; a number must be finite, or NaN"),
+    (torch.tensor([math.nan, -math.inf]), "sample 1 has the label -inf"),
+    (torch.tensor([1e300], dtype=torch.float64), r"sample 0 has the label 1e\+300"),
+    (torch.zeros(4, 1), r"shape \(4, 1\); .* squeeze\(1\)"), (torch.tensor([1j]), "dtype complex64"),
+])  # fmt: skip
+def test_wrong_numbers_are_named(label, message):
+    Regression("b").check(torch.tensor([0.0, math.nan, -3.0]))
+    with pytest.raises(ValueError, match=message):
+        Regression("b").check(label)
+
+
+@pytest.mark.parametrize("returned", [
+    lambda p, t: (p - t).square(),  # (N, N) by broadcasting
+    lambda p, t: (p.squeeze(1) - t).square().mean(), lambda p, t: (p - t[:, None]).square(),
+])  # fmt: skip
+def test_a_criterion_returns_one_loss_for_each_sample(returned):
+    @dataclass(frozen=True)
+    class Own(Regression):
+        def criterion(self, prediction, target):
+            return returned(prediction, target)
+
+    with pytest.raises(ValueError, match=r"Own.criterion returned the shape .* has the shape \(5,\)"):
+        Own("b").loss(torch.randn(5, 1), torch.randn(5))
+    with pytest.raises(ValueError, match=r"b is one number .* returned the shape \(5, 2\)"):
+        Regression("b", 2).loss(torch.randn(5, 2), torch.randn(5))
+
+
+def test_a_metric_of_no_sample_is_nan():
+    assert math.isnan(Accuracy().compute([0.0], 0)) and math.isnan(MeanAbsoluteError().compute([0.0], 0))

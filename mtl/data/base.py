@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Lt
 from torch import Tensor
 
+from mtl.config import schema
+from mtl.config.errors import ConfigError, SetupError, UserError, one_line, where
+from mtl.data.check import check_declared, check_loaded
 from mtl.random import stream
 from mtl.tasks import Task
 
@@ -21,7 +24,7 @@ class Split:
 
     Attributes:
         images: (N, H, W, C) uint8; may be memory-mapped when larger than memory.
-        targets: per task name, (N, …); −100 (classes) or NaN (numbers) where a sample carries no label.
+        targets: for each task by name, (N, …); −100 (classes) or NaN (numbers) where a sample carries no label.
     """
 
     images: Tensor
@@ -78,8 +81,21 @@ class Benchmark(ABC):
         """
 
     def splits(self) -> dict[str, Split]:
-        """`train`, `test` and, with a val_fraction, `val`, limited as the fields say."""
-        train, test = self.load()
+        """`train`, `test` and, with a val_fraction, `val`, limited as the fields say.
+
+        Raises:
+            mtl.config.SetupError: `load` fails, or what it returned does not fit the tasks or image_shape.
+        """
+        try:
+            loaded = self.load()
+        except UserError:
+            raise
+        except Exception as error:  # whatever a user's own code raises
+            what = f"{type(self).__name__}.load(): {type(error).__name__}: {one_line(error)}"
+            raise SetupError(f"data: {what}{where(error)}") from error
+        check_loaded(self, loaded)
+        # Labels of no task, as a subclass with fewer tasks leaves them, go no further.
+        train, test = (Split(part.images, {t.name: part.targets[t.name] for t in self.tasks}) for part in loaded)
         train, test = train.take(slice(self.limit_train)), test.take(slice(self.limit_test))
         if not self.val_fraction:
             return {"train": train, "test": test}
@@ -91,3 +107,22 @@ class Benchmark(ABC):
             "val": train.take(order[:held_out].sort().values),
             "test": test,
         }
+
+
+def build_benchmark(node: Mapping[str, Any]) -> Benchmark:
+    """Build the data set that a checked data node describes; nothing is read yet.
+
+    Raises:
+        ConfigError: it is no Benchmark, or its class attributes do not fit together.
+    """
+    benchmark = schema.build(node, "data")
+    if not isinstance(benchmark, Benchmark):
+        raise ConfigError(f"data.{schema.TARGET}={node[schema.TARGET]}: must make a Benchmark, not {benchmark!r:.60}")
+    try:
+        check_declared(benchmark)
+    except Exception as error:
+        # What we refuse begins with the attribute's name; the rest comes from a property of the user's own.
+        ours = isinstance(error, ValueError) and not where(error)
+        what = f".{error}" if ours else f": {type(error).__name__}: {one_line(error)}{where(error)}"
+        raise ConfigError(f"data: {type(benchmark).__name__}{what}") from error
+    return benchmark

@@ -82,8 +82,8 @@ class Normalise:
     """
 
     def __init__(self, mean, std, device: torch.device):
-        self.mean = torch.tensor(mean, dtype=torch.float32, device=device)
-        self.std = torch.tensor(std, dtype=torch.float32, device=device)
+        self.mean = torch.tensor([*map(float, mean)], dtype=torch.float32, device=device)
+        self.std = torch.tensor([*map(float, std)], dtype=torch.float32, device=device)
 
     def __call__(self, images: Tensor) -> Tensor:
         return images.float().div_(255).sub_(self.mean).div_(self.std).permute(0, 3, 1, 2)
@@ -99,16 +99,22 @@ class TrainingBatches:
         seed: of the run.
         smallest: an epoch's last batch is left out when it has fewer samples (batch norm needs two in each part that a
             strategy splits a batch into).
+
+    Attributes:
+        partial: names of the tasks that lack the label of some sample.
     """
 
     def __init__(self, split: Split, benchmark: Benchmark, device: torch.device, seed: int, smallest: int = 2):
         self.benchmark, self.device, self.seed, self.size = benchmark, device, seed, len(split)
+        self.partial = frozenset(
+            t.name for t in benchmark.tasks if (y := split.targets.get(t.name)) is not None and t.count(y) < len(y)
+        )
         self.normalise = Normalise(benchmark.mean, benchmark.std, device)
         self.padding = benchmark.crop_padding
         self.resident = _resident(split, benchmark, device)
         self.split = split
         if self.resident:
-            self.split = _move(Split(pad(split.images, self.padding), split.targets), device)
+            self.split = move(Split(pad(split.images, self.padding), split.targets), device)
         full, rest = divmod(self.size, benchmark.batch_size)
         self.steps = full + (rest >= smallest)
 
@@ -146,7 +152,7 @@ class EvaluationBatches:
         self.benchmark, self.device, self.size = benchmark, device, len(split)
         self.normalise = Normalise(benchmark.mean, benchmark.std, device)
         self.resident = _resident(split, benchmark, device)
-        self.split = _move(split, device) if self.resident else split
+        self.split = move(split, device) if self.resident else split
 
     def __iter__(self) -> Iterator[Batch]:
         if self.resident:
@@ -171,7 +177,8 @@ def _resident(split: Split, benchmark: Benchmark, device: torch.device) -> bool:
     return size < 4 * 2**30  # the host's own memory: beyond this, memory-mapped images are read as they are needed
 
 
-def _move(split: Split, device: torch.device) -> Split:
+def move(split: Split, device: torch.device) -> Split:
+    """Images and labels on `device`."""
     return Split(split.images.to(device), {name: t.to(device) for name, t in split.targets.items()})
 
 

@@ -16,6 +16,7 @@ negative losses mean nothing, and a constant changes no gradient. The metric `va
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -78,7 +79,7 @@ class Value(Metric):
         return prediction.sum()[None]
 
     def compute(self, state: list[float], count: float) -> float:
-        return state[0] / count
+        return state[0] / count if count else math.nan
 
 
 @dataclass(frozen=True)

@@ -139,14 +139,8 @@ class Observer:
             losses: T scalars, means over the labelled samples.
             targets: by task name.
         """
-        device, size = losses[0].device, min(self.samples, len(predictions[0]))
-        of_tasks = [
-            t.labelled(targets[t.name])
-            if t.partial
-            else torch.ones(len(targets[t.name]), dtype=torch.bool, device=device)
-            for t in self.tasks
-        ]
-        labelled = torch.stack(of_tasks)  # (T, N)
+        size = min(self.samples, len(predictions[0]))
+        labelled = torch.stack([t.labelled(targets[t.name]) for t in self.tasks])  # (T, N)
         self.present, self.labelled = labelled.any(1), labelled[:, :size]
         self.losses = torch.stack([loss.detach() for loss in losses])
         self.between_tasks = None

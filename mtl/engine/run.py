@@ -17,13 +17,15 @@ from typing import Annotated, Any
 import torch
 from annotated_types import Ge
 
+from mtl.archs.check import ArchError, as_before, check_model
 from mtl.archs.model import MultiTaskModel, count_macs, count_parameters
 from mtl.config import schema, torchrun
 from mtl.config.cli import Terminated
-from mtl.config.errors import ConfigError, Diverged, SetupError, one_line
+from mtl.config.errors import ConfigError, Diverged, SetupError, one_line, where
 from mtl.config.identity import Identity
-from mtl.data.base import Benchmark
-from mtl.data.batches import EvaluationBatches, TrainingBatches
+from mtl.data.base import Benchmark, build_benchmark
+from mtl.data.batches import EvaluationBatches, TrainingBatches, move
+from mtl.data.check import check_tasks, few
 from mtl.engine import checkpoint, words
 from mtl.engine.backward import Switches
 from mtl.engine.directory import RunDirectory, now, write_json
@@ -32,7 +34,7 @@ from mtl.engine.finished import repeat
 from mtl.engine.microscope import Microscope
 from mtl.engine.trainer import Learner, Trainer, defines
 from mtl.losses import Equal, Strategy
-from mtl.random import derive
+from mtl.random import derive, stream
 from mtl.tasks import Task
 from mtl.tracking import RunInfo, Tracker, flatten
 from mtl.tracking.console import epoch_line
@@ -138,8 +140,14 @@ def assemble(config: Mapping[str, Any], processes: Processes | None = None) -> t
     Raises:
         UserError: two nodes do not fit each other, or the machine has no such device.
     """
-    benchmark: Benchmark = schema.build(config["data"], "data")
+    benchmark = build_benchmark(config["data"])
     strategy: Strategy = schema.build(config["loss"], "loss", tasks=[t.name for t in benchmark.tasks])
+    if benchmark.batch_size < parts(strategy):
+        name = type(strategy).__name__
+        raise ConfigError(
+            f"data.batch_size={benchmark.batch_size}: {name} divides a batch into {parts(strategy)} parts, none "
+            f"of which may be empty; use {parts(strategy)} or more, and {2 * parts(strategy)} or more with batch norm"
+        )
     # A strategy may train fewer tasks than there are (loss=single): the others then do not exist in this run.
     tasks = [task for task in benchmark.tasks if task.name in strategy.names]
     trainer: Trainer = schema.build(config["trainer"], "trainer")
@@ -162,14 +170,28 @@ def assemble(config: Mapping[str, Any], processes: Processes | None = None) -> t
 
 
 def open_batches(benchmark: Benchmark, learner: Learner) -> tuple[TrainingBatches, dict[str, EvaluationBatches]]:
-    """Load the data: training batches, and one set of evaluation batches for each other split."""
+    """Load the data: training batches, and one set of evaluation batches for each other split.
+
+    Raises:
+        UserError: the data is missing or wrong, or a task's loss or metrics do not work on it.
+    """
     strategy, splits = learner.strategy, benchmark.splits()
-    smallest = 2 * max(strategy.samples, 2 if defines(strategy, "look_ahead") else 1)
+    smallest = 2 * parts(strategy)
     if len(splits["train"]) < smallest:
         raise ConfigError(f"data: {len(splits['train'])} training samples; batch norm needs at least {smallest}")
     train = TrainingBatches(splits["train"], benchmark, learner.device, learner.seed, smallest)
+    for split in splits.values():
+        samples = move(few(split, learner.tasks), learner.device)
+        with as_before(learner.model), torch.no_grad():
+            predictions = learner.model.eval()(train.normalise(samples.images))
+            check_tasks(learner.tasks, predictions, samples.targets)
     evaluations = {n: EvaluationBatches(s, benchmark, learner.device) for n, s in splits.items() if n != "train"}
     return train, evaluations
+
+
+def parts(strategy: Strategy) -> int:
+    """How many parts a step divides its batch into."""
+    return max(strategy.samples, 2 if defines(strategy, "look_ahead") else 1)
 
 
 def build_learner(
@@ -195,17 +217,11 @@ def build_learner(
     seed, schedule = config["seed"], schema.build(config["schedule"], "schedule")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "init"))
-        backbone = schema.build(config["arch"], "arch", in_channels=benchmark.image_shape[0])
-        try:
-            model = MultiTaskModel(backbone, tasks)
-            count_macs(model, benchmark.image_shape)
-        except (ValueError, RuntimeError) as error:
-            shape = "x".join(map(str, benchmark.image_shape))
-            raise ConfigError(f"arch: does not fit the images of data ({shape}): {one_line(error)}") from error
+        model = _build_model(config, benchmark, tasks, trainer, max(1, min(2, benchmark.batch_size // parts(strategy))))
         if defines(strategy, "views") and not all(list(model.head_parameters(t.name)) for t in tasks):
             name = type(strategy).__name__
             raise ConfigError(f"loss: {name} turns what the heads see, and these have no parameters to follow it with")
-        strategy.prepare(backbone.out_features)
+        strategy.prepare(model.backbone.out_features)
     model, strategy = trainer.place(model, device), strategy.to(device)
     groups = [{"params": list(model.parameters())}]
     if own := list(strategy.parameters()):
@@ -226,6 +242,23 @@ def build_learner(
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return Learner(trainer, model, tasks, strategy, optimizer, schedule, device, seed, switches, microscope)
+
+
+def _build_model(config, benchmark: Benchmark, tasks: list[Task], trainer: Trainer, size: int) -> MultiTaskModel:
+    """The model, tried out on `size` random images."""
+    backbone = schema.build(config["arch"], "arch", in_channels=benchmark.image_shape[0])
+    images = torch.randn(size, *benchmark.image_shape, generator=stream(0, "arch_check"))
+    try:
+        model = MultiTaskModel(backbone, tasks)
+        count_macs(model, benchmark.image_shape)
+        check_model(model, trainer.images(images.contiguous(memory_format=torch.channels_last)))
+    except ArchError as error:
+        raise ConfigError(f"arch: {error}") from error
+    except Exception as error:  # whatever a user's own module raises
+        shape, kind = "x".join(map(str, benchmark.image_shape)), type(error).__name__
+        what = one_line(error) if isinstance(error, ValueError | RuntimeError) else f"{kind}: {one_line(error)}"
+        raise ConfigError(f"arch: does not fit the images of data ({shape}): {what}{where(error)}") from error
+    return model
 
 
 @dataclass
@@ -318,7 +351,7 @@ class Job:
                 )
 
     def _has_labels(self, key: str) -> bool:
-        return any(key == f"train/{t.name}_loss" and not t.partial for t in self.learner.tasks)
+        return any(key == f"train/{t.name}_loss" and t.name not in self.train.partial for t in self.learner.tasks)
 
     # -- what is chosen and reported ----------------------------------------------------------------------------------
 

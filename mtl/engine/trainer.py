@@ -107,7 +107,8 @@ class Trainer:
         """The context of the forward pass."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def _images(self, images: Tensor) -> Tensor:
+    def images(self, images: Tensor) -> Tensor:
+        """The batch (N, C, H, W) in the memory layout of this trainer."""
         # Batches come in channels_last order by construction; the other layout is the one that costs a copy.
         return images if self.channels_last else images.contiguous()
 
@@ -157,7 +158,7 @@ class Learner:
         self.strategy.train()
         shared = list(self.model.shared_parameters())
         heads = [list(self.model.head_parameters(task.name)) for task in self.tasks]
-        partial = any(task.partial for task in self.tasks)
+        partial = any(task.name in batches.partial for task in self.tasks)
         sums = Sums()
         observer = Observer(self, sums)
         progress = Progress(len(batches), f"epoch {epoch + 1}/{trainer.epochs}")
@@ -254,7 +255,7 @@ class Learner:
     def predict(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Each task's prediction in fp32, and the features (N, F) that the heads started from."""
         with self.trainer.autocast(self.device):
-            images, backbone = self.trainer._images(images), self.model.backbone
+            images, backbone = self.trainer.images(images), self.model.backbone
             features = backbone(images) if self.processes is None else self.processes.forward(backbone, images)
             predictions = self.model.predict(self.strategy.views(features))
         return [p.float() for p in predictions], features

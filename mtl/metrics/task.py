@@ -5,6 +5,7 @@ A metric turns a batch into a small state tensor; states of batches add up; `com
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -35,7 +36,7 @@ class Metric(ABC):
 
     @abstractmethod
     def compute(self, state: list[float], count: float) -> float:
-        """The figure from the summed state of `count` labelled samples (at least one)."""
+        """The figure from the summed state of `count` labelled samples; NaN where there is none."""
 
 
 class Accuracy(Metric):
@@ -47,7 +48,7 @@ class Accuracy(Metric):
         return (prediction.argmax(1) == target).sum()[None]
 
     def compute(self, state: list[float], count: float) -> float:
-        return 100.0 * state[0] / count
+        return 100.0 * state[0] / count if count else math.nan
 
 
 class MeanAbsoluteError(Metric):
@@ -56,8 +57,8 @@ class MeanAbsoluteError(Metric):
     name, higher_is_better = "mae", False
 
     def update(self, prediction: Tensor, target: Tensor) -> Tensor:
-        error = (prediction.squeeze(1) - target).abs()
+        error = (prediction.squeeze(1) - target.to(prediction.dtype)).abs()
         return torch.where(target.isnan(), 0.0, error).sum()[None]
 
     def compute(self, state: list[float], count: float) -> float:
-        return state[0] / count
+        return state[0] / count if count else math.nan

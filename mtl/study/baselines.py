@@ -9,7 +9,7 @@ from typing import Any
 from mtl.config import schema
 from mtl.config.errors import ConfigError
 from mtl.config.identity import identify
-from mtl.data.base import Benchmark
+from mtl.data.base import build_benchmark
 from mtl.engine.backward import Switches
 from mtl.engine.directory import RunDirectory
 
@@ -26,8 +26,7 @@ def single_tasks(config: Mapping[str, Any], choices: Mapping[str, str], words: l
     if isinstance(config.get("loss"), Mapping) and config["loss"].get(schema.TARGET) == SINGLE:
         return []
     schema.check(config.get("data"), "data")
-    benchmark: Benchmark = schema.build(config["data"], "data")
-    return [single_task(config, choices, words, task.name) for task in benchmark.tasks]
+    return [single_task(config, choices, words, task.name) for task in build_benchmark(config["data"]).tasks]
 
 
 def single_task(config: Mapping[str, Any], choices: Mapping[str, str], words: list[str], task: str) -> Cell:
@@ -58,7 +57,7 @@ def fill(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, Any
         return dict(config)
     schema.check(config.get("data"), "data")
     results = {}
-    for task in schema.build(config["data"], "data").tasks:
+    for task in build_benchmark(config["data"]).tasks:
         alone, chosen, _ = single_task(config, choices, [], task.name)
         directory = RunDirectory(identify(alone, chosen).directory(config["output_root"]))
         name = f"{task.name}_{task.metrics[0].name}"

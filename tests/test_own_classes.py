@@ -1,0 +1,202 @@
+"""A stranger's data set, task and architecture through train.py: the right numbers, or one line before training."""
+
+import json
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+OWN = '''
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mtl.data.base import Benchmark, Split
+from mtl.metrics.task import MeanAbsoluteError
+from mtl.tasks import Classification, Regression
+
+
+@dataclass
+class Shapes(Benchmark):
+    fault: str = ""
+    tasks = (Classification("shape", 3), Regression("size"))
+    image_shape, mean, std = (1, 8, 8), (0.5,), (0.25,)
+
+    def load(self):
+        draws = torch.Generator().manual_seed(0)
+
+        def split(size):
+            images = torch.randint(0, 256, (size, 8, 8, 1), dtype=torch.uint8, generator=draws)
+            shape = torch.randint(0, 3, (size,), generator=draws)
+            return Split(images, {"shape": shape, "size": torch.randn(size, generator=draws)})
+
+        train, test = split(48), split(32)
+        if self.fault == "missing":
+            train.targets["shape"][::2], train.targets["size"][1::2] = -100, torch.nan
+            test.targets["shape"][8:], test.targets["size"][8:] = -100, torch.nan
+        if self.fault == "class":
+            test.targets["shape"][7] = 3
+        if self.fault == "bug":
+            train.targets["colour"]
+        return train, test
+
+
+@dataclass
+class Declared(Shapes):
+    tasks = (Classification("shape", 3, partial=True), Regression("size", partial=True))
+
+
+class Experts(nn.Module):
+    """Its weight (E, F, C) meets an einsum, which leaves a gradient of another memory layout."""
+
+    def __init__(self, features, outputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, features, outputs, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x):
+        return torch.einsum("nf,efk->nek", x, self.weight).tanh().mean(1)
+
+
+class Convolutions(nn.Module):
+    """Two 3x3 convolutions over the features as a picture, so that the step makes channels_last gradients."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.body, self.last = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, outputs, 3, padding=1)
+
+    def forward(self, x):
+        x = x.view(len(x), 2, 2, -1).contiguous(memory_format=torch.channels_last)
+        return self.last(self.body(x).tanh()).mean((2, 3))
+
+
+class ExpertTask(Classification):
+    def head(self, features):
+        return Experts(features, self.outputs)
+
+
+class ConvolutionTask(Regression):
+    def head(self, features):
+        return Convolutions(self.outputs)
+
+
+class Sides(Shapes):
+    tasks = (ExpertTask("shape", 3), ConvolutionTask("size"))
+
+
+class WrongTask(Regression):
+    def criterion(self, prediction, target):
+        return (prediction - target).square()
+
+
+class Property(Shapes):
+    @property
+    def tasks(self):
+        return [Classification(name, 3) for name in self.names]
+
+
+class Broadcasts(Shapes):
+    tasks = (Classification("shape", 3), WrongTask("size"))
+
+
+class Unmasked(Regression):
+    def criterion(self, prediction, target):
+        return (prediction.squeeze(1) - target).square()
+
+
+class Error(MeanAbsoluteError):
+    def update(self, prediction, target):
+        return (prediction.squeeze(1) - target).abs().sum()[None]
+
+
+class UnmaskedMetric(Regression):
+    metrics = (Error(),)
+
+
+class NaNLoss(Shapes):
+    tasks = (Classification("shape", 3), Unmasked("size"))
+
+
+class NaNMetric(Shapes):
+    tasks = (Classification("shape", 3), UnmaskedMetric("size"))
+
+
+class Tiny(nn.Module):
+    out_features = 8
+
+    def __init__(self, in_channels, fault=""):
+        super().__init__()
+        self.conv, self.fault = nn.Conv2d(in_channels, 8, 3, padding=1), fault
+
+    def forward(self, x):
+        if self.fault == "bug":
+            return self.missing(x)
+        features = self.conv(x).relu().mean((2, 3))
+        return features.detach() if self.fault == "detached" else features
+'''
+
+
+@pytest.fixture
+def own(cli, tmp_path, monkeypatch):
+    """`own("Shapes", "data.fault=class")` trains that data set of a stranger's package on their Tiny net."""
+    torch.set_num_threads(1)
+    (tmp_path / "own_classes.py").write_text(textwrap.dedent(OWN))
+    monkeypatch.syspath_prepend(tmp_path)
+    small = ["data=digits", "arch=vgg16_bn", "~arch.dropout", "arch._target_=own_classes.Tiny", "+arch.fault=''",
+             "+data.fault=''", "data.batch_size=16", "trainer.epochs=1", "logger=none"]  # fmt: skip
+    return lambda data, *options: cli(*small, f"data._target_=own_classes.{data}", *options)
+
+
+def last_row(root: str) -> dict[str, float]:
+    (file,) = Path(root).rglob("metrics.jsonl")
+    row = json.loads(file.read_text().splitlines()[-1])
+    return {key: value for key, value in row.items() if not key.startswith("time/")}
+
+
+def one_line(run) -> str:
+    """The error of a run that was refused before it wrote anything."""
+    assert run.code in (1, 2) and not list(Path().rglob("run.json"))
+    (line,) = run.err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_missing_labels_count_without_being_declared(own):
+    """Losses and figures are those of the labelled samples (of the test data the first 8), declared partial or not."""
+    rows = []
+    for data, options in (("Shapes", []), ("Declared", []), ("Shapes", ["data.limit_test=8"])):
+        run = own(data, "data.fault=missing", f"output_root=root{len(rows)}", *options)
+        assert run.code == 0, run.err
+        rows.append(last_row(f"root{len(rows)}"))
+    assert rows[0] == rows[1] and rows[0] == pytest.approx(rows[2], rel=1e-6)
+
+
+@pytest.mark.parametrize(("data", "options", "message"), [
+    ("Shapes", "data.fault=class", r"test split: labels of task 'shape': sample 7 has the label 3; .* from 0 to 2"),
+    ("Shapes", "data.fault=bug", r"data: Shapes.load\(\): KeyError: 'colour' \(.*own_classes.py, line \d+\)"),
+    ("Property", "", r"data: Property: AttributeError: .* no attribute 'names' \(.*own_classes.py, line \d+\)"),
+    ("Broadcasts", "", r"data: task 'size': WrongTask.criterion returned the shape \(2, 2\)"),
+    ("NaNLoss", "data.fault=missing", "task 'size': its loss of a sample without a label is nan; it must be 0"),
+    ("NaNMetric", "data.fault=missing", r"metric 'mae' returned \[nan\] of samples without a label"),
+    ("Shapes", "arch.fault=bug", r"arch: .* no attribute 'missing' \(.*own_classes.py, line \d+\)"),
+    ("Shapes", "arch.fault=detached", r"arch: no loss reaches a parameter of Tiny"),
+    ("Shapes", "data.batch_size=1 loss=auto_lambda", "data.batch_size=1: AutoLambda divides a batch into 2 parts"),
+    ("Shapes", "data.batch_size=2 loss=sdmgrad", "data.batch_size=2: SDMGrad divides a batch into 3 parts"),
+])  # fmt: skip
+def test_a_fault_is_one_line_before_training(own, data, options, message):
+    assert re.search(message, one_line(own(data, *options.split())))
+
+
+layout = pytest.mark.xfail(strict=False, reason="mtl.backward leaves autograd's memory layout on heads until the merge")
+
+
+@pytest.mark.parametrize("loss", ["equal", pytest.param("pcgrad", marks=layout)])
+def test_heads_of_any_memory_layout_train_alike_with_a_fused_optimizer(own, loss):
+    rows = []
+    for fused in ("true", "false"):
+        run = own("Sides", "trainer.epochs=2", f"loss={loss}", f"optimizer.fused={fused}", f"output_root=fused_{fused}")
+        assert run.code == 0, run.err
+        rows.append({k: v for k, v in last_row(f"fused_{fused}").items() if k.startswith(("train/", "test/"))})
+    assert rows[0] == pytest.approx(rows[1], rel=1e-4)
