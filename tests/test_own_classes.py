@@ -189,10 +189,7 @@ def test_a_fault_is_one_line_before_training(own, data, options, message):
     assert re.search(message, one_line(own(data, *options.split())))
 
 
-layout = pytest.mark.xfail(strict=False, reason="mtl.backward leaves autograd's memory layout on heads until the merge")
-
-
-@pytest.mark.parametrize("loss", ["equal", pytest.param("pcgrad", marks=layout)])
+@pytest.mark.parametrize("loss", ["equal", "pcgrad"])
 def test_heads_of_any_memory_layout_train_alike_with_a_fused_optimizer(own, loss):
     rows = []
     for fused in ("true", "false"):
