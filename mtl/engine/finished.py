@@ -39,7 +39,7 @@ def inspect(
     rows = directory.rows()
     if len(rows) != epochs:
         raise Damaged(f"{directory.metrics} holds {len(rows)} epochs of a finished run of {epochs}; {CURE}")
-    if directory.run.get("rows") not in (None, digest(rows).hex()):  # older runs have not noted it
+    if directory.run.get("metrics_digest") not in (None, digest(rows).hex()):  # older runs have not noted it
         raise Damaged(f"{directory.metrics} was edited after the run had finished, or is of another run; {CURE}")
     if (summary := _summary(directory)) is None or not _agrees(summary, rows):
         with directory:

@@ -365,7 +365,7 @@ class Job:
         self._tell(rows)
         self.tracker.finish(flatten(summary), ok=True)  # a signal in here leaves an interrupted run, told again later
         with deferred():
-            self.directory.update(status="finished", error=None, finished=now(), rows=self.digest.hex())
+            self.directory.update(status="finished", error=None, finished=now(), metrics_digest=self.digest.hex())
 
     def _close(self, status: str, rows: list[dict[str, float]], error: str) -> None:
         """Note how a run ended before its time, as far as its disk allows; never raises for a file."""
