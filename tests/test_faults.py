@@ -5,23 +5,33 @@ Every one ends in the right numbers or in one line that names the file; nothing 
 
 import errno
 import json
+import logging
 import math
 import os
+import re
 import shutil
 import signal
 import stat
+import sys
 import threading
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from hydra.core.global_hydra import GlobalHydra
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mtl.config.cli import Grid, launch
+from mtl.config.errors import SetupError
 from mtl.config.identity import Identity
 from mtl.data.digits import Digits
 from mtl.engine import checkpoint, files
 from mtl.engine.directory import RunDirectory
+from mtl.engine.finished import inspect
+from mtl.engine.resume import resume
+from mtl.engine.run import assemble
 from mtl.engine.trainer import Learner
 from mtl.tracking import RunInfo, Tracker, flatten
 from mtl.tracking import wandb as tracking
@@ -40,13 +50,8 @@ def run(cli):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Output roots made once: `finished`, `parts` (two of three epochs, then an error), and `other`, of another seed."""
-    import logging
-    import sys
-
+    """Output roots made once: `finished`, `parts` (two of three epochs, then an error), `other` (of another seed)."""
     import train
-    from hydra.core.global_hydra import GlobalHydra
-    from mtl.config.cli import Grid, launch
 
     torch.set_num_threads(1)
     folder, real = tmp_path_factory.mktemp("made"), Learner.train_epoch
@@ -63,12 +68,35 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def copy(made, tmp_path):
+def copy(made, tmp_path, monkeypatch):
     """`copy("parts")` puts a copy of that root here and returns the directory of its only run."""
+    monkeypatch.chdir(tmp_path)
 
     def call(name: str) -> Path:
         shutil.copytree(made / name, tmp_path / name)
         return only(name)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def learner(made):
+    """Of the runs that `made` holds."""
+    config = yaml.safe_load(next((made / "parts").rglob("config.yaml")).read_text())
+    return assemble(config)[1]
+
+
+@pytest.fixture
+def resumed(learner):
+    """`resumed(directory, "words")`: the run is refused with these words, and no file changes."""
+
+    def call(directory: Path, words: str) -> None:
+        before, name = content(directory), json.loads((directory / "run.json").read_text())["name"]
+        with pytest.raises(SetupError, match=words) as error:
+            if "finished" in directory.parts:
+                inspect(RunDirectory(directory), name, 3, lambda: pytest.fail("nothing to build"))
+            resume(RunDirectory(directory), name, learner)
+        assert content(directory) == before and "\n" not in str(error.value)
 
     return call
 
@@ -80,9 +108,11 @@ def only(root: str) -> Path:
 
 def content(directory: Path) -> dict[str, bytes]:
     """The files of a directory; what is no regular file only by its kind."""
-    kinds = {f.name: f.read_bytes() if f.is_file() else str(stat.S_IFMT(f.lstat().st_mode)).encode()
-             for f in directory.iterdir() if f.name != ".lock"}  # fmt: skip
-    return kinds
+    return {
+        f.name: f.read_bytes() if f.is_file() else str(stat.S_IFMT(f.lstat().st_mode)).encode()
+        for f in directory.iterdir()
+        if f.name != ".lock"
+    }
 
 
 def refused(result, *words: str) -> None:
@@ -125,10 +155,18 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_noticed(run, copy, damage):
+def test_a_damaged_checkpoint_is_noticed(resumed, copy, damage):
     last = copy("parts") / "last.pt"
     data = DAMAGE[damage](last.read_bytes())
     last.unlink()  # best.pt may be the same file
+    last.write_bytes(data)
+    resumed(last.parent, re.escape(str(last)) + ".*delete it")
+
+
+def test_a_flipped_bit_is_one_line_of_the_command(run, copy):
+    last = copy("parts") / "last.pt"
+    data = flip(last.read_bytes())
+    last.unlink()
     last.write_bytes(data)
     before = content(last.parent)
     refused(run("parts"), str(last), "delete it")
@@ -190,14 +228,20 @@ FOREIGN = {
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("what", FOREIGN)
-def test_what_is_no_checkpoint_of_this_run_is_one_line(run, copy, what):
-    """And nothing else, such as a warning of torch's, before it; no file changes."""
+def test_what_is_no_checkpoint_of_this_run_is_refused(resumed, copy, what):
+    """Without another word, such as a warning of torch's; no file changes."""
     last = copy("parts") / "last.pt"
     (last.parent / "best.pt").unlink()
     FOREIGN[what](last)
-    before = content(last.parent)
+    resumed(last.parent, "last.pt")
+
+
+@pytest.mark.parametrize("what", ["a raw pickle", "another network"])
+def test_a_foreign_checkpoint_is_one_line_of_the_command(run, copy, what):
+    last = copy("parts") / "last.pt"
+    (last.parent / "best.pt").unlink()
+    FOREIGN[what](last)
     refused(run("parts"), "last.pt")
-    assert content(last.parent) == before
 
 
 @pytest.mark.parametrize("file", ["last.pt", "metrics.jsonl", "run.json"])
@@ -266,21 +310,31 @@ METRICS = {
 }
 
 
-@pytest.mark.parametrize("root", ["parts", "finished"])
 @pytest.mark.parametrize("what", METRICS)
-def test_damaged_metrics_are_one_line(run, copy, what, root):
+def test_damaged_metrics_are_refused(resumed, copy, what):
+    """Of a run that would go on, and of one that is finished."""
+    for root in ("parts", "finished"):
+        directory = copy(root)
+        METRICS[what](directory / "metrics.jsonl")
+        resumed(directory, "metrics.jsonl")
+
+
+@pytest.mark.parametrize("root", ["parts", "finished"])
+def test_damaged_metrics_are_one_line_of_the_command(run, copy, root):
     directory = copy(root)
-    METRICS[what](directory / "metrics.jsonl")
+    METRICS["an edited metric"](directory / "metrics.jsonl")
     before = content(directory)
     refused(run(root), "metrics.jsonl")
     assert content(directory) == before
 
 
-@pytest.mark.parametrize("tail", [b'{"epoch": 3, "tr', b"\xff\xfe", bytes(40), b'{"epoch": 3, \xff'])
-def test_a_torn_last_row_is_left_out(run, copy, made, tail):
+def test_a_torn_last_row_is_left_out(run, copy, made):
     """As a kill or a power cut leaves it."""
-    with (copy("parts") / "metrics.jsonl").open("ab") as f:
-        f.write(tail)
+    metrics = copy("parts") / "metrics.jsonl"
+    whole = metrics.read_bytes()
+    for tail in (b'{"epoch": 3, "tr', b"\xff\xfe", bytes(40), b'{"epoch": 3, \xff'):
+        metrics.write_bytes(whole + tail)
+        assert [row["epoch"] for row in files.read_rows(metrics)] == [1, 2]
     assert run("parts").code == 0
     shutil.copytree(made / "finished", "finished")
     same_numbers("parts", "finished")
@@ -300,35 +354,35 @@ RUN_JSON = {text: lambda path, t=text: path.write_text(t) for text in ("null", "
 }
 
 
-@pytest.mark.parametrize("root", ["parts", "finished"])
 @pytest.mark.parametrize("what", RUN_JSON)
-def test_a_damaged_run_json_is_one_line(run, copy, what, root):
-    directory = copy(root)
+def test_a_damaged_run_json_is_refused(copy, what):
+    directory = copy("parts")
+    RUN_JSON[what](directory / "run.json")
+    with pytest.raises(SetupError, match=r"run\.json"):
+        _ = RunDirectory(directory).run
+
+
+@pytest.mark.parametrize("what", ["null", "incomplete", "a FIFO"])
+def test_a_damaged_run_json_is_one_line_of_the_command(run, copy, what):
+    directory = copy("finished")
     RUN_JSON[what](directory / "run.json")
     before = content(directory)
-    refused(run(root), "run.json")
+    refused(run("finished"), "run.json")
     assert content(directory) == before
 
 
-@pytest.mark.parametrize("content", ["", '{"epochs": 2, "la', "{}", "null", "[]", "3", '{"status": "finished"}', None])
-def test_a_damaged_summary_is_written_anew(run, copy, content):
+def test_a_damaged_summary_is_written_anew(run, copy):
     """From the rows; only the peak memory, which they do not hold, is lost."""
     file = copy("finished") / "summary.json"
     before = json.loads(file.read_text())
-    file.unlink() if content is None else file.write_text(content)
-    result = run("finished")
-    assert result.code == 0 and "summary.json" in result.out and result.err == ""
+    edited = json.dumps({**before, "last": dict.fromkeys(before["last"], 100.0)})
     before.pop("peak_memory_gib")
-    assert json.loads(file.read_text()) == before
+    for damage in ('{"epochs": 2, "la', "null", edited, None):
+        file.unlink() if damage is None else file.write_text(damage)
+        result = run("finished")
+        assert result.code == 0 and "summary.json was damaged" in result.out and result.err == ""
+        assert json.loads(file.read_text()) == before
     assert "summary.json" not in run("finished").out
-
-
-def test_an_edited_summary_is_written_anew(run, copy):
-    file = copy("finished") / "summary.json"
-    before = json.loads(file.read_text())
-    file.write_text(json.dumps({**before, "last": dict.fromkeys(before["last"], 100.0)}))
-    assert run("finished").code == 0
-    assert json.loads(file.read_text())["last"] == before["last"]
 
 
 # ----------------------------------------------------------------------------------------------------------- best.pt
@@ -375,6 +429,16 @@ def test_a_lost_best_checkpoint_is_linked_anew_where_last_pt_is_that_epoch(run, 
     assert checkpoint.load(directory / "best.pt")["epoch"] == 2
 
 
+def test_a_finished_run_says_which_checkpoint_is_damaged(run, copy):
+    directory = copy("finished")
+    for name in ("last.pt", "best.pt"):
+        (directory / name).unlink()
+    (directory / "last.pt").write_bytes(b"PK")
+    result = run("finished")
+    assert result.code == 0 and "last.pt is damaged" in result.out and "best.pt is missing" in result.out
+    assert (directory / "last.pt").read_bytes() == b"PK"
+
+
 # -------------------------------------------------------------------------------------------------------- divergence
 
 
@@ -397,33 +461,34 @@ def test_a_metric_that_is_no_number_is_divergence(run, monkeypatch, key, value):
     monkeypatch.setattr(Learner, "evaluate", evaluate)
     result = run("a", "data.val_fraction=0.2")
     split, _, name = key.partition("/")
-    refused(result, f"{name.replace('_', ' ')} on {split} data became {value} in epoch 2 (last.pt holds the epoch before)")
+    refused(
+        result, f"{name.replace('_', ' ')} on {split} data became {value} in epoch 2 (last.pt holds the epoch before)"
+    )
     info = json.loads((only("a") / "run.json").read_text())
     assert info["status"] == "diverged" and checkpoint.load(only("a") / "last.pt")["epoch"] == 1
     assert len((only("a") / "metrics.jsonl").read_text().splitlines()) == 1
 
 
-def test_a_too_large_rate_never_ends_as_finished(run):
-    """It did, with an error of nan in the table. What is saved before the end is finite."""
-    result = run("a", "data.limit_train=64 data.limit_test=20 arch=resnet20 trainer.epochs=2 optimizer.lr=1e3 -arch.depth".replace(" -arch.depth", ""))
-    info = json.loads((only("a") / "run.json").read_text())
-    values = [v for line in (only("a") / "metrics.jsonl").read_text().splitlines() for v in json.loads(line).values()]
-    assert (result.code == 0) == (info["status"] == "finished") and None not in values
+def test_a_too_large_rate_never_ends_as_finished(cli):
+    """It did, with an error of nan in the table."""
+    result = cli("data=digits", "data.limit_train=64", "data.limit_test=20", "data.batch_size=32", "logger=none",
+                 "trainer.epochs=1", "optimizer.lr=30", "seed=0", "output_root=a")  # fmt: skip
+    refused(result, " on test data became nan in epoch 1")
+    (file,) = Path("a").rglob("run.json")
+    assert json.loads(file.read_text())["status"] == "diverged"
 
 
 def test_a_weight_that_is_no_number_is_divergence(run, monkeypatch):
     """The metrics of a head that nothing reads may stay finite."""
-    real = Learner.epoch_end
 
     def spoil(self, batches, name):
         with torch.no_grad():
             next(iter(self.model.heads["ink"].parameters())).fill_(math.nan)
         return {f"{name}/{t.name}_{m}": 1.0 for t in self.tasks for m in ("loss", t.metrics[0].name)}
 
-    assert real is Learner.epoch_end
     monkeypatch.setattr(Learner, "evaluate", spoil)
     refused(run("a"), "a weight became nan or inf in epoch 1")
-    assert not (only("a") / "last.pt").exists() if list(Path("a").rglob("metrics.jsonl")) else True
+    assert not list(Path("a").rglob("last.pt"))
 
 
 class Blind(Digits):
@@ -470,8 +535,11 @@ class Disk:
                 raise OSError(self.code, os.strerror(self.code), str(path))
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.ENOENT, errno.EROFS, errno.EACCES])
-@pytest.mark.parametrize("file", ["metrics.jsonl", "last.pt", "last.tmp", "best.pt", "summary.json", "run.json"])
+@pytest.mark.parametrize(
+    ("file", "code"),
+    [("metrics.jsonl", errno.ENOSPC), ("last.pt", errno.EIO), ("last.tmp", errno.ENOSPC), ("best.pt", errno.EACCES),
+     ("summary.json", errno.EROFS), ("run.json", errno.ENOSPC)],
+)  # fmt: skip
 def test_a_disk_that_takes_no_more_is_one_line(run, made, monkeypatch, file, code):
     """File, folder and reason; no second error, nothing half-written; the same command goes on to the same bits."""
     with monkeypatch.context() as patch:
@@ -535,8 +603,10 @@ def test_a_full_disk_keeps_the_status_true(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------ signals
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("method", ["start", "log", "finish"])
+@pytest.mark.parametrize(
+    ("method", "number", "code"),
+    [("start", signal.SIGINT, 130), ("start", signal.SIGTERM, 143), ("finish", signal.SIGTERM, 143)],
+)
 def test_a_signal_while_the_tracker_works_is_an_interruption(run, made, monkeypatch, method, number, code):
     """While W&B starts or uploads, too; and a second one does not change that."""
     real = getattr(Tracker, method)
@@ -656,12 +726,12 @@ def test_wandb_is_given_the_epochs_that_earlier_folders_lack(cli, monkeypatch):
     lines = [{"type": "history", "history": {"item": {"_step": step}}} for step in (1, 2)]
     output = "\n".join(json.dumps(line) for line in [{"type": "run"}, *lines]).encode()
 
-    def inspect(command, **settings):
+    def answer(command, **settings):
         if "run-3" in command[-1]:
             raise tracking.subprocess.TimeoutExpired(command, 1)
         return type("Done", (), {"stdout": output if "run-1" in command[-1] else b""})
 
-    monkeypatch.setattr(tracking.subprocess, "run", inspect)
+    monkeypatch.setattr(tracking.subprocess, "run", answer)
     init = fake_wandb(monkeypatch)
     WandbTracker(mode="offline").start(info(ROWS))
     assert [call.kwargs for call in init.return_value.log.call_args_list] == [

@@ -77,9 +77,9 @@ def read_json(path: Path) -> dict[str, Any]:
         Damaged: it holds anything but a JSON object.
         SetupError: it is no regular file, or cannot be read.
     """
-    text = read_regular(path)
+    data = read_regular(path)
     try:
-        content = json.loads(text)
+        content = json.loads(data.decode())  # of bytes alone, json would guess the encoding
     except json.JSONDecodeError:
         raise
     except (ValueError, RecursionError) as error:  # not UTF-8, or nested too deeply
@@ -136,7 +136,7 @@ def read_rows(path: Path) -> list[dict[str, float]]:
     rows: list[dict[str, float]] = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode())
         except (ValueError, RecursionError) as error:
             if number == len(lines) and isinstance(error, ValueError):
                 break

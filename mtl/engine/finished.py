@@ -14,7 +14,7 @@ from mtl.config.identity import Identity
 from mtl.data.base import Benchmark
 from mtl.engine.directory import RunDirectory
 from mtl.engine.files import CURE, Damaged, digest, plain, read_json, write_json
-from mtl.engine.resume import best_problem, mend_best
+from mtl.engine.resume import mend_best, problem_of
 from mtl.engine.summary import best, metrics, selector, speed, summarise
 from mtl.engine.trainer import Learner
 from mtl.tracking import RunInfo, Tracker, flatten
@@ -22,9 +22,7 @@ from mtl.tracking import RunInfo, Tracker, flatten
 log = logging.getLogger("mtl")
 
 
-def inspect(
-    directory: RunDirectory, name: str, epochs: int, build: Callable[[], tuple[Benchmark, Learner]]
-) -> None:
+def inspect(directory: RunDirectory, name: str, epochs: int, build: Callable[[], tuple[Benchmark, Learner]]) -> None:
     """Look whether the files of a finished run are whole; write its summary anew where that is damaged.
 
     Args:
@@ -53,8 +51,9 @@ def inspect(
             content["macs"] = count_macs(learner.model, benchmark.image_shape)
             write_json(directory.summary, content)
         log.info(f"{name}: summary.json was damaged; written anew from metrics.jsonl, without the peak memory")
-    if problem := _best(directory, name, rows):
-        log.info(f"WARNING   {name}: {problem}")
+    for problem in (problem_of(directory.last, name, epochs), _best(directory, name, rows)):
+        if problem:
+            log.info(f"WARNING   {name}: {problem}")
 
 
 def _splits(row: Mapping[str, float]) -> set[str]:
@@ -88,7 +87,7 @@ def _chosen_by(summary: Mapping[str, Any]) -> tuple[str, bool]:
 
 def _best(directory: RunDirectory, name: str, rows: list[dict[str, float]]) -> str:
     chosen = _chosen_by(read_json(directory.summary))
-    if not (problem := best_problem(directory, name, best(rows, *chosen)["epoch"])):
+    if not (problem := problem_of(directory.best, name, best(rows, *chosen)["epoch"])):
         return ""
     try:
         with directory:

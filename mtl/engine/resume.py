@@ -84,7 +84,7 @@ def mend_best(directory: RunDirectory, name: str, rows: Sequence[Row], key: str,
         what is wrong with best.pt; an empty string when nothing is (any more).
     """
     epoch = best(rows, key, higher)["epoch"]
-    if not (problem := best_problem(directory, name, epoch)):
+    if not (problem := problem_of(directory.best, name, epoch)):
         return ""
     if _epoch(directory.last, name) == epoch:
         checkpoint.link(directory.last, directory.best)
@@ -96,14 +96,14 @@ def mend_best(directory: RunDirectory, name: str, rows: Sequence[Row], key: str,
     return f"{problem}; the weights of epoch {epoch}, the best, are lost"
 
 
-def best_problem(directory: RunDirectory, name: str, epoch: int) -> str:
-    """Why best.pt is not this run's checkpoint of `epoch`; an empty string when it is."""
-    if not os.path.lexists(directory.best):
-        return "best.pt is missing"
-    found = _epoch(directory.best, name)
+def problem_of(path: Path, name: str, epoch: int) -> str:
+    """Why a file is not the run's checkpoint of `epoch`; an empty string when it is."""
+    if not os.path.lexists(path):
+        return f"{path.name} is missing"
+    found = _epoch(path, name)
     if found is None:
-        return "best.pt is damaged or of another run"
-    return "" if found == epoch else f"best.pt holds epoch {found}"
+        return f"{path.name} is damaged or of another run"
+    return "" if found == epoch else f"{path.name} holds epoch {found}"
 
 
 def _epoch(path: Path, name: str) -> int | None:

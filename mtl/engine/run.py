@@ -333,7 +333,9 @@ class Job:
             self.told += 1
 
     def _refuse_divergence(self, row: Mapping[str, float]) -> None:
-        evaluated = {name: b for name, b in self.evaluations.items() if f"{name}/{self.learner.tasks[0].name}_loss" in row}
+        evaluated = {
+            name: b for name, b in self.evaluations.items() if f"{name}/{self.learner.tasks[0].name}_loss" in row
+        }
         what = find(row, self.learner, evaluated)
         if what is None and (not evaluated or finite(self.learner)):
             return

@@ -1,8 +1,8 @@
 """Weights & Biases: online when logged in and reachable, else offline; never a prompt, never a run lost to a dashboard.
 
 All runs share <output_root>/wandb, so `wandb leet <output_root>/wandb` shows them side by side without an account and
-`wandb sync` uploads them later. A resumed run goes on in a second folder with the same id. W&B writes what it holds only
-now and then, so a kill loses the last steps of a folder: the next one begins with those that no folder holds.
+`wandb sync` uploads them later. A resumed run goes on in a second folder with the same id. W&B writes what it holds
+only now and then, so a kill loses the last steps of a folder: the next one begins with those that no folder holds.
 `wandb sync <output_root>/wandb/*` uploads the folders of one id one after the other, in the order in which they began.
 """
 
@@ -133,6 +133,7 @@ class WandbTracker(Tracker):
         identity, config = self.info.identity, self.info.config
         # Beside the flat config, names without a dot, which W&B's panels and filters would read as nesting. They are
         # also what a sweep calls its parameters, and a sweep's values are locked.
+        tags = [_fit(name, TAG) for name in (identity.data, identity.arch, identity.loss)]
         names = {"data": identity.data, "arch": identity.arch, "loss": identity.loss, "lr": config.get("optimizer.lr")}
         return wandb.init(
             project=self.project,
@@ -141,7 +142,9 @@ class WandbTracker(Tracker):
             name=_fit(identity.name, NAME),
             group=_fit(identity.group, NAME),
             job_type="train",
-            tags=list(dict.fromkeys([*(_fit(x, TAG) for x in (identity.data, identity.arch, identity.loss)), *self.tags])),
+            tags=list(
+                dict.fromkeys([*(_fit(x, TAG) for x in (identity.data, identity.arch, identity.loss)), *self.tags])
+            ),
             config={**config, **names},
             # Absolute: W&B's service is another process, which may work in another folder.
             dir=str(self.info.output_root.resolve()),
@@ -189,7 +192,7 @@ class WandbTracker(Tracker):
 
 
 def _steps(file: Path) -> set[int]:
-    """The steps that a .wandb file holds; none where nobody can tell, since a row told twice does less harm than none."""
+    """The steps that a .wandb file holds; none where nobody can tell: a row told twice does less harm than a lost one."""
     if file.stat().st_size <= 7:  # its header: a kill came before anything was written
         return set()
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
