@@ -359,8 +359,6 @@ def same(a: Any, b: Any) -> bool:
 def snapshot(directory: Path) -> dict[str, Any]:
     files = [f for f in directory.iterdir() if f.name != ".lock"]
     return {f.name: f.read_bytes() if f.is_file() else f.lstat().st_mode for f in files}
-        f.name: f.read_bytes() if f.is_file() else f.lstat().st_mode for f in directory.iterdir() if f.name != ".lock"
-    }
 
 
 def stopped_well(ended: Ended, folder: Path, numbers: set[int]) -> str:

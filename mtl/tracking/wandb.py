@@ -142,9 +142,7 @@ class WandbTracker(Tracker):
             name=_fit(identity.name, NAME),
             group=_fit(identity.group, NAME),
             job_type="train",
-            tags=list(
-                dict.fromkeys([*(_fit(x, TAG) for x in (identity.data, identity.arch, identity.loss)), *self.tags])
-            ),
+            tags=list(dict.fromkeys([*tags, *self.tags])),
             config={**config, **names},
             # Absolute: W&B's service is another process, which may work in another folder.
             dir=str(self.info.output_root.resolve()),
@@ -192,7 +190,7 @@ class WandbTracker(Tracker):
 
 
 def _steps(file: Path) -> set[int]:
-    """The steps that a .wandb file holds; none where nobody can tell: a row told twice does less harm than a lost one."""
+    """The steps that a .wandb file holds; none where nobody can tell: a row told twice is better than a lost one."""
     if file.stat().st_size <= 7:  # its header: a kill came before anything was written
         return set()
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
