@@ -262,9 +262,7 @@ class Faults:
                     (any(m in mode for m in "wa+") and refuse(p)) or real_open(p, mode, *a, **k)
                 )
                 os.replace = lambda a, b: refuse(b) or real_replace(a, b)
-                os.fsync = lambda f: (
-                    refuse(os.readlink(f"/proc/self/fd/{f if isinstance(f, int) else f.fileno()}")) or real_fsync(f)
-                )
+                os.fsync = lambda number: refuse(os.readlink(f"/proc/self/fd/{number}")) or real_fsync(number)
 
             ended = self.run(folder, options, before=full)
             left = [f.name for f in folder.rglob("*.tmp")]
