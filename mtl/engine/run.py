@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
-import sys
 import time
 import traceback
 from collections.abc import Mapping
@@ -33,7 +31,7 @@ from mtl.engine.finished import inspect, repeat
 from mtl.engine.microscope import Microscope
 from mtl.engine.resume import mend_best, resume, state
 from mtl.engine.signals import deferred
-from mtl.engine.summary import best, metrics, selector, speed, summarise
+from mtl.engine.summary import best, metrics, peak_memory, selector, speed, summarise
 from mtl.engine.trainer import Learner, Trainer, defines
 from mtl.losses import Equal, Strategy
 from mtl.random import derive
@@ -358,7 +356,7 @@ class Job:
             "parameters": count_parameters(self.learner.model),
             "macs": count_macs(self.learner.model, self.benchmark.image_shape),
             **speed(rows),
-            "peak_memory_gib": _peak_memory(self.learner.device),
+            "peak_memory_gib": peak_memory(self.learner.device),
         }
 
     def _finish(self, rows: list[dict[str, float]]) -> None:
@@ -398,11 +396,3 @@ class Job:
 
     def _units(self) -> dict[str, tuple[str, str]]:
         return {t.name: (t.metrics[0].name, t.metrics[0].unit) for t in self.learner.tasks}
-
-
-def _peak_memory(device: torch.device) -> float:
-    """GiB at most in use so far: of the GPU, or of this whole process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import resource
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import torch
 
 from mtl.tasks import Task
 
@@ -60,3 +64,11 @@ def speed(rows: Sequence[Row]) -> dict[str, float]:
         "seconds": sum(r["time/seconds"] for r in rows),
         "images_per_second": sum(r["time/images_per_second"] for r in rows) / len(rows),
     }
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB at most in use so far: of the GPU, or of this whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
