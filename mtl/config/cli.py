@@ -41,6 +41,8 @@ def launch(main: Callable[[], None]) -> int:
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand the exceptions to us instead of printing them over many lines
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as an earlier call in this process has left it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.raiseExceptions = False  # a run goes on, without tracebacks, when whoever read its output (| head) is gone
     try:
         _check_flags()
@@ -59,8 +61,20 @@ def launch(main: Callable[[], None]) -> int:
     except Exception as error:  # a run's own errors end in its outcome: what arrives here is Hydra's
         code = _say(translate(error))
     except (KeyboardInterrupt, Terminated) as error:
-        code = 143 if isinstance(error, Terminated) else 130
-    return max(code, Grid.close())
+        code = _interrupted(error)
+    try:
+        code = max(code, Grid.close())
+    except (KeyboardInterrupt, Terminated) as error:  # a second one, while the table is drawn
+        code = _interrupted(error)
+    # What is left is Python's own exit: a signal ends it at once, without a traceback.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) in (_terminate, signal.default_int_handler):
+            signal.signal(number, signal.SIG_DFL)
+    return code
+
+
+def _interrupted(error: BaseException) -> int:
+    return 143 if isinstance(error, Terminated) else 130
 
 
 class Terminated(BaseException):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -20,8 +22,12 @@ from filelock import FileLock, Timeout
 from mtl import __version__
 from mtl.config.errors import Busy, SetupError, remove_empty
 from mtl.config.program import checkout
+from mtl.engine.files import Damaged, check_regular, dump_row, read_json, read_rows, write_json, write_text, writing
 
 PACKAGES = ("torch", "torchvision", "hydra-core", "omegaconf", "wandb")
+
+
+PATIENCE = 1.0  # seconds that a run waits for its lock: a look at it (`busy`) takes far less
 
 
 class RunDirectory:
@@ -41,12 +47,13 @@ class RunDirectory:
         self.last, self.best = path / "last.pt", path / "best.pt"
         self._lock = FileLock(path / ".lock")
         self._handler: logging.Handler | None = None
+        self._fields: dict[str, Any] = {}
 
     def __enter__(self) -> RunDirectory:
         self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(blocking=False)
+            self._lock.acquire(timeout=PATIENCE, poll_interval=PATIENCE / 50)
         except Timeout:
             raise Busy(f"another process is training {self.path}; this one leaves it alone") from None
         except OSError as error:
@@ -55,81 +62,115 @@ class RunDirectory:
         return self
 
     def __exit__(self, *exception) -> None:
-        if self._handler is not None:
-            logging.getLogger("mtl").removeHandler(self._handler)
-            self._handler.close()
-        self._lock.release()
-        if not (self.path / "run.json").exists():
-            (self.path / ".lock").unlink(missing_ok=True)
-            remove_empty(self._made)
+        with suppress(OSError):  # the folder may be gone, or its disk full
+            if self._handler is not None:
+                logging.getLogger("mtl").removeHandler(self._handler)
+                self._handler.close()
+        with suppress(OSError):
+            self._lock.release()
+        with suppress(OSError):
+            if not (self.path / "run.json").exists():
+                new = self.path in self._made
+                for name in (".lock", *(("config.yaml", "train.log") if new else ())):
+                    (self.path / name).unlink(missing_ok=True)
+                remove_empty(self._made)
 
     @property
     def run(self) -> dict[str, Any]:
-        """The content of run.json; empty before the first start, or if a power cut has left it unreadable."""
+        """The content of run.json; empty before the first start, or if a power cut has left it half-written.
+
+        Raises:
+            SetupError: it is damaged in another way, and nobody can tell whether the run is finished.
+        """
+        file, cure = self.path / "run.json", "delete it, and the run's command writes it anew"
         try:
-            return json.loads((self.path / "run.json").read_text())
-        except (OSError, ValueError):
+            content = read_json(file)
+        except (FileNotFoundError, json.JSONDecodeError):
             return {}
+        except Damaged as error:
+            raise Damaged(f"{error}; {cure}") from error
+        for key in ("status", *(["finished"] if content.get("status") == "finished" else [])):
+            if not isinstance(content.get(key), str):
+                raise Damaged(f"{file} is damaged: no {key} in it; {cure}")
+        return content
 
     @property
     def busy(self) -> bool:
-        """Whether a process is at work here now."""
-        if not (self.path / ".lock").exists():
-            return False
+        """Whether a process is at work here now.
+
+        Raises:
+            SetupError: nobody can tell, because the lock cannot be read.
+        """
+        file = self.path / ".lock"
         try:
-            with FileLock(self.path / ".lock", blocking=False):
+            check_regular(file)
+            with file.open("rb") as f:
+                # A look shares the lock with other looks, and a run waits for their end: see PATIENCE.
+                fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return False
-        except Timeout:
+        except BlockingIOError:
             return True
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise SetupError(f"cannot read {file}: {error.strerror}") from error
+
+    @property
+    def finished(self) -> bool:
+        """Whether this process has noted the run as finished."""
+        return self._fields.get("status") == "finished"
 
     def update(self, **fields: Any) -> None:
-        """Change fields of run.json."""
-        write_json(self.path / "run.json", {**self.run, **fields})
+        """Change fields of run.json.
+
+        Raises:
+            WriteError: it cannot be written.
+        """
+        content = {**self._fields, **fields}
+        write_json(self.path / "run.json", content)
+        self._fields = content
 
     def start(self, config: Mapping[str, Any], fields: Mapping[str, Any], device: torch.device) -> None:
-        """Note what begins here, and log to train.log from now on."""
-        (self.path / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
-        self.update(**fields, status="running", error=None, started=now(), finished=None, **provenance(device))
-        self._handler = logging.FileHandler(self.path / "train.log")
+        """Note what begins here, and log to train.log from now on.
+
+        Raises:
+            WriteError: one of the files cannot be written.
+            SetupError: one of the files is damaged.
+        """
+        log_file = self.path / "train.log"
+        check_regular(log_file)
+        write_text(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+        with writing(log_file):
+            self._handler = logging.FileHandler(log_file)
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         logging.getLogger("mtl").addHandler(self._handler)
+        self._fields = self.run
+        self.update(**fields, status="running", error=None, started=now(), finished=None, **provenance(device))
 
     def rows(self) -> list[dict[str, float]]:
-        """The rows of metrics.jsonl; a half-written last line (a kill in mid-write) is left out."""
-        if not self.metrics.exists():
-            return []
-        rows = []
-        for line in self.metrics.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return rows
+        """The rows of metrics.jsonl; see `mtl.engine.files.read_rows`."""
+        return read_rows(self.metrics)
 
     def append(self, row: Mapping[str, float]) -> None:
-        """Add one row to metrics.jsonl."""
-        with self.metrics.open("a") as f:
-            f.write(json.dumps(row) + "\n")
+        """Add one row to metrics.jsonl.
+
+        Raises:
+            WriteError: it cannot be written.
+        """
+        with writing(self.metrics), self.metrics.open("a", encoding="utf-8") as f:
+            f.write(dump_row(row) + "\n")
             f.flush()
             os.fsync(f.fileno())  # as durable as the checkpoint that follows
 
-    def truncate(self, epochs: int) -> list[dict[str, float]]:
-        """Keep only the rows of the first `epochs` epochs (those the checkpoint knows) and return them."""
-        rows = [r for r in self.rows() if r["epoch"] <= epochs]
-        write_text(self.metrics, "".join(json.dumps(r) + "\n" for r in rows))
-        return rows
+    def truncate(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Let metrics.jsonl hold `rows` only: those that the checkpoint knows.
 
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Replace a JSON file in one step."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+        Raises:
+            WriteError: it cannot be written.
+        """
+        text = "".join(dump_row(row) + "\n" for row in rows)
+        if not self.metrics.exists() or self.metrics.read_text(encoding="utf-8", errors="replace") != text:
+            write_text(self.metrics, text)
 
 
 def now() -> str:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
-import resource
-import sys
 import time
 import traceback
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,17 +18,22 @@ from mtl.archs.check import ArchError, as_before, check_model
 from mtl.archs.model import MultiTaskModel, count_macs, count_parameters
 from mtl.config import schema, torchrun
 from mtl.config.cli import Terminated
-from mtl.config.errors import ConfigError, Diverged, SetupError, one_line, where
+from mtl.config.errors import ConfigError, Diverged, one_line, where
 from mtl.config.identity import Identity
 from mtl.data.base import Benchmark, build_benchmark
 from mtl.data.batches import EvaluationBatches, TrainingBatches, move
 from mtl.data.check import check_tasks, few
 from mtl.engine import checkpoint, words
 from mtl.engine.backward import Switches
-from mtl.engine.directory import RunDirectory, now, write_json
+from mtl.engine.directory import RunDirectory, now
 from mtl.engine.distributed import Processes
-from mtl.engine.finished import repeat
+from mtl.engine.divergence import find, finite
+from mtl.engine.files import START, Damaged, WriteError, digest, write_json
+from mtl.engine.finished import inspect, repeat
 from mtl.engine.microscope import Microscope
+from mtl.engine.resume import mend_best, resume, state
+from mtl.engine.signals import deferred
+from mtl.engine.summary import best, metrics, owned, peak_memory, selector, speed, summarise
 from mtl.engine.trainer import Learner, Trainer, defines
 from mtl.losses import Equal, Strategy
 from mtl.random import derive, stream
@@ -113,7 +115,11 @@ def run(
     path = identity.directory(config["output_root"])
     leads = processes is None or processes.leads
     done = RunDirectory(path).run if leads else {}
+    if done.get("name", identity.name) != identity.name:
+        raise Damaged(f"{path}/run.json is that of another run, {done['name']}; restore it, or delete it")
     if done.get("status") == "finished":
+        on_cpu = {**config, "trainer": {**config["trainer"], "device": "cpu"}}  # the run's device may not be here
+        inspect(RunDirectory(path), identity.name, config["trainer"]["epochs"], lambda: assemble(on_cpu))
         log.info(f"{identity.name}: finished {done['finished']}, in {path} (delete that folder to run it again)")
         tracker: Tracker = schema.build(config["logger"], "logger")
         if tracker.repeats:
@@ -275,48 +281,52 @@ class Job:
     train: TrainingBatches
     evaluations: dict[str, EvaluationBatches]
     tracker: Tracker
+    digest: bytes = START  # of the rows that are saved
+    told: int = 0  # rows that the tracker has
 
     def execute(self) -> Outcome:
-        """Train; the outcome is in run.json and in the return value. Interruptions are noted and passed on."""
+        """Train; the outcome is in run.json and in the return value. Interruptions are noted and passed on.
+
+        Raises:
+            SetupError: a file in the directory is damaged or cannot be written; the run has not begun.
+        """
         directory, path, processes = self.directory, str(self.directory.path), self.learner.processes
-        rows = self._resume()
-        directory.start(self.config, self._identity_fields(), self.learner.device)
-        where = self.tracker.start(self._info(rows))
-        words.header(self, where, len(rows))
+        rows, self.digest = resume(directory, self.identity.name, self.learner)
+        self.told, begun = len(rows), False
         try:
+            with deferred():
+                directory.start(self.config, self._identity_fields(), self.learner.device)
+                begun = True
+                directory.truncate(rows)
+            where = self.tracker.start(self._info(rows))
+            words.header(self, where, len(rows))
+            # A kill between the two files leaves best.pt one epoch behind last.pt.
+            if rows and (problem := mend_best(directory, self.identity.name, rows, *self._selector)):
+                log.info(f"WARNING   {problem}")
             with nullcontext() if processes is None else processes.guard(self._last_words):
                 self._train(rows)
+            self._finish(rows)
         except (KeyboardInterrupt, SystemExit, Terminated):  # SystemExit: preempted under submitit or Ray
-            self._close("interrupted", rows, "stopped by a signal")
-            log.info(f"interrupted after {len(rows)} epochs; the same command goes on from there: {self.command}")
+            if begun and not directory.finished:
+                self._close("interrupted", rows, "stopped by a signal")
+                log.info(f"interrupted after {len(rows)} epochs; the same command goes on from there: {self.command}")
             raise
         except Diverged as error:
             self._close("diverged", rows, str(error))
             return Outcome("diverged", error.exit_code, path, str(error))
+        except WriteError as error:
+            if not begun:
+                raise
+            message = f"{error}; {len(rows)} epochs are saved, and once that is mended the same command goes on"
+            self._close("failed", rows, message)
+            return Outcome("failed", error.exit_code, path, message)
         except Exception as error:
             log.debug(traceback.format_exc())  # into train.log only
             message = f"{type(error).__name__}: {one_line(error)} (traceback in {path}/train.log)"
             self._close("failed", rows, message)
             return Outcome("failed", 1, path, message)
-        self._close("finished", rows, None)
         words.footer(self, rows)
         return Outcome("finished", 0, path)
-
-    def _resume(self) -> list[dict[str, float]]:
-        if not self.directory.last.exists():
-            return self.directory.truncate(0)
-        state = checkpoint.load(self.directory.last)
-        self.learner.load_state(state)
-        rows = self.directory.truncate(state["epoch"])
-        if [row["epoch"] for row in rows] != list(range(1, state["epoch"] + 1)):
-            raise SetupError(
-                f"{self.directory.metrics} lacks rows that last.pt (after epoch {state['epoch']}) has seen; "
-                "delete last.pt to start the run afresh"
-            )
-        # A kill between the two files leaves best.pt one epoch behind last.pt.
-        if self._is_best(rows):
-            checkpoint.link(self.directory.last, self.directory.best)
-        return rows
 
     def _train(self, rows: list[dict[str, float]]) -> None:
         epochs, units = self.learner.trainer.epochs, self._units()
@@ -328,71 +338,80 @@ class Job:
             self._refuse_divergence(row)
             for name, batches in self.evaluations.items():
                 row.update(self.learner.evaluate(batches, name))
+            self._refuse_divergence(row)
             self.learner.epoch_end(row)
             row["time/seconds"] = time.perf_counter() - started
-            rows.append(row)
-            # Row, then checkpoint: on resume, rows that no checkpoint knows are cut. best.pt is last.pt, linked.
-            self.directory.append(row)
-            checkpoint.save({"epoch": epoch + 1, **self.learner.state()}, self.directory.last)
-            if self._is_best(rows):
-                checkpoint.link(self.directory.last, self.directory.best)
-            self.tracker.log(row)
+            with deferred():
+                self._save(row, rows)
+            self._tell(rows)
             remaining = row["time/seconds"] * (epochs - epoch - 1)
             log.info(epoch_line(row, units, epochs, remaining))
 
-    def _refuse_divergence(self, row: Mapping[str, float]) -> None:
-        for key, value in row.items():
-            if not math.isfinite(value) and (key == "grad/norm" or self._has_labels(key)):
-                what = key.removeprefix("train/").replace("_", " ").replace("grad/norm", "gradient norm")
-                kept = " (last.pt holds the epoch before)" if row["epoch"] > 1 else ""
-                raise Diverged(
-                    f"{self.identity.name}: {what} became {value} in epoch {row['epoch']}{kept}; "
-                    "try a smaller optimizer.lr or schedule.warmup_epochs"
-                )
+    def _save(self, row: dict[str, float], rows: list[dict[str, float]]) -> None:
+        """Put an epoch on disk, then into `rows`."""
+        # Row, then checkpoint: on resume, rows that no checkpoint knows are cut. best.pt is last.pt, linked.
+        self.directory.append(row)
+        known = digest([row], self.digest)
+        checkpoint.save(state(row["epoch"], self.identity.name, known, self.learner), self.directory.last)
+        self.digest = known
+        rows.append(row)
+        if best(rows, *self._selector) is row:
+            checkpoint.link(self.directory.last, self.directory.best)
 
-    def _has_labels(self, key: str) -> bool:
-        return any(key == f"train/{t.name}_loss" and t.name not in self.train.partial for t in self.learner.tasks)
+    def _tell(self, rows: list[dict[str, float]]) -> None:
+        """Give the tracker the rows that it has not been given yet."""
+        for row in rows[self.told :]:
+            self.tracker.log(row)
+            self.told += 1
+
+    def _refuse_divergence(self, row: Mapping[str, float]) -> None:
+        evaluated = {
+            name: b for name, b in self.evaluations.items() if f"{name}/{self.learner.tasks[0].name}_loss" in row
+        }
+        what = find(row, self.learner.tasks, evaluated, self.train.partial)
+        if what is None and (not evaluated or finite(self.learner)):
+            return
+        kept = " (last.pt holds the epoch before)" if row["epoch"] > 1 else ""
+        raise Diverged(
+            f"{self.identity.name}: {what or 'a weight became nan or inf'} in epoch {row['epoch']}{kept}; "
+            "try a smaller optimizer.lr or schedule.warmup_epochs"
+        )
 
     # -- what is chosen and reported ----------------------------------------------------------------------------------
 
-    def _metrics(self, split: str) -> dict[str, bool]:
-        """{"test/fine_accuracy": higher is better, …}, the main one first."""
-        return {f"{split}/{t.name}_{m.name}": m.higher_is_better for t in self.learner.tasks for m in t.metrics}
-
     @property
     def _selector(self) -> tuple[str, bool]:
-        """What chooses best.pt: the first task's main metric on validation data, or, by the protocol, on test data."""
-        return next(iter(self._metrics("val" if "val" in self.evaluations else "test").items()))
-
-    def _is_best(self, rows: list[dict[str, float]]) -> bool:
-        key, higher = self._selector
-        return bool(rows) and _best(rows, key, higher) is rows[-1]
+        return selector(self.learner.tasks, "val" in self.evaluations)
 
     def summary(self, rows: list[dict[str, float]]) -> dict[str, Any]:
         """The run's figures: best over epochs (each metric on its own), last epoch, and chosen on validation data."""
-        tests, (key, higher) = self._metrics("test"), self._selector
-        chosen = _best(rows, key, higher)
         return {
-            "epochs": len(rows),
-            "best": {k: {"value": (row := _best(rows, k, h))[k], "epoch": row["epoch"]} for k, h in tests.items()},
-            "last": {k: rows[-1][k] for k in tests},
-            "higher_is_better": tests,
-            "tasks": {t.name: [f"{t.name}_{m.name}" for m in t.metrics] for t in self.learner.tasks},
-            "selected": {"by": key, "epoch": chosen["epoch"], **{k: chosen[k] for k in tests}}
-            if key.startswith("val/")
-            else None,
+            **summarise(rows, metrics(self.learner.tasks, "test"), *self._selector),
+            "tasks": owned(self.learner.tasks),
             "parameters": count_parameters(self.learner.model),
             "macs": count_macs(self.learner.model, self.benchmark.image_shape),
-            "seconds": sum(r["time/seconds"] for r in rows),
-            "images_per_second": sum(r["time/images_per_second"] for r in rows) / len(rows),
-            "peak_memory_gib": _peak_memory(self.learner.device),
+            **speed(rows),
+            "peak_memory_gib": peak_memory(self.learner.device),
         }
 
-    def _close(self, status: str, rows: list[dict[str, float]], error: str | None) -> None:
-        summary = {"status": status, **(self.summary(rows) if rows else {})}
+    def _finish(self, rows: list[dict[str, float]]) -> None:
+        summary = {"status": "finished", **self.summary(rows)}
         write_json(self.directory.summary, summary)
-        self.tracker.finish(flatten(summary), ok=status == "finished")
-        self.directory.update(status=status, error=error, finished=now())
+        self._tell(rows)
+        self.tracker.finish(flatten(summary), ok=True)  # a signal in here leaves an interrupted run, told again later
+        with deferred():
+            self.directory.update(status="finished", error=None, finished=now(), metrics_digest=self.digest.hex())
+
+    def _close(self, status: str, rows: list[dict[str, float]], error: str) -> None:
+        """Note how a run ended before its time, as far as its disk allows; never raises for a file."""
+        summary = {"status": status, **(self.summary(rows) if rows else {})}
+        with deferred():
+            with suppress(WriteError):
+                self._last_words(status, error)
+            with suppress(WriteError):
+                write_json(self.directory.summary, summary)
+        self._tell(rows)
+        self.tracker.finish(flatten(summary), ok=False)
 
     def _last_words(self, status: str, error: str) -> None:
         self.directory.update(status=status, error=error, finished=now())
@@ -405,23 +424,10 @@ class Job:
         }  # fmt: skip
 
     def _info(self, rows: list[dict[str, float]]) -> RunInfo:
-        best = {**self._metrics("test"), **(self._metrics("val") if "val" in self.evaluations else {})}
+        tasks = self.learner.tasks
+        best = {**metrics(tasks, "test"), **(metrics(tasks, "val") if "val" in self.evaluations else {})}
         root = Path(self.config["output_root"])
         return RunInfo(self.identity, self.directory.path, root, flatten(self.config), best, tuple(rows))
 
     def _units(self) -> dict[str, tuple[str, str]]:
         return {t.name: (t.metrics[0].name, t.metrics[0].unit) for t in self.learner.tasks}
-
-
-def _best(rows: list[dict[str, float]], key: str, higher: bool) -> dict[str, float]:
-    """The first row with the best value of `key`; a value that is not a number is never the best."""
-    sign = 1 if higher else -1
-    return max(rows, key=lambda row: sign * row[key] if math.isfinite(row[key]) else -math.inf)
-
-
-def _peak_memory(device: torch.device) -> float:
-    """GiB at most in use so far: of the GPU, or of this whole process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -72,7 +72,8 @@ def footer(job: Job, rows: list[dict[str, float]]) -> None:
     log.info(table(header, body))
     speed = f"{summary['images_per_second']:,.0f} img/s in training"
     speed += f", peak memory {summary['peak_memory_gib']:.2f} GiB"
-    log.info(f"{duration(summary['seconds'])}, {speed}; checkpoints last.pt and best.pt in {job.directory.path}")
+    files = "last.pt and best.pt" if job.directory.best.is_file() else "last.pt (best.pt is missing)"
+    log.info(f"{duration(summary['seconds'])}, {speed}; checkpoints {files} in {job.directory.path}")
     log.info(f"reproduce: {job.command}")
 
 

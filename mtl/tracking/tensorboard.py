@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from mtl.config.errors import SetupError
+from mtl.config.errors import SetupError, one_line
 from mtl.tracking import RunInfo, Tracker
+
+log = logging.getLogger("mtl")
 
 
 class TensorBoardTracker(Tracker):
@@ -24,14 +28,37 @@ class TensorBoardTracker(Tracker):
         self._writer_class, self._writer = SummaryWriter, None
 
     def start(self, info: RunInfo) -> str:
-        self._writer = self._writer_class(str(info.directory / "tensorboard"))
+        # A kill may have kept the last rows out of an earlier file. So all are written again, and `purge_step` lets
+        # readers forget the first ones.
+        folder = info.directory / "tensorboard"
+        with self._harmless():
+            self._writer = self._writer_class(str(folder), purge_step=1 if folder.exists() else None)
+            for row in info.rows:
+                self._add(row)
+        if self._writer is None:
+            return "not available; training goes on without it"
         return f"tensorboard --logdir {info.output_root}"
 
     def log(self, row: Mapping[str, float]) -> None:
-        for key, value in row.items():
-            self._writer.add_scalar(key, value, int(row["epoch"]))
-        self._writer.flush()
+        if self._writer is not None:
+            with self._harmless():
+                self._add(row)
+                self._writer.flush()
 
     def finish(self, summary: Mapping[str, Any], ok: bool) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with self._harmless():
+                self._writer.close()
+            self._writer = None
+
+    def _add(self, row: Mapping[str, float]) -> None:
+        for key, value in row.items():
+            self._writer.add_scalar(key, value, int(row["epoch"]))
+
+    @contextmanager
+    def _harmless(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a full disk, a folder that is gone: metrics.jsonl holds everything anyway
+            log.warning(f"TensorBoard stopped ({type(error).__name__}: {one_line(error)}); training goes on without it")
+            self._writer = None

@@ -1,19 +1,27 @@
 """Weights & Biases: online when logged in and reachable, else offline; never a prompt, never a run lost to a dashboard.
 
 All runs share <output_root>/wandb, so `wandb leet <output_root>/wandb` shows them side by side without an account and
-`wandb sync` uploads them later. A resumed run goes on in a second folder with the same id and the steps that follow;
+`wandb sync` uploads them later. A resumed run goes on in a second folder with the same id. W&B writes what it holds
+only now and then, so a kill loses the last steps of a folder: the next one begins with those that no folder holds.
 `wandb sync <output_root>/wandb/*` uploads the folders of one id one after the other, in the order in which they began.
 """
 
 from __future__ import annotations
 
+import glob
+import hashlib
+import json
 import logging
 import math
 import os
+import re
 import ssl
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from mtl.tracking import RunInfo, Tracker
@@ -23,6 +31,10 @@ log = logging.getLogger("mtl")
 # W&B itself tries for 90 s to begin a run and for as long as it takes to end one. A grid without a network would wait
 # so in every cell.
 PROBE, BEGIN, END = 5.0, 30.0, 600.0  # seconds: to reach the server at all; to open a run; to upload what is left
+INSPECT = 60.0  # seconds: to read one earlier folder of a run
+
+ID, NAME, TAG = 64, 128, 64  # characters that W&B accepts
+FORBIDDEN = "/\\#?%:"  # in a project
 
 
 class WandbTracker(Tracker):
@@ -36,6 +48,9 @@ class WandbTracker(Tracker):
             obeyed.
         tags: added to data, arch and loss.
         artifact: best uploads best.pt as a model artifact, at the end of a run that finished.
+
+    Raises:
+        ValueError: W&B accepts no such project or tag.
     """
 
     def __init__(
@@ -46,6 +61,10 @@ class WandbTracker(Tracker):
         tags: Sequence[str] = (),
         artifact: Literal["none", "best"] = "none",
     ):
+        if not 0 < len(project) <= NAME or set(project) & set(FORBIDDEN):
+            raise ValueError(f"project: must have 1 to {NAME} characters and none of {FORBIDDEN}, not {project!r}")
+        if wrong := [tag for tag in tags if not 0 < len(tag) <= TAG]:
+            raise ValueError(f"tags: each must have 1 to {TAG} characters, not {wrong[0]!r}")
         self.project, self.entity, self.mode, self.tags, self.artifact = project, entity, mode, tuple(tags), artifact
         self.run = None
 
@@ -86,31 +105,44 @@ class WandbTracker(Tracker):
                 # With "last" too: "max" alone would remove the plain key from the summary. (Of a resumed run this
                 # maximum knows the epochs since; what `finish` adds, "best/<metric>", knows all.)
                 self.run.define_metric(key, step_metric="epoch", summary="max,last" if higher else "min,last")
+            missing = self._missing(mode)
         except Exception as error:
             self.run = None
             return f"not available ({type(error).__name__}: {error}); training goes on without it"
-        if self.repeats:
-            for row in info.rows:
-                self.log(row)
+        for row in missing:
+            self.log(row)
         if mode == "online":
             return str(self.run.url)
         if mode == "disabled":
             return "disabled by WANDB_MODE"
         return f"{wish}offline; upload with: wandb sync {self.run.settings.sync_dir}"
 
+    def _missing(self, mode: str) -> list[Mapping[str, float]]:
+        """The rows so far that W&B does not have under this id."""
+        if mode == "disabled" or not self.info.rows:
+            return []
+        if mode == "online":
+            return [row for row in self.info.rows if row["epoch"] >= self.run.step]
+        here, folders = Path(self.run.settings.sync_dir), self.info.output_root / "wandb"
+        name = glob.escape(self.run.id)
+        earlier = [f for f in folders.glob(f"*run-*-{name}/run-{name}.wandb") if f.parent.resolve() != here.resolve()]
+        told = set().union(*map(_steps, earlier))
+        return [row for row in self.info.rows if row["epoch"] not in told]
+
     def _open(self, wandb: Any, mode: str) -> Any:
         identity, config = self.info.identity, self.info.config
         # Beside the flat config, names without a dot, which W&B's panels and filters would read as nesting. They are
         # also what a sweep calls its parameters, and a sweep's values are locked.
+        tags = [_fit(name, TAG) for name in (identity.data, identity.arch, identity.loss)]
         names = {"data": identity.data, "arch": identity.arch, "loss": identity.loss, "lr": config.get("optimizer.lr")}
         return wandb.init(
             project=self.project,
             entity=self.entity,
-            id=identity.name,
-            name=identity.name,
-            group=identity.group,
+            id=_fit(identity.name, ID, r"[^A-Za-z0-9_.-]"),
+            name=_fit(identity.name, NAME),
+            group=_fit(identity.group, NAME),
             job_type="train",
-            tags=[identity.data, identity.arch, identity.loss, *self.tags],
+            tags=list(dict.fromkeys([*tags, *self.tags])),
             config={**config, **names},
             # Absolute: W&B's service is another process, which may work in another folder.
             dir=str(self.info.output_root.resolve()),
@@ -123,13 +155,16 @@ class WandbTracker(Tracker):
         if self.run is not None:
             finite = {k: v for k, v in row.items() if not (isinstance(v, float) and not math.isfinite(v))}
             # The step is given, not counted: a resumed run must go on where it was.
-            self._try(lambda: self.run.log(finite, step=int(row["epoch"])))
+            self._try(lambda: self.run.log(finite, step=int(row["epoch"]), commit=True))
 
     def finish(self, summary: Mapping[str, Any], ok: bool) -> None:
         if self.run is not None:
             self._try(lambda: self.run.summary.update({_slashed(key): value for key, value in summary.items()}))
         if self.run is not None and ok and self.artifact == "best":
-            self._try(lambda: self._upload(summary))
+            if (self.info.directory / "best.pt").is_file():
+                self._try(lambda: self._upload(summary))
+            else:
+                log.warning("best.pt is missing, so W&B gets no artifact")
         if self.run is not None:
             self._try(lambda: self.run.finish(exit_code=0 if ok else 1))
             self.run = None
@@ -140,7 +175,8 @@ class WandbTracker(Tracker):
         identity = self.info.identity
         facts = {"data": identity.data, "arch": identity.arch, "loss": identity.loss, "seed": identity.seed}
         chosen = {_slashed(k): v for k, v in summary.items() if k.startswith(("best.", "last.", "selected."))}
-        artifact = wandb.Artifact(identity.name, type="model", metadata={**facts, **chosen})
+        name = _fit(identity.name, NAME, r"[^A-Za-z0-9_.-]")
+        artifact = wandb.Artifact(name, type="model", metadata={**facts, **chosen})
         # Absolute, for a sync from anywhere; best.pt is not written again, so W&B need not copy it before.
         artifact.add_file(str((self.info.directory / "best.pt").resolve()), policy="immutable", skip_cache=True)
         self.run.log_artifact(artifact, aliases=["best"])
@@ -151,6 +187,27 @@ class WandbTracker(Tracker):
         except Exception as error:  # a full disk, a dead service: metrics.jsonl holds everything anyway
             log.warning(f"W&B stopped ({type(error).__name__}: {error}); training goes on without it")
             self.run = None
+
+
+def _steps(file: Path) -> set[int]:
+    """The steps that a .wandb file holds; none where nobody can tell: a row told twice is better than a lost one."""
+    if file.stat().st_size <= 7:  # its header: a kill came before anything was written
+        return set()
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    try:
+        lines = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=INSPECT).stdout
+        records = [json.loads(line) for line in lines.splitlines() if b'"history"' in line]
+        return {int(record["history"]["item"]["_step"]) for record in records if record["type"] == "history"}
+    except (OSError, subprocess.SubprocessError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def _fit(text: str, limit: int, forbidden: str = r"[\x00-\x1f]") -> str:
+    """`text` as W&B accepts it; where that takes a change, a hash keeps different texts apart."""
+    accepted = re.sub(forbidden, "-", text).strip()
+    if accepted == text and len(text) <= limit:
+        return text
+    return f"{accepted[: limit - 9]}-{hashlib.sha256(text.encode(errors='replace')).hexdigest()[:8]}"
 
 
 def _slashed(key: str) -> str:

@@ -1,0 +1,124 @@
+"""Where a run goes on: its checkpoint and its rows, after a look at whether they belong to it and to each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtl.config.errors import SetupError, one_line
+from mtl.engine import checkpoint
+from mtl.engine.directory import RunDirectory
+from mtl.engine.files import START, digest, writing
+from mtl.engine.summary import Row, best
+from mtl.engine.trainer import Learner
+
+
+def state(epoch: int, name: str, rows: bytes, learner: Learner) -> dict[str, Any]:
+    """The content of a checkpoint.
+
+    Args:
+        epoch: how many are done.
+        name: of the run.
+        rows: digest of its rows (`mtl.engine.files.digest`).
+        learner: what has been learned.
+    """
+    # As tensors, since whoever compares checkpoints compares tensors.
+    return {"epoch": epoch, "run": _tensor(name.encode()), "rows": _tensor(rows), **learner.state()}
+
+
+def resume(directory: RunDirectory, name: str, learner: Learner) -> tuple[list[dict[str, float]], bytes]:
+    """Load the last checkpoint into `learner`; writes nothing.
+
+    Returns:
+        the rows that the checkpoint knows, and their digest; no rows where there is no checkpoint.
+
+    Raises:
+        SetupError: a file is damaged, belongs to another run, or does not fit the others.
+    """
+    last, rows = directory.last, directory.rows()
+    if not os.path.lexists(last):
+        return [], START
+    saved = checkpoint.load(last)
+    afresh = "delete it to start the run afresh"
+    for key, kind in {"epoch": int, "model": dict, "optimizer": dict, "strategy": dict}.items():
+        if not isinstance(saved.get(key), kind):
+            raise SetupError(f"{last} is no checkpoint of this project: no {key} in it; {afresh}")
+    epoch, owner = saved["epoch"], _bytes(saved, "run")
+    if owner not in (None, name.encode()):
+        raise SetupError(f"{last} is the checkpoint of another run, {owner.decode(errors='replace')}; {afresh}")
+    if len(rows) < epoch:
+        raise SetupError(
+            f"{directory.metrics} lacks rows that last.pt (after epoch {epoch}) has seen; "
+            "restore it, or delete last.pt to start the run afresh"
+        )
+    rows = rows[: max(0, epoch)]
+    # Checkpoints of older versions hold neither name nor digest: those are taken as they are.
+    if epoch < 1 or _bytes(saved, "rows") not in (None, digest(rows)):
+        raise SetupError(
+            f"{directory.metrics} does not hold the {epoch} rows that last.pt has seen: one of the two was edited, "
+            "or is of another run; restore it, or delete last.pt to start the run afresh"
+        )
+    try:
+        learner.load_state(saved)
+    except Exception as error:  # whatever torch, an optimizer or a method says to a state of another shape
+        text = one_line(error)
+        text = text if len(text) <= 160 else f"{text[:160]}…"
+        raise SetupError(f"{last} does not fit this run ({text}); {afresh}") from error
+    return rows, digest(rows)
+
+
+def mend_best(directory: RunDirectory, name: str, rows: Sequence[Row], key: str, higher: bool) -> str:
+    """Make best.pt the checkpoint of the best epoch where last.pt is that; a wrong one is put aside, as best.damaged.
+
+    Args:
+        directory: of the run, which this process has for itself.
+        name: of the run.
+        rows: all of them.
+        key, higher: what chooses the best epoch.
+
+    Returns:
+        what is wrong with best.pt; an empty string when nothing is (any more).
+    """
+    epoch = best(rows, key, higher)["epoch"]
+    if not (problem := problem_of(directory.best, name, epoch)):
+        return ""
+    if _epoch(directory.last, name) == epoch:
+        checkpoint.link(directory.last, directory.best)
+        return ""
+    if os.path.lexists(directory.best):
+        with writing(directory.best):
+            os.replace(directory.best, directory.best.with_suffix(".damaged"))
+        problem += " (now best.damaged)"
+    return f"{problem}; the weights of epoch {epoch}, the best, are lost"
+
+
+def problem_of(path: Path, name: str, epoch: int) -> str:
+    """Why a file is not the run's checkpoint of `epoch`; an empty string when it is."""
+    if not os.path.lexists(path):
+        return f"{path.name} is missing"
+    found = _epoch(path, name)
+    if found is None:
+        return f"{path.name} is damaged or of another run"
+    return "" if found == epoch else f"{path.name} holds epoch {found}"
+
+
+def _epoch(path: Path, name: str) -> int | None:
+    """The epoch of a checkpoint; None where it cannot be read or belongs to another run."""
+    try:
+        saved = checkpoint.load(path)
+    except SetupError:
+        return None
+    return saved.get("epoch") if _bytes(saved, "run") in (None, name.encode()) else None
+
+
+def _tensor(content: bytes) -> torch.Tensor:
+    return torch.tensor(list(content), dtype=torch.uint8)
+
+
+def _bytes(saved: dict[str, Any], key: str) -> bytes | None:
+    value = saved.get(key)
+    return bytes(value.tolist()) if isinstance(value, torch.Tensor) and value.dtype == torch.uint8 else None
