@@ -1,10 +1,8 @@
 """One run: `python train.py arch=resnet56 loss=uncertainty`; a grid: `python train.py -m loss=dwa,pcgrad seed=0,1`."""
 
-import sys
-
 import hydra
 
-from mtl.config.cli import CONF, launch
+from mtl.config.cli import CONF, script
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -15,4 +13,4 @@ def main(config) -> float | None:
 
 
 if __name__ == "__main__":
-    sys.exit(launch(main))
+    script(main)
