@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,12 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
-from test_config import composed
+from test_config import SNAPSHOT, composed
 
 from mtl.config import identity as identities
 from mtl.config import schema, source
-from mtl.config.cli import Terminated
-from mtl.config.command import parse, spell, spelled
+from mtl.config.cli import GROUPS, Terminated
+from mtl.config.command import parse, spell, spelled, unfold
 from mtl.config.errors import ConfigError
 from mtl.config.identity import identify, safe
 
@@ -37,6 +38,9 @@ def own(tmp_path, monkeypatch) -> Path:
     loss.mkdir(parents=True)
     (loss / "mine.yaml").write_text(MINE)
     (tmp_path / "my conf" / "primary.yaml").write_text(PRIMARY)
+    shutil.copytree(ROOT / "conf", tmp_path / "whole")  # a config tree of a user's own
+    (tmp_path / "whole" / "loss" / "mine.yaml").write_text(MINE)
+    (tmp_path / "whole" / "whole.yaml").write_text(PRIMARY)
     before = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - before:
@@ -77,14 +81,9 @@ def test_a_wrong_flag_is_one_line(cli, words, said):
 
 @pytest.mark.parametrize("flags", [
     ["--config-dir", "my conf", "loss=mine"], ["hydra.searchpath=[file://{here}/my conf]", "loss=mine"],
-    ["-cd=my conf", "-cn", "primary"], ["--config-path={here}/whole", "loss=mine"],
+    ["-cd=my conf", "-cn", "primary"], ["--config-path={here}/whole", "--config-name=whole"],
 ], ids=["dir", "searchpath", "name", "path"])  # fmt: skip
 def test_the_printed_command_repeats_the_run(cli, own, flags):
-    if "whole" in flags[0]:
-        (own / "whole").symlink_to(own / "my conf")
-        (own / "whole" / "config.yaml").write_text(PRIMARY.replace("- config", f"- {'base'}"))
-        (own / "whole" / "base.yaml").write_text("hydra:\n  searchpath: [file://" + str(ROOT / "conf") + "]\n")
-        pytest.skip("a whole config tree of one's own")
     first = cli(*TOY, *(flag.format(here=own) for flag in flags))
     assert first.code == 0, first.err
     ((directory, run),) = records(own)
@@ -93,50 +92,74 @@ def test_the_printed_command_repeats_the_run(cli, own, flags):
     assert printed == run["command"]
     again = cli(*shlex.split(printed)[2:])
     assert again.code == 0 and f"in {directory.relative_to(own)} (delete" in again.out, again.err
-    grid = cli("-m", *shlex.split(printed)[2:], "seed=0,1")
-    for command in (r["command"] for _, r in records(own)):
-        assert cli(*shlex.split(command)[2:], "study.plan=true").out.count("finished") == 2
-    assert grid.code == 0 and len(records(own)) == 2
 
 
-def test_baselines_keep_the_flags(cli, own):
-    result = cli(*TOY, "--config-dir=my conf", "loss=mine", "study.baselines=auto")
+def test_cells_and_baselines_keep_the_flags(cli, own):
+    result = cli("-m", *TOY, "--config-dir=my conf", "loss=mine", "study.baselines=auto")
     assert result.code == 0, result.err
+    (cells,) = (own / "outputs" / "multirun").iterdir()
     commands = [run["command"] for _, run in records(own)]
-    assert len(commands) == 3 and all("'--config-dir=my conf'" in command for command in commands)
-    for command in commands:
-        assert "epoch 1/1" not in cli(*shlex.split(command)[2:]).out
+    commands += [json.loads(file.read_text())["command"] for file in cells.glob("cell-*.json")]
+    assert len(commands) == 6 and all("'--config-dir=my conf'" in command for command in commands)
 
 
 SAVED = [
     ["loss=dwa", "loss.temperature=1.5"],
-    ["loss=static", "loss.weights={L1: 2, L2: 0.5}"],
-    ["--config-dir=my conf", "loss=mine"],
+    ["loss=static", "loss.weights={L1: 2, L2: 0.5}", "data=digits", "output_root=a b", "seed=3"],
+    ["loss=custom", "loss.file='odd name,.py'", "loss.args={a: null, b: [x, '1']}"],
     ["optimizer._target_=torch.optim.RMSprop", "~optimizer.nesterov", "~optimizer.fused", "+optimizer.alpha=0.9"],
-    ["loss=cagrad", "step.gradients=features", "schedule=multistep", "schedule.milestones=[1,3]"],
-    ["loss=amtl", "study.baselines=auto", "data.val_fraction=0.5"],
+    ["loss=annealed_boosted", "step.gradients=features", "schedule=multistep", "schedule.milestones=[1,3]"],
+    ["experiment=quickstart", "logger.tags=[a,'b c']", "study.baselines=auto"],
+    ["arch._target_=mod.Net", "+arch.inner={_target_: mod.Part, size: 1e-5}"],
 ]
 
 
+@pytest.mark.parametrize("alone", [False, True], ids=["run", "copy"])
 @pytest.mark.parametrize("words", SAVED, ids=lambda words: words[0])
-def test_a_saved_config_runs_again_as_the_same_run(cli, own, words):
-    assert cli(*TOY, *words).code in (0, 1)
-    for directory, run in records(own):
-        folder = str(directory.relative_to(own))
-        for flags in (["--config-dir", folder, "--config-name", "config"], ["-cd", folder], ["-cp", str(directory)]):
-            result = cli("study.plan=true", *flags)
-            assert result.code == 0, result.err
-            assert re.search(rf"^{run['name']} +{run['status']}", result.out, re.M), result.out
-        other = cli("study.plan=true", "-m", "-cd", folder, "-cn=config", "seed=0,7", "loss=equal")
-        assert re.findall(r"-equal-s(\d)-", other.out) == ["0", "7"]
+def test_a_saved_config_is_the_same_run(own, words, alone):
+    """With run.json beside it, and as a file that was copied elsewhere."""
+    write(own)
+    (own / "odd name,.py").write_text(FILES["loss.py"])
+    config, choices = composed(*words)
+    (own / "saved").mkdir()
+    (own / "saved" / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    if not alone:
+        run = {"choices": choices, "command": shlex.join(["python", "train.py", *words])}
+        (own / "saved" / "run.json").write_text(json.dumps(run))
+    arguments = unfold(parse(["--config-dir=saved", "--config-name", "config", "trainer.device=cpu"]))
+    assert (arguments.config_dir, arguments.config_path, arguments.config_name) == (None, None, None)
+    again, chosen = composed(*arguments.overrides)
+    assert again == {**config, "trainer": {**config["trainer"], "device": "cpu"}}
+    assert identify(again, chosen) == identify(config, choices)
 
 
-def test_a_copy_of_a_saved_config_runs_again_without_the_runs_folder(cli, own):
-    assert cli(*TOY, "loss=dwa", "loss.temperature=1.5").code == 0
+def test_what_a_run_filled_in_for_auto_is_auto_again(own):
+    """Single-task results differ from seed to seed; the run is identified by the word, as typed."""
+    config, choices = composed("loss=amtl")
+    filled = {**config, "loss": {**config["loss"], "potentials": {"fine": 0.5, "coarse": 0.7}}}
+    (own / "config.yaml").write_text(yaml.safe_dump(filled))
+    for typed, expected in ("loss=amtl", config), ("loss=amtl loss.potentials='{fine: 0.5, coarse: 0.7}'", filled):
+        (own / "run.json").write_text(json.dumps({"choices": choices, "command": f"python train.py {typed}"}))
+        assert composed(*unfold(parse(["--config-dir=."])).overrides)[0] == expected
+
+
+def test_options_on_a_saved_config_count(own):
+    config, choices = composed("loss=dwa", "loss.temperature=1.5", "seed=3")
+    (own / "config.yaml").write_text(yaml.safe_dump(config))
+    (own / "run.json").write_text(json.dumps({"choices": choices, "command": "python train.py"}))
+    arguments = unfold(parse(["seed=0,1", "-m", "loss=equal,pcgrad", "--config-dir=.", "-cn=config"]))
+    assert arguments.multirun and [w for w in arguments.overrides if w.startswith(("loss", "seed"))] == [
+        "seed=0,1", "loss=equal,pcgrad"
+    ]  # fmt: skip
+
+
+def test_a_saved_run_is_run_again_from_its_folder(cli, own):
+    assert cli(*TOY, "--config-dir=my conf", "loss=mine", "loss.temperature=1.5").code == 0
     ((directory, run),) = records(own)
-    (own / "copies").mkdir()
-    (own / "copies" / "one.yaml").write_text((directory / "config.yaml").read_text())
-    assert f"{run['name']}: finished" in cli("--config-dir=copies", "--config-name=one").out
+    for flags in (["--config-dir", str(directory), "--config-name", "config"], ["-cp", str(directory)]):
+        assert f"{run['name']}: finished" in cli(*flags).out
+    other = cli("-m", "seed=0,7", "-cd", str(directory), "study.plan=true")
+    assert re.findall(r"-mine-s(\d)-\w+ +(\w+)", other.out) == [("0", "finished"), ("7", "new")]
 
 
 @pytest.mark.parametrize("value", [
@@ -150,15 +173,14 @@ def test_a_value_is_spelled_as_hydra_reads_it(value):
 
 # -------------------------------------------------------------------------------------------------------- identity
 
-SNAPSHOT = json.loads(Path(__file__).with_name("digests.json").read_text())
-PLAIN = {f"{group}=" for group in ("arch", "data", "loss", "optimizer", "schedule", "step", "trainer", "logger")}
 
 
-@pytest.mark.parametrize("words", [w for w in SNAPSHOT if " " in w or not w.startswith(tuple(PLAIN))])
+
+@pytest.mark.parametrize("words", [w for w in SNAPSHOT if w.split("=")[0] not in GROUPS or " " in w])
 def test_names_and_digests_are_those_of_the_snapshot(words, monkeypatch):
     """The single options of groups are compared in test_config.py, which composes them anyway."""
     monkeypatch.delenv("MTL_DATA", raising=False)
-    run = identify(*composed(*shlex.split(words)))
+    run = identify(*composed(*(re.split(r" (?![^{]*})", words) if words else [])))
     assert f"{run.group} {run.name}" == SNAPSHOT[words]
 
 
@@ -322,7 +344,7 @@ def test_an_own_net_that_does_not_fit_names_its_line(cli, own):
         "        return self.fc(x.flatten(1))\n"
     )
     importlib.invalidate_caches()
-    result = cli("data=digits", "logger=none", "arch._target_=net.Net")
+    result = cli("data=digits", "logger=none", "arch._target_=net.Net", "~arch.depth")
     assert result.code == 2 and len(result.err.splitlines()) == 1, result.err
     assert "does not fit the images" in result.err and "net.py:8 in forward; traceback in" in result.err
 
@@ -413,4 +435,4 @@ def test_a_signal_after_the_last_run_is_no_traceback(tmp_path, number):
 
 
 def test_terminated_knows_its_exit_code():
-    assert Terminated().code == 143 and yaml is not None
+    assert Terminated().code == 143
