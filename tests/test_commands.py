@@ -38,9 +38,6 @@ def own(tmp_path, monkeypatch) -> Path:
     loss.mkdir(parents=True)
     (loss / "mine.yaml").write_text(MINE)
     (tmp_path / "my conf" / "primary.yaml").write_text(PRIMARY)
-    shutil.copytree(ROOT / "conf", tmp_path / "whole")  # a config tree of a user's own
-    (tmp_path / "whole" / "loss" / "mine.yaml").write_text(MINE)
-    (tmp_path / "whole" / "whole.yaml").write_text(PRIMARY)
     before = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - before:
@@ -69,9 +66,15 @@ def test_flags_may_stand_between_options(words, expected):
 
 @pytest.mark.parametrize(("words", "said"), [
     ("loss=dwa --config-dir", "--config-dir"), ("loss=dwa --seed=0", "seed=VALUE"), ("--experimental-rerun x", "rerun"),
-    ("loss=dwa --config-dir nowhere", "nowhere"), ("loss=dwa -cn nowhere", "nowhere"),
+    ("loss=dwa --config-dir nowhere", "nowhere"), ("--config-dir a_run", "a_run/config.yaml: is no longer the whole"),
+    ("--config-dir hidden --config-name config", "hides hidden/config.yaml; rename yours"),
+    ("loss=dwa -cn nowhere", "nowhere"),
 ])  # fmt: skip
-def test_a_wrong_flag_is_one_line(cli, words, said):
+def test_a_wrong_flag_is_one_line(cli, tmp_path, words, said):
+    for folder, files in {"a_run": ["run.json", "config.yaml"], "hidden": ["config.yaml"]}.items():
+        (tmp_path / folder).mkdir()
+        for name in files:
+            (tmp_path / folder / name).write_text("{}")
     result = cli(*words.split())
     assert result.code == 2 and said in result.err and len(result.err.splitlines()) == 1
 
@@ -81,9 +84,12 @@ def test_a_wrong_flag_is_one_line(cli, words, said):
 
 @pytest.mark.parametrize("flags", [
     ["--config-dir", "my conf", "loss=mine"], ["hydra.searchpath=[file://{here}/my conf]", "loss=mine"],
-    ["-cd=my conf", "-cn", "primary"], ["--config-path={here}/whole", "--config-name=whole"],
+    ["-cd=my conf", "-cn", "primary"], ["--config-path={here}/whole", "--config-name=primary"],
 ], ids=["dir", "searchpath", "name", "path"])  # fmt: skip
 def test_the_printed_command_repeats_the_run(cli, own, flags):
+    if "whole" in flags[0]:  # a config tree of a user's own
+        shutil.copytree(ROOT / "conf", own / "whole")
+        shutil.copytree(own / "my conf", own / "whole", dirs_exist_ok=True)
     first = cli(*TOY, *(flag.format(here=own) for flag in flags))
     assert first.code == 0, first.err
     ((directory, run),) = records(own)
@@ -358,6 +364,28 @@ def test_an_error_in_own_data_names_its_line(cli, own):
     result = cli("data=digits", "logger=none", "data._target_=mydata.Mine")
     assert result.code == 1 and len(result.err.splitlines()) == 1, result.err
     assert result.err.startswith("error: IndexError: list index out of range (mydata.py:6 in load; traceback in")
+
+
+def test_a_message_that_own_code_raises_on_purpose_is_the_line_alone(cli, own):
+    (own / "mydata.py").write_text(
+        "from dataclasses import dataclass\nfrom mtl.config.errors import SetupError\n"
+        "from mtl.data.digits import Digits\n@dataclass\nclass Mine(Digits):\n"
+        "    def load(self):\n        raise SetupError('data.root: no images there')\n"
+    )
+    importlib.invalidate_caches()
+    result = cli("data=digits", "logger=none", "data._target_=mydata.Mine")
+    assert (result.code, result.err) == (1, "error: data.root: no images there\n")
+
+
+@pytest.mark.parametrize(("text", "place"), [
+    ("x = 1\nx.y\n", "loss.py:2 in <module>"), ("import (\n", "loss.py:1"),
+    ("from torch import nn\nclass MultiTaskLoss(nn.Module):\n    def __init__(self):\n        self.a['b']\n",
+     "loss.py:4 in __init__"),
+])  # fmt: skip
+def test_an_error_in_an_own_loss_file_names_its_line(cli, own, text, place):
+    (own / "loss.py").write_text(text)
+    result = cli(*TOY, "loss=custom", "loss.file=loss.py")
+    assert result.code == 2 and len(result.err.splitlines()) == 1 and f"({place}; traceback in" in result.err
 
 
 def test_an_error_of_our_own_checks_is_the_line_alone():

@@ -167,7 +167,7 @@ def precious(tmp_path) -> Path:
     return folder
 
 
-SMALL = ("data=digits", "data.limit_train=32", "data.limit_test=16", "data.batch_size=16", "trainer.epochs=1")
+TOY = ("data=toy", "arch=point", "data.steps=2", "trainer.epochs=1", "logger=none")
 NOTHING = {  # grids that train nothing
     "plan": ["loss=dwa,equal", "study.plan=true"],
     "typo": ["loss=dwa,equall"],
@@ -177,14 +177,19 @@ NOTHING = {  # grids that train nothing
 }
 
 
-@pytest.mark.parametrize("place", ["precious", ".", "absolute", "precious/new/deep", "precious/empty"])
-@pytest.mark.parametrize("kind", NOTHING)
+PLACES = ["precious", ".", "absolute", "precious/new/deep", "precious/empty"]
+
+
+@pytest.mark.parametrize(("kind", "place"), [
+    *(("plan", place) for place in PLACES), *((kind, PLACES[i % 2]) for i, kind in enumerate(NOTHING) if i),
+    ("signal", "absolute"), ("refused", "precious/new/deep"),
+])  # fmt: skip
 def test_a_grid_that_trains_nothing_touches_nothing(cli, precious, tmp_path, monkeypatch, kind, place):
     where = str(precious) if place == "absolute" else place
     if kind == "signal":
         monkeypatch.setattr("mtl.study.cell.run_from_hydra", lambda config: os.kill(os.getpid(), signal.SIGTERM))
     before = contents(tmp_path)
-    result = cli("-m", *SMALL, "logger=none", f"hydra.sweep.dir={where}", *NOTHING[kind])
+    result = cli("-m", *TOY, f"hydra.sweep.dir={where}", *NOTHING[kind])
     assert result.code == {"plan": 0, "signal": 143}.get(kind, 2), result.err
     assert contents(tmp_path) == before
 
@@ -204,7 +209,7 @@ def test_a_grid_counts_and_writes_its_own_cells_alone(smoke, precious):
 
 def test_folders_that_were_there_stay_though_empty(cli, tmp_path):
     (tmp_path / "outputs" / "multirun").mkdir(parents=True)
-    assert cli("-m", *SMALL, "logger=none", "loss=equal", "data.batch_size=x").code == 2
+    assert cli("-m", *TOY, "loss=equal", "data.batch_size=x").code == 2
     assert contents(tmp_path) == {"outputs": None, "outputs/multirun": None}
 
 
@@ -241,25 +246,27 @@ def test_a_finished_grid_of_another_user_is_listed(smoke, tmp_path, monkeypatch)
     assert contents(tmp_path) == before and not list(tmp_path.parent.glob("mtl-grid-*"))
 
 
-DAMAGES = {
-    "cut": ("summary.json", '{"epochs": 2, "la'), "empty": ("summary.json", "{}"), "list": ("summary.json", "[]"),
-    "gone": ("summary.json", None), "rows": ("metrics.jsonl", ""),
-}  # fmt: skip
+DAMAGES = [
+    ("summary.json", '{"epochs": 2, "la'), ("summary.json", "{}"), ("summary.json", None), ("metrics.jsonl", ""),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", DAMAGES)
-def test_a_damaged_finished_run_counts_as_damaged(smoke, tmp_path, kind):
-    smoke("-m", "seed=0,1")
-    directory = next(d for name, d in runs(tmp_path).items() if name.endswith("/0"))
-    name, text = DAMAGES[kind]
-    (directory / name).unlink() if text is None else (directory / name).write_text(text)
-    result = smoke("-m", "seed=0,1")
-    assert result.code == 1 and "1 of 2 runs finished" in result.out and re.search(r"^equal +1 ", result.out, re.M)
-    assert re.search(rf"^damaged: python train.py .*seed=0.*{directory}", result.out, re.M), result.out
-    (line,) = result.err.splitlines()
-    assert line.startswith("error: ") and str(directory) in line and name in line
-    single = smoke("seed=0")
-    assert single.code == 1 and single.err.splitlines() == [line]
+def test_a_damaged_finished_run_counts_as_damaged(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("mtl.study.figures.draw", lambda *arguments, **words: [])
+    assert cli("-m", *TOY, "seed=0,1").code == 0
+    directory = next(d for name, d in runs(tmp_path).items() if name.endswith("/0")).relative_to(tmp_path)
+    for name, text in DAMAGES:
+        before = (directory / name).read_text()
+        (directory / name).unlink() if text is None else (directory / name).write_text(text)
+        result = cli("-m", *TOY, "seed=0,1")
+        assert result.code == 1 and "1 of 2 runs finished" in result.out and re.search(r"^equal +1 ", result.out, re.M)
+        assert re.search(rf"^damaged: python train.py .*seed=0: {directory}: .*{name}", result.out, re.M), result.out
+        (line,) = result.err.splitlines()
+        assert line.startswith(f"error: {directory}: ") and name in line
+        (directory / name).write_text(before)
+    (directory / "summary.json").write_text("{}")
+    single = cli(*TOY, "seed=0")
+    assert single.code == 1 and single.err.startswith(f"error: {directory}: summary.json")
 
 
 def test_a_line_on_a_grid_under_way(tmp_path):

@@ -43,7 +43,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.error = refuse
     arguments = parser.parse_intermixed_args(words)
     if arguments.experimental_rerun is not None:
-        raise ConfigError("--experimental-rerun: not supported; see --config-dir in --help to run a saved config again")
+        raise ConfigError("--experimental-rerun: not supported; a run again: --config-dir outputs/…/seed0 --config-name config")
     return arguments
 
 
@@ -66,7 +66,9 @@ def repeat(hydra: DictConfig, words: list[str]) -> str:
     """
     flags = []
     for source in hydra.runtime.config_sources:
-        if source.provider == "main" and Path(source.path).resolve() != CONF.resolve():
+        if source.provider == "main" and source["schema"] != "file":  # pkg://…
+            flags.append(f"--config-path={source['schema']}://{source.path}")
+        elif source.provider == "main" and Path(source.path).resolve() != CONF.resolve():
             flags.append(f"--config-path={os.path.abspath(source.path)}")  # relative paths would start at train.py
         if source.provider == "command-line":
             flags.append(f"--config-dir={_short(source.path)}")
@@ -90,7 +92,7 @@ def unfold(arguments: argparse.Namespace) -> argparse.Namespace:
     Hydra alone would ignore the file: `--config-dir outputs/…/seed0 --config-name config` finds conf/config.yaml first.
 
     Raises:
-        ConfigError: the file cannot be read.
+        ConfigError: the file cannot be read, or Hydra would take another file of that name.
     """
     found = _saved(arguments)
     if found is None:
@@ -116,18 +118,25 @@ def unfold(arguments: argparse.Namespace) -> argparse.Namespace:
 
 def _saved(arguments: argparse.Namespace) -> tuple[Path, dict[str, Any]] | None:
     """The saved config that the flags name, and its content."""
-    folder = arguments.config_path or arguments.config_dir
+    folder, name = arguments.config_path or arguments.config_dir, (arguments.config_name or "config")
     if folder is None:
         return None
-    file = Path(folder, f"{(arguments.config_name or 'config').removesuffix('.yaml')}.yaml")
-    if not file.is_file() or (arguments.config_name is None and not file.with_name("run.json").exists()):
+    file = Path(folder, f"{name.removesuffix('.yaml')}.yaml")
+    of_a_run = file.with_name("run.json").exists()
+    if not of_a_run and (arguments.config_name is None or not file.is_file()):
         return None
     try:
         config = yaml.safe_load(file.read_text())
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read: {one_line(error)}") from error
     whole = isinstance(config, dict) and all(isinstance(config.get(n), dict) and TARGET in config[n] for n in SAVED)
-    return (file, config) if whole and "defaults" not in config else None
+    if whole and "defaults" not in config:
+        return file, config
+    if of_a_run:
+        raise ConfigError(f"{file}: is no longer the whole config of a run")
+    if arguments.config_path is None and (CONF / file.name).is_file():
+        raise ConfigError(f"--config-name {name}: conf/ has a {file.name}, too, which hides {file}; rename yours")
+    return None
 
 
 def _choices(config: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, str]:

@@ -20,6 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, TracebackType
 
+from mtl.config.errors import UserError
+
 PACKAGE = Path(__file__).resolve().parents[1]
 BUILT_IN = ("mtl", "torch", "torchvision")
 
@@ -147,10 +149,11 @@ def blame(error: BaseException) -> str:
 
     Returns:
         such as " (my_net.py:14 in forward; traceback in /home/me/.cache/mtl/traceback-1a2b3c4d.txt)"; empty for an
-        error that our own checks or a library raised without any line of the user's in between.
+        error that our own checks or a library raised without any line of the user's in between, for a UserError that
+        own code raised on purpose, and where the message has the place already.
     """
     place = next(filter(None, map(_place, _chain(error))), "")
-    return f" ({place}{_told(keep(error))})" if place else ""
+    return f" ({place}{_told(keep(error))})" if place and place not in str(error) else ""
 
 
 def keep(error: BaseException) -> Path | None:
@@ -171,9 +174,10 @@ def _told(file: Path | None) -> str:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """`error` and what caused it."""
+    """`error` and what caused it, without the errors that are messages to the user."""
     while error is not None:
-        yield error
+        if not isinstance(error, UserError):
+            yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 

@@ -152,12 +152,11 @@ def execute(config: Mapping[str, Any], choices: Mapping[str, str], command: str,
         return Outcome("running elsewhere", error.exit_code, message=str(error))
     except UserError as error:
         # Where the engine has put an error of the user's own code into its words, the place is still missing.
-        place = "" if "traceback in" in str(error) else source.blame(error)
-        return Outcome("refused", error.exit_code, message=f"{error}{place}")
-    except MemoryError as error:
-        return Outcome("failed", 1, message=f"not enough memory: {one_line(error)}{_told(error)}")
+        return Outcome("refused", error.exit_code, message=f"{error}{source.blame(error)}")
     except Exception as error:  # a user's own code, or a bug of ours, before the run had a log to put it into
-        return Outcome("failed", 1, message=f"{type(error).__name__}: {one_line(error)}{_told(error)}")
+        memory = isinstance(error, MemoryError) or "allocate memory" in str(error)  # PyTorch's is a RuntimeError
+        reason = "not enough memory" if memory else type(error).__name__
+        return Outcome("failed", 1, message=f"{reason}: {one_line(error)}{_told(error)}")
 
 
 def _told(error: Exception) -> str:
