@@ -169,7 +169,8 @@ def test_a_saved_run_is_run_again_from_its_folder(cli, own):
 
 
 @pytest.mark.parametrize("value", [
-    1, 1e-5, 1e30, True, None, "auto", "null", "1", "a b", "it's", "a,b", "C:\\x\\", "", "{x}", "~a", "x=y", "a:b", "$x",
+    1, 1e-5, 1e30, True, None, "auto", "null", "1", "a b", "it's", "a,b", "C:\\x\\", "", "{x}",
+    "~a", "x=y", "a:b", "$x",
     [1, "b c"], {"fine": 2.0, "x": [None, "1"]},
 ], ids=repr)  # fmt: skip
 def test_a_value_is_spelled_as_hydra_reads_it(value):
@@ -178,8 +179,6 @@ def test_a_value_is_spelled_as_hydra_reads_it(value):
 
 
 # -------------------------------------------------------------------------------------------------------- identity
-
-
 
 
 @pytest.mark.parametrize("words", [w for w in SNAPSHOT if w.split("=")[0] not in GROUPS or " " in w])
@@ -235,7 +234,13 @@ def test_a_changed_line_in_own_code_is_another_run(own, node):
         config[node]["_target_"] = "mod.Loss"
     before = identify(config, choices)
     assert identify(config, choices) == before and not {"mod", "helper", "deep"} & set(sys.modules)
-    parts = ["helper.py", "deep/inner.py", "deep/sibling.py", "deep/__init__.py", "loss.py" if node == "file" else "mod.py"]
+    parts = [
+        "helper.py",
+        "deep/inner.py",
+        "deep/sibling.py",
+        "deep/__init__.py",
+        "loss.py" if node == "file" else "mod.py",
+    ]
     for name in parts:
         text = (own / name).read_text()
         (own / name).write_text(f"{text}# changed\n")
@@ -292,7 +297,23 @@ def test_code_that_changes_while_a_command_runs_is_refused(cli, own):
 
 # ------------------------------------------------------------------------------------------------------------ names
 
-LABELS = ["a" * 40, "a" * 300, "a:b", "a#b", "a/b", "a b", "../..", ".", "..", "", "-x", "ä" * 50, "a\nb", "a?b%c", "\udcff"]
+LABELS = [
+    "a" * 40,
+    "a" * 300,
+    "a:b",
+    "a#b",
+    "a/b",
+    "a b",
+    "../..",
+    ".",
+    "..",
+    "",
+    "-x",
+    "ä" * 50,
+    "a\nb",
+    "a?b%c",
+    "\udcff",
+]
 
 
 @pytest.mark.parametrize("label", LABELS, ids=ascii)
@@ -460,6 +481,23 @@ def test_a_signal_after_the_last_run_is_no_traceback(tmp_path, number):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True)
     assert (result.returncode, result.stderr) == (128 + number, b"")
+
+
+def test_of_a_burst_of_signals_the_first_counts(cli, own, monkeypatch):
+    noted = []
+
+    def run(config):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                os.kill(os.getpid(), number)
+            noted.append("interrupted")
+
+    monkeypatch.setattr("mtl.study.cell.run_from_hydra", run)
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli(*TOY).code == 143 and noted == ["interrupted"]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_terminated_knows_its_exit_code():

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import MissingConfigException, OverrideParseException
@@ -36,9 +36,17 @@ GROUPS = (
 
 
 # The files of a grid's record, ours, Hydra's and its plugins'.
-RECORD = ("grid.json", "multirun.yaml", "cell-*.json", "cell-*.json.tmp", ".process-*.lock", "optimization_results.yaml")
+RECORD = (
+    "grid.json",
+    "multirun.yaml",
+    "cell-*.json",
+    "cell-*.json.tmp",
+    ".process-*.lock",
+    "optimization_results.yaml",
+)
 
 
+PATIENCE = 2.0  # seconds after a signal in which further ones are not heard: a closed terminal sends several
 RECORDLESS = "mtl-grid-"  # the start of the temporary folder's name where no record can be kept
 
 
@@ -49,9 +57,20 @@ def launch(main: Callable[[], None]) -> int:
     129 / 130 / 143: interrupted by a closed terminal, Ctrl-C or SIGTERM; the same command resumes.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand the exceptions to us instead of printing them over many lines
-    _listen(_terminate)
+    before = _listen(_first_stops())
+    try:
+        code, interrupted = _run(main)
+        return max(code, Grid.close(interrupted))
+    except (KeyboardInterrupt, Terminated) as error:  # during the closing table
+        return _code(error)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(main: Callable[[], None]) -> tuple[int, bool]:
+    """The exit code of `main`, and whether a signal ended it."""
     logging.raiseExceptions = False  # a run goes on, without tracebacks, when whoever read its output (| head) is gone
-    interrupted = False
     try:
         _read_command()
         main()
@@ -69,19 +88,15 @@ def launch(main: Callable[[], None]) -> int:
     except Exception as error:  # a run's own errors end in its outcome: what arrives here is Hydra's
         code = _say(translate(error))
     except (KeyboardInterrupt, Terminated) as error:
-        code, interrupted = error.code if isinstance(error, Terminated) else 130, True
-    return max(code, Grid.close(interrupted))
+        return _code(error), True
+    return code, False
 
 
 def script(main: Callable[[], None]) -> NoReturn:
     """`launch`, and the end of the process: a signal that comes after the last run ends it without a traceback."""
-    try:
-        code = launch(main)
-        # From here on only W&B and Python clean up, which hold no run's results.
-        _listen(lambda number, frame: os._exit(128 + number), signal.SIGINT)
-    except (KeyboardInterrupt, Terminated) as error:  # a second signal, during the closing table
-        code = error.code if isinstance(error, Terminated) else 130
-    sys.exit(code)
+    # Before and after `launch` there are only imports, W&B and Python's own cleaning up: no run's results.
+    _listen(lambda number, frame: os._exit(128 + number))
+    sys.exit(launch(main))
 
 
 class Terminated(BaseException):
@@ -92,15 +107,31 @@ class Terminated(BaseException):
         self.code = code
 
 
-def _terminate(number, frame):
-    raise Terminated(128 + number)
+def _code(error: BaseException) -> int:
+    return error.code if isinstance(error, Terminated) else 130
 
 
-def _listen(handler: Callable, *more: signal.Signals) -> None:
-    signal.signal(signal.SIGTERM, handler)
-    for number in (signal.SIGHUP, *more):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a shell's background job
-            signal.signal(number, handler)
+def _first_stops() -> Callable:
+    """A handler that stops at the first signal and leaves the run in peace while it notes that."""
+    since: list[float] = []
+
+    def stop(number, frame):
+        if not since:
+            since.append(time.monotonic())
+            raise KeyboardInterrupt if number == signal.SIGINT else Terminated(128 + number)
+        if time.monotonic() - since[0] > PATIENCE:
+            os._exit(128 + number)
+
+    return stop
+
+
+def _listen(handler: Callable) -> dict[int, Any]:
+    """Handle the signals that end a process, but for those it ignores (nohup); return the handlers before."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {n: h or signal.SIG_DFL for n, h in before.items() if h is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, handler)
+    return before
 
 
 class Grid(Callback):
@@ -165,7 +196,7 @@ class Grid(Callback):
 
 
 def _new_folder(wanted: Path, output_root: Path) -> tuple[Path, list[Path]]:
-    """Make a folder for a grid's record: `wanted`, one in it where it exists, a temporary one where nothing is writable.
+    """Make a folder for a grid's record: `wanted`, or one in it, or a temporary one where nothing can be written.
 
     Returns:
         the folder, and all folders that were made for it, the innermost first.

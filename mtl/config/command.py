@@ -43,7 +43,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.error = refuse
     arguments = parser.parse_intermixed_args(words)
     if arguments.experimental_rerun is not None:
-        raise ConfigError("--experimental-rerun: not supported; a run again: --config-dir outputs/…/seed0 --config-name config")
+        raise ConfigError(
+            "--experimental-rerun: not supported; a run again: --config-dir outputs/…/seed0 --config-name config"
+        )
     return arguments
 
 

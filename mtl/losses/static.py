@@ -28,7 +28,9 @@ class Static(LossWeighting):
         super().__init__(tasks)
         if isinstance(weights, Mapping):
             if not weights:
-                raise ValueError(f"weights: names no task; the tasks are {', '.join(self.names)} (loss=equal weighs all 1)")
+                raise ValueError(
+                    f"weights: names no task; the tasks are {', '.join(self.names)} (loss=equal weighs all 1)"
+                )
             if unknown := set(weights) - set(self.names):
                 raise ValueError(f"weights: {sorted(unknown)[0]!r} is no task; the tasks are {', '.join(self.names)}")
             weights = [weights.get(name, 1.0) for name in self.names]
