@@ -96,6 +96,8 @@ def locate(name: Any, path: str) -> Callable:
     try:
         target = pkgutil.resolve_name(name)
     except Exception as error:  # a user's module can raise anything
+        if isinstance(name, str) and len(name) > 200:
+            raise ConfigError(f"{path}={_show(name)}: cannot be imported") from error
         if place := blame(error):
             raise ConfigError(f"{path}={name}: cannot be imported: {_message(error)}{place}") from error
         parent = str(name).rpartition(".")[0]
@@ -167,4 +169,5 @@ def _explain(error: ValidationError, value: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= 100 else f"{text[:80]}… ({len(text)} characters)"

@@ -100,8 +100,8 @@ def _objective(outcome: Outcome) -> tuple[Outcome, float | None]:
     # Under torchrun the files are the first process's, which may still be writing them.
     if outcome.status != "finished" or torchrun.rank() != 0:
         return outcome, None
-    reasons = [reason for _, reason in load([outcome.directory]).damaged]
     try:
+        reasons = [reason for _, reason in load([outcome.directory]).damaged]
         found = None if reasons else objective(outcome.directory)
     except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
         reasons = [one_line(error) or type(error).__name__]
