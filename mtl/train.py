@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
 import hydra
 from omegaconf import DictConfig
 
-from mtl.config.cli import launch
+from mtl.config.cli import script
 from mtl.config.identity import CONF
 
 
@@ -20,12 +21,12 @@ def main(config: DictConfig) -> float | None:
     return run_from_hydra(config)
 
 
-def command() -> int:
-    """The command line; returns the exit code."""
+def command() -> NoReturn:
+    """The command line, which ends this process."""
     if os.getcwd() not in sys.path:  # loss._target_=my_package.Mine; last, so that no file here hides an installed one
         sys.path.append(os.getcwd())
-    return launch(main)
+    script(main)
 
 
 if __name__ == "__main__":
-    sys.exit(command())
+    command()

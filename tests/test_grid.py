@@ -1,11 +1,15 @@
 """Grids that cannot be lost: killed, repeated, extended, shared between processes, planned, with their baselines."""
 
+import errno
 import json
+import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,6 +19,7 @@ import yaml
 from conftest import ROOT
 from filelock import FileLock
 
+from mtl.config.cli import Grid
 from mtl.engine.trainer import Learner
 from mtl.study import grid
 
@@ -139,6 +144,131 @@ def test_the_planned_time_is_that_of_the_epochs_that_are_left(smoke, tmp_path):
     assert result.out.count("3m20s") == 2 and "about 6m40s of training left" in result.out
 
 
+# ------------------------------------------------------------------------------------------------- the grid's own files
+
+
+def contents(root: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(root)): None if p.is_dir() else p.read_bytes() for p in sorted(root.rglob("*"))}
+
+
+@pytest.fixture
+def precious(tmp_path) -> Path:
+    """A folder with what a user may have in it, an earlier grid's record and Slurm's files among it."""
+    folder = tmp_path / "precious"
+    earlier = {"command": "c", "status": "finished", "code": 0, "directory": "d", "message": "", "plan": None}
+    for name, text in {
+        "notes.txt": "mine", "sub/deep/notes.txt": "mine", ".hidden": "", "grid.json": '{"started": 0, "cells": 9}',
+        "multirun.yaml": "mine", "optimization_results.yaml": "mine", ".submitit/1/1_result.pkl": "mine",
+        **{f"cell-{i:05d}.json": json.dumps({**earlier, "directory": f"d{i}"}) for i in range(4)},
+    }.items():  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "empty").mkdir()
+    return folder
+
+
+TOY = ("data=toy", "arch=point", "data.steps=2", "trainer.epochs=1", "logger=none")
+NOTHING = {  # grids that train nothing
+    "plan": ["loss=dwa,equal", "study.plan=true"],
+    "typo": ["loss=dwa,equall"],
+    "launcher": ["loss=dwa,equal", "+hydra.launcher.nope=1"],
+    "refused": ["loss=dwa,equal", "data.batch_size=x"],
+    "signal": ["loss=dwa,equal"],
+}
+
+
+PLACES = ["precious", ".", "absolute", "precious/new/deep", "precious/empty"]
+
+
+@pytest.mark.parametrize(("kind", "place"), [
+    *(("plan", place) for place in PLACES), *((kind, PLACES[i % 2]) for i, kind in enumerate(NOTHING) if i),
+    ("signal", "absolute"), ("refused", "precious/new/deep"),
+])  # fmt: skip
+def test_a_grid_that_trains_nothing_touches_nothing(cli, precious, tmp_path, monkeypatch, kind, place):
+    where = str(precious) if place == "absolute" else place
+    if kind == "signal":
+        monkeypatch.setattr("mtl.study.cell.run_from_hydra", lambda config: os.kill(os.getpid(), signal.SIGTERM))
+    before = contents(tmp_path)
+    result = cli("-m", *TOY, f"hydra.sweep.dir={where}", *NOTHING[kind])
+    assert result.code == {"plan": 0, "signal": 143}.get(kind, 2), result.err
+    assert contents(tmp_path) == before
+
+
+def test_a_grid_counts_and_writes_its_own_cells_alone(smoke, precious):
+    before = contents(precious)
+    result = smoke("-m", "seed=0", "hydra.sweep.dir=precious")
+    assert result.code == 0 and "1 of 1 runs finished" in result.out, result.err
+    (record,) = (p for p in precious.iterdir() if p.name not in {name.split("/")[0] for name in before})
+    assert {"grid.json", "multirun.yaml", "cell-00000.json"} <= {p.name for p in record.iterdir()}
+    shutil.rmtree(record)
+    assert contents(precious) == before
+    again = smoke("-m", "seed=0,1", "study.plan=true", "hydra.sweep.dir=precious")
+    assert again.code == 0 and "2 runs (1 finished, 1 new)" in again.out
+    assert contents(precious) == before
+
+
+def test_folders_that_were_there_stay_though_empty(cli, tmp_path):
+    (tmp_path / "outputs" / "multirun").mkdir(parents=True)
+    assert cli("-m", *TOY, "loss=equal", "data.batch_size=x").code == 2
+    assert contents(tmp_path) == {"outputs": None, "outputs/multirun": None}
+
+
+def test_jobs_in_the_queue_keep_their_files(tmp_path, monkeypatch):
+    """Ctrl-C leaves Slurm's jobs in the queue, none of which may have begun."""
+    made = tmp_path / "grid"
+    for interrupted in (True, False):
+        (made / ".submitit" / "7").mkdir(parents=True, exist_ok=True)
+        (made / ".submitit" / "7" / "7_submitted.pkl").touch()
+        monkeypatch.setattr(Grid, "directory", made)
+        monkeypatch.setattr(Grid, "_made", [made])
+        assert Grid.close(interrupted) == 0
+        assert made.exists() == interrupted
+    assert tmp_path.exists()
+
+
+def test_a_finished_grid_of_another_user_is_listed(smoke, tmp_path, monkeypatch):
+    assert smoke("-m", "seed=0").code == 0
+    shutil.rmtree(tmp_path / "out" / "multirun")
+    before, mkdir = contents(tmp_path), Path.mkdir
+
+    def read_only(self, *arguments, **words):
+        if self.is_relative_to(tmp_path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        mkdir(self, *arguments, **words)
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    monkeypatch.setenv("TMPDIR", str(tmp_path.parent))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    result = smoke("-m", "seed=0,1")
+    assert result.code == 1 and "1 of 2 runs finished" in result.out and "no record is kept" in result.out
+    assert re.search(r"^equal +1 ", result.out, re.M)
+    assert len(result.err.splitlines()) == 1 and "seed1: Permission denied; set output_root" in result.err
+    assert contents(tmp_path) == before and not list(tmp_path.parent.glob("mtl-grid-*"))
+
+
+DAMAGES = [
+    ("summary.json", '{"epochs": 2, "la'), ("summary.json", "{}"), ("summary.json", None), ("metrics.jsonl", ""),
+]  # fmt: skip
+
+
+def test_a_damaged_finished_run_counts_as_damaged(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("mtl.study.figures.draw", lambda *arguments, **words: [])
+    assert cli("-m", *TOY, "seed=0,1").code == 0
+    directory = next(d for name, d in runs(tmp_path).items() if name.endswith("/0")).relative_to(tmp_path)
+    for name, text in DAMAGES:
+        before = (directory / name).read_text()
+        (directory / name).unlink() if text is None else (directory / name).write_text(text)
+        result = cli("-m", *TOY, "seed=0,1")
+        assert result.code == 1 and "1 of 2 runs finished" in result.out and re.search(r"^equal +1 ", result.out, re.M)
+        assert re.search(rf"^damaged: python train.py .*seed=0: {directory}: .*{name}", result.out, re.M), result.out
+        (line,) = result.err.splitlines()
+        assert line.startswith(f"error: {directory}: ") and name in line
+        (directory / name).write_text(before)
+    (directory / "summary.json").write_text("{}")
+    single = cli(*TOY, "seed=0")
+    assert single.code == 1 and single.err.startswith(f"error: {directory}: summary.json")
+
+
 def test_a_line_on_a_grid_under_way(tmp_path):
     cells = [
         {"status": "finished", "code": 0, "seconds": 0.1},  # had been there before
@@ -153,6 +283,15 @@ def test_a_line_on_a_grid_under_way(tmp_path):
     (tmp_path / "cell-00003-0.json").write_text(json.dumps({"command": "single", "directory": "s", **cells[0]}))
     line = grid.progress(tmp_path)
     assert line == "grid      3 of 7 runs done (2 finished, 1 failed, 1 running), about 3m20s left"
+
+
+@pytest.mark.parametrize("behind", [0, -3600])
+def test_a_clock_that_stands_or_was_set_back(tmp_path, monkeypatch, behind):
+    monkeypatch.setattr(time, "time", lambda: 1000.0)
+    (tmp_path / "grid.json").write_text(json.dumps({"started": 1000.0 - behind, "cells": 3}))
+    cell = {"command": "c", "directory": "d", "status": "finished", "code": 0, "seconds": 60.0}
+    (tmp_path / "cell-00000.json").write_text(json.dumps(cell))
+    assert grid.progress(tmp_path) == "grid      1 of 3 runs done (1 finished), about 2m00s left"
 
 
 @pytest.mark.parametrize(("words", "cells"), [

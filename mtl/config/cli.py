@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
 import os
 import shlex
-import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
+from typing import Any, NoReturn
 
-from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from mtl.config import launchers, torchrun
+from mtl.config.command import parse, spell, spelled, unfold
 from mtl.config.errors import ConfigError, SetupError, UserError, one_line, remove_empty, suggest
 from mtl.config.identity import CONF
 from mtl.config.program import program
@@ -33,19 +36,44 @@ GROUPS = (
 )  # fmt: skip
 
 
+# The files of a grid's record, ours, Hydra's and its plugins'.
+RECORD = (
+    "grid.json",
+    "multirun.yaml",
+    "cell-*.json",
+    "cell-*.json.tmp",
+    ".process-*.lock",
+    "optimization_results.yaml",
+)
+
+
+PATIENCE = 2.0  # seconds after a signal in which further ones are not heard: a closed terminal sends several
+RECORDLESS = "mtl-grid-"  # the start of the temporary folder's name where no record can be kept
+
+
 def launch(main: Callable[[], None]) -> int:
     """Run a `@hydra.main` function; return the process's exit code.
 
     0: all runs finished. 1: a run failed, or the machine is at fault. 2: the command or config is wrong.
-    130 / 143: interrupted by Ctrl-C / SIGTERM; the same command resumes.
+    129 / 130 / 143: interrupted by a closed terminal, Ctrl-C or SIGTERM; the same command resumes.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand the exceptions to us instead of printing them over many lines
-    signal.signal(signal.SIGTERM, _terminate)
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as an earlier call in this process has left it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = _listen(_first_stops())
+    try:
+        code, interrupted = _run(main)
+        return max(code, Grid.close(interrupted))
+    except (KeyboardInterrupt, Terminated) as error:  # during the closing table
+        return _code(error)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(main: Callable[[], None]) -> tuple[int, bool]:
+    """The exit code of `main`, and whether a signal ended it."""
     logging.raiseExceptions = False  # a run goes on, without tracebacks, when whoever read its output (| head) is gone
     try:
-        _check_flags()
+        _read_command()
         main()
         code = max(Grid.codes, default=0)
     except UserError as error:
@@ -61,57 +89,136 @@ def launch(main: Callable[[], None]) -> int:
     except Exception as error:  # a run's own errors end in its outcome: what arrives here is Hydra's
         code = _say(translate(error))
     except (KeyboardInterrupt, Terminated) as error:
-        code = _interrupted(error)
-    try:
-        code = max(code, Grid.close())
-    except (KeyboardInterrupt, Terminated) as error:  # a second one, while the table is drawn
-        code = _interrupted(error)
-    # What is left is Python's own exit: a signal ends it at once, without a traceback.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) in (_terminate, signal.default_int_handler):
-            signal.signal(number, signal.SIG_DFL)
-    return code
+        return _code(error), True
+    return code, False
 
 
-def _interrupted(error: BaseException) -> int:
-    return 143 if isinstance(error, Terminated) else 130
+def script(main: Callable[[], None]) -> NoReturn:
+    """`launch`, and the end of the process: a signal that comes after the last run ends it without a traceback."""
+    # Before and after `launch` there are only imports, W&B and Python's own cleaning up: no run's results.
+    _listen(lambda number, frame: os._exit(128 + number))
+    sys.exit(launch(main))
 
 
 class Terminated(BaseException):
-    """SIGTERM, as an exception: the run in progress notes that it was interrupted, the grid stops."""
+    """SIGTERM, or SIGHUP of a closed terminal: the run in progress notes that it was interrupted, the grid stops."""
+
+    def __init__(self, code: int = 143):
+        super().__init__(code)
+        self.code = code
 
 
-def _terminate(signum, frame):
-    raise Terminated
+def _code(error: BaseException) -> int:
+    return error.code if isinstance(error, Terminated) else 130
+
+
+def _first_stops() -> Callable:
+    """A handler that stops at the first signal and leaves the run in peace while it notes that."""
+    since: list[float] = []
+
+    def stop(number, frame):
+        if not since:
+            since.append(time.monotonic())
+            raise KeyboardInterrupt if number == signal.SIGINT else Terminated(128 + number)
+        if time.monotonic() - since[0] > PATIENCE:
+            os._exit(128 + number)
+
+    return stop
+
+
+def _listen(handler: Callable) -> dict[int, Any]:
+    """Handle the signals that end a process, but for those it ignores (nohup); return the handlers before."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {n: h or signal.SIG_DFL for n, h in before.items() if h is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, handler)
+    return before
 
 
 class Grid(Callback):
-    """Remembers the multirun of this process and the outcome of its runs, for the closing table."""
+    """The multirun of this process: its folder, and the outcome of its runs, for the closing table.
+
+    The folder is always a new one. Where `hydra.sweep.dir` exists already, it is a folder in it: whatever lies there,
+    another grid's record or a user's results, is neither overwritten nor counted nor removed.
+    """
 
     directory: Path | None = None
     codes: list[int] = []
+    _made: list[Path] = []  # the folders that this process has made, the innermost first
 
     def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
-        Grid.directory = Path(config.hydra.sweep.dir)
+        try:
+            Grid.directory, Grid._made = _new_folder(Path(config.hydra.sweep.dir), Path(str(config.get("output_root"))))
+        except OSError:  # Hydra makes a warning of what a callback raises; it fails there next, with an error
+            return
+        # The sweeper and the launcher, and through the overrides the cells in other processes, write there as well.
+        with open_dict(config):
+            config.hydra.sweep.dir = str(Grid.directory)
+            kept = [w for w in config.hydra.overrides.hydra if not w.lstrip("+").startswith("hydra.sweep.dir=")]
+            config.hydra.overrides.hydra = [*kept, f"hydra.sweep.dir={spell(str(Grid.directory))}"]
         note = {"started": time.time(), "cells": _count(config.hydra)}
-        with suppress(OSError):  # what Hydra writes next fails as well, and says so
-            Grid.directory.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):  # a full disk: as above
             (Grid.directory / "grid.json").write_text(json.dumps(note) + "\n")
         if line := launchers.announce(config.hydra):
             print(line, flush=True)
 
     @classmethod
-    def close(cls) -> int:
-        """Print the table of all runs of the grid; return 1 if one of them failed."""
+    def close(cls, interrupted: bool = False) -> int:
+        """Print the table of all runs of the grid; return 1 if one of them failed.
+
+        Args:
+            interrupted: by a signal. Slurm's jobs may then still be in the queue: they need their files.
+        """
         if cls.directory is None or not cls.directory.exists():
             return 0
         if not any(cls.directory.glob("cell-*.json")):  # refused before the first run began: leave nothing behind
-            shutil.rmtree(cls.directory, ignore_errors=True)
-            remove_empty(cls.directory.parents)
+            if not (interrupted and (cls.directory / ".submitit").exists()):
+                cls._discard()
             return 0
         from mtl.study.grid import summarise  # late: it needs the plotting library
 
-        return summarise(cls.directory)
+        code, empty = summarise(cls.directory)
+        if empty:
+            cls._discard()
+        return code
+
+    @classmethod
+    def _discard(cls) -> None:
+        """Remove the grid's record: the files that it is made of, and the folders that this process made for it."""
+        folders = [f for f in cls.directory.glob(".submitit/**/") if f.is_dir()]
+        files = [file for folder in folders for file in folder.iterdir() if file.is_file()]
+        for pattern in RECORD:
+            files += cls.directory.glob(pattern)
+        for file in files:
+            file.unlink(missing_ok=True)
+        for folder in sorted(folders, reverse=True):
+            remove_empty([folder])
+        remove_empty(cls._made)
+
+
+def _new_folder(wanted: Path, output_root: Path) -> tuple[Path, list[Path]]:
+    """Make a folder for a grid's record: `wanted`, or one in it, or a temporary one where nothing can be written.
+
+    Returns:
+        the folder, and all folders that were made for it, the innermost first.
+    """
+    now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
+    for folder in (wanted, wanted / now):
+        made = [f for f in (folder, *folder.parents) if not f.exists()]
+        try:
+            folder.mkdir(parents=True)
+            return folder, made
+        except FileExistsError:
+            continue
+        except OSError as error:
+            remove_empty(made)
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not output_root.is_dir():
+                raise
+            # Another user's results: what is finished can be listed all the same.
+            print(f"grid      cannot write to {folder}: no record is kept of this grid", flush=True)
+            folder = Path(tempfile.mkdtemp(prefix=RECORDLESS))
+            return folder, [folder]
+    raise FileExistsError(errno.EEXIST, "exists and is no folder", str(wanted))
 
 
 def _count(hydra: DictConfig) -> int | None:
@@ -129,20 +236,10 @@ def _say(error: UserError) -> int:
     return error.exit_code
 
 
-def _check_flags() -> None:
-    # argparse loses what follows a flag in the middle: `train.py logger=none -m seed=0,1` must work as well.
-    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
-    parser = get_args_parser()
-
-    def refuse(message: str):
-        word = message.rpartition(": ")[2].split()[0]
-        if message.startswith("unrecognized arguments") and word.startswith("--"):
-            key = word.removeprefix("--").partition("=")[0]
-            raise ConfigError(f"{word}: no such flag; options are written without dashes: {key}=VALUE")
-        raise ConfigError(one_line(message))
-
-    parser.error = refuse
-    if parser.parse_args().multirun and torchrun.size() > 1:
+def _read_command() -> None:
+    arguments = unfold(parse(sys.argv[1:]))
+    sys.argv[1:] = spelled(arguments)
+    if arguments.multirun and torchrun.size() > 1:
         raise ConfigError("-m: torchrun starts one run at a time; leave -m away and call it once for each run")
 
 

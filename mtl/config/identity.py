@@ -5,13 +5,18 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtl.config import source
+
 _INSTALLED = Path(__file__).parents[1] / "conf"
 CONF = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "conf"  # in a wheel; in a checkout
+TARGET = "_target_"
 
 # What does not decide a run's numbers: paths, device, logging, what is looked at, where the images lie. The seed is
 # named apart.
@@ -28,8 +33,17 @@ EXCLUDED = (
     "study",
 )
 
-# Options that came after runs had been made; at this value, which is what was done before, no part of the hash.
-ADDED = {"mtl.losses.GradNorm": {"mean": "arithmetic"}}
+# Options that were added after the first release, each with the default that does what was done before. An option at
+# this default is no part of the hash, so older runs keep their identity. "loss.mean@mtl.losses.GradNorm" is the option
+# of that class alone.
+ADDED: dict[str, Any] = {
+    "loss.mean@mtl.losses.GradNorm": "arithmetic",
+}
+
+# Classes of ours that were moved or renamed: {path today: path under which they are hashed}.
+MOVED: dict[str, str] = {}
+
+LABEL = 39  # characters, so that a group (three labels and the digest) stays below W&B's limit of 128
 
 
 @dataclass(frozen=True)
@@ -70,37 +84,109 @@ def identify(config: Mapping[str, Any], choices: Mapping[str, str]) -> Identity:
         config: plain Python objects.
         choices: the option chosen in each config group (`data`, `arch`, `loss`).
     """
-    content = copy.deepcopy(dict(config))
-    for path in EXCLUDED:
-        *parents, key = path.split(".")
-        node = content
-        for parent in parents:
-            node = node.get(parent, {})
-        node.pop(key, None)
-    loss, name = content["loss"], _label("loss", content, choices)
-    for key, before in ADDED.get(loss["_target_"], {}).items():
-        if loss.get(key) == before:
-            del loss[key]
-    if (file := loss.get("file")) and Path(file).is_file():
+    content = decisive(config)
+    data, arch, loss = (_label(group, content, choices) for group in ("data", "arch", "loss"))
+    if (file := _loss_file(content)) is not None:
         # A user's own loss is what the file says, not where it lies.
-        loss["file"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
-        name = f"{name}-{Path(file).stem}"
-    text = json.dumps(canonical(content), sort_keys=True)
+        content["loss"]["file"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        loss = f"{loss}-{file.stem}"
+    if own := own_code(config):
+        content["source"] = own
+    text = json.dumps(canonical(_as_before(content)), sort_keys=True)
     return Identity(
-        data=_label("data", content, choices),
-        arch=_label("arch", content, choices),
-        loss=name,
+        data=safe(data),
+        arch=safe(arch),
+        loss=safe(loss),
         digest=hashlib.sha256(text.encode()).hexdigest()[:8],
         seed=config["seed"],
     )
 
 
+def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `config` without the options that do not decide a run's numbers.
+
+    The folder of a built-in data set does not decide them: its images are the same everywhere. Of a user's own data
+    class nothing is known, so its folder and its `download` stay, the folder as an absolute path.
+    """
+    content = copy.deepcopy(dict(config))
+    own_data = not _built_in(content.get("data"))
+    for path in EXCLUDED:
+        if own_data and path in ("data.root", "data.download"):
+            continue
+        *parents, key = path.split(".")
+        node = content
+        for parent in parents:
+            node = node.get(parent, {})
+        node.pop(key, None)
+    if own_data and isinstance(root := content["data"].get("root"), str):
+        content["data"]["root"] = os.path.realpath(root)
+    return content
+
+
+def own_code(config: Mapping[str, Any]) -> dict[str, str]:
+    """{module: sha256} of the user's own modules that decide a run's numbers; without `loss.file` itself."""
+    content = decisive(config)
+    file = _loss_file(content)
+    return source.digests([name for _, name in _targets(content)], [] if file is None else [file])
+
+
+def safe(label: str) -> str:
+    """`label` as a directory and as a part of a W&B name: letters, digits and ._+-, at most 39 of them.
+
+    A label that has to be changed gets the start of its hash, so that no two labels become the same.
+    """
+    if re.fullmatch(rf"[A-Za-z0-9_][A-Za-z0-9._+-]{{0,{LABEL - 1}}}", label):
+        return label
+    mended = re.sub(r"[^A-Za-z0-9_+-]+", "_", label).lstrip("+-")[: LABEL - 9]
+    return f"{mended or '_'}-{hashlib.sha256(label.encode(errors='surrogatepass')).hexdigest()[:8]}"
+
+
+def _as_before(content: dict[str, Any]) -> dict[str, Any]:
+    """`content` in the words of the first release: classes by their first path, without later options at default."""
+    for node, name in _targets(content):
+        node[TARGET] = MOVED.get(name, name)
+    for place, default in ADDED.items():
+        path, _, owner = place.partition("@")
+        *parents, key = path.split(".")
+        node: Any = content
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, dict) else None
+        if isinstance(node, dict) and key in node and node[key] == default and owner in ("", node.get(TARGET)):
+            del node[key]
+    return content
+
+
+def _targets(value: Any) -> Iterator[tuple[dict[str, Any], str]]:
+    """Every node of a config that names a class, and the name."""
+    if isinstance(value, dict):
+        if isinstance(value.get(TARGET), str):
+            yield value, value[TARGET]
+        for child in value.values():
+            yield from _targets(child)
+    elif isinstance(value, list):
+        for child in value:
+            yield from _targets(child)
+
+
+def _built_in(node: Any) -> bool:
+    return not isinstance(node, Mapping) or str(node.get(TARGET)).partition(".")[0] == "mtl"
+
+
+def _loss_file(content: Mapping[str, Any]) -> Path | None:
+    file = content["loss"].get("file")
+    return Path(file) if isinstance(file, str) and Path(file).is_file() else None
+
+
 def _label(group: str, config: Mapping[str, Any], choices: Mapping[str, str]) -> str:
-    """The chosen option's name; the class's own where another class was put into that option's place."""
-    target, file = config[group]["_target_"], CONF / group / f"{choices[group]}.yaml"
+    """The chosen option's name; the class's own where another class was put into that option's place, or none was."""
+    target, option = config[group][TARGET], choices.get(group)
+    own = target.rpartition(".")[2].lower()
+    if not option:
+        return own
+    file = CONF / group / f"{option}.yaml"
     if file.is_file() and f"_target_: {target}" not in file.read_text().splitlines():
-        return target.rpartition(".")[2].lower()
-    return choices[group]
+        return own
+    return option
 
 
 def canonical(value: Any) -> Any:

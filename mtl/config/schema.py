@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import pkgutil
 import typing
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge, Le, Lt
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
-from mtl.config.errors import ConfigError, one_line, suggest
+from mtl.config.errors import ConfigError, UserError, one_line, suggest
+from mtl.config.source import blame
 
 TARGET, MISSING = "_target_", "???"
+
+# PyTorch's hints have no ranges, and its optimizers refuse nothing but negative numbers.
+OPTIMIZER = {"momentum": Annotated[float, Ge(0), Lt(1)], "weight_decay": Annotated[float, Ge(0), Le(100)]}
+LARGEST_INT, LARGEST_FLOAT = 2**63 - 1, 3.4e38  # what a tensor holds: int64, float32
 
 
 def check(node: Any, path: str, supplied: Collection[str] = ()) -> None:
@@ -57,8 +64,10 @@ def check_arguments(target: Callable, arguments: Mapping, path: str, supplied: C
             raise ConfigError(f"{prefix}{key}: unknown key; allowed: {', '.join(ours) or 'none'}{suggest(key, ours)}")
         if isinstance(value, Mapping) and TARGET in value:
             check(value, f"{prefix}{key}")
-        elif key in hints and value != MISSING:
-            _check_type(hints[key], value, f"{prefix}{key}")
+        elif value != MISSING:
+            _check_size(value, f"{prefix}{key}")
+            if key in hints:
+                _check_type(hints[key], value, f"{prefix}{key}")
     for name in ours:
         if arguments.get(name, named[name].default) in (MISSING, inspect.Parameter.empty):
             raise ConfigError(f"{prefix}{name}: required; set it with {prefix}{name}=VALUE")
@@ -74,21 +83,27 @@ def build(node: Mapping, path: str, **supplied: Any) -> Any:
     }
     try:
         return target(**arguments, **supplied)
-    except (ValueError, TypeError, FileNotFoundError, RuntimeError) as error:
+    except UserError:
+        raise
+    except Exception as error:
         # Our constructors begin their messages with the argument that is wrong.
         separator = "." if str(error).partition(":")[0] in arguments else ": "
-        raise ConfigError(f"{path}{separator}{one_line(error)}") from error
+        raise ConfigError(f"{path}{separator}{_message(error)}{blame(error)}") from error
 
 
 def locate(name: Any, path: str) -> Callable:
     """Import the class or function that a `_target_` names."""
     try:
         target = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
+    except Exception as error:  # a user's module can raise anything
+        if isinstance(name, str) and len(name) > 200:
+            raise ConfigError(f"{path}={_show(name)}: cannot be imported") from error
+        if place := blame(error):
+            raise ConfigError(f"{path}={name}: cannot be imported: {_message(error)}{place}") from error
         parent = str(name).rpartition(".")[0]
         try:
             candidates = [f"{parent}.{n}" for n in vars(pkgutil.resolve_name(parent)) if not n.startswith("_")]
-        except (ImportError, AttributeError, ValueError):
+        except Exception:
             candidates = []
         raise ConfigError(
             f"{path}={name}: cannot be imported ({one_line(error)}){suggest(name, candidates)}"
@@ -98,13 +113,34 @@ def locate(name: Any, path: str) -> Callable:
     return target
 
 
+def _message(error: Exception) -> str:
+    """The error's own text; with its type where the text alone says too little ('weight' of a KeyError)."""
+    plain = isinstance(error, (ValueError, TypeError, FileNotFoundError, RuntimeError)) and str(error)
+    return one_line(error if plain else f"{type(error).__name__}: {error}")
+
+
 def _hints(target: Callable) -> dict[str, Any]:
+    extra = OPTIMIZER if getattr(target, "__module__", "").startswith("torch.optim.") else {}
     if inspect.isclass(target) and not hasattr(target, "__dataclass_fields__"):
         target = target.__init__
     try:
-        return typing.get_type_hints(target, include_extras=True)
-    except (NameError, TypeError, AttributeError):  # hints that only a type checker can resolve
-        return {}
+        return typing.get_type_hints(target, include_extras=True) | extra
+    except Exception:  # hints that only a type checker can resolve
+        return extra
+
+
+def _check_size(value: Any, path: str) -> None:
+    """Refuse numbers that no tensor holds, at any depth of a list or mapping."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            _check_size(item, path)
+    elif isinstance(value, int) and abs(value) > LARGEST_INT:
+        digits = len(str(abs(value)))
+        raise ConfigError(f"{path}: an integer of {digits} digits; it must fit into 64 bits (1e30 is a real number)")
+    elif isinstance(value, float) and math.isfinite(value) and abs(value) > LARGEST_FLOAT:
+        raise ConfigError(f"{path}={value}: a number must be within ±{LARGEST_FLOAT}, as float32 is")
 
 
 def _check_type(hint: Any, value: Any, path: str) -> None:
@@ -133,4 +169,5 @@ def _explain(error: ValidationError, value: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= 100 else f"{text[:80]}… ({len(text)} characters)"

@@ -32,7 +32,7 @@ class AutoLambda(LossWeighting):
         lr: learning rate of λ.
 
     Raises:
-        ValueError: a primary task is none of the tasks.
+        ValueError: a primary task is none of the tasks, or there is no primary task.
     """
 
     def __init__(
@@ -43,6 +43,8 @@ class AutoLambda(LossWeighting):
         lr: Annotated[float, Gt(0)] = 1e-4,
     ):
         super().__init__(tasks)
+        if primary is not None and not primary:
+            raise ValueError(f"primary: names no task; the tasks are {', '.join(self.names)}, and null is all of them")
         if unknown := set(primary or ()) - set(self.names):
             raise ValueError(f"primary: {sorted(unknown)[0]!r} is no task; the tasks are {', '.join(self.names)}")
         goal = [float(primary is None or name in primary) for name in self.names]

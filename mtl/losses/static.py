@@ -20,12 +20,17 @@ class Static(LossWeighting):
         weights: one weight a task, by name ({fine: 1, coarse: 0.5}; a task left out weighs 1) or in task order.
 
     Raises:
-        ValueError: a name that is no task, a list of another length than T, or a weight that is negative.
+        ValueError: a name that is no task, no name at all, a list of another length than T, a negative weight, or only
+            weights of 0.
     """
 
     def __init__(self, tasks: int | Sequence[str], weights: Mapping[str, float] | Sequence[float]):
         super().__init__(tasks)
         if isinstance(weights, Mapping):
+            if not weights:
+                raise ValueError(
+                    f"weights: names no task; the tasks are {', '.join(self.names)} (loss=equal weighs all 1)"
+                )
             if unknown := set(weights) - set(self.names):
                 raise ValueError(f"weights: {sorted(unknown)[0]!r} is no task; the tasks are {', '.join(self.names)}")
             weights = [weights.get(name, 1.0) for name in self.names]
@@ -33,6 +38,8 @@ class Static(LossWeighting):
             raise ValueError(f"weights: {len(weights)} given for {self.tasks} tasks ({', '.join(self.names)})")
         if min(weights) < 0:
             raise ValueError(f"weights: {min(weights)} is negative")
+        if not any(weights):
+            raise ValueError("weights: all are 0; nothing would be trained")
         self.register_buffer("weights", torch.tensor(list(weights), dtype=torch.float32))
 
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:

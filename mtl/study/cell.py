@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import shlex
 import sys
 import time
-import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,11 +16,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mtl.config import launchers, schema, torchrun
+from mtl.config import launchers, schema, source, torchrun
 from mtl.config.cli import Grid, translate
+from mtl.config.command import repeat
 from mtl.config.errors import Busy, ConfigError, UserError, one_line
-from mtl.config.identity import identify
-from mtl.config.program import program
+from mtl.config.identity import identify, own_code
 from mtl.engine.directory import write_json
 from mtl.engine.distributed import together
 from mtl.engine.finished import objective
@@ -30,6 +28,7 @@ from mtl.engine.run import Outcome, check, run
 from mtl.study.baselines import Cell, fill, single_tasks
 from mtl.study.grid import progress
 from mtl.study.plan import plan, plan_table
+from mtl.study.runs import load
 
 log = logging.getLogger("mtl")
 
@@ -72,7 +71,7 @@ def run_from_hydra(config: DictConfig) -> float | None:
         cells = [(None, choices, words)]
         refused = Outcome("refused", error.exit_code, message=str(error))
     for i, (plain, chosen, typed) in enumerate(cells):
-        command, since = shlex.join([*program(), *typed]), time.perf_counter()
+        command, since = repeat(hydra, typed), time.perf_counter()
         if grid:
             suffix = f"-{i}" if i < len(cells) - 1 else ""  # the baselines of a cell stand before it
             file = Path(hydra.sweep.dir) / f"cell-{hydra.job.num:05d}{suffix}.json"
@@ -80,6 +79,7 @@ def run_from_hydra(config: DictConfig) -> float | None:
         if away:
             launchers.note(hydra.job.num, f"started: {command}")
         outcome = refused if plain is None else execute(plain, chosen, command, away)
+        outcome, found = _objective(outcome)
         if outcome.message and torchrun.rank() == 0:
             print(f"error: {outcome.message}", file=sys.stderr)
         if away:
@@ -92,8 +92,23 @@ def run_from_hydra(config: DictConfig) -> float | None:
         elif outcome.plan:
             log.info(plan_table([outcome.plan]))
         Grid.codes.append(outcome.code)
+    return found
+
+
+def _objective(outcome: Outcome) -> tuple[Outcome, float | None]:
+    """What a sweeper searches by; a finished run whose files are damaged counts as damaged, not as finished."""
     # Under torchrun the files are the first process's, which may still be writing them.
-    return objective(outcome.directory) if outcome.status == "finished" and torchrun.rank() == 0 else None
+    if outcome.status != "finished" or torchrun.rank() != 0:
+        return outcome, None
+    try:
+        reasons = [reason for _, reason in load([outcome.directory]).damaged]
+        found = None if reasons else objective(outcome.directory)
+    except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
+        reasons = [one_line(error) or type(error).__name__]
+    if reasons:
+        message = f"{outcome.directory}: {reasons[0]}; delete that folder to run it again"
+        return Outcome("damaged", 1, outcome.directory, message), None
+    return outcome, found
 
 
 def _cells(config: DictConfig, choices: dict[str, str], words: list[str]) -> list[Cell]:
@@ -127,6 +142,8 @@ def execute(config: Mapping[str, Any], choices: Mapping[str, str], command: str,
         check(filled)
         # By the config as typed: single-task results that were filled in differ from seed to seed.
         identity = identify(config, choices)
+        if module := source.changed(own_code(config)):
+            raise ConfigError(f"{module} was changed while this command ran; the same command again runs the new code")
         if config["study"]["plan"]:
             return plan(filled, identity)
         start = partial(together, lambda processes: run(filled, choices, identity, command, processes))
@@ -134,7 +151,15 @@ def execute(config: Mapping[str, Any], choices: Mapping[str, str], command: str,
     except Busy as error:
         return Outcome("running elsewhere", error.exit_code, message=str(error))
     except UserError as error:
-        return Outcome("refused", error.exit_code, message=str(error))
-    except Exception as error:  # a bug, before the run had a log to put it into
-        traceback.print_exc()
-        return Outcome("failed", 1, message=f"{type(error).__name__}: {one_line(error)}")
+        # Where the engine has put an error of the user's own code into its words, the place is still missing.
+        return Outcome("refused", error.exit_code, message=f"{error}{source.blame(error)}")
+    except Exception as error:  # a user's own code, or a bug of ours, before the run had a log to put it into
+        memory = isinstance(error, MemoryError) or "allocate memory" in str(error)  # PyTorch's is a RuntimeError
+        reason = "not enough memory" if memory else type(error).__name__
+        return Outcome("failed", 1, message=f"{reason}: {one_line(error)}{_told(error)}")
+
+
+def _told(error: Exception) -> str:
+    """Where the error comes from, with the file that has its traceback."""
+    file = source.keep(error)
+    return source.blame(error) or (f" (traceback in {file})" if file else "")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import statistics
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,11 +13,11 @@ from typing import Any
 
 import yaml
 
-from mtl.config.errors import remove_empty
+from mtl.config.cli import RECORDLESS
 from mtl.config.program import program
 from mtl.study import results
 from mtl.study.compare import benchmarks
-from mtl.study.runs import load
+from mtl.study.runs import Collection, load
 from mtl.study.scores import Scores
 from mtl.tracking.console import duration
 
@@ -35,39 +35,40 @@ def progress(folder: Path) -> str:
     said = ", ".join(f"{counts[s]} {s}" for s in ("finished", "failed", "running") if counts[s])
     # What was there before took no time and says nothing of what is to come.
     took = [c["seconds"] for c in cells if c.get("seconds", 0) > 1]
-    elapsed = time.time() - grid["started"]
+    elapsed = time.time() - grid["started"]  # not positive where the clock was set back
     left = ""
     if grid["cells"] and took and done < grid["cells"]:
-        at_once = max(1.0, sum(took) / elapsed)
+        at_once = max(1.0, sum(took) / elapsed) if elapsed > 0 else 1.0
         left = f", about {duration(statistics.fmean(took) * (grid['cells'] - done) / at_once)} left"
     return f"grid      {done} of {grid['cells'] or 'an open number of'} runs done ({said}){left}"
 
 
-def summarise(folder: Path) -> int:
+def summarise(folder: Path) -> tuple[int, bool]:
     """Print the table of a grid, draw its learning curves, say what to do next.
 
     Args:
         folder: of the grid.
 
     Returns:
-        0 when every cell finished, else the largest exit code of a cell.
+        0 when every cell finished, else the largest exit code of a cell; and whether the grid leaves nothing that its
+        record would be needed for: it was a plan, or every cell was refused.
     """
     outcomes = _outcomes(folder)
     if plans := [o["plan"] for o in outcomes if o["plan"]]:
         from mtl.study.plan import plan_table  # late: it can train, and so needs torch
 
         print(f"\n{plan_table(plans)}")
-        shutil.rmtree(folder)  # a plan leaves nothing behind
-        remove_empty(folder.parents)
-        return max(o["code"] for o in outcomes)
-    found = load([o["directory"] for o in outcomes if o["directory"]])
+        return max(o["code"] for o in outcomes), True
+    found = load([o["directory"] for o in outcomes if o["directory"] and Path(o["directory"]).is_dir()])
+    outcomes = [_as_found(o, found) for o in outcomes]
     figures: list[Path] = []
     for benchmark in benchmarks(found.runs, found.stopped):
         for arch in benchmark.archs:
             print(f"\n{results.figures(Scores(benchmark, arch)).terminal()}")
         from mtl.study.figures import draw  # late: matplotlib takes a second to import
 
-        figures += draw(benchmark, folder, only=["learning-curves"])
+        if not _temporary(folder):
+            figures += draw(benchmark, folder, only=["learning-curves"])
     if found.runs:
         print("test set, mean ± std over seeds; *: the best mean, which need not be a real difference\n")
     for figure in figures:
@@ -88,7 +89,25 @@ def summarise(folder: Path) -> int:
         if found.runs[0].info["data"] == "digits":
             start = shlex.join(program())
             print(f"next:     {start} trainer.epochs=10 data.limit_train=10000   (CIFAR-100, downloaded once)")
-    return max((o["code"] for o in outcomes), default=0)
+    nothing = all(o["status"] == "refused" for o in outcomes) or _temporary(folder)
+    return max((o["code"] for o in outcomes), default=0), nothing
+
+
+def _as_found(outcome: dict[str, Any], found: Collection) -> dict[str, Any]:
+    """The outcome of a run that the table leaves out says why: its files are damaged, or gone."""
+    if outcome["status"] != "finished":
+        return outcome
+    directory = Path(outcome["directory"])
+    if any(run.directory.resolve() == directory.resolve() for run in found.runs):
+        return outcome
+    reasons = {path.resolve(): reason for path, reason in found.damaged}
+    reason = reasons.get(directory.resolve(), "its folder is gone or no longer says that it finished")
+    cure = "delete that folder to run it again"
+    return {**outcome, "status": "damaged", "code": 1, "message": f"{directory}: {reason}; {cure}"}
+
+
+def _temporary(folder: Path) -> bool:
+    return folder.parent == Path(tempfile.gettempdir()) and folder.name.startswith(RECORDLESS)
 
 
 def _outcomes(folder: Path, pattern: str = "cell-*.json") -> list[dict[str, Any]]:
