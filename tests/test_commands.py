@@ -388,7 +388,9 @@ def test_an_error_in_own_data_names_its_line(cli, own):
     importlib.invalidate_caches()
     result = cli("data=digits", "logger=none", "data._target_=mydata.Mine")
     assert result.code == 1 and len(result.err.splitlines()) == 1, result.err
-    assert result.err.startswith("error: IndexError: list index out of range (mydata.py:6 in load; traceback in")
+    assert result.err.startswith(
+        "error: data: Mine.load(): IndexError: list index out of range (mydata.py:6 in load; traceback in"
+    )
 
 
 def test_a_message_that_own_code_raises_on_purpose_is_the_line_alone(cli, own):

@@ -175,12 +175,12 @@ def test_missing_labels_count_without_being_declared(own):
 
 @pytest.mark.parametrize(("data", "options", "message"), [
     ("Shapes", "data.fault=class", r"test split: labels of task 'shape': sample 7 has the label 3; .* from 0 to 2"),
-    ("Shapes", "data.fault=bug", r"data: Shapes.load\(\): KeyError: 'colour' \(.*own_classes.py, line \d+\)"),
-    ("Property", "", r"data: Property: AttributeError: .* no attribute 'names' \(.*own_classes.py, line \d+\)"),
+    ("Shapes", "data.fault=bug", r"data: Shapes.load\(\): KeyError: 'colour' \(.*own_classes.py:\d+ in \w+; traceback in "),  # noqa: E501
+    ("Property", "", r"data: Property: AttributeError: .* attribute 'names' \(.*own_classes.py:\d+ in \w+; traceback in "),  # noqa: E501
     ("Broadcasts", "", r"data: task 'size': WrongTask.criterion returned the shape \(2, 2\)"),
     ("NaNLoss", "data.fault=missing", "task 'size': its loss of a sample without a label is nan; it must be 0"),
     ("NaNMetric", "data.fault=missing", r"metric 'mae' returned \[nan\] of samples without a label"),
-    ("Shapes", "arch.fault=bug", r"arch: .* no attribute 'missing' \(.*own_classes.py, line \d+\)"),
+    ("Shapes", "arch.fault=bug", r"arch: .* no attribute 'missing' \(.*own_classes.py:\d+ in \w+; traceback in .*\)"),
     ("Shapes", "arch.fault=detached", r"arch: no loss reaches a parameter of Tiny"),
     ("Shapes", "data.batch_size=1 loss=auto_lambda", "data.batch_size=1: AutoLambda divides a batch into 2 parts"),
     ("Shapes", "data.batch_size=2 loss=sdmgrad", "data.batch_size=2: SDMGrad divides a batch into 3 parts"),

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import sysconfig
-import traceback
 from collections.abc import Iterable
 from pathlib import Path
-
-PACKAGE = Path(__file__).parents[1]
-LIBRARIES = [sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib")]
 
 
 class UserError(Exception):
@@ -45,6 +40,11 @@ def remove_empty(folders: Iterable[Path]) -> None:
             return
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the machine has too little memory; PyTorch says so in a RuntimeError."""
+    return isinstance(error, MemoryError) or "allocate memory" in str(error)
+
+
 def one_line(text: object) -> str:
     """`text` on one line."""
     return " ".join(str(text).split())
@@ -58,13 +58,3 @@ def suggest(word: str, allowed: Iterable[str]) -> str:
     likeness = [difflib.SequenceMatcher(None, match, str(word)).ratio() for match in matches]
     nearest = sorted(m for m, ratio in zip(matches, likeness, strict=True) if ratio == max(likeness))
     return f"; did you mean {' or '.join(nearest)}?" if nearest else ""
-
-
-def where(error: BaseException) -> str:
-    """The last line of a user's own code on the way to `error`, as " (file, line 7)"; empty where there is none."""
-    lines = [(Path(f.filename), f.lineno) for f in traceback.extract_tb(error.__traceback__)]
-    lines = [line for line in lines if line[0].is_file() and "torch" not in line[0].parts]
-    lines = [line for line in lines if not line[0].is_relative_to(PACKAGE)]
-    # A library that the user calls is seldom where the mistake is.
-    lines = [line for line in lines if not any(map(line[0].is_relative_to, LIBRARIES))] or lines
-    return f" ({lines[-1][0]}, line {lines[-1][1]})" if lines else ""

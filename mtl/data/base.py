@@ -12,7 +12,8 @@ from annotated_types import Ge, Lt
 from torch import Tensor
 
 from mtl.config import schema
-from mtl.config.errors import ConfigError, SetupError, UserError, one_line, where
+from mtl.config.errors import ConfigError, SetupError, UserError, one_line, out_of_memory
+from mtl.config.source import blame
 from mtl.data.check import check_declared, check_loaded
 from mtl.random import stream
 from mtl.tasks import Task
@@ -91,8 +92,10 @@ class Benchmark(ABC):
         except UserError:
             raise
         except Exception as error:  # whatever a user's own code raises
+            if out_of_memory(error):
+                raise
             what = f"{type(self).__name__}.load(): {type(error).__name__}: {one_line(error)}"
-            raise SetupError(f"data: {what}{where(error)}") from error
+            raise SetupError(f"data: {what}{blame(error)}") from error
         check_loaded(self, loaded)
         # Labels of no task, as a subclass with fewer tasks leaves them, go no further.
         train, test = (Split(part.images, {t.name: part.targets[t.name] for t in self.tasks}) for part in loaded)
@@ -122,7 +125,7 @@ def build_benchmark(node: Mapping[str, Any]) -> Benchmark:
         check_declared(benchmark)
     except Exception as error:
         # What we refuse begins with the attribute's name; the rest comes from a property of the user's own.
-        ours = isinstance(error, ValueError) and not where(error)
-        what = f".{error}" if ours else f": {type(error).__name__}: {one_line(error)}{where(error)}"
+        ours = isinstance(error, ValueError) and not blame(error)
+        what = f".{error}" if ours else f": {type(error).__name__}: {one_line(error)}{blame(error)}"
         raise ConfigError(f"data: {type(benchmark).__name__}{what}") from error
     return benchmark

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mtl.config.errors import SetupError, one_line, suggest, where
+from mtl.config.errors import SetupError, one_line, suggest
+from mtl.config.source import blame
 from mtl.metrics.task import Metric
 from mtl.tasks import Task
 
@@ -109,7 +110,7 @@ def check_tasks(tasks: Sequence[Task], predictions: Sequence[Tensor], targets: M
 
 def _message(error: Exception) -> str:
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    return f"{kind}{one_line(error)}{where(error)}"
+    return f"{kind}{one_line(error)}{blame(error)}"
 
 
 def _check_names(tasks: Any) -> None:

@@ -101,6 +101,8 @@ def read_regular(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError:
         raise
+    except NotADirectoryError as error:  # a folder of its path is a file
+        raise FileNotFoundError(error.errno, error.strerror, str(path)) from error
     except OSError as error:
         raise SetupError(f"cannot read {path}: {error.strerror}") from error
 

@@ -18,8 +18,9 @@ from mtl.archs.check import ArchError, as_before, check_model
 from mtl.archs.model import MultiTaskModel, count_macs, count_parameters
 from mtl.config import schema, torchrun
 from mtl.config.cli import Terminated
-from mtl.config.errors import ConfigError, Diverged, one_line, where
+from mtl.config.errors import ConfigError, Diverged, one_line
 from mtl.config.identity import Identity
+from mtl.config.source import blame
 from mtl.data.base import Benchmark, build_benchmark
 from mtl.data.batches import EvaluationBatches, TrainingBatches, move
 from mtl.data.check import check_tasks, few
@@ -263,7 +264,7 @@ def _build_model(config, benchmark: Benchmark, tasks: list[Task], trainer: Train
     except Exception as error:  # whatever a user's own module raises
         shape, kind = "x".join(map(str, benchmark.image_shape)), type(error).__name__
         what = one_line(error) if isinstance(error, ValueError | RuntimeError) else f"{kind}: {one_line(error)}"
-        raise ConfigError(f"arch: does not fit the images of data ({shape}): {what}{where(error)}") from error
+        raise ConfigError(f"arch: does not fit the images of data ({shape}): {what}{blame(error)}") from error
     return model
 
 

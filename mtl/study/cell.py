@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mtl.config import launchers, schema, source, torchrun
 from mtl.config.cli import Grid, translate
 from mtl.config.command import repeat
-from mtl.config.errors import Busy, ConfigError, UserError, one_line
+from mtl.config.errors import Busy, ConfigError, UserError, one_line, out_of_memory
 from mtl.config.identity import identify, own_code
 from mtl.engine.directory import write_json
 from mtl.engine.distributed import together
@@ -154,8 +154,7 @@ def execute(config: Mapping[str, Any], choices: Mapping[str, str], command: str,
         # Where the engine has put an error of the user's own code into its words, the place is still missing.
         return Outcome("refused", error.exit_code, message=f"{error}{source.blame(error)}")
     except Exception as error:  # a user's own code, or a bug of ours, before the run had a log to put it into
-        memory = isinstance(error, MemoryError) or "allocate memory" in str(error)  # PyTorch's is a RuntimeError
-        reason = "not enough memory" if memory else type(error).__name__
+        reason = "not enough memory" if out_of_memory(error) else type(error).__name__
         return Outcome("failed", 1, message=f"{reason}: {one_line(error)}{_told(error)}")
 
 
