@@ -19,6 +19,7 @@ from annotated_types import Ge
 
 from mtl.archs.model import MultiTaskModel, count_macs, count_parameters
 from mtl.config import schema, torchrun
+from mtl.config.blame import blamed
 from mtl.config.cli import Terminated
 from mtl.config.errors import ConfigError, Diverged, SetupError, one_line
 from mtl.config.identity import Identity
@@ -32,7 +33,7 @@ from mtl.engine.finished import repeat
 from mtl.engine.microscope import Microscope
 from mtl.engine.trainer import Learner, Trainer, defines
 from mtl.losses import Equal, Strategy
-from mtl.random import derive
+from mtl.random import seeded
 from mtl.tasks import Task
 from mtl.tracking import RunInfo, Tracker, flatten
 from mtl.tracking.console import epoch_line
@@ -138,8 +139,11 @@ def assemble(config: Mapping[str, Any], processes: Processes | None = None) -> t
     Raises:
         UserError: two nodes do not fit each other, or the machine has no such device.
     """
-    benchmark: Benchmark = schema.build(config["data"], "data")
-    strategy: Strategy = schema.build(config["loss"], "loss", tasks=[t.name for t in benchmark.tasks])
+    # A user's own class may draw from the global generators: each is built under a stream of its own.
+    with seeded(config["seed"], "data"):
+        benchmark: Benchmark = schema.build(config["data"], "data")
+    with seeded(config["seed"], "loss"):
+        strategy: Strategy = schema.build(config["loss"], "loss", tasks=[t.name for t in benchmark.tasks])
     # A strategy may train fewer tasks than there are (loss=single): the others then do not exist in this run.
     tasks = [task for task in benchmark.tasks if task.name in strategy.names]
     trainer: Trainer = schema.build(config["trainer"], "trainer")
@@ -162,7 +166,8 @@ def assemble(config: Mapping[str, Any], processes: Processes | None = None) -> t
 
 def open_batches(benchmark: Benchmark, learner: Learner) -> tuple[TrainingBatches, dict[str, EvaluationBatches]]:
     """Load the data: training batches, and one set of evaluation batches for each other split."""
-    strategy, splits = learner.strategy, benchmark.splits()
+    with seeded(learner.seed, "load"), blamed():
+        strategy, splits = learner.strategy, benchmark.splits()
     smallest = 2 * max(strategy.samples, 2 if defines(strategy, "look_ahead") else 1)
     if len(splits["train"]) < smallest:
         raise ConfigError(f"data: {len(splits['train'])} training samples; batch norm needs at least {smallest}")
@@ -185,6 +190,7 @@ def build_learner(
     Raises:
         ConfigError: the architecture does not fit the images or the microscope the batches, or the optimizer refuses
             its arguments.
+        SetupError: nothing in the model can be trained.
     """
     microscope: Microscope = schema.build(config["microscope"], "microscope")
     try:
@@ -192,8 +198,7 @@ def build_learner(
     except ValueError as error:
         raise ConfigError(f"microscope.{error}") from error
     seed, schedule = config["seed"], schema.build(config["schedule"], "schedule")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "init"))
+    with seeded(seed, "init"):
         backbone = schema.build(config["arch"], "arch", in_channels=benchmark.image_shape[0])
         try:
             model = MultiTaskModel(backbone, tasks)
@@ -205,13 +210,16 @@ def build_learner(
             name = type(strategy).__name__
             raise ConfigError(f"loss: {name} turns what the heads see, and these have no parameters to follow it with")
         strategy.prepare(backbone.out_features)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise SetupError("arch: every parameter of the model is frozen (requires_grad=False); nothing would be trained")
     model, strategy = trainer.place(model, device), strategy.to(device)
     groups = [{"params": list(model.parameters())}]
     if own := list(strategy.parameters()):
         # The method's parameters train at their own rate and without decay, unless its config follows the optimizer.
         settings = {"lr": strategy.lr, "weight_decay": strategy.weight_decay}
         groups.append({"params": own, **{k: v for k, v in settings.items() if v is not None}})
-    optimizer = schema.build(config["optimizer"], "optimizer", params=groups)
+    with seeded(seed, "optimizer"):
+        optimizer = schema.build(config["optimizer"], "optimizer", params=groups)
     switches = switches or Switches()
     if getattr(optimizer, "alternates", False) and (type(strategy) is not Equal or switches != Switches()):
         raise ConfigError(
