@@ -3,17 +3,22 @@
 import copy
 import io
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import ROOT
 
+from mtl.archs.resnet import WideResNet
 from mtl.config.blame import UserCodeError
 from mtl.config.errors import SetupError
+from mtl.data.digits import Digits
 from mtl.engine.run import assemble, open_batches
 from mtl.engine.trainer import Learner
+from mtl.tasks import Classification, Regression
 
 SMALL = ("data=digits", "data.limit_train=24", "data.limit_test=8", "data.batch_size=8", "arch=wide_resnet", "arch.depth=10", "arch.width=1",
          "optimizer.lr=0.01", "trainer.epochs=2", "logger=none")  # fmt: skip
@@ -156,12 +161,13 @@ def build(run, tmp_path):
         (file,) = Path("first").rglob("config.yaml")
         CONFIG.update(yaml.safe_load(file.read_text()))
 
-    def call(body: str, **arch):
+    def call(body: str = "", **nodes):
         write(tmp_path, body)
         config = copy.deepcopy(CONFIG)
         config["loss"]["file"] = str(tmp_path / "my_loss.py")
         config["trainer"]["epochs"] = 3
-        config["arch"] |= arch
+        config |= {k: yaml.safe_load((ROOT / f"conf/{k}/{v}.yaml").read_text()) if isinstance(v, str) else v
+                   for k, v in nodes.items()}  # fmt: skip
         benchmark, learner = assemble(config)
         return learner, open_batches(benchmark, learner)[0]
 
@@ -298,3 +304,63 @@ def test_a_loss_that_reaches_no_total_is_mentioned_once(build, caplog):
 def test_a_file_that_fails_names_its_line(run, body, where):
     result = run(body)
     assert result.code == 2 and result.err.count("\n") == 1 and re.search(where, result.err), result.err
+
+
+IDLE = {  # options: the words of the reason, and whether it is said in the first epoch
+    "optimizer.lr=0": "optimizer.lr=0",
+    "loss=static loss.weights={digit:0,odd:0,ink:0}": "gradients are 0",
+    f"data._target_={__name__}.Unlabelled": "no training sample has a label",
+}
+
+
+@dataclass
+class Unlabelled(Digits):
+    tasks = (Classification("digit", 10, True), Classification("odd", 2, True), Regression("ink", partial=True))
+
+    def load(self):
+        train, test = super().load()
+        train.targets.update(digit=train.targets["digit"] * 0 - 100, odd=train.targets["odd"] * 0 - 100)
+        train.targets["ink"] *= torch.nan
+        return train, test
+
+
+@pytest.mark.parametrize(("options", "why"), IDLE.items())
+def test_a_run_that_trains_nothing_fails_and_says_why(cli, options, why):
+    result = cli(*SMALL, *options.split())
+    assert result.code == 1 and result.err.count("\n") == 1 and why in result.err, (result.out, result.err)
+
+
+WARM = "schedule.warmup_epochs=1 schedule.interval=step data.batch_size=24"  # all of the first epoch at rate 0
+
+
+@pytest.mark.parametrize("options", [WARM, "optimizer=mtl_io", "optimizer=adatask", "loss=single loss.task=odd"])
+def test_a_run_that_trains_late_or_in_turns_is_no_failure(cli, options):
+    result = cli(*SMALL, *options.split())
+    assert result.code == 0 and "WARNING" not in result.out, (result.out, result.err)
+
+
+class Frozen(WideResNet):
+    """A backbone of which all, or the first block, or nothing trains."""
+
+    def __init__(self, in_channels: int, trains: str):
+        super().__init__(in_channels, depth=10, width=1)
+        for name, p in self.named_parameters():
+            p.requires_grad_(trains == "all" or (trains == "block" and "blocks.0" in name))
+
+
+# Each family; gradients of the features; several samples; looking ahead and back; one task after the other.
+FAMILIES = ("equal", "uncertainty", "pcgrad", "graddrop", "imtl", "rotograd", "db_mtl", "mgda", "sdmgrad", "moml", "famo",
+            "gradnorm", "consmtl", "rep_mtl", "adatask", "mtl_io")  # fmt: skip
+
+
+@pytest.mark.parametrize("trains", ["block", "nothing"])
+@pytest.mark.parametrize("loss", FAMILIES)
+def test_the_heads_of_a_frozen_backbone_train(build, loss, trains):
+    nodes = {"optimizer": loss, "loss": "equal"} if loss in ("adatask", "mtl_io") else {"loss": loss}
+    learner, batches = build(arch={"_target_": f"{__name__}.Frozen", "trains": trains}, **nodes)
+    before = copy.deepcopy(dict(learner.model.named_parameters()))
+    (row,) = epochs(learner, batches, range(1))
+    moved = {name for name, p in learner.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name, p in before.items() if p.requires_grad} and any("heads" in name for name in moved)
+    assert (row["grad/norm"] > 0) == (trains == "block")
+    assert all(np.isfinite(value) for value in row.values())

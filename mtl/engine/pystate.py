@@ -1,8 +1,7 @@
 """The Python state of a user's own modules, for the checkpoint: what is in no parameter and no persistent buffer.
 
 A loss of one's own may count in an attribute, keep a list of past losses, draw from a generator of its own or make a
-buffer at the first batch. All that is saved as plain containers and tensors, which `torch.load(weights_only=True)`
-reads. Two names of one object stay two names of one object. What cannot be saved is named, never left out in silence.
+buffer at the first batch. All that is saved as tensors, which `torch.load(weights_only=True)` reads. Two names of one object stay two names of one object. What cannot be saved is named, never left out in silence.
 
 What the constructor makes again by itself (functions, modules, parameters) is saved as its place, not as its content.
 """
@@ -28,6 +27,7 @@ from torch.nn.parameter import is_lazy
 
 from mtl.config.blame import is_users
 from mtl.engine.names import STANDARD, Names, is_users_class, name_of
+from mtl.engine.pack import pack, unpack
 from mtl.engine.pydecode import BIT_GENERATORS, CONTAINERS, KEPT, SKIPPED, Decoder, filled
 
 ATOMS = (type(None), bool, int, float, str, bytes)
@@ -75,13 +75,14 @@ class PythonState:
         self._recording = False
 
     def save(self) -> dict[str, Any]:
-        """The state in plain containers; empty if there is no class of the user's.
+        """The state as tensors; empty if there is no class of the user's.
 
         Raises:
             Unsavable: something in it cannot be saved.
         """
         try:
-            return self._encode()
+            tree = self._encode()
+            return pack(tree) if tree else {}
         except RecursionError as error:
             raise Unsavable("loss", self._roots.get("loss"), "nested too deeply") from error
 
@@ -91,7 +92,7 @@ class PythonState:
         Raises:
             ValueError: it was saved by other classes.
         """
-        decoder = Decoder(self._objects, self._names, self.device)
+        decoder, saved = Decoder(self._objects, self._names, self.device), unpack(saved)
         for node in saved["roots"].values():
             decoder.value(node)
         for place, node in saved["globals"].items():
@@ -137,6 +138,8 @@ class PythonState:
             return ["default generator"]
         if isinstance(value, Tensor):
             return self._tensor(value, place)
+        if kind in (set, frozenset):  # equal sets may have other orders
+            value = sorted(value, key=repr)
         if kind in (list, tuple, set, frozenset):
             return [kind.__name__, *(self._node(v, f"{place}[{i}]") for i, v in enumerate(value))]
         if kind is dict:
@@ -197,7 +200,7 @@ class PythonState:
         if isinstance(value, nn.Module):
             names = CONTAINERS
             if is_users_class(type(value)):
-                names = [n for n in vars(value) if n in CONTAINERS or n not in SKIPPED]
+                names = sorted(n for n in vars(value) if n in CONTAINERS or n not in SKIPPED)
             return list(itertools.chain.from_iterable((n, self._entry(vars(value)[n], n, place)) for n in names))
         if isinstance(value, types.FunctionType) and is_users(value.__code__.co_filename):
             cells = [cell.cell_contents for cell in filter(filled, value.__closure__ or ())]
@@ -228,7 +231,7 @@ class PythonState:
     def _globals(self) -> dict[str, Any]:
         """Those that have changed since the constructors ran: a large table that nobody changes costs no space."""
         result = {}
-        for place, value in self._outside():
+        for place, value in sorted(self._outside(), key=lambda pair: pair[0]):
             shared = id(value) in self._memo  # an attribute holds it, too
             node = self._attribute(value, place)
             digest = pickle.dumps(node)

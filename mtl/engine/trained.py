@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,40 +53,50 @@ class Watch:
         changed = [(p != old).any() for p, old in zip(self.parameters, self.before, strict=True)]
         self.sums.add("watch_changed", torch.stack(changed).any())
 
-    def cause(self, read: Mapping[str, Sequence[float]]) -> tuple[str, bool] | None:
-        """Why this epoch has trained nothing, and whether no later one will; None if it has trained.
+    def cause(self, read: Mapping[str, Sequence[float]]) -> Idle | None:
+        """Why this epoch has trained nothing; None if it has trained.
 
         Args:
             read: the epoch's sums.
         """
         full = self.optimizer.param_groups[0].get("initial_lr", self.rate)
         if not any(read["count"]):
-            return "no training sample has a label of any task", True
+            return Idle("no training sample has a label of any task", certain=True)
         if "watch_gradient" not in read:
-            return "no gradient reaches the model: the losses or the total of the loss do not depend on it", True
+            return Idle("no gradient reaches it, the losses or their total do not depend on it", certain=True)
         if not read["watch_gradient"][0]:
-            return "all gradients of the model are 0: check the weights that the loss gives, and the network", False
+            return Idle("all its gradients are 0; look at the weights that the loss gives, and at the network")
         if full == 0:
-            return "optimizer.lr=0", True
+            return Idle("optimizer.lr=0", certain=True)
         if self.rate == 0:
-            return "the schedule's rate is 0", False
+            return Idle("the schedule's rate is 0", expected=True)
         if not read["watch_changed"][0]:
-            return f"the steps are too small to change a parameter (optimizer.lr={full:g})", False
+            return Idle(f"the steps are too small to change a parameter (optimizer.lr={full:g})")
         return None
 
 
-def judge(cause: tuple[str, bool] | None, epoch: int, epochs: int, rate: float) -> bool:
-    """Whether the model has been trained by epoch `epoch`, counted from 0, the latest of those that were watched.
+@dataclass(frozen=True)
+class Idle:
+    """Why an epoch has trained nothing.
 
-    Raises:
-        NothingTrained: it has not, and no epoch is left, or none can be better.
+    Args:
+        why: the likely cause.
+        certain: no later epoch will train either.
+        expected: a later one will, as after a warm-up that begins at rate 0.
     """
-    if cause is None:
-        return True
-    why, certain = cause
-    message = f"epoch {epoch + 1} has changed no parameter of the model: {why}"
-    if certain or epoch + 1 == epochs:
-        raise NothingTrained(message)
-    if rate:  # a warm-up may begin at rate 0
-        log.info(f"WARNING   {message}")
-    return False
+
+    why: str
+    certain: bool = False
+    expected: bool = False
+
+    def judge(self, epoch: int, epochs: int) -> None:
+        """Say so, after epoch number `epoch`, counted from 0.
+
+        Raises:
+            NothingTrained: no later epoch can be expected to train.
+        """
+        message = f"epoch {epoch + 1} has changed no parameter of the model: {self.why}"
+        if self.certain or epoch + 1 == epochs:
+            raise NothingTrained(message)
+        if not self.expected:
+            log.info(f"WARNING   {message}")

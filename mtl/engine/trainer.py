@@ -22,7 +22,7 @@ from mtl.engine.backward import Step, Switches, backward, gradient_norm
 from mtl.engine.distributed import Processes
 from mtl.engine.microscope import Microscope, Observer
 from mtl.engine.pystate import PythonState, Unsavable
-from mtl.engine.trained import Watch, judge
+from mtl.engine.trained import Idle, Watch
 from mtl.losses import Statistics, Strategy
 from mtl.optim.schedules import Schedule
 from mtl.random import derive, seeded
@@ -150,6 +150,7 @@ class Learner:
         self._python = PythonState(self.strategy, self.model, self.device)
         self._unsavable: str | None = None
         self._trained = False  # whether an epoch has moved the model
+        self._idle: Idle | None = None  # why the latest one has not
 
     def train_epoch(self, batches: TrainingBatches, epoch: int) -> dict[str, float]:
         """Train for one epoch, counted from 0; a function of the learner's state, the seed and `epoch`.
@@ -209,7 +210,8 @@ class Learner:
         if self.processes is not None:
             self.processes.compare(read, self.device)
         if watch is not None:
-            self._trained = judge(watch.cause(read), epoch, trainer.epochs, watch.rate)
+            self._idle = watch.cause(read)
+            self._trained = self._idle is None
         seconds = time.perf_counter() - started
         row = self._figures("train", read)
         for task, weight in zip(self.tasks, read.get("step_weights", ()), strict=False):
@@ -270,13 +272,16 @@ class Learner:
             self.optimizer.step_task(k, len(self.tasks), None if present is None else present[k : k + 1])
             predictions.append(prediction)
             losses.append(loss)
-        return predictions, losses, Step(torch.ones(len(losses), device=self.device), gradient_norm(shared))
+        norm = gradient_norm(shared) if shared else torch.zeros((), device=self.device)
+        return predictions, losses, Step(torch.ones(len(losses), device=self.device), norm)
 
     def predict(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Each task's prediction in fp32, and the features (N, F) that the heads started from."""
         with self.trainer.autocast(self.device):
             images, backbone = self.trainer._images(images), self.model.backbone
             features = backbone(images) if self.processes is None else self.processes.forward(backbone, images)
+            if torch.is_grad_enabled() and not features.requires_grad and self.switches.of_features(self.strategy):
+                features.requires_grad_()  # a frozen backbone; the method still weighs by the features' gradients
             predictions = self.model.predict(self.strategy.views(features))
         return [p.float() for p in predictions], features
 
@@ -330,7 +335,13 @@ class Learner:
                 m.track_running_stats = True
 
     def epoch_end(self, row: dict[str, float]) -> None:
-        """Tell the strategy how the epoch went: training losses, and scores on validation data where there is some."""
+        """Tell the strategy how the epoch went: training losses, and scores on validation data where there is some.
+
+        Raises:
+            NothingTrained: the epoch has trained nothing, and no later one can be expected to.
+        """
+        if self._idle is not None:
+            self._idle.judge(self.strategy.epoch, self.trainer.epochs)
         with seeded(self.seed, "epoch_end", self.strategy.epoch, device=self.device), blamed():
             self._epoch_end(row)
 
