@@ -9,9 +9,7 @@ from torch import nn
 
 import mtl
 from mtl.optim.signum import Signum
-from mtl.optim.taskwise import MTLIO, AdaTask
-
-BASES = ("adam", "adagrad", "rmsprop", "sgd")
+from mtl.optim.taskwise import BASES, MTLIO, AdaTask
 
 
 def network() -> tuple[nn.Module, list[nn.Module]]:
@@ -156,7 +154,7 @@ def test_an_old_state_dict_lacks_what_is_now_in_the_groups():
     _, optimizer = step(base="adam")
     state = optimizer.state_dict()
     for group in state["param_groups"]:
-        for name in ("base", "betas", "eps"):
+        for name in ("rule", "betas", "eps"):
             del group[name]
     again = AdaTask(optimizer.param_groups[0]["params"], base="rmsprop")
     again.load_state_dict(state)

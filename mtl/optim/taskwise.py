@@ -21,6 +21,8 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
+BASES = ("adam", "adagrad", "rmsprop", "sgd")
+
 
 def settle(p: Tensor) -> None:
     """Do to `p.task_grads` what has been done to `p.grad` since they were left; before more is added to either."""
@@ -84,16 +86,17 @@ class AdaTask(torch.optim.Optimizer):
         eps: Annotated[float, Gt(0)] = 1e-8,
         weight_decay: Annotated[float, Ge(0)] = 0.0,
     ):
-        # In the groups, so that a state_dict holds all of them.
+        # In the groups, so that a state_dict holds all of them; the base by its number.
+        rule = BASES.index(base)
         super().__init__(
-            params, {"lr": lr, "weight_decay": weight_decay, "base": base, "betas": tuple(betas), "eps": eps}
+            params, {"lr": lr, "weight_decay": weight_decay, "rule": rule, "betas": tuple(betas), "eps": eps}
         )
 
     def __setstate__(self, state) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            for name, value in self.defaults.items():  # a state_dict from before they were in the groups
-                group.setdefault(name, value)
+            for name in ("rule", "betas", "eps"):  # a state_dict from before they were in the groups
+                group.setdefault(name, self.defaults[name])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch.optim; the tasks' gradients are forgotten as well."""
@@ -146,7 +149,7 @@ class AdaTask(torch.optim.Optimizer):
             )
         m, v, t = (state[name][which] for name in ("m", "v", "t"))
         first, second = group["betas"]
-        base, eps = group["base"], group["eps"]
+        base, eps = BASES[group["rule"]], group["eps"]
         acts = torch.ones_like(t) if present is None else present.to(t).view(t.shape)
         t += acts
         count = t.clamp(min=1)
