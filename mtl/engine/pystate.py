@@ -1,7 +1,8 @@
 """The Python state of a user's own modules, for the checkpoint: what is in no parameter and no persistent buffer.
 
 A loss of one's own may count in an attribute, keep a list of past losses, draw from a generator of its own or make a
-buffer at the first batch. All that is saved as tensors, which `torch.load(weights_only=True)` reads. Two names of one object stay two names of one object. What cannot be saved is named, never left out in silence.
+buffer at the first batch. All that is saved as tensors, which `torch.load(weights_only=True)` reads. Two names of one
+object stay two names of one object. What cannot be saved is named, never left out in silence.
 
 What the constructor makes again by itself (functions, modules, parameters) is saved as its place, not as its content.
 """

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from annotated_types import Ge
 from torch import Tensor, nn
 
-from mtl.config.blame import UserCodeError, definition, users_line
+from mtl.config.blame import definition, users_line
 from mtl.losses.base import LossWeighting, Statistics
 
 log = logging.getLogger("mtl")
@@ -86,7 +86,8 @@ class Custom(LossWeighting):
                 self._unused -= found
             return total.reshape(())
         where = definition(type(self.module).forward)
-        raise UserCodeError(f"{where}: {type(self.module).__name__}.forward returned {wrong}; it needs one scalar tensor")
+        name = type(self.module).__name__
+        raise TypeError(f"{name}.forward returned {wrong} (it is defined in {where}); one scalar tensor is needed")
 
     def epoch_end(self, statistics: Statistics) -> None:
         """Say once which losses were not used: right for a loss that trains fewer tasks, else a mistake."""
