@@ -52,3 +52,20 @@ def smoke(cli, tmp_path):
                    f"output_root={tmp_path / 'out'}", *arguments)  # fmt: skip
 
     return call
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """`double(learner)`: it trains in float64, its batches, losses and sums as well.
+
+    Two trainings in float32 cannot be compared closely: rounding moves an activation over ReLU's kink on one CPU and
+    not on another, and the gradient jumps.
+    """
+    import torch
+
+    def call(learner):
+        monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        learner.model.double(), learner.strategy.double()
+        return learner
+
+    return call

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import inspect
 import os
 import site
 import sys
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, TracebackType
+from typing import Any
 
 from mtl.config.errors import UserError
 
@@ -152,8 +154,21 @@ def blame(error: BaseException) -> str:
         error that our own checks or a library raised without any line of the user's in between, for a UserError that
         own code raised on purpose, and where the message has the place already.
     """
-    place = next(filter(None, map(_place, _chain(error))), "")
-    return f" ({place}{_told(keep(error))})" if place and place not in str(error) else ""
+    found = place(error)
+    return f" ({found}{_told(keep(error))})" if found and found not in str(error) else ""
+
+
+def place(error: BaseException) -> str:
+    """The innermost line of a user's own code that `error` has passed, as "my_net.py:14 in forward"; empty for none."""
+    return next(filter(None, map(_place, _chain(error))), "")
+
+
+def definition(thing: Any) -> str:
+    """ "my_net.py:12", where a class or function is defined; its name if there is no source."""
+    try:
+        return f"{_short(inspect.getsourcefile(thing))}:{inspect.getsourcelines(thing)[1]}"
+    except (OSError, TypeError):
+        return getattr(thing, "__qualname__", repr(thing))
 
 
 def keep(error: BaseException) -> Path | None:

@@ -15,6 +15,7 @@ from mtl.engine import gradients, guard, reach
 from mtl.engine.replicas import Replicas
 from mtl.engine.switches import TINY, Step, Switches
 from mtl.losses.base import GramianWeighting, JacobianAggregation, LossWeighting, Strategy, count, masked, overrides
+from mtl.optim.taskwise import leave, settle
 
 # Whether several losses reach a parameter that a caller lists in shared and in a head. A cache of weak references.
 _TIED = WeakIdKeyDictionary()
@@ -142,7 +143,7 @@ class BackwardPass:
             return stacked, torch.zeros_like(stacked)
         # One of several processes sees the means over all of them, which have no graph.
         seen = stacked if share is None else values.clone().requires_grad_()
-        total = strategy(seen, self.present)
+        total = strategy(seen.clone(), self.present)  # a method may compute in place
         own = [p for p in strategy.parameters() if p.requires_grad]
         weights, *found = torch.autograd.grad(total, [seen, *own], retain_graph=True, allow_unused=True)
         if weights is None:
@@ -256,6 +257,9 @@ class BackwardPass:
     def _write(self, direction: Tensor, norm: Tensor) -> Tensor:
         """Add the shared gradient to `.grad`; return its () norm as this call left it."""
         direction = self._scaled(direction)
+        if self.per_task:
+            for p in self.shared:
+                settle(p)
         if not self.of_features:
             gradients.add(self.shared, gradients.pieces(self.shared, direction))
             if overrides(self.strategy, LossWeighting, "regulariser"):
@@ -357,10 +361,4 @@ def _similarity(gramian: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor
 def _leave_rows(shared: list[Parameter], rows: Tensor, present: Tensor | None) -> None:
     """Add each task's (T, P) gradient to `task_grads`, for the optimizers that keep statistics for each task."""
     for p, part in zip(shared, rows.split([p.numel() for p in shared], dim=1), strict=True):
-        part, before = part.view(len(rows), *p.shape), getattr(p, "task_grads", None)
-        if before is None:
-            p.task_grads, p.task_present = part, present
-            continue
-        p.task_grads = before + part
-        if p.task_present is not None:  # None: all tasks were present in one of the micro-batches
-            p.task_present = None if present is None else p.task_present | present
+        leave(p, part.view(len(rows), *p.shape), present)

@@ -18,9 +18,9 @@ from mtl.archs.check import ArchError, as_before, check_model
 from mtl.archs.model import MultiTaskModel, count_macs, count_parameters
 from mtl.config import schema, torchrun
 from mtl.config.cli import Terminated
-from mtl.config.errors import ConfigError, Diverged, one_line
+from mtl.config.errors import ConfigError, Diverged, SetupError, one_line
 from mtl.config.identity import Identity
-from mtl.config.source import blame
+from mtl.config.source import blame, place
 from mtl.data.base import Benchmark, build_benchmark
 from mtl.data.batches import EvaluationBatches, TrainingBatches, move
 from mtl.data.check import check_tasks, few
@@ -37,7 +37,7 @@ from mtl.engine.signals import deferred
 from mtl.engine.summary import best, metrics, owned, peak_memory, selector, speed, summarise
 from mtl.engine.trainer import Learner, Trainer, defines
 from mtl.losses import Equal, Strategy
-from mtl.random import derive, stream
+from mtl.random import seeded, stream
 from mtl.tasks import Task
 from mtl.tracking import RunInfo, Tracker, flatten
 from mtl.tracking.console import epoch_line
@@ -147,8 +147,11 @@ def assemble(config: Mapping[str, Any], processes: Processes | None = None) -> t
     Raises:
         UserError: two nodes do not fit each other, or the machine has no such device.
     """
-    benchmark = build_benchmark(config["data"])
-    strategy: Strategy = schema.build(config["loss"], "loss", tasks=[t.name for t in benchmark.tasks])
+    # A user's own class may draw from the global generators: each is built under a stream of its own.
+    with seeded(config["seed"], "data"):
+        benchmark = build_benchmark(config["data"])
+    with seeded(config["seed"], "loss"):
+        strategy: Strategy = schema.build(config["loss"], "loss", tasks=[t.name for t in benchmark.tasks])
     if benchmark.batch_size < parts(strategy):
         name = type(strategy).__name__
         raise ConfigError(
@@ -182,7 +185,8 @@ def open_batches(benchmark: Benchmark, learner: Learner) -> tuple[TrainingBatche
     Raises:
         UserError: the data is missing or wrong, or a task's loss or metrics do not work on it.
     """
-    strategy, splits = learner.strategy, benchmark.splits()
+    with seeded(learner.seed, "load"):
+        strategy, splits = learner.strategy, benchmark.splits()
     smallest = 2 * parts(strategy)
     if len(splits["train"]) < smallest:
         raise ConfigError(f"data: {len(splits['train'])} training samples; batch norm needs at least {smallest}")
@@ -215,6 +219,7 @@ def build_learner(
     Raises:
         ConfigError: the architecture does not fit the images or the microscope the batches, or the optimizer refuses
             its arguments.
+        SetupError: nothing in the model can be trained.
     """
     microscope: Microscope = schema.build(config["microscope"], "microscope")
     try:
@@ -222,20 +227,22 @@ def build_learner(
     except ValueError as error:
         raise ConfigError(f"microscope.{error}") from error
     seed, schedule = config["seed"], schema.build(config["schedule"], "schedule")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "init"))
+    with seeded(seed, "init"):
         model = _build_model(config, benchmark, tasks, trainer, max(1, min(2, benchmark.batch_size // parts(strategy))))
         if defines(strategy, "views") and not all(list(model.head_parameters(t.name)) for t in tasks):
             name = type(strategy).__name__
             raise ConfigError(f"loss: {name} turns what the heads see, and these have no parameters to follow it with")
         strategy.prepare(model.backbone.out_features)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise SetupError("arch: every parameter of the model is frozen (requires_grad=False); nothing would be trained")
     model, strategy = trainer.place(model, device), strategy.to(device)
     groups = [{"params": list(model.parameters())}]
     if own := list(strategy.parameters()):
         # The method's parameters train at their own rate and without decay, unless its config follows the optimizer.
         settings = {"lr": strategy.lr, "weight_decay": strategy.weight_decay}
         groups.append({"params": own, **{k: v for k, v in settings.items() if v is not None}})
-    optimizer = schema.build(config["optimizer"], "optimizer", params=groups)
+    with seeded(seed, "optimizer"):
+        optimizer = schema.build(config["optimizer"], "optimizer", params=groups)
     switches = switches or Switches()
     if getattr(optimizer, "alternates", False) and (type(strategy) is not Equal or switches != Switches()):
         raise ConfigError(
@@ -323,7 +330,8 @@ class Job:
             return Outcome("failed", error.exit_code, path, message)
         except Exception as error:
             log.debug(traceback.format_exc())  # into train.log only
-            message = f"{type(error).__name__}: {one_line(error)} (traceback in {path}/train.log)"
+            where = f"{own}; " if (own := place(error)) and own not in str(error) else ""
+            message = f"{type(error).__name__}: {one_line(error)} ({where}traceback in {path}/train.log)"
             self._close("failed", rows, message)
             return Outcome("failed", 1, path, message)
         words.footer(self, rows)

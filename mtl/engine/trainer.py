@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,18 +15,21 @@ from annotated_types import Ge
 from torch import Tensor
 
 from mtl.archs.model import MultiTaskModel
-from mtl.config.errors import SetupError
+from mtl.config.errors import SetupError, one_line
 from mtl.data.batches import TrainingBatches
 from mtl.engine.backward import Step, Switches, backward
 from mtl.engine.distributed import Processes
 from mtl.engine.gradients import norm as gradient_norm
 from mtl.engine.microscope import Microscope, Observer
+from mtl.engine.pystate import PythonState, Unsavable
+from mtl.engine.trained import Idle, Watch
 from mtl.losses import Statistics, Strategy
 from mtl.optim.schedules import Schedule
-from mtl.random import derive
+from mtl.random import derive, seeded
 from mtl.tasks import Task
 from mtl.tracking.console import Progress
 
+log = logging.getLogger("mtl")
 STATISTICS = ("norm", "ratio", "cosine", "conflict", "magnitude")  # of `Step`: means over the epoch, as grad/…
 
 
@@ -143,6 +147,12 @@ class Learner:
     microscope: Microscope = field(default_factory=Microscope)
     processes: Processes | None = None
 
+    def __post_init__(self) -> None:
+        self._python = PythonState(self.strategy, self.model, self.device)
+        self._unsavable: str | None = None
+        self._trained = False  # whether an epoch has moved the model
+        self._idle: Idle | None = None  # why the latest one has not
+
     def train_epoch(self, batches: TrainingBatches, epoch: int) -> dict[str, float]:
         """Train for one epoch, counted from 0; a function of the learner's state, the seed and `epoch`.
 
@@ -150,9 +160,14 @@ class Learner:
             the row of metrics.jsonl, without evaluation: losses and metrics of the training batches as they were
             passed, mean task weights, gradient statistics, learning rate, speed.
         """
+        # Dropout and a user's own code draw from the global streams: reseeded, they too are functions of (seed, epoch).
+        with seeded(self.seed, "dropout", epoch, device=self.device):
+            return self._train_epoch(batches, epoch)
+
+    def _train_epoch(self, batches: TrainingBatches, epoch: int) -> dict[str, float]:
         trainer, started = self.trainer, time.perf_counter()
-        # Dropout draws from the global stream: reseeded, it too is a function of (seed, epoch).
-        torch.manual_seed(derive(self.seed, "dropout", epoch))
+        if epoch == 0:
+            self._python_state()  # says now if there is none to be saved
         self.strategy.epoch_start(epoch, trainer.epochs, self.seed)
         self.model.train()
         self.strategy.train()
@@ -161,6 +176,7 @@ class Learner:
         partial = any(task.name in batches.partial for task in self.tasks)
         sums = Sums()
         observer = Observer(self, sums)
+        watch = None if self._trained else Watch(self.model, self.optimizer, sums)
         progress = Progress(len(batches), f"epoch {epoch + 1}/{trainer.epochs}")
         progress.live &= self.processes is None or self.processes.leads
 
@@ -184,12 +200,19 @@ class Learner:
                 for name in ("weights", *STATISTICS):
                     if (value := getattr(step, name)) is not None:
                         sums.add(f"step_{name}", value)
+            if watch is not None:
+                watch.step()
             progress.update(i + 1)
 
+        if watch is not None:
+            watch.finish()
         read = sums.read()
         progress.clear()
         if self.processes is not None:
             self.processes.compare(read, self.device)
+        if watch is not None:
+            self._idle = watch.cause(read)
+            self._trained = self._idle is None
         seconds = time.perf_counter() - started
         row = self._figures("train", read)
         for task, weight in zip(self.tasks, read.get("step_weights", ()), strict=False):
@@ -250,13 +273,16 @@ class Learner:
             self.optimizer.step_task(k, len(self.tasks), None if present is None else present[k : k + 1])
             predictions.append(prediction)
             losses.append(loss)
-        return predictions, losses, Step(torch.ones(len(losses), device=self.device), gradient_norm(shared))
+        norm = gradient_norm(shared) if shared else torch.zeros((), device=self.device)
+        return predictions, losses, Step(torch.ones(len(losses), device=self.device), norm)
 
     def predict(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Each task's prediction in fp32, and the features (N, F) that the heads started from."""
         with self.trainer.autocast(self.device):
             images, backbone = self.trainer.images(images), self.model.backbone
             features = backbone(images) if self.processes is None else self.processes.forward(backbone, images)
+            if torch.is_grad_enabled() and not features.requires_grad and self.switches.of_features(self.strategy):
+                features.requires_grad_()  # a frozen backbone; the method still weighs by the features' gradients
             predictions = self.model.predict(self.strategy.views(features))
         return [p.float() for p in predictions], features
 
@@ -310,7 +336,17 @@ class Learner:
                 m.track_running_stats = True
 
     def epoch_end(self, row: dict[str, float]) -> None:
-        """Tell the strategy how the epoch went: training losses, and scores on validation data where there is some."""
+        """Tell the strategy how the epoch went: training losses, and scores on validation data where there is some.
+
+        Raises:
+            NothingTrained: the epoch has trained nothing, and no later one can be expected to.
+        """
+        if self._idle is not None:
+            self._idle.judge(self.strategy.epoch, self.trainer.epochs)
+        with seeded(self.seed, "epoch_end", self.strategy.epoch, device=self.device):
+            self._epoch_end(row)
+
+    def _epoch_end(self, row: dict[str, float]) -> None:
         keys = [f"{t.name}_{t.metrics[0].name}" for t in self.tasks]
         split = "val" if f"val/{keys[0]}" in row else "train"
         losses = torch.tensor([row[f"train/{t.name}_loss"] for t in self.tasks])
@@ -318,9 +354,13 @@ class Learner:
         higher = torch.tensor([t.metrics[0].higher_is_better for t in self.tasks])
         self.strategy.epoch_end(Statistics(losses, scores, higher))
 
-    @torch.inference_mode()
     def evaluate(self, batches: Iterable, name: str) -> dict[str, float]:
         """Losses and metrics over all samples, as {"<name>/<task>_loss": …, "<name>/<task>_<metric>": …}."""
+        with seeded(self.seed, "evaluate", name, device=self.device):
+            return self._evaluate(batches, name)
+
+    @torch.inference_mode()
+    def _evaluate(self, batches: Iterable, name: str) -> dict[str, float]:
         self.model.eval()
         sums = Sums()
         for images, targets in batches:
@@ -347,18 +387,53 @@ class Learner:
             group["lr"] = group["initial_lr"] * factor
 
     def state(self) -> dict:
-        """All that decides the rest of the run, besides (seed, epoch): model, optimizer and strategy."""
-        return {
+        """All that decides the rest of the run, besides (seed, epoch): model, optimizer, strategy, a user's attributes.
+
+        Where these cannot be saved, "unsavable" says why: the run goes on, but cannot be resumed.
+        """
+        state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "strategy": self.strategy.state_dict(),
         }
+        if python := self._python_state():
+            state["python"] = python
+        if self._unsavable:
+            state["unsavable"] = self._unsavable
+        if not self._trained:
+            state["untrained"] = True
+        return state
 
     def load_state(self, state: dict) -> None:
-        """Continue from `state`."""
+        """Continue from `state`; its "epoch" is 0 where it is only handed to another process.
+
+        Raises:
+            SetupError: something of the state could not be saved, or belongs to other classes.
+        """
+        if (why := state.get("unsavable")) and state.get("epoch"):
+            raise SetupError(
+                f"the run cannot be resumed exactly: {why}; keep it in a buffer, a number, a list, a dict or a tensor, "
+                "and delete the run's folder to start afresh"
+            )
+        if python := state.get("python"):
+            try:  # before the rest: it makes the buffers and parameters that the first batch has made
+                self._python.restore(python)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise SetupError(f"last.pt does not fit the classes of this run: {one_line(error)}") from error
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.strategy.load_state_dict(state["strategy"])
+        self._trained = bool(state.get("epoch")) and not state.get("untrained", False)
+
+    def _python_state(self) -> dict | None:
+        """What a user's own classes keep in attributes; None, and said once, if it cannot be saved."""
+        try:
+            return self._python.save()
+        except Unsavable as error:
+            if self._unsavable is None:
+                self._unsavable = str(error)
+                log.info(f"WARNING   {error}: this run cannot be resumed after an interruption")
+            return None
 
 
 def defines(strategy: Strategy, hook: str) -> bool:

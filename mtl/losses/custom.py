@@ -7,6 +7,8 @@ own learning rate and weight decay, as they do in that benchmark.
 
 import importlib.util
 import inspect
+import logging
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +17,15 @@ from typing import Annotated, Any
 from annotated_types import Ge
 from torch import Tensor, nn
 
+from mtl.config.source import definition, place
 from mtl.losses.base import LossWeighting
+
+log = logging.getLogger("mtl")
+
+# What takes a number out of its graph, as it is usually written.
+CUTS = re.compile(
+    r"torch\.(as_)?tensor\(|\.detach\(|\.item\(|\.tolist\(|\.numpy\(|\.data\b|float\(|no_grad\(|np\.|\.requires_grad"
+)
 
 
 class Custom(LossWeighting):
@@ -34,6 +44,8 @@ class Custom(LossWeighting):
             of losses than there are tasks.
     """
 
+    uses_progress = True
+
     def __init__(
         self,
         tasks: int | Sequence[str],
@@ -48,8 +60,9 @@ class Custom(LossWeighting):
         cls = _load_class(Path(file), class_name)
         try:
             self.module = cls(**(args or {}))
-        except TypeError as error:
-            raise ValueError(f"file: {class_name} in {file} cannot be built: {error}") from error
+        except Exception as error:
+            where = place(error) or file
+            raise ValueError(f"file: {class_name} in {where} cannot be built: {_named(error)}") from error
         try:
             inspect.signature(self.module.forward).bind(*range(self.tasks), 0, 1)
         except TypeError as error:
@@ -57,18 +70,70 @@ class Custom(LossWeighting):
                 f"file: {class_name}.forward in {file} must take {self.tasks} losses "
                 f"({', '.join(self.names)}), epoch and total_epochs: {error}"
             ) from error
+        self._unused: set[int] | None = set(range(self.tasks))  # losses that no total has depended on; None: said so
 
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
-        total = self.module(*losses.unbind(), self.epoch, self.epochs)
+        # Copies: the user may add to a loss in place, and the losses themselves must stay as they are.
+        copies = [loss.clone() for loss in losses.unbind()]
+        marks = [copy.grad_fn for copy in copies]
+        total = self.module(*copies, self.epoch, self.epochs)
         if not isinstance(total, Tensor):
             wrong = type(total).__name__
         elif total.numel() != 1:
             wrong = f"{total.numel()} numbers"
-        elif losses.requires_grad and not total.requires_grad:
-            wrong = "a number that does not depend on the losses"
+        elif losses.requires_grad and not (found := _reached(total, marks)):
+            wrong = f"a number that does not depend on the losses{self._cut()}"
         else:
-            return total
-        raise TypeError(f"{type(self.module).__name__}.forward returned {wrong}; one scalar tensor is needed")
+            if losses.requires_grad and self._unused:
+                self._unused -= found
+            return total.reshape(())
+        where = definition(type(self.module).forward)
+        name = type(self.module).__name__
+        raise TypeError(f"{name}.forward returned {wrong} (it is defined in {where}); one scalar tensor is needed")
+
+    def epoch_start(self, epoch: int, epochs: int, seed: int = 0) -> None:
+        super().epoch_start(epoch, epochs, seed)
+        if self.calls.epoch_starts > 1:
+            self._warn()
+
+    def _warn(self) -> None:
+        """Say once which losses were not used: right for a loss that trains fewer tasks, else a mistake."""
+        if self._unused:
+            unused = ", ".join(self.names[i] for i in sorted(self._unused))
+            where = definition(type(self.module).forward)
+            log.info(f"WARNING   {where}: the total never depends on the loss of {unused}, which is not trained")
+        self._unused = None
+
+    def _cut(self) -> str:
+        """Where the graph was probably cut."""
+        try:
+            lines, first = inspect.getsourcelines(type(self.module).forward)
+        except OSError:
+            return ""
+        for number, line in enumerate(lines, first):
+            if CUTS.search(line.partition("#")[0]):
+                return f", so nothing would be trained: line {number} (`{line.strip()}`) takes them out of the graph"
+        return ", so nothing would be trained"
+
+
+def _reached(total: Tensor, marks: Sequence[Any]) -> set[int]:
+    """Which of the graph's nodes `marks` the total depends on. No kernel runs for it."""
+    places = {mark: i for i, mark in enumerate(marks) if mark is not None}
+    found, seen, waiting = set(), set(), [total.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in places:
+            found.add(places[node])
+        else:
+            waiting.extend(following for following, _ in node.next_functions)
+    return found
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _load_class(file: Path, name: str) -> type[nn.Module]:
@@ -82,8 +147,8 @@ def _load_class(file: Path, name: str) -> type[nn.Module]:
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"file: {file} does not load: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"file: {place(error) or file} does not load: {_named(error)}") from error
     cls = getattr(module, name, None)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise ValueError(f"file: {file} holds no nn.Module class named {name}")

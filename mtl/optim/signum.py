@@ -6,6 +6,7 @@ from typing import Annotated
 
 import torch
 from annotated_types import Ge, Gt, Lt
+from torch import Tensor
 
 
 class Signum(torch.optim.Optimizer):
@@ -34,14 +35,29 @@ class Signum(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure=None) -> Tensor | None:
+        """One step.
+
+        Args:
+            closure: computes the loss again, with its gradients, and returns it; as in torch.optim.
+
+        Raises:
+            RuntimeError: a gradient is sparse or complex, which has no sign.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
+                if p.grad.is_sparse or p.grad.is_complex():
+                    raise RuntimeError("Signum does not support sparse or complex gradients; use torch.optim")
                 state = self.state[p]
                 if not state:
                     state["m"] = torch.zeros_like(p)
                 state["m"].lerp_(p.grad, 1 - group["momentum"])
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(group["lr"] * state["m"].sign())
+        return loss

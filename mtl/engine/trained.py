@@ -1,0 +1,102 @@
+"""Does the run train anything? A run that never moves its model must not end as a success."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from mtl.config.errors import UserError
+
+if TYPE_CHECKING:
+    from mtl.engine.trainer import Sums
+
+log = logging.getLogger("mtl")
+
+
+class NothingTrained(UserError):
+    """The run does not train its model: exit code 1, with the likely cause."""
+
+
+class Watch:
+    """Looks at one epoch, on the device: which gradients arrive at the model, and whether its parameters change.
+
+    Weight decay alone is no training. So a parameter's change counts only if gradients have arrived as well.
+
+    Args:
+        model: whose parameters are to learn.
+        optimizer: its first group holds them.
+        sums: where the gradients' sizes add up; the host reads them with the epoch's other sums.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, sums: Sums):
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.before = [p.detach().clone() for p in self.parameters]
+        self.optimizer, self.sums, self.rate = optimizer, sums, 0.0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """After each step, with its gradients still there."""
+        self.rate = max(self.rate, float(self.optimizer.param_groups[0]["lr"]))
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if gradients:  # the largest element: squares of tiny gradients would underflow
+            values = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+            self.sums.add("watch_gradient", torch.nn.utils.get_total_norm(values, norm_type=torch.inf))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """After the last step, before the sums are read."""
+        changed = [(p != old).any() for p, old in zip(self.parameters, self.before, strict=True)]
+        self.sums.add("watch_changed", torch.stack(changed).any())
+
+    def cause(self, read: Mapping[str, Sequence[float]]) -> Idle | None:
+        """Why this epoch has trained nothing; None if it has trained.
+
+        Args:
+            read: the epoch's sums.
+        """
+        full = self.optimizer.param_groups[0].get("initial_lr", self.rate)
+        if not any(read["count"]):
+            return Idle("no training sample has a label of any task", certain=True)
+        if "watch_gradient" not in read:
+            return Idle("no gradient reaches it, the losses or their total do not depend on it", certain=True)
+        if not read["watch_gradient"][0]:
+            return Idle("all its gradients are 0; look at the weights that the loss gives, and at the network")
+        if full == 0:
+            return Idle("optimizer.lr=0", certain=True)
+        if self.rate == 0:
+            return Idle("the schedule's rate is 0", expected=True)
+        if not read["watch_changed"][0]:
+            return Idle(f"the steps are too small to change a parameter (optimizer.lr={full:g})")
+        return None
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Why an epoch has trained nothing.
+
+    Args:
+        why: the likely cause.
+        certain: no later epoch will train either.
+        expected: a later one will, as after a warm-up that begins at rate 0.
+    """
+
+    why: str
+    certain: bool = False
+    expected: bool = False
+
+    def judge(self, epoch: int, epochs: int) -> None:
+        """Say so, after epoch number `epoch`, counted from 0.
+
+        Raises:
+            NothingTrained: no later epoch can be expected to train.
+        """
+        message = f"epoch {epoch + 1} has changed no parameter of the model: {self.why}"
+        if self.certain or epoch + 1 == epochs:
+            raise NothingTrained(message)
+        if not self.expected:
+            log.info(f"WARNING   {message}")
