@@ -4,6 +4,7 @@ Every one ends in the right numbers or in one line that names the file; nothing 
 """
 
 import errno
+import io
 import json
 import logging
 import math
@@ -139,8 +140,10 @@ def same_numbers(a: str, b: str) -> None:
 
 
 def flip(data: bytes) -> bytes:
-    """One bit of a weight."""
-    middle = len(data) // 2
+    """One bit of the largest tensor: what lies between the members of the file, padding, holds nothing."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
+        middle = data.index(archive.read(largest)) + largest.file_size // 2
     return data[:middle] + bytes([data[middle] ^ 64]) + data[middle + 1 :]
 
 

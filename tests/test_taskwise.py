@@ -78,7 +78,7 @@ def test_what_is_done_to_the_gradient_is_done_to_the_tasks(base):
 
 
 def test_an_untouched_gradient_changes_no_bit():
-    a, optimizer = step(base="adam")
+    a, _ = step(base="adam")
     body, heads = network()
     again = AdaTask([p for m in (body, *heads) for p in m.parameters()], lr=0.1)
     features = body(X).tanh()
@@ -162,7 +162,7 @@ def test_an_old_state_dict_lacks_what_is_now_in_the_groups():
 
 
 def test_what_cannot_be_right_is_refused():
-    weight, optimizer = step()
+    _, optimizer = step()
     body = optimizer.param_groups[0]["params"][0]
     optimizer.zero_grad()
     body.grad = torch.ones_like(body)

@@ -57,6 +57,8 @@ class RepMTL(LossWeighting):
     ) -> Tensor | None:
         if features is None:
             raise ValueError("features: Rep-MTL needs the tensor that all heads start from")
+        if not features.requires_grad:  # a frozen backbone: no representation is learned that could be regularised
+            return None
         known = [k for k, loss in enumerate(losses) if loss.requires_grad]
         if not known:
             return None
