@@ -670,3 +670,115 @@ def test_a_task_that_one_process_lacks_is_the_other_processes_alone(replicas, na
     losses = [a if i == 1 else (a + b) / 2 for i, (a, b) in enumerate(zip(*parts, strict=True))]
     mtl.backward(losses, loop.strategy, loop.net.trunk, loop.net.heads)
     close(replicas[0][f"{name} partial"], torch.cat([g.flatten() for g in loop.gradients()]), rtol=1e-6, atol=1e-9)
+
+
+# ------------------------------------------------------------------------------------------ found by a stranger's tries
+
+
+def test_heads_in_the_wrong_order_are_seen_beside_everything_shared():
+    body, heads, x = network()
+    with pytest.raises(ValueError, match=r"heads\[0\].*task order"):
+        everything = [*body.parameters(), *heads[0].parameters(), *heads[1].parameters()]
+        mtl.backward(errors(body(x), heads), fresh("PCGrad"), everything, heads[::-1])
+
+
+def test_losses_computed_as_one_vector_do_not_pass_for_tied():
+    """Heads whose outputs are joined before the loss: the graph is one, the gradients are not."""
+    found = []
+    for everything in (True, False):
+        body, heads, x = network()
+        f = body(x).tanh()
+        losses = (torch.cat([h(f) for h in heads], 1) - torch.tensor([1.0, 2.0])).square().mean(0)
+        shared = [body, *heads] if everything else body
+        mtl.backward(losses, fresh("CAGrad"), shared, heads)
+        found.append([p.grad for m in (body, *heads) for p in m.parameters()])
+    close(found[0], found[1])
+
+
+def test_a_tied_weight_behind_a_head_of_zeros_is_shared():
+    """Its other loss has a gradient of 0 in the first step; it is shared all the same."""
+    embedding, body, zero = nn.Linear(4, 4, bias=False), nn.Linear(4, 4), nn.Linear(4, 1)
+    nn.init.zeros_(zero.weight)
+    f = body(embedding(torch.randn(8, 4)))
+    losses = [nn.functional.linear(f, embedding.weight.T).square().mean(), (zero(f) - 1).square().mean()]
+    info = mtl.backward(losses, fresh("PCGrad"), [embedding, body], [embedding, zero])
+    assert info.weights.isfinite().all() and embedding.weight.grad.any()
+
+
+def test_each_task_is_looked_at_however_the_tasks_take_turns():
+    torch.manual_seed(0)
+    body, heads, x = nn.Linear(4, 6), [nn.Linear(6, 1) for _ in range(4)], torch.randn(8, 4)
+    strategy, wrong = fresh("PCGrad", 4), [heads[0], heads[1], heads[3], heads[2]]
+    with pytest.raises(ValueError, match=r"heads\[2\].*task order"):
+        for step in range(4):
+            present = [i == step for i in range(4)]
+            mtl.backward(errors(body(x), heads), strategy, body, wrong, present=present)
+
+
+@pytest.mark.parametrize("name", ["Equal", "PCGrad"])
+def test_a_stack_does_not_hide_a_detached_loss(name):
+    body, heads, x = network()
+    first, second = errors(body(x), heads)
+    with pytest.raises(ValueError, match=r"losses\[1\]|heads\[1\]"):
+        mtl.backward(torch.stack([first, second.detach()]), fresh(name), body, heads)
+
+
+def test_a_method_may_compute_in_place():
+    class Mine(Equal):
+        def forward(self, losses, present=None):
+            losses *= torch.tensor([2.0, 3.0])
+            return losses.sum()
+
+    body, heads, x = network()
+    assert mtl.backward(errors(body(x), heads), Mine(2), body, heads).weights.tolist() == [2, 3]
+
+
+def test_an_overflow_in_a_head_alone_leaves_the_memory_untouched():
+    """The loss and the trunk's gradient are finite, the head's is not."""
+
+    class Cliff(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, w):
+            return w.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * float("inf")
+
+    for name in ("DBMTL", "MoCo", "GradNorm"):
+        loop = Loop(fresh(name, TASKS).double())
+        for step in range(2):
+            loop.fill(step)
+            loop.finish(step)
+        before = {k: v.clone() for k, v in loop.strategy.named_buffers()}
+        losses, _ = loop.losses(*batch(2))
+        losses[0] = losses[0] + Cliff.apply(loop.net.heads[0].bias).sum()
+        mtl.backward(losses, loop.strategy, loop.net.trunk, loop.net.heads)
+        close(dict(loop.strategy.named_buffers()), before, rtol=0, atol=0)
+
+
+def test_manual_seed_decides_the_draws_of_every_epoch():
+    def draws(seed):
+        torch.manual_seed(seed)
+        strategy = fresh("RLW", 4)
+        strategy.epoch_start(0, 2)
+        return strategy(torch.ones(4)), strategy.epoch_start(1, 2), strategy(torch.arange(4.0))
+
+    assert draws(1) == draws(1) != draws(2)
+
+
+def test_a_state_of_other_tasks_is_refused():
+    state = fresh("DWA", ["x", "y"]).state_dict()
+    with pytest.raises(ValueError, match="of the tasks x, y, in this order; this strategy has y, x"):
+        fresh("DWA", ["y", "x"]).load_state_dict(state)
+
+
+@pytest.mark.parametrize("tasks", ["segmentation", ["a", "a"], []])
+def test_tasks_are_a_number_or_names(tasks):
+    with pytest.raises(ValueError, match=r"^tasks: "):
+        fresh("PCGrad", tasks)
+
+
+def test_switches_are_checked():
+    with pytest.raises(ValueError, match="scale: 'Norm' is none of paper, sum, norm"):
+        mtl.Switches(scale="Norm")

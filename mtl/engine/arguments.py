@@ -154,8 +154,8 @@ def loss_scale(given: Any, device: torch.device) -> Tensor | float | None:
         return given.detach().reshape(()).to(device)
     if isinstance(given, bool) or not isinstance(given, int | float):
         raise TypeError(f"scale: a {type(given).__name__}; give the GradScaler itself, or the number that it holds")
-    if not given > 0:
-        raise ValueError(f"scale: {given} is not positive")
+    if not 0 < given < float("inf"):
+        raise ValueError(f"scale: {given} is no positive, finite number")
     return None if given == 1 else float(given)
 
 

@@ -9,16 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils.weak import WeakIdKeyDictionary
 
 from mtl.engine import gradients, guard, reach
 from mtl.engine.replicas import Replicas
 from mtl.engine.switches import TINY, Step, Switches
 from mtl.losses.base import GramianWeighting, JacobianAggregation, LossWeighting, Strategy, count, masked, overrides
 from mtl.optim.taskwise import leave, settle
-
-# Whether several losses reach a parameter that a caller lists in shared and in a head. A cache of weak references.
-_TIED = WeakIdKeyDictionary()
 
 
 @dataclass
@@ -46,7 +42,7 @@ class BackwardPass:
         names, strategy = self.strategy.names, self.strategy
         if self.replicas is not None:
             self.replicas.check(strategy, self.of_features)
-            if not strategy.calls.steps:
+            if strategy.across is None:  # this process's first step, after a resume as well
                 self.replicas.agree(strategy)
             strategy.across = self.replicas.mean
         maybe = self._maybe_absent()
@@ -56,7 +52,7 @@ class BackwardPass:
                     reach.check_constant(i, names[i], loss)
         if combines:
             self._settle_overlaps(samples[0])
-        if not reach.due(strategy.calls.steps):
+        if not reach.due(strategy, maybe):
             return
         stop = self.features if self.of_features else None
         found = [reach.reach(x, stop) if x.requires_grad and not maybe[i] else None for i, x in enumerate(samples[0])]
@@ -80,19 +76,27 @@ class BackwardPass:
         listed = {id(p) for p in self.shared}
         if self.of_features or not any(id(p) in listed for head in self.heads for p in head):
             return
-        both = [(p, i) for i, head in enumerate(self.heads) for p in head if id(p) in listed]
-        unknown = [pair for pair in both if pair[0] not in _TIED]
-        tied = {id(p): reach.moved_by_others(p, i, losses) for p, i in unknown}
-        if not any(self._maybe_absent()):  # an absent task's loss may reach it in another batch
-            _TIED.update({p: tied[id(p)] for p, _ in unknown})
-        tied |= {id(p): _TIED[p] for p, _ in both if p in _TIED}
-        self.shared = [p for p in self.shared if tied.get(id(p), True)]
-        self.heads = [[p for p in head if not tied.get(id(p), False)] for head in self.heads]
+        found = [reach.reach(loss).leaves if loss.requires_grad else {} for loss in losses]
+        heads = [head for head in self.heads if head]
+        # Losses that were computed as one vector have one graph in common: then only their gradients tell them apart.
+        vector = all(any(id(p) in leaves for p in head) for leaves in found for head in heads)
+        own, tied = set(), set()
+        for i, head in enumerate(self.heads):
+            for p in head:
+                several = id(p) in found[i] and any(id(p) in leaves for j, leaves in enumerate(found) if j != i)
+                if several and vector and len(losses) > 1:
+                    several = reach.moves(losses[i], [p]) and reach.moved_by_others(p, i, losses)
+                if id(p) in listed:
+                    (tied if several else own).add(id(p))
+        self.shared = [p for p in self.shared if id(p) not in own]
+        self.heads = [[p for p in head if id(p) not in tied] for head in self.heads]
 
     def run(self, samples: list[list[Tensor]], combines: bool) -> Step:
         """The step itself; the strategy's buffers stay as they were if it is not finite."""
         strategy, log = self.strategy, self.switches.transform == "log"
-        untouched, share = guard.Untouched(strategy), None
+        share = None
+        # The other families' step looks for itself, once it has the gradients.
+        untouched = guard.Untouched(strategy) if isinstance(strategy, LossWeighting) else None
         values = torch.stack([loss.detach() for loss in samples[-1]])
         if self.replicas is not None:
             share, self.present = self.replicas.shares(self.present, values)
@@ -111,7 +115,8 @@ class BackwardPass:
             values = masked(values.clamp(min=TINY).log(), self.present)
         step = self._combine(samples, values, share) if combines else self._weigh(samples[0], values, share)
         if untouched:
-            untouched.unless(values.isfinite().all() & step.norm.isfinite())
+            heads = gradients.norm([p for head in self.heads for p in head]).to(step.norm)
+            untouched.unless(values.isfinite().all() & step.norm.isfinite() & heads.isfinite())
         return step
 
     def _weigh(self, losses: list[Tensor], values: Tensor, share: Tensor | None) -> Step:
@@ -176,7 +181,13 @@ class BackwardPass:
             for parameters, found in zip(self.heads, own, strict=True):  # a frozen backbone: nothing to balance
                 gradients.add(parameters, found)
             return Step(None, torch.zeros_like(values[0]))
+        finite = values.isfinite().all() & gramian.isfinite().all() & _finite(own)
+        # A copy of the buffers costs as much as the Jacobian. On a CPU it is known beforehand that none is needed.
+        safe = isinstance(strategy, LossWeighting) or guard.host(finite[None]) == [True]
+        untouched = None if safe else guard.Untouched(strategy)
         direction, weights = self._direction(jacobian, gramian if cross is None else cross, weights, values)
+        if untouched:
+            untouched.unless(finite)
         norm = (weights @ gramian @ weights).clamp(min=0).sqrt() if self._apart else direction.norm()
         equal = gramian.sum().clamp(min=torch.finfo(gramian.dtype).tiny).sqrt()
         factor = self._factor(norm, equal)
@@ -321,6 +332,12 @@ class BackwardPass:
 
     def _unscaled(self, value: Tensor) -> Tensor:
         return value if self.scale is None else value / self.scale
+
+
+def _finite(own: list[list[Tensor | None]]) -> Tensor | bool:
+    """() whether the heads' gradients are finite."""
+    found = [g.to_dense() if g.is_sparse else g for head in own for g in head if g is not None]
+    return torch.nn.utils.get_total_norm(found).isfinite() if found else True
 
 
 def _only(present: Tensor | None, losses: list[Tensor]) -> list[Tensor]:

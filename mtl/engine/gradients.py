@@ -100,8 +100,10 @@ def add(parameters: Iterable[Parameter], gradients: Iterable[Tensor | None]) -> 
 
 def norm(parameters: Sequence[Parameter]) -> Tensor:
     """() norm of all the parameters' `.grad` taken together."""
-    gradients = [p.grad.coalesce().values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return torch.zeros((), device=parameters[0].device if parameters else None)
-    gradients = [torch.view_as_real(g) if g.is_complex() else g for g in gradients]
+    if any(g.is_sparse or g.is_complex() for g in gradients):
+        gradients = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+        gradients = [torch.view_as_real(g) if g.is_complex() else g for g in gradients]
     return torch.nn.utils.get_total_norm(gradients)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from mtl.losses.base import Strategy
 
 EVERY = 100  # steps between two looks at the graph, after the first two steps
 
@@ -32,7 +35,7 @@ class Reach:
 
 def reach(loss: Tensor, stop: Tensor | None = None) -> Reach:
     """Walk the graph of `loss`, as far as the node that made `stop`."""
-    found, todo, seen = Reach(), [loss.grad_fn], set()
+    found, todo, seen = Reach(), [_element(loss)], set()
     if loss.grad_fn is None and loss.requires_grad:
         found.leaves[id(loss)] = loss
     while todo:
@@ -48,11 +51,31 @@ def reach(loss: Tensor, stop: Tensor | None = None) -> Reach:
     return found
 
 
-def due(steps: int) -> bool:
-    """Whether the graph is looked at in this step: walking it in every step would cost more than it tells."""
+def _element(loss: Tensor) -> Any:
+    """The node that made `loss`; of an element of torch.stack([...]) its own one, not that of all elements."""
+    node = loss.grad_fn
+    if node is not None and node.name() == "UnbindBackward0":
+        stack = node.next_functions[0][0]
+        if stack is not None and stack.name() == "StackBackward0":
+            return stack.next_functions[loss.output_nr][0]
+    return node
+
+
+def due(strategy: Strategy, absent: Sequence[bool]) -> bool:
+    """Whether the graph is looked at in this step: walking it in every step would cost more than it tells.
+
+    It is, until each task has been looked at twice in this process, and then in one step of a hundred.
+
+    Args:
+        absent: (T,) which tasks may be absent, and so cannot be looked at.
+    """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # the host must not read anything
         return False
-    return steps < 2 or steps % EVERY == 0
+    looks = strategy.looks
+    wanted = strategy.calls.steps % EVERY == 0 or any(n < 2 and not gone for n, gone in zip(looks, absent, strict=True))
+    if wanted:
+        strategy.looks = [n + (not gone) for n, gone in zip(looks, absent, strict=True)]
+    return wanted
 
 
 def check_constant(i: int, name: str, loss: Tensor) -> None:

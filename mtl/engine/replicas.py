@@ -57,9 +57,10 @@ class Replicas:
                 value = tensor.detach().clone()
                 dist.broadcast(value, first, group=self.group)
                 tensor.copy_(value)
-        told = [strategy.stream_seed()]
+        strategy.stream_seed()  # decided now, so that it is in the state
+        told = [strategy.get_extra_state().tolist()]
         dist.broadcast_object_list(told, first, group=self.group)
-        strategy.reseed(told[0])
+        strategy.set_extra_state(torch.tensor(told[0], dtype=torch.uint8))
 
     def total(self, *tensors: Tensor) -> list[Tensor]:
         """The sum over all processes of each tensor, in one message for each dtype and device."""

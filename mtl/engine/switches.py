@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_type_hints
 
 from torch import Tensor
 
-from mtl.losses.base import JacobianAggregation, LossWeighting, Strategy, overrides
+from mtl.losses.base import JacobianAggregation, LossWeighting, Strategy, choose, overrides
 
 TINY = 1e-12  # losses are held above it where transform=log takes their logarithm
 
@@ -33,6 +33,10 @@ class Switches:
     transform: Literal["none", "log"] = "none"
     heads: Literal["paper", "own", "weighted"] = "paper"
     scale: Literal["paper", "sum", "norm"] = "paper"
+
+    def __post_init__(self) -> None:
+        for name, options in get_type_hints(type(self)).items():
+            choose(name, getattr(self, name), options)
 
     def transformed(self, losses: list[Tensor]) -> list[Tensor]:
         """The losses as the strategy sees them."""

@@ -83,14 +83,20 @@ class Strategy(nn.Module, ABC):
 
     def __init__(self, tasks: int | Sequence[str]):
         super().__init__()
-        self.names = tuple(map(str, range(tasks))) if isinstance(tasks, int) else tuple(tasks)
+        if isinstance(tasks, str):
+            raise ValueError(f"tasks: {tasks!r} is one name; give a list of names, or their number")
+        self.names = tuple(map(str, range(tasks) if isinstance(tasks, int) else tasks))
         if not self.names:
             raise ValueError("tasks: at least one task is needed")
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"tasks: {', '.join(self.names)}; every task needs a name of its own")
         self.epoch, self.epochs = 0, 1
         self.calls = hooks.Calls()
         self.across: hooks.Across | None = None  # averages over processes, in a foreign loop that has several
+        self.looks = [0] * len(self.names)  # the engine's: how often it has looked at each task's graph
         self.watch: Any = None  # the engine's, for flags that arrive from a GPU some steps later
-        self._seed: int | None = None
+        self._seed: int | None = None  # of the random stream, since the last epoch_start
+        self._base: int | None = None  # from which it follows in every epoch
         for name in self.lazy:
             self.register_buffer(name, None)
         self._generators: dict[torch.device, torch.Generator] = {}
@@ -103,14 +109,18 @@ class Strategy(nn.Module, ABC):
     def prepare(self, features: int) -> None:
         """Create the parameters whose shape depends on the width of the features; before the optimizer is built."""
 
-    def epoch_start(self, epoch: int, epochs: int, seed: int = 0) -> None:
+    def epoch_start(self, epoch: int, epochs: int, seed: int | None = None) -> None:
         """Tell the progress and reseed the method's random stream.
 
         Reseeding each epoch makes the draws a function of (seed, epoch), so a resumed run needs no generator state.
         """
         hooks.check_epoch(self, epoch)
         self.epoch, self.epochs = epoch, epochs
-        self.reseed(derive(seed, "method", epoch))
+        if seed is not None:
+            self._base = seed
+        elif self._base is None:  # torch.manual_seed decides
+            self._base = derive(torch.initial_seed(), "method")
+        self.reseed(derive(self._base, "method", epoch))
 
     def epoch_end(self, statistics: Statistics) -> None:
         """Learn from the epoch that has ended (DWA and its kin)."""
@@ -178,6 +188,10 @@ class Strategy(nn.Module, ABC):
         for generator in self._generators.values():
             generator.manual_seed(seed)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy belongs to no group of processes yet; a process group can be neither copied nor pickled.
+        return {**self.__dict__, "across": None, "watch": None}
+
     def memory(self) -> dict[str, Tensor]:
         """What the method has learned: its parameters and buffers by name, the part of `state_dict` that has tasks."""
         return {name: value for name, value in self.state_dict().items() if not name.endswith("_extra_state")}
@@ -189,13 +203,17 @@ class Strategy(nn.Module, ABC):
         """
         streams = {str(d): b64encode(bytes(g.get_state().tolist())).decode() for d, g in self._generators.items()}
         progress = {"epoch": self.epoch, "epochs": self.epochs, "seed": self._seed, "streams": streams}
+        progress |= {"names": list(self.names), "base": self._base}
         text = json.dumps({**progress, "calls": self.calls.state()})
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Go on from `get_extra_state`; on another kind of device the stream begins anew, from the same seed."""
         known = json.loads(bytes(state.tolist()))
-        self.epoch, self.epochs, self._seed = known["epoch"], known["epochs"], known["seed"]
+        if known["names"] != list(self.names):
+            told, here = ", ".join(known["names"]), ", ".join(self.names)
+            raise ValueError(f"state_dict: of the tasks {told}, in this order; this strategy has {here}")
+        self.epoch, self.epochs, self._seed, self._base = (known[key] for key in ("epoch", "epochs", "seed", "base"))
         self.calls = hooks.Calls.of(known["calls"])
         self._generators = {}
         for name, saved in known["streams"].items():

@@ -91,7 +91,7 @@ class Custom(LossWeighting):
         name = type(self.module).__name__
         raise TypeError(f"{name}.forward returned {wrong} (it is defined in {where}); one scalar tensor is needed")
 
-    def epoch_start(self, epoch: int, epochs: int, seed: int = 0) -> None:
+    def epoch_start(self, epoch: int, epochs: int, seed: int | None = None) -> None:
         super().epoch_start(epoch, epochs, seed)
         if self.calls.epoch_starts > 1:
             self._warn()
