@@ -782,3 +782,23 @@ def test_tasks_are_a_number_or_names(tasks):
 def test_switches_are_checked():
     with pytest.raises(ValueError, match="scale: 'Norm' is none of paper, sum, norm"):
         mtl.Switches(scale="Norm")
+
+
+def test_all_of_the_gradient_must_go_through_the_features():
+    body, heads, x = network()
+    features = mtl.Switches(gradients="features")
+    cut = body(x).detach().requires_grad_()
+    with pytest.raises(ValueError, match="features: reach no parameter of shared"):
+        mtl.backward(errors(cut, heads), fresh("MGDA"), body, heads, features=cut, switches=features)
+    f = body(x)
+    losses = [loss + 0.1 * body.weight.square().sum() for loss in errors(f, heads)]
+    with pytest.raises(ValueError, match="features: the loss of task 0 reaches shared parameters by another way"):
+        mtl.backward(losses, fresh("MGDA"), body, heads, features=f, switches=features)
+
+
+def test_an_optimizer_in_the_backward_pass_is_refused_where_it_would_not_run():
+    body, heads, x = network()
+    body.weight.register_post_accumulate_grad_hook(lambda p: None)
+    mtl.backward(errors(body(x), heads), fresh("Equal"), body)
+    with pytest.raises(ValueError, match=r"shared: .*hook"):
+        mtl.backward(errors(body(x), heads), fresh("PCGrad"), body, heads)

@@ -139,6 +139,23 @@ def head_parameters(given: Any, strategy: Strategy, exclusive: bool) -> list[lis
     return heads
 
 
+def check_plain(found: Sequence[Parameter]) -> None:
+    """Raises:
+    ValueError: a parameter needs more than a gradient in `.grad`, which is all that gradients of single tasks leave.
+    """
+    for p in found:
+        if hasattr(p, "full_tensor") or hasattr(p, "_is_flat_param"):
+            raise ValueError(
+                "shared: parameters that FSDP or tensor parallelism has divided; gradients of single tasks need whole "
+                "ones, as DistributedDataParallel keeps them"
+            )
+        if getattr(p, "_post_accumulate_grad_hooks", None):
+            raise ValueError(
+                f"shared: a parameter of shape {tuple(p.shape)} has a hook that runs after its gradient was "
+                "accumulated (an optimizer in the backward pass?); gradients of single tasks do not run it"
+            )
+
+
 def loss_scale(given: Any, device: torch.device) -> Tensor | float | None:
     """The factor of a GradScaler (as a tensor on `device`) or a plain number; None is 1.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from mtl.engine import gradients, guard, reach
+from mtl.engine import arguments, gradients, guard, reach
 from mtl.engine.replicas import Replicas
 from mtl.engine.switches import TINY, Step, Switches
 from mtl.losses.base import GramianWeighting, JacobianAggregation, LossWeighting, Strategy, count, masked, overrides
@@ -51,11 +51,14 @@ class BackwardPass:
                 if not maybe[i]:
                     reach.check_constant(i, names[i], loss)
         if combines:
+            arguments.check_plain([*self.shared, *(p for head in self.heads for p in head)])
             self._settle_overlaps(samples[0])
         if not reach.due(strategy, maybe):
             return
         stop = self.features if self.of_features else None
         found = [reach.reach(x, stop) if x.requires_grad and not maybe[i] else None for i, x in enumerate(samples[0])]
+        if self.of_features:
+            reach.check_features(names, self.features, found, self.shared)
         if combines:
             known = [*self.shared, *strategy.parameters()]
             reach.check_owners(names, samples[0], found, known, self.heads)

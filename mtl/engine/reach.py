@@ -112,6 +112,26 @@ def check_shared(i: int, name: str, found: Reach | None, visible: bool) -> None:
     )
 
 
+def check_features(
+    names: Sequence[str], features: Tensor, found: Sequence[Reach | None], shared: Sequence[Parameter]
+) -> None:
+    """Args:
+        found: where each task's loss ends, going no further than `features`.
+
+    Raises:
+        ValueError: not all of the shared parameters' gradient goes through `features`.
+    """
+    known, behind = {id(p) for p in shared}, reach(features)
+    if shared and not behind.hidden and not known & set(behind.leaves):
+        raise ValueError("features: reach no parameter of shared. Were they detached, or made under no_grad?")
+    for name, reached in zip(names, found, strict=True):
+        if reached is not None and known & set(reached.leaves):
+            raise ValueError(
+                f"features: the loss of task {name} reaches shared parameters by another way, too; that part of their "
+                "gradient would be lost. Use gradients=parameters"
+            )
+
+
 def moves(loss: Tensor, parameters: Sequence[Tensor]) -> bool:
     """Whether the gradient of `loss` for one of the parameters is not 0.
 
