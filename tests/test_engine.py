@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from mtl.data.batches import EvaluationBatches
 from mtl.data.digits import Digits
 from mtl.engine import checkpoint
 from mtl.engine.directory import RunDirectory
+from mtl.engine.trained import NothingTrained
 from mtl.engine.trainer import Learner
 from mtl.tasks import Classification, Regression
 from mtl.tracking import Tracker
@@ -437,7 +439,8 @@ def test_missing_labels_leave_no_mark(build, options, blind):
     rows = []
     for epoch in range(3):
         rows.append(learner.train_epoch(batches, epoch))
-        learner.epoch_end(rows[-1])
+        with pytest.raises(NothingTrained) if blind and "loss.task=odd" in options else nullcontext():
+            learner.epoch_end(rows[-1])
     assert all(p.isfinite().all() for module in (learner.model, learner.strategy) for p in module.parameters())
     nan = {key for row in rows for key, value in row.items() if value != value}
     assert nan == ({"train/odd_loss", "train/odd_accuracy"} if blind else set())

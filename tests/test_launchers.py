@@ -88,9 +88,9 @@ def test_parallel_cells_give_what_cells_one_after_another_give(smoke, tmp_path, 
     ours, theirs = runs(tmp_path / "parallel"), runs(tmp_path / "out")
     assert len(ours) == 2
     assert {k: metrics(d) for k, d in ours.items()} == {k: metrics(d) for k, d in theirs.items()}
-    # The console has no epochs of several cells in disorder; the logs have them.
+    # The console has no epochs of several cells in disorder; the log of the run that did not diverge at once has them.
     assert "epoch 1/2" not in parallel.out and "epoch 1/2" in one_by_one.out
-    assert all("epoch 1/2" in (d / "train.log").read_text() for d in ours.values())
+    assert any("epoch 1/2" in (d / "train.log").read_text() for d in ours.values())
     assert [parallel.out.count(f"cell {i}    started") for i in range(3)] == [1, 1, 1]
     assert parallel.err.count("error: ") == 1 and "became" in parallel.err
 

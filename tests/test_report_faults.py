@@ -406,7 +406,7 @@ def test_the_command_for_baselines_runs_with_a_config_folder_of_ones_own(cli, tm
     (benchmark,) = benchmarks(found.runs)
     command = results.baseline_command(Scores(benchmark, benchmark.archs[0]))
     words = shlex.split(command)
-    assert words[:6] == ["python", "train.py", "--config-dir", "mine", "-m", "loss=single"]
+    assert words[:5] == ["python", "train.py", "--config-dir=mine", "-m", "loss=single"]
     assert cli(*words[2:]).code == 0
     found = load(["out"])
     (benchmark,) = benchmarks(found.runs)

@@ -193,7 +193,10 @@ def test_cagrad_is_optimal_on_dependent_gradients(make, T, P, c):
 def test_cagrad_attains_the_value_of_its_primal_problem(c, T, kind):
     J = make_jacobian(kind, T)
     value = (J @ J.T @ weigh(m.CAGrad(T, c=c), J)).min()
-    assert value == pytest.approx(oracle.cagrad_primal_value(J, c), abs=1e-6 * norms(J).max() ** 2)
+    best = oracle.cagrad_primal_value(J, c)
+    if kind == "stationary":  # 0 lies in the gradients' hull, so no direction helps all: what is above is rounding
+        best = min(best, 0.0)
+    assert value == pytest.approx(best, abs=1e-6 * norms(J).max() ** 2)
 
 
 # -------------------------------------------------------------------------------------------------- fairness equations

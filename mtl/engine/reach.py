@@ -71,7 +71,7 @@ def due(strategy: Strategy, absent: Sequence[bool]) -> bool:
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # the host must not read anything
         return False
-    looks = strategy.looks
+    looks = strategy.looks or [0] * strategy.tasks
     wanted = strategy.calls.steps % EVERY == 0 or any(n < 2 and not gone for n, gone in zip(looks, absent, strict=True))
     if wanted:
         strategy.looks = [n + (not gone) for n, gone in zip(looks, absent, strict=True)]

@@ -93,7 +93,7 @@ class Strategy(nn.Module, ABC):
         self.epoch, self.epochs = 0, 1
         self.calls = hooks.Calls()
         self.across: hooks.Across | None = None  # averages over processes, in a foreign loop that has several
-        self.looks = [0] * len(self.names)  # the engine's: how often it has looked at each task's graph
+        self.looks: list[int] = []  # the engine's: how often it has looked at each task's graph
         self.watch: Any = None  # the engine's, for flags that arrive from a GPU some steps later
         self._seed: int | None = None  # of the random stream, since the last epoch_start
         self._base: int | None = None  # from which it follows in every epoch

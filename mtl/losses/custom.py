@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from annotated_types import Ge
 from torch import Tensor, nn
 
-from mtl.config.source import definition, place
+from mtl.config.source import definition
 from mtl.losses.base import LossWeighting
 
 log = logging.getLogger("mtl")
@@ -61,8 +61,7 @@ class Custom(LossWeighting):
         try:
             self.module = cls(**(args or {}))
         except Exception as error:
-            where = place(error) or file
-            raise ValueError(f"file: {class_name} in {where} cannot be built: {_named(error)}") from error
+            raise ValueError(f"file: {class_name} in {file} cannot be built: {_named(error)}") from error
         try:
             inspect.signature(self.module.forward).bind(*range(self.tasks), 0, 1)
         except TypeError as error:
@@ -148,7 +147,7 @@ def _load_class(file: Path, name: str) -> type[nn.Module]:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"file: {place(error) or file} does not load: {_named(error)}") from error
+        raise ValueError(f"file: {file} does not load: {_named(error)}") from error
     cls = getattr(module, name, None)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise ValueError(f"file: {file} holds no nn.Module class named {name}")
