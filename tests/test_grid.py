@@ -259,7 +259,8 @@ def test_a_damaged_finished_run_counts_as_damaged(cli, tmp_path, monkeypatch):
         (directory / name).unlink() if text is None else (directory / name).write_text(text)
         result = cli("-m", *TOY, "seed=0,1")
         assert result.code == 1 and "1 of 2 runs finished" in result.out and re.search(r"^equal +1 ", result.out, re.M)
-        assert re.search(rf"^(damaged|refused): python train.py .*seed=0: {directory}.*{name}", result.out, re.M), result.out
+        told = rf"^(damaged|refused): python train.py .*seed=0: {directory}.*{name}"
+        assert re.search(told, result.out, re.M), result.out
         (line,) = result.err.splitlines()
         assert line.startswith(f"error: {directory}") and name in line
         (directory / name).write_text(before)
