@@ -291,6 +291,8 @@ def test_cifar100_download(fake, tmp_path):
     but the error's advice, to delete the file and run again, works."""
     root, source = tmp_path / "new" / "root", torchvision.datasets.CIFAR100
     for before in ("nothing", "incomplete"):
+        if before == "incomplete":
+            (root / FOLDER / "notes.txt").write_text("of the user's own")
         calls = fake.serve(fake.write)
         for _ in range(2):  # the second time it is there
             train, test = CIFAR100(root=str(root)).load()
@@ -303,6 +305,7 @@ def test_cifar100_download(fake, tmp_path):
             CIFAR100(root=str(root)).load()
         assert not calls
         (root / FOLDER / "test").unlink()
+    assert (root / FOLDER / "notes.txt").read_text() == "of the user's own"
 
 
 # ---------------------------------------------------------------------------------------------- CIFAR-100, real files

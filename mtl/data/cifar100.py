@@ -4,8 +4,8 @@ Images", 2009. 50,000 training and 10,000 test images of 32x32 RGB; every coarse
 
 from __future__ import annotations
 
+import os
 import pickle
-import shutil
 import tempfile
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -88,8 +88,11 @@ def _fetch(root: Path) -> None:
     with tempfile.TemporaryDirectory(dir=root, prefix=".cifar-100-") as work:
         source = torchvision_CIFAR100
         download_and_extract_archive(source.url, work, filename=source.filename, md5=source.tgz_md5)
-        shutil.rmtree(root / FOLDER, ignore_errors=True)
-        (Path(work) / FOLDER).rename(root / FOLDER)
+        if not (root / FOLDER).exists():
+            (Path(work) / FOLDER).rename(root / FOLDER)
+            return
+        for file in (Path(work) / FOLDER).iterdir():  # an incomplete folder: whatever else lies there is the user's
+            os.replace(file, root / FOLDER / file.name)
 
 
 def _read(file: Path) -> Split:
