@@ -28,6 +28,14 @@ def phase(tmp_path: Path, code: str, share: float = 1.0, grace: float = 1.0) -> 
 WRITES = "import sys, time; open(sys.argv[1], 'w').write('{\"rows\": 3}'); "
 
 
+def alive(process: int) -> bool:
+    """Whether a process still runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 class TestTime:
     def test_a_phase_gets_its_share_and_never_more_than_is_left(self):
         now = 100.0
@@ -53,8 +61,10 @@ class TestTime:
         found = phase(tmp_path, code, share=0.04)
         execute(found, Clock(100), dict(os.environ))
         assert found.status == "cut"
-        state = Path(f"/proc/{found.found}/stat")
-        assert not state.exists() or state.read_text().split()[2] == "Z"
+        deadline = time.monotonic() + 20  # it has its SIGKILL; a busy machine takes a moment to carry that out
+        while alive(found.found) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not alive(found.found)
 
     def test_a_failure_says_why_and_keeps_what_was_found(self, tmp_path):
         found = phase(tmp_path, WRITES + "sys.exit('no such device')")
