@@ -118,8 +118,10 @@ class BackwardPass:
             values = masked(values.clamp(min=TINY).log(), self.present)
         step = self._combine(samples, values, share) if combines else self._weigh(samples[0], values, share)
         if untouched:
-            heads = gradients.norm([p for head in self.heads for p in head]).to(step.norm)
-            untouched.unless(values.isfinite().all() & step.norm.isfinite() & heads.isfinite())
+            finite = values.isfinite().all() & step.norm.isfinite()
+            if heads := [p for head in self.heads for p in head]:
+                finite = finite & gradients.norm(heads).isfinite()
+            untouched.unless(finite)
         return step
 
     def _weigh(self, losses: list[Tensor], values: Tensor, share: Tensor | None) -> Step:
@@ -184,10 +186,11 @@ class BackwardPass:
             for parameters, found in zip(self.heads, own, strict=True):  # a frozen backbone: nothing to balance
                 gradients.add(parameters, found)
             return Step(None, torch.zeros_like(values[0]))
-        finite = values.isfinite().all() & gramian.isfinite().all() & _finite(own)
-        # A copy of the buffers costs as much as the Jacobian. On a CPU it is known beforehand that none is needed.
-        safe = isinstance(strategy, LossWeighting) or guard.host(finite[None]) == [True]
-        untouched = None if safe else guard.Untouched(strategy)
+        untouched = None
+        if not isinstance(strategy, LossWeighting) and (strategy.lazy or any(True for _ in strategy.buffers())):
+            finite = values.isfinite().all() & gramian.isfinite().all() & _finite(own)
+            # A copy of the buffers costs as much as the Jacobian. On a CPU it is known beforehand that none is needed.
+            untouched = None if guard.host(finite[None]) == [True] else guard.Untouched(strategy)
         direction, weights = self._direction(jacobian, gramian if cross is None else cross, weights, values)
         if untouched:
             untouched.unless(finite)

@@ -24,6 +24,7 @@ from mtl.engine.microscope import Microscope, Observer
 from mtl.engine.pystate import PythonState, Unsavable
 from mtl.engine.trained import Idle, Watch
 from mtl.losses import Statistics, Strategy
+from mtl.losses.hooks import defines
 from mtl.optim.schedules import Schedule
 from mtl.random import derive, seeded
 from mtl.tasks import Task
@@ -434,7 +435,3 @@ class Learner:
                 self._unsavable = str(error)
                 log.info(f"WARNING   {error}: this run cannot be resumed after an interruption")
             return None
-
-
-def defines(strategy: Strategy, hook: str) -> bool:
-    return getattr(type(strategy), hook) is not getattr(Strategy, hook)
