@@ -21,6 +21,8 @@ def __getattr__(name: str):
     # Lazy, so that `python train.py --help` and shell completion never import torch.
     if name in ("backward", "Switches"):
         return getattr(importlib.import_module("mtl.engine.backward"), name)
+    if name in ("Step", "Losses"):
+        return getattr(importlib.import_module("mtl.engine.step"), name)
     if name == "losses":
         return importlib.import_module("mtl.losses")
     raise AttributeError(f"module 'mtl' has no attribute {name!r}")

@@ -177,24 +177,21 @@ def test_looking_ahead_at_a_half_without_any_label(kind, labelled):
 
 def test_learned_weights_rest_in_the_engine(smoke, monkeypatch):
     """Momentum would carry an absent task's log-variance on: value and momentum stay for as long as it is absent."""
-    from mtl.engine.trainer import Learner
+    seen, real = [], mtl.Step.__call__
 
-    seen, real = [], Learner._step
+    def watched(self, forward, size, labelled=None, observer=None):
+        s = self.strategy.log_variances
+        if s.grad is None:
+            return real(self, forward, size, labelled, observer)
+        # From the second step on.
+        labelled = torch.tensor([[True, False]]).expand(size, 2)
+        buffers = self.optimizer.state[s]
+        before = s.detach().clone(), buffers["momentum_buffer"].clone()
+        result = real(self, forward, size, labelled, observer)
+        seen.append([new.eq(old).tolist() for new, old in zip((s, buffers["momentum_buffer"]), before, strict=True)])
+        return result
 
-    def watched(self, images, targets, shared, heads, present, look):
-        if self.strategy.log_variances.grad is not None:  # from the second step on
-            present = torch.tensor([True, False])
-            s = self.strategy.log_variances
-            buffers = self.optimizer.state[s]
-            before = s.detach().clone(), buffers["momentum_buffer"].clone()
-            result = real(self, images, targets, shared, heads, present, look)
-            seen.append(
-                [new.eq(old).tolist() for new, old in zip((s, buffers["momentum_buffer"]), before, strict=True)]
-            )
-            return result
-        return real(self, images, targets, shared, heads, present, look)
-
-    monkeypatch.setattr(Learner, "_step", watched)
+    monkeypatch.setattr(mtl.Step, "__call__", watched)
     assert smoke("loss=uncertainty", "trainer.epochs=2").code == 0
     assert len(seen) == 3 and all(same == [False, True] for step in seen for same in step)
 
@@ -202,28 +199,22 @@ def test_learned_weights_rest_in_the_engine(smoke, monkeypatch):
 @pytest.mark.parametrize(("kind", "parts"), [(MoDo, 2), (SDMGrad, 3)])
 def test_a_task_must_be_labelled_in_all_parts_that_are_compared(smoke, monkeypatch, kind, parts):
     """The engine says so: a part without its labels would pass for a gradient of 0."""
-    from mtl.engine import trainer
-    from mtl.tasks import Classification
+    from mtl.engine import step
 
-    masks, real = [], trainer.backward
+    masks, real, call = [], step.backward, step.Step.__call__
 
     def spy(losses, strategy, shared, heads, present, *rest, **more):
         masks.append(present.tolist())
         return real(losses, strategy, shared, heads, present, *rest, **more)
 
-    def targets(real_step):
-        def call(self, images, targets, shared, heads, present, look):
-            for part in list(targets["coarse"].tensor_split(parts))[: len(masks)]:
-                part.fill_(-100)  # the k-th step lacks the labels of the first k parts
-            present = torch.stack([(y != -100).any() for y in targets.values()])
-            return real_step(self, images, targets, shared, heads, present, look)
+    def partly(self, forward, size, labelled=None, observer=None):
+        labelled = torch.ones(size, 2, dtype=torch.bool)
+        for part in list(labelled[:, 1].tensor_split(parts))[: len(masks)]:
+            part.fill_(False)  # the k-th step lacks the labels of the first k parts
+        return call(self, forward, size, labelled, observer)
 
-        return call
-
-    monkeypatch.setattr("mtl.data.synthetic.Synthetic.tasks",
-                        (Classification("fine", 100, True), Classification("coarse", 20, True)))  # fmt: skip
-    monkeypatch.setattr(trainer, "backward", spy)
-    monkeypatch.setattr(trainer.Learner, "_step", targets(trainer.Learner._step))
+    monkeypatch.setattr(step, "backward", spy)
+    monkeypatch.setattr(step.Step, "__call__", partly)
     name = {MoDo: "modo", SDMGrad: "sdmgrad"}[kind]
     assert smoke(f"loss={name}", "trainer.epochs=1").code == 0
     assert masks == [[True, True], [True, False]]

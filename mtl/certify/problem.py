@@ -28,7 +28,7 @@ from mtl.config import schema
 from mtl.config.cli import translate
 from mtl.config.errors import ConfigError
 from mtl.config.identity import CONF
-from mtl.engine.backward import backward
+from mtl.engine.step import Losses, Step
 from mtl.losses import Statistics, Strategy
 
 SAMPLES, WIDTH = 2, 6
@@ -250,18 +250,23 @@ def step(strategy: Strategy, tasks: Tasks, present: Tensor | None = None) -> Upd
     """One step as the engine takes it: look-ahead, backward pass, the strategy's own parameters, the second look."""
     net = Network(strategy, tasks, present)
     tasks, parameters = net.tasks, [net.theta, *net.heads]
-    halves = tasks.batches(2)
-    strategy.look_ahead(lambda k: torch.stack(net.losses(halves[k])[0]), parameters, RATE, present)
-    parts = [net.losses(slopes) for slopes in tasks.batches(strategy.samples)]
-    given = [losses for losses, _ in parts] if strategy.samples > 1 else parts[0][0]
-    info = backward(given, strategy, [net.theta], [[h] for h in net.heads], present, parts[-1][1])
-    with torch.no_grad():
-        for p in strategy.parameters():
-            if p.grad is not None:
-                p -= RATE * p.grad
-                p.grad = None
+    # A part of the six "samples" stands for a batch of its own: a half, a third, or all of them.
+    starts = {count: range(0, 6, 6 // count) for count in (1, 2, 3)}
+    batches = {(a, a + 6 // n): slopes for n in starts for a, slopes in zip(starts[n], tasks.batches(n), strict=True)}
     there = torch.ones_like(tasks.again) if present is None else present.to(tasks.again)
-    strategy.after_step(tasks.again * there, present)
+
+    def forward(part: slice) -> Losses:
+        if not torch.is_grad_enabled():  # the second look, after the step
+            return Losses(tasks.again * there)
+        return Losses(*net.losses(batches[part.start, part.stop]))
+
+    groups = [{"params": parameters}]
+    if own := list(strategy.parameters()):
+        groups.append({"params": own})
+    one = Step(strategy, torch.optim.SGD(groups, lr=RATE), [net.theta], [[h] for h in net.heads])
+    info = one(forward, 6, None if present is None else present.expand(6, -1))
+    for p in own:
+        p.grad = None
     shared, *heads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     return Update(shared, torch.stack(heads), info.weights)
 

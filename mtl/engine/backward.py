@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from mtl.engine import arguments
 from mtl.engine.backward_pass import BackwardPass
 from mtl.engine.replicas import Group, replicas
-from mtl.engine.switches import Step, Switches
+from mtl.engine.switches import Info, Switches
 from mtl.losses import hooks
 from mtl.losses.base import GramianWeighting, JacobianAggregation, LossWeighting, Strategy
 
@@ -33,7 +33,7 @@ def backward(
     inspect: Callable[[Tensor], None] | None = None,
     scale: torch.amp.GradScaler | float | None = None,
     group: Group | Literal["auto"] | None = "auto",
-) -> Step:
+) -> Info:
     """Fill `.grad` of all parameters as `strategy` decides; like `Tensor.backward`, it adds to what is there.
 
     Args:

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from mtl.engine import arguments, gradients, guard, reach
 from mtl.engine.replicas import Replicas
-from mtl.engine.switches import TINY, Step, Switches
+from mtl.engine.switches import TINY, Info, Switches
 from mtl.losses.base import GramianWeighting, JacobianAggregation, LossWeighting, Strategy, count, masked, overrides
 from mtl.optim.taskwise import leave, settle
 
@@ -94,7 +94,7 @@ class BackwardPass:
         self.shared = [p for p in self.shared if id(p) not in own]
         self.heads = [[p for p in head if id(p) not in tied] for head in self.heads]
 
-    def run(self, samples: list[list[Tensor]], combines: bool) -> Step:
+    def run(self, samples: list[list[Tensor]], combines: bool) -> Info:
         """The step itself; the strategy's buffers stay as they were if it is not finite."""
         strategy, log = self.strategy, self.switches.transform == "log"
         share = None
@@ -124,7 +124,7 @@ class BackwardPass:
             untouched.unless(finite)
         return step
 
-    def _weigh(self, losses: list[Tensor], values: Tensor, share: Tensor | None) -> Step:
+    def _weigh(self, losses: list[Tensor], values: Tensor, share: Tensor | None) -> Info:
         """Loss weighting: one backward pass, which reaches every parameter."""
         self._regularise(losses)
         stacked, weights = self._weights_of_losses(losses, values, share)
@@ -133,7 +133,7 @@ class BackwardPass:
             seed = seed * share * self.replicas.size
         if stacked.requires_grad:
             stacked.backward(self._scaled(seed))
-        return Step(weights=weights, norm=self._unscaled(gradients.norm(self.shared)))
+        return Info(weights=weights, norm=self._unscaled(gradients.norm(self.shared)))
 
     def _regularise(self, losses: list[Tensor]) -> None:
         extra = self.strategy.regulariser(losses, self.features, self.present)
@@ -168,7 +168,7 @@ class BackwardPass:
         return stacked, weights
 
     @torch.no_grad()
-    def _combine(self, samples: list[list[Tensor]], values: Tensor, share: Tensor | None) -> Step:
+    def _combine(self, samples: list[list[Tensor]], values: Tensor, share: Tensor | None) -> Info:
         """Gradients of single tasks, merged by their weights or by the method's own rule."""
         strategy, losses = self.strategy, samples[-1]
         weights = None
@@ -185,7 +185,7 @@ class BackwardPass:
         if not self.shared and not self.of_features and not isinstance(strategy, LossWeighting):
             for parameters, found in zip(self.heads, own, strict=True):  # a frozen backbone: nothing to balance
                 gradients.add(parameters, found)
-            return Step(None, torch.zeros_like(values[0]))
+            return Info(None, torch.zeros_like(values[0]))
         untouched = None
         if not isinstance(strategy, LossWeighting) and (strategy.lazy or any(True for _ in strategy.buffers())):
             finite = values.isfinite().all() & gramian.isfinite().all() & _finite(own)
@@ -207,7 +207,7 @@ class BackwardPass:
         similarity = _similarity(gramian, self.present) if len(losses) > 1 else (None, None, None)
         if factor is not None and weights is not None:
             weights = weights * factor
-        return Step(weights, shared_norm, norm / equal, *similarity)
+        return Info(weights, shared_norm, norm / equal, *similarity)
 
     @property
     def _apart(self) -> bool:

@@ -35,8 +35,9 @@ from mtl.engine.microscope import Microscope
 from mtl.engine.resume import mend_best, resume, state
 from mtl.engine.signals import deferred
 from mtl.engine.summary import best, metrics, owned, peak_memory, selector, speed, summarise
-from mtl.engine.trainer import Learner, Trainer, defines
+from mtl.engine.trainer import Learner, Trainer
 from mtl.losses import Equal, Strategy
+from mtl.losses.hooks import defines
 from mtl.random import seeded, stream
 from mtl.tasks import Task
 from mtl.tracking import RunInfo, Tracker, flatten

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from torch import Tensor
 
@@ -96,7 +96,7 @@ class Switches:
 
 
 @dataclass(frozen=True)
-class Step:
+class Info:
     """What one backward pass did; tensors stay on the device, nothing is synchronised.
 
     Attributes:
@@ -109,6 +109,7 @@ class Step:
         conflict: () share of the pairs with a negative cosine; None as above.
         magnitude: () mean magnitude similarity 2‖g_i‖‖g_j‖ / (‖g_i‖² + ‖g_j‖²) over the pairs (Yu et al., 2020): 1 for
             equal lengths; None as above.
+        passes: the forward passes that a `mtl.Step` was made of; empty from `mtl.backward`.
     """
 
     weights: Tensor | None
@@ -117,3 +118,4 @@ class Step:
     cosine: Tensor | None = None
     conflict: Tensor | None = None
     magnitude: Tensor | None = None
+    passes: tuple[Any, ...] = ()

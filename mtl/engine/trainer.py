@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -17,21 +17,20 @@ from torch import Tensor
 from mtl.archs.model import MultiTaskModel
 from mtl.config.errors import SetupError, one_line
 from mtl.data.batches import TrainingBatches
-from mtl.engine.backward import Step, Switches, backward
 from mtl.engine.distributed import Processes
-from mtl.engine.gradients import norm as gradient_norm
 from mtl.engine.microscope import Microscope, Observer
 from mtl.engine.pystate import PythonState, Unsavable
+from mtl.engine.step import Losses, Step
+from mtl.engine.switches import Switches
 from mtl.engine.trained import Idle, Watch
 from mtl.losses import Statistics, Strategy
-from mtl.losses.hooks import defines
 from mtl.optim.schedules import Schedule
-from mtl.random import derive, seeded
+from mtl.random import seeded
 from mtl.tasks import Task
 from mtl.tracking.console import Progress
 
 log = logging.getLogger("mtl")
-STATISTICS = ("norm", "ratio", "cosine", "conflict", "magnitude")  # of `Step`: means over the epoch, as grad/…
+STATISTICS = ("norm", "ratio", "cosine", "conflict", "magnitude")  # of `Info`: means over the epoch, as grad/…
 
 
 class Sums:
@@ -119,6 +118,36 @@ class Trainer:
 
 
 @dataclass
+class Pass(Losses):
+    """A forward pass of the learner.
+
+    Attributes:
+        predictions: each task's (N, …), in fp32.
+    """
+
+    predictions: Sequence[Tensor] = ()
+
+
+@dataclass
+class Look:
+    """One step under the microscope."""
+
+    observer: Observer
+    learner: Learner
+    targets: dict[str, Tensor]
+
+    def before(self, passes: Sequence[Pass]) -> None:
+        predictions, losses = self.learner._whole(passes, self.targets)
+        self.observer.before(predictions, losses, self.targets)
+
+    def jacobian(self, jacobian: Tensor) -> None:
+        self.observer.jacobian(jacobian)
+
+    def after(self, weights: Tensor | None) -> None:
+        self.observer.after(weights)
+
+
+@dataclass
 class Learner:
     """Everything that learns in a run, and the one epoch of it.
 
@@ -172,8 +201,7 @@ class Learner:
         self.strategy.epoch_start(epoch, trainer.epochs, self.seed)
         self.model.train()
         self.strategy.train()
-        shared = list(self.model.shared_parameters())
-        heads = [list(self.model.head_parameters(task.name)) for task in self.tasks]
+        step = self.step()
         partial = any(task.name in batches.partial for task in self.tasks)
         sums = Sums()
         observer = Observer(self, sums)
@@ -185,21 +213,20 @@ class Learner:
             if i == 0 or self.schedule.interval == "step":
                 self._set_rate(epoch + i / len(batches))
             counts = torch.stack([t.count(targets[t.name]) for t in self.tasks])
-            present = counts > 0 if partial else None
-            look = observer if self.microscope.looks(i) else None
-            if getattr(self.optimizer, "alternates", False):
-                predictions, losses, step = self._take_turns(images, targets, shared, present, look)
-            else:
-                predictions, losses, step = self._step(images, targets, shared, heads, present, look)
+            # As one tensor, because a step may divide its batch into parts.
+            labelled = torch.stack([t.labelled(targets[t.name]) for t in self.tasks], 1) if partial else None
+            look = Look(observer, self, targets) if self.microscope.looks(i) else None
+            info = step(self.forward(images, targets), len(images), labelled, look)
 
             with torch.no_grad():
+                predictions, losses = self._whole(info.passes, targets)
                 sums.add("count", counts)
                 for t, p, loss, count in zip(self.tasks, predictions, losses, counts, strict=True):
                     sums.add(f"{t.name}_loss", loss * count)
                     for m in t.metrics:
                         sums.add(f"{t.name}_{m.name}", m.update(p, targets[t.name]))
                 for name in ("weights", *STATISTICS):
-                    if (value := getattr(step, name)) is not None:
+                    if (value := getattr(info, name)) is not None:
                         sums.add(f"step_{name}", value)
             if watch is not None:
                 watch.step()
@@ -227,55 +254,32 @@ class Learner:
         row["time/images_per_second"] = batches.size / seconds
         return row
 
-    def _step(self, images, targets, shared, heads, present, look) -> tuple[list[Tensor], list[Tensor], Step]:
-        strategy = self.strategy
-        if defines(strategy, "look_ahead"):
-            self._look_ahead(images, targets, present)
-        if strategy.samples == 1:
-            predictions, features = self.predict(images)
-            losses = seen = self._losses(predictions, targets)
-        else:  # independent batches: the parts of this one
-            parts = [self.predict(part)[0] for part in images.tensor_split(strategy.samples)]
-            labels = {name: y.tensor_split(strategy.samples) for name, y in targets.items()}
-            seen = [self._losses(p, {name: y[k] for name, y in labels.items()}) for k, p in enumerate(parts)]
-            present = self._in_all(labels, present)
-            predictions, features = [torch.cat(p) for p in zip(*parts, strict=True)], None
-            losses = self._losses(predictions, targets)
-        self.optimizer.zero_grad(set_to_none=True)
-        per_task = getattr(self.optimizer, "per_task", False)
-        if look is not None:
-            look.before(predictions, losses, targets)
-        inspect = None if look is None else look.jacobian
-        step = backward(seen, strategy, shared, heads, present, features, self.switches, per_task, inspect, group=None)
-        if look is not None:
-            look.after(step.weights)
-        with self._resting(present):
-            self.optimizer.step()
-        if defines(strategy, "after_step"):
-            with torch.no_grad(), self._frozen_statistics():
-                again = self._losses(self.predict(images)[0], targets)
-            strategy.after_step(torch.stack(self.switches.transformed(again)), present)
-        return predictions, losses, step
+    def step(self) -> Step:
+        """The update of this learner's parameters."""
+        heads = [list(self.model.head_parameters(task.name)) for task in self.tasks]
+        return Step(
+            self.strategy, self.optimizer, list(self.model.shared_parameters()), heads,
+            switches=self.switches, model=self.model, group=None,
+        )  # fmt: skip
 
-    def _take_turns(self, images, targets, shared, present, look=None) -> tuple[list[Tensor], list[Tensor], Step]:
-        """MTL-IO: each task in turn makes a forward pass and a step with its own optimizer."""
-        if look is not None:  # at the weights before all turns, so in a forward pass of its own
-            devices = [self.device] if self.device.type == "cuda" else []
-            with self._frozen_statistics(), torch.random.fork_rng(devices):
-                predictions, _ = self.predict(images)
-            look.before(predictions, self._losses(predictions, targets), targets)
-            look.after(None)
-        predictions, losses = [], []
-        for k, task in enumerate(self.tasks):
-            prediction = self.predict(images)[0][k]
-            loss = task.loss(prediction, targets[task.name])
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step_task(k, len(self.tasks), None if present is None else present[k : k + 1])
-            predictions.append(prediction)
-            losses.append(loss)
-        norm = gradient_norm(shared) if shared else torch.zeros((), device=self.device)
-        return predictions, losses, Step(torch.ones(len(losses), device=self.device), norm)
+    def _whole(self, passes: Sequence[Pass], targets: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Each task's predictions and loss on the whole batch, from the forward passes that a step was made of."""
+        if len(passes) == 1:
+            return passes[0].predictions, passes[0].values
+        if getattr(self.optimizer, "alternates", False):  # each task's own turn
+            return [p.predictions[k] for k, p in enumerate(passes)], [p.values[k] for k, p in enumerate(passes)]
+        predictions = [torch.cat(parts) for parts in zip(*(p.predictions for p in passes), strict=True)]
+        return predictions, self._losses(predictions, targets)
+
+    def forward(self, images: Tensor, targets: dict[str, Tensor]) -> Callable[[slice], Pass]:
+        """The function that computes the losses of a part of this batch."""
+
+        def forward(part: slice) -> Pass:
+            predictions, features = self.predict(images[part])
+            losses = self._losses(predictions, {name: y[part] for name, y in targets.items()})
+            return Pass(losses, features, predictions)
+
+        return forward
 
     def predict(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Each task's prediction in fp32, and the features (N, F) that the heads started from."""
@@ -289,52 +293,6 @@ class Learner:
 
     def _losses(self, predictions: list[Tensor], targets: dict[str, Tensor]) -> list[Tensor]:
         return [t.loss(p, targets[t.name]) for t, p in zip(self.tasks, predictions, strict=True)]
-
-    @contextmanager
-    def _resting(self, present: Tensor | None) -> Iterator[None]:
-        """What the method has learned of an absent task stays as it is, though momentum would move it on."""
-        own = [] if present is None else [p for p in self.strategy.parameters() if p.shape[:1] == present.shape]
-        states = [s for p in own for s in self.optimizer.state.get(p, {}).values()]
-        kept = [(t, t.detach().clone()) for t in (*own, *states) if torch.is_tensor(t) and t.shape[:1] == present.shape]
-        yield
-        with torch.no_grad():
-            for tensor, old in kept:
-                tensor.copy_(torch.where(present.view(-1, *[1] * (old.ndim - 1)), tensor, old))
-
-    def _in_all(self, parts: dict[str, Sequence[Tensor]], present: Tensor | None) -> Tensor | None:
-        """(T,) bool: the tasks with labels in every part of the batch, which is what comparing the parts takes."""
-        if present is None:
-            return None
-        return torch.stack([torch.stack([t.count(y) > 0 for y in parts[t.name]]).all() for t in self.tasks])
-
-    def _look_ahead(self, images: Tensor, targets: dict[str, Tensor], present: Tensor | None) -> None:
-        halves, devices = images.chunk(2), [self.device] if self.device.type == "cuda" else []
-        labels = {name: y.chunk(2) for name, y in targets.items()}
-
-        def losses_of(k: int) -> Tensor:
-            half = {name: y[k] for name, y in labels.items()}
-            # The same dropout masks at every call: methods take differences of these losses.
-            with torch.random.fork_rng(devices):
-                torch.manual_seed(derive(self.seed, "look_ahead", k))
-                predictions, _ = self.predict(halves[k])
-            return torch.stack(self.switches.transformed(self._losses(predictions, half)))
-
-        with self._frozen_statistics():
-            parameters = [p for p in self.model.parameters() if p.requires_grad]
-            rate = self.optimizer.param_groups[0]["lr"]
-            self.strategy.look_ahead(losses_of, parameters, rate, self._in_all(labels, present))
-
-    @contextmanager
-    def _frozen_statistics(self) -> Iterator[None]:
-        """Forward passes in here normalise by the batch, as in training, but leave the running averages alone."""
-        norms = [m for m in self.model.modules() if getattr(m, "track_running_stats", False)]
-        for m in norms:
-            m.track_running_stats = False
-        try:
-            yield
-        finally:
-            for m in norms:
-                m.track_running_stats = True
 
     def epoch_end(self, row: dict[str, float]) -> None:
         """Tell the strategy how the epoch went: training losses, and scores on validation data where there is some.

@@ -118,9 +118,7 @@ class Strategy(nn.Module, ABC):
         self.epoch, self.epochs = epoch, epochs
         if seed is not None:
             self._base = seed
-        elif self._base is None:  # torch.manual_seed decides
-            self._base = derive(torch.initial_seed(), "method")
-        self.reseed(derive(self._base, "method", epoch))
+        self.reseed(derive(self.base_seed(), "method", epoch))
 
     def epoch_end(self, statistics: Statistics) -> None:
         """Learn from the epoch that has ended (DWA and its kin)."""
@@ -181,6 +179,12 @@ class Strategy(nn.Module, ABC):
         if self._seed is None:
             self._seed = derive(torch.initial_seed(), "method")
         return self._seed
+
+    def base_seed(self) -> int:
+        """The seed of the random streams of all epochs; `torch.manual_seed` decides if `epoch_start` was given none."""
+        if self._base is None:
+            self._base = derive(torch.initial_seed(), "method")
+        return self._base
 
     def reseed(self, seed: int) -> None:
         """Begin the random stream anew."""

@@ -25,6 +25,7 @@ from mtl.losses.base import GramianWeighting, LossWeighting, Statistics, Strateg
 FRONT = -8.3552
 EPOCH, REST = 100, 2000  # steps
 Point = tuple[float, float]
+TASKS = ("L1", "L2")
 
 
 def problem(x1: float, x2: float, scale: float = 1.0) -> tuple[Point, tuple[Point, Point]]:
@@ -48,7 +49,7 @@ def problem(x1: float, x2: float, scale: float = 1.0) -> tuple[Point, tuple[Poin
     return tuple(losses), tuple(gradients)
 
 
-def named(spec: str, tasks: Sequence[str] = ("L1", "L2")) -> Strategy:
+def named(spec: str, tasks: Sequence[str] = TASKS) -> Strategy:
     """The strategy that a word like "cagrad" or "fairgrad:alpha=1,max_norm=null" names: conf/loss/*.yaml and overrides.
 
     Raises:
@@ -76,6 +77,7 @@ class Guide:
 
     def __init__(self, spec: str, scale: float, lr: float, adam: bool, steps: int):
         self.strategy, self.scale, self.lr, self.epochs = named(spec).double(), scale, lr, 1 + steps // EPOCH
+        self.tasks = [TASKS.index(name) for name in self.strategy.names]  # loss=single has one of them
         if self.strategy.gradients == "features" or self._defines("regulariser"):
             raise ConfigError(f"{spec}: needs the features of a network, and the toy has none")
         self.parameters = list(self.strategy.parameters())
@@ -93,8 +95,9 @@ class Guide:
 
     def __call__(self, x1: float, x2: float, losses: Point, gradients: tuple[Point, Point]) -> Point:
         """The direction to move against."""
-        strategy, (a, b) = self.strategy, gradients
+        strategy = self.strategy
         above = [losses[0] - LOWER * self.scale, losses[1] - LOWER]
+        above, (a, b) = [above[k] for k in self.tasks], gradients
         if self.tries and self.steps:
             strategy.after_step(torch.tensor(above, dtype=torch.float64))
         if self.steps % EPOCH == 0:
@@ -112,9 +115,10 @@ class Guide:
                 for p, gradient in zip(self.parameters, own, strict=True):
                     p.grad = gradient
                 self.own.step()
-            v, w = weights.tolist()
+            found = dict(zip(self.tasks, weights.tolist(), strict=True))
+            v, w = found.get(0, 0.0), found.get(1, 0.0)
             return v * a[0] + w * b[0], v * a[1] + w * b[1]
-        with torch.inference_mode():
+        with torch.no_grad() if self.parameters else torch.inference_mode():
             values = torch.tensor(above, dtype=torch.float64)
             if isinstance(strategy, GramianWeighting):
                 both = a[0] * b[0] + a[1] * b[1]
@@ -124,6 +128,9 @@ class Guide:
             else:
                 result = strategy.aggregate(torch.tensor(gradients, dtype=torch.float64), None, values)
                 d = (result[0] if isinstance(result, tuple) else result).tolist()
+            if self.parameters:  # such as the scales of IMTL, which leaves their gradients by itself
+                self.own.step()
+                self.own.zero_grad()
             norm = math.hypot(*d)
             share = strategy.max_norm / norm if strategy.max_norm is not None and norm > strategy.max_norm else 1.0
             return share * d[0], share * d[1]

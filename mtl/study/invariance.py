@@ -32,8 +32,9 @@ import torch
 from torch import Tensor, nn
 
 from mtl.config.errors import ConfigError, UserError, suggest
-from mtl.engine.backward import backward
-from mtl.losses.base import Statistics, Strategy
+from mtl.engine.step import Losses, Step
+from mtl.losses.base import Strategy
+from mtl.losses.hooks import defines
 from mtl.optim.signum import Signum
 from mtl.optim.taskwise import AdaTask
 from mtl.study.descent import named
@@ -95,33 +96,25 @@ def run(
     optimizer = OPTIMIZERS[pair.rpartition("/")[2]](groups, eps)
     record = Record()
 
-    def evaluate() -> tuple[list[Tensor], Tensor]:
-        features = network.backbone(data)
+    def forward(part: slice) -> Losses:
+        features = network.backbone(data[part])
         views = strategy.views(features)
-        return [(head(z) - data).abs().mean() for head, z in zip(network.heads, views, strict=True)], features
+        losses = [(head(z) - data[part]).abs().mean() for head, z in zip(network.heads, views, strict=True)]
+        return Losses([scale * loss for scale, loss in zip(scales, losses, strict=True)], features)
 
+    step = Step(strategy, optimizer, network.backbone, network.heads)
     for epoch in range(epochs):
-        strategy.epoch_start(epoch, epochs, epoch)
-        losses, features = evaluate()
-        scaled = [scale * loss for scale, loss in zip(scales, losses, strict=True)]
-        for p in [*network.parameters(), *own]:
-            p.grad = None
-        per_task = getattr(optimizer, "per_task", False) and free
-        heads = [head.parameters() for head in network.heads]
-        backward(scaled, strategy, network.backbone.parameters(), heads, features=features, per_task=per_task)
+        step.start_epoch(epoch, epochs, epoch)
+        network.zero_grad()  # of a backbone that the optimizer does not have, too
         before = {part: _vector(module.parameters()) for part, module in network.parts().items()}
-        optimizer.step()
-        record.losses.append([loss.item() for loss in losses])
+        info = step(forward, len(data))
+        record.losses.append([x.item() / scale for x, scale in zip(info.passes[0].values, scales, strict=True)])
         for part, module in network.parts().items():
             record.gradients[part].append(_vector(p.grad for p in module.parameters()))
             record.updates[part].append(_vector(module.parameters()) - before[part])
-        if type(strategy).after_step is not Strategy.after_step:
-            with torch.no_grad():
-                again = evaluate()[0]
-            strategy.after_step(torch.stack(again) * data.new_tensor(scales))
-        if type(strategy).epoch_end is not Strategy.epoch_end:
-            mean = torch.stack(scaled).detach()
-            strategy.epoch_end(Statistics(mean, mean, torch.zeros(2, dtype=torch.bool)))
+        if defines(strategy, "epoch_end"):
+            losses = torch.stack(info.passes[0].values).detach()
+            step.end_epoch(scores=losses, higher_is_better=torch.zeros(2, dtype=torch.bool))
     return record
 
 
@@ -131,7 +124,7 @@ def _strategy(pair: str) -> Strategy:
         known = f"{pair}: expected LOSS/OPTIMIZER with an optimizer of {', '.join(OPTIMIZERS)}"
         raise ConfigError(known + suggest(optimizer, OPTIMIZERS))
     strategy = named(spec, ("first", "second"))
-    if strategy.samples > 1 or type(strategy).look_ahead is not Strategy.look_ahead:
+    if strategy.samples > 1 or defines(strategy, "look_ahead"):
         raise ConfigError(f"{spec}: needs several batches a step, and here is one")
     return strategy
 
