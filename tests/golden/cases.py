@@ -1,0 +1,100 @@
+"""The golden runs: {family: {case: overrides of the command line}}. A family is a file, `<family>.json`."""
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+CONF = FOLDER.parents[1] / "conf"
+
+# Three steps of 8 samples in an epoch.
+SIZES = ("data.batch_size=8", "data.limit_train=24", "data.limit_test=16", "logger=none", "trainer.device=cpu")
+NET = ("arch._target_=golden.problems.Net", "~arch.depth", "optimizer.lr=0.05")
+DIGITS = ("data=digits", *SIZES)
+MISSING = (*DIGITS, "data._target_=golden.problems.Missing")
+CLASSES = ("data._target_=golden.problems.Classes",)
+ALONE = (*DIGITS, "data._target_=golden.problems.Alone")
+SYNTHETIC = ("data=synthetic", "data.train_size=24", "data.test_size=16", *SIZES)
+
+NEEDED = {
+    "amtl": ("loss.potentials={digit: 60, odd: 80, ink: 0.5}",),
+    "dtp": CLASSES,
+    "custom": (f"loss.file={FOLDER / 'own_loss.py'}",),
+    "pivrg": ("loss.baselines={digit: 60, odd: 80, ink: 0.5}",),
+    "single": ("loss.task=odd",),
+    "static": ("loss.weights={digit: 1, odd: 0.5, ink: 2}",),
+}
+
+
+def options(group: str) -> list[str]:
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+
+
+def _losses(*more: str) -> dict[str, tuple[str, ...]]:
+    return {name: (*NET, f"loss={name}", *NEEDED.get(name, ()), *more) for name in options("loss")}
+
+
+def _archs() -> dict[str, tuple[str, ...]]:
+    cases = {name: (*DIGITS, f"arch={name}", "optimizer.lr=0.01", "trainer.epochs=2") for name in options("arch")}
+    # One epoch, and no momenta to save, where most of the time is that of writing the checkpoint.
+    for name in ("resnet18", "vgg16_bn"):
+        cases[name] += ("optimizer.momentum=0", "trainer.epochs=1")
+    cases["vgg16_bn"] = (*SYNTHETIC, *cases["vgg16_bn"][len(DIGITS) :], "data.batch_size=4", "data.limit_train=8")
+    cases["wide_resnet"] += ("arch.width=1", "arch.dropout=0.3")
+    cases["point"] = ("experiment=toy", "data.steps=3", "trainer.epochs=7", "trainer.device=cpu")
+    return cases
+
+
+def _variants() -> dict[str, tuple[str, ...]]:
+    digits = (*NET, *DIGITS, "trainer.epochs=7")
+    few = (*NET, *DIGITS, "trainer.epochs=3")
+    cases = {
+        "features-mgda": (*digits, "loss=mgda", "step.gradients=features"),
+        "features-pcgrad": (*digits, "loss=pcgrad", "step.gradients=features"),
+        "features-missing-cagrad": (*NET, *MISSING, "trainer.epochs=3", "loss=cagrad", "step.gradients=features"),
+        "log-equal": (*digits, "step.transform=log"),
+        "log-dwa": (*digits, "loss=dwa", "step.transform=log"),
+        "log-moml": (*digits, "loss=moml", "step.transform=log"),
+        "norm-uncertainty": (*digits, "loss=uncertainty", "step.scale=norm"),
+        "norm-graddrop": (*digits, "loss=graddrop", "step.scale=norm"),
+        "norm-features-mgda": (*digits, "loss=mgda", "step.scale=norm", "step.gradients=features"),
+        "sum-pcgrad": (*digits, "loss=pcgrad", "step.scale=sum"),
+        "sum-uncertainty": (*digits, "loss=uncertainty", "step.scale=sum"),
+        "heads-own-uncertainty": (*digits, "loss=uncertainty", "step.heads=own"),
+        "heads-weighted-mgda": (*digits, "loss=mgda", "step.heads=weighted"),
+        "adam": (*digits, "optimizer=adam", "loss=gradnorm"),
+        "adamw": (*digits, "optimizer=adamw"),
+        "signsgd": (*digits, "optimizer=signsgd", "loss=dwa"),
+        "adatask-missing": (*NET, *MISSING, "trainer.epochs=3", "optimizer=adatask", "loss=dwa"),
+        "mtl_io-missing": (*NET, *MISSING, "trainer.epochs=3", "optimizer=mtl_io"),
+        "validation-amtl": (*digits, "loss=amtl", *NEEDED["amtl"], "data.val_fraction=0.33"),
+        "validation-dtp": (*digits, "loss=dtp", *CLASSES, "data.val_fraction=0.33"),
+        "microscope-pcgrad": (*few, "loss=pcgrad", "microscope.every=2"),
+        "microscope-missing": (*NET, *MISSING, "trainer.epochs=3", "microscope.every=1", "loss=gradvac"),
+        "last-batch": (*few, "data.batch_size=9"),
+        "contiguous": (*few, "trainer.channels_last=false"),
+        "seed-0": (*few, "seed=0", "loss=rlw"),
+        "augmented": (*NET, *SYNTHETIC, "trainer.epochs=3"),
+        "augmented-modo": (*NET, *SYNTHETIC, "trainer.epochs=3", "loss=modo"),
+        "host": (*few, "data.residency=host", "data.workers=0"),
+        "host-augmented": (*NET, *SYNTHETIC, "trainer.epochs=3", "data.residency=host", "data.workers=0"),
+    }
+    for name in ("adagrad", "adam", "rmsprop", "sgd"):
+        cases[f"adatask-{name}"] = (*few, "optimizer=adatask", f"optimizer.base={name}")
+        cases[f"mtl_io-{name}"] = (*few, "optimizer=mtl_io", f"optimizer.base={name}")
+    for name in options("schedule"):
+        more = {"multistep": ("schedule.milestones=[1,2]",), "step": ("schedule.every=1",)}.get(name, ())
+        cases[f"schedule-{name}"] = (*few, f"schedule={name}", *more)
+    cases["warmup"] = (*few, "schedule.warmup_epochs=1", "schedule.interval=step")
+    for name in ("equal", "pcgrad", "mgda", "uncertainty", "gradnorm", "nash_mtl", "famo", "modo", "moml", "graddrop"):
+        cases[f"alone-{name}"] = (*NET, *ALONE, "trainer.epochs=2", f"loss={name}")
+    return cases
+
+
+# Runs in float32: the point's coordinates always are.
+SINGLE = {("archs", "point")}
+
+FAMILIES = {
+    "losses": {name: (*DIGITS, "trainer.epochs=7", *case) for name, case in _losses().items()},
+    "missing": {name: (*MISSING, "trainer.epochs=3", *case) for name, case in _losses().items()},
+    "archs": _archs(),
+    "variants": _variants(),
+}

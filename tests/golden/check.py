@@ -1,0 +1,51 @@
+"""A golden run beside its trace; or, with GOLDEN=write in the environment, the trace made anew."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import torch
+from golden.cases import FAMILIES, FOLDER, SINGLE
+from golden.trace import RTOL, RTOL_SINGLE, Trace, differences, dump, read
+
+SHOWN = 20
+
+
+def check(family: str, case: str, cli, tmp_path, monkeypatch) -> None:
+    """Train a case through the command line, and compare.
+
+    In float64, so that rounding, which differs from CPU to CPU, stays far below the tolerance.
+
+    Args:
+        cli, tmp_path, monkeypatch: the test's fixtures.
+    """
+    single, before = (family, case) in SINGLE, torch.get_default_dtype()
+    if not single:
+        monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        torch.set_default_dtype(torch.float64)
+    try:
+        result = cli(*FAMILIES[family][case], f"output_root={tmp_path / 'out'}")
+    finally:
+        torch.set_default_dtype(before)
+    assert result.code == 0, result.err
+    (file,) = (tmp_path / "out").rglob("metrics.jsonl")
+    new, known = read(file.parent), load(family)
+    if os.environ.get("GOLDEN") == "write":
+        known = {**known, case: new}
+        path = FOLDER / f"{family}.json"
+        path.write_text(dump({name: known[name] for name in sorted(FAMILIES[family]) if name in known}))
+        return
+    again = f"if that is meant: GOLDEN=write python -m pytest tests/test_golden*.py -k '{family} and {case}'"
+    assert case in known, f"no trace of {family}/{case}; {again}"
+    found = differences(known[case], new, RTOL_SINGLE if single else RTOL)
+    more = f"\n… and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    assert not found, (
+        f"{family}/{case} trains differently (golden -> new):\n" + "\n".join(found[:SHOWN]) + more + (f"\n{again}")
+    )
+
+
+def load(family: str) -> dict[str, Trace]:
+    """The committed traces of a family."""
+    path = FOLDER / f"{family}.json"
+    return json.loads(path.read_text()) if path.exists() else {}

@@ -1,0 +1,43 @@
+"""What the golden runs train on: a small smooth network, and digits without some labels or without some tasks."""
+
+from torch import Tensor, nn
+
+from mtl.data.digits import Digits
+
+
+class Net(nn.Module):
+    """Two convolutions and batch norm. Without a ReLU there is no kink at which rounding could choose a side."""
+
+    out_features = 8
+
+    def __init__(self, in_channels: int):
+        super().__init__()
+        self.wide = nn.Conv2d(in_channels, 8, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.deep = nn.Conv2d(8, self.out_features, 3, stride=2, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.deep(self.norm(self.wide(images)).tanh()).tanh().mean((2, 3))
+
+
+class Missing(Digits):
+    """Every third label is missing, and nearly all of `odd`, so that some batches have none of it."""
+
+    def load(self):
+        train, test = super().load()
+        train.targets["digit"][::3], train.targets["ink"][1::3] = -100, float("nan")
+        train.targets["odd"][:22] = -100
+        test.targets["digit"][::3], test.targets["odd"][1::3], test.targets["ink"][2::3] = -100, -100, float("nan")
+        return train, test
+
+
+class Classes(Missing):
+    """The two classifications, for a method that knows accuracies only."""
+
+    tasks = Digits.tasks[:2]
+
+
+class Alone(Digits):
+    """One task."""
+
+    tasks = Digits.tasks[:1]

@@ -1,0 +1,23 @@
+"""Each method and architecture trains as it did: in float64, on any CPU, against the traces in tests/golden/.
+
+tests/test_golden_variants.py has the other half, so that two processes share the work.
+"""
+
+import pytest
+from golden.cases import FAMILIES
+from golden.check import check, load
+
+
+@pytest.mark.parametrize("case", sorted(FAMILIES["losses"]))
+def test_losses(case, cli, tmp_path, monkeypatch):
+    check("losses", case, cli, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("case", sorted(FAMILIES["archs"]))
+def test_archs(case, cli, tmp_path, monkeypatch):
+    check("archs", case, cli, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_trace_is_left_over(family):
+    assert sorted(load(family)) == sorted(FAMILIES[family])
