@@ -64,8 +64,11 @@ def test_sizes_in_config_comments(arch):
     """Every config file states the sizes of its net with both tasks."""
     found = re.search(r"([\d.]+) M parameters, ([\d.]+) ([MG])MAC", FILES[arch].read_text())
     parameters, macs = sizes(arch, (FINE, COARSE))
+    measured = f"{parameters / 1e6:.2g} M parameters, {macs / 1e6:.2g} MMAC"
+    assert found, f"conf/arch/{arch}.yaml: end its first line with: {measured}"
     for text, value in ((found[1], parameters / 1e6), (found[2], macs / {"M": 1e6, "G": 1e9}[found[3]])):
-        assert f"{value:.{len(text.partition('.')[2])}f}" == text
+        rounded = f"{value:.{len(text.partition('.')[2])}f}"
+        assert rounded == text, f"conf/arch/{arch}.yaml says {text}, measured: {measured}"
 
 
 @pytest.mark.parametrize("net", ["resnet18", "vgg16_bn"])

@@ -138,8 +138,10 @@ def test_a_file_shows_all_parameters_with_their_defaults(group, option, monkeypa
     if not name.startswith("mtl."):  # PyTorch's own: the usual parameters suffice
         assert set(node) <= set(parameters) - {*NODES[group]}
         return
-    assert set(node) == set(parameters) - {*NODES[group]}
     defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
+    missing = [f"{key}: {json.dumps(defaults.get(key))}" for key in parameters if key not in {*node, *NODES[group]}]
+    assert not missing, "\n".join([f"conf/{group}/{option}.yaml does not show all parameters; add:", *missing])
+    assert set(node) == set(parameters) - {*NODES[group]}
     # As JSON, so that 1 is not 1.0 (their hashes differ) and a list is a tuple.
     different = {k: node[k] for k, v in defaults.items() if k in node and json.dumps(node[k]) != json.dumps(v)}
     assert different == DIFFERENT.get((group, option), {})
