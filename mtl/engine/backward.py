@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from mtl.engine import arguments
 from mtl.engine.backward_pass import BackwardPass
-from mtl.engine.replicas import Group, replicas
+from mtl.engine.replicas import Group, heard, replicas
 from mtl.engine.switches import Step, Switches
 from mtl.losses import hooks
 from mtl.losses.base import GramianWeighting, JacobianAggregation, LossWeighting, Strategy
@@ -21,6 +21,7 @@ PAPER = Switches()  # everything as published
 Owners = nn.Module | Parameter | Iterable[Any]  # whatever holds parameters
 
 
+@heard
 def backward(
     losses: Sequence[Tensor] | Tensor | Mapping[str, Tensor],
     strategy: Strategy,
