@@ -1,4 +1,4 @@
-"""Two processes with a replica of the model each: the step of one process, or one line in both. Nobody waits for ever."""
+"""Two processes with a replica of the model each: the step of one process, or one line in both. Nobody waits."""
 
 import copy
 import os
@@ -252,7 +252,7 @@ def test_present_may_be_given_in_one_process_only(found, name, method):
     close(first, train(Loop(method), range(2)).numbers(), rtol=1e-6, atol=1e-8, equal_nan=True)
 
 
-# ------------------------------------------------------------------------------------------------ the error of one alone
+# ----------------------------------------------------------------------------------------------- the error of one alone
 
 
 @case
@@ -533,6 +533,36 @@ def test_sharded_parameters_are_refused(found, name):
 
 
 @case
+def a_scaled_loss(rank):
+    return train(ddp("uncertainty", rank), range(2), scale=1.0).numbers()
+
+
+@case
+def gradients_of_single_tasks(rank):
+    from mtl.optim.taskwise import AdaTask
+
+    loop = Loop("equal", DistributedDataParallel, slice(rank, None, 2), AdaTask)
+    return train(loop, range(3), per_task=True).numbers()
+
+
+@case
+def uneven_parts(rank):
+    loop = Loop("pcgrad", DistributedDataParallel, slice(0, 5) if rank else slice(5, 12))
+    return train(loop, range(2)).numbers()
+
+
+def test_replicas_stay_equal(found):
+    """A loss scale, an optimizer for single tasks, parts of a batch that are not equally large."""
+    from mtl.optim.taskwise import AdaTask
+
+    for name in ("a_scaled_loss", "gradients_of_single_tasks", "uneven_parts"):
+        close(*found[name], rtol=0, atol=0)
+    close(found["a_scaled_loss"][0], train(Loop("uncertainty"), range(2)).numbers(), rtol=1e-6, atol=1e-8)
+    loop = train(Loop("equal", optimizer=AdaTask), range(3), per_task=True)
+    close(found["gradients_of_single_tasks"][0], loop.numbers(), rtol=1e-6, atol=1e-8)
+
+
+@case
 def not_a_member(rank):
     ddp("pcgrad", rank, group=dist.GroupMember.NON_GROUP_MEMBER).fill(0)
 
@@ -561,12 +591,13 @@ def test_groups(found):
 
 def test_a_group_without_torch_distributed_is_refused():
     loop = Loop("pcgrad")
-    with pytest.raises(ValueError, match="^group: .* is no open process group to which this process belongs"):
+    with pytest.raises(ValueError, match=r"^group: .* is no open process group to which this process belongs"):
         mtl.backward(loop.losses(*batch(0))[0], loop.strategy, loop.net.trunk, loop.net.heads, group="world")
 
 
 @pytest.mark.parametrize(("config", "of", "carrier"), [
-    ("cpu:gloo,cuda:gloo", "cpu", "cpu"), ("cpu:gloo,cuda:nccl", "cpu", "cpu"), ("cpu:gloo,cuda:nccl", "cuda:1", "cuda:1"),
+    ("cpu:gloo,cuda:gloo", "cpu", "cpu"), ("cpu:gloo,cuda:nccl", "cpu", "cpu"),
+    ("cpu:gloo,cuda:nccl", "cuda:1", "cuda:1"),
     ("cuda:nccl", "cpu", "cuda:3"), ("cuda:nccl", "cuda:1", "cuda:1"), ("cpu:gloo", "cuda:1", "cpu"),
 ])  # fmt: skip
 def test_what_a_group_cannot_carry_goes_through_its_own_device(monkeypatch, config, of, carrier):

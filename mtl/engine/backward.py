@@ -58,7 +58,8 @@ def backward(
             gradient that `scaler.step(optimizer)` expects.
         group: the processes that share each batch, each with a replica of the model under DistributedDataParallel:
             losses, Jacobian and heads' gradients are averaged over them. auto: all that torch.distributed started;
-            None: this process alone.
+            None: this process alone. Each mean counts the processes alike, so their parts should be equally large.
+            All must call this and the hooks equally often: DistributedDataParallel's join() does not work here.
 
     Returns:
         weights and gradient statistics of this step. After a step with a loss or gradient that is not finite, `.grad`
@@ -68,7 +69,8 @@ def backward(
         ValueError, TypeError: an argument is not what is described here (the message begins with its name), a loss
             reaches no parameter, a method that takes logarithms or ratios of losses met a negative one, or the
             switches do not fit the strategy.
-        RuntimeError: a hook of the method was due and did not come, such as `after_step`.
+        RuntimeError: a hook of the method was due and did not come, such as `after_step`; or another process of the
+            group refused this step (its error is told), or has left.
     """
     switches.check(strategy)
     if not isinstance(strategy, LossWeighting | GramianWeighting | JacobianAggregation):
