@@ -180,6 +180,14 @@ def test_one_process_goes_on_alone_from_the_state_of_a_group():
     assert not again.grouped
 
 
+def test_checkpoints_of_own_methods_say_nothing_of_groups():
+    """A run's checkpoint holds all attributes of a user's class, and one of an earlier release has not these two."""
+    from mtl.engine.pydecode import SKIPPED
+
+    assert {"grouped", "alone"} <= SKIPPED and vars(make("dwa")).keys() >= {"grouped", "alone"}
+    assert b"grouped" not in bytes(make("dwa").get_extra_state().tolist())
+
+
 # --------------------------------------------------------------------------------------------------- state of one alone
 
 
