@@ -20,9 +20,11 @@ from conftest import ROOT
 from torch import Tensor, nn
 
 from mtl.archs.resnet import WideResNet
+from mtl.config.cli import Terminated
 from mtl.data.base import Benchmark, Split
 from mtl.data.batches import EvaluationBatches, TrainingBatches
 from mtl.engine.backward import Switches
+from mtl.engine.signals import ENDING
 from mtl.engine.trainer import Learner, Trainer, defines
 from mtl.tasks import Classification, Regression
 
@@ -391,6 +393,68 @@ def test_a_backbone_whose_draws_cannot_be_divided_is_refused(module, name):
             look()
     assert module.training and torch.equal(stream, torch.get_rng_state())
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.fixture
+def handlers(monkeypatch):
+    """Processes that do not end this one, and its handlers as they were afterwards."""
+    monkeypatch.setattr("mtl.engine.distributed.atexit.register", lambda *_: None)
+    before = {number: signal.getsignal(number) for number in ENDING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_each_signal_ends_training_with_its_own_code_in_all_processes(handlers, number):
+    from mtl.config.cli import _code
+    from mtl.engine.distributed import Processes
+
+    store, images = torch.distributed.HashStore(), torch.zeros(2, 3)
+    signal.signal(number, lambda *_: pytest.fail("ends the process at once"))
+    leader = Processes(0, 2, 0, store)
+    with pytest.raises((KeyboardInterrupt, Terminated)) as ended, leader.guard():
+        signal.raise_signal(number)
+        leader.forward(nn.Identity(), images)
+    assert _code(ended.value) == _code(Processes(1, 2, 1, store)._news()) == 128 + number
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing(handlers):
+    from mtl.engine.distributed import Processes
+    from mtl.engine.signals import deferred
+
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    processes = Processes(0, 1, 0, torch.distributed.HashStore())
+    with processes.guard(), deferred():
+        signal.raise_signal(signal.SIGHUP)
+    assert not processes._signals and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def test_a_closed_terminal_waits_for_files_that_belong_together(handlers):
+    from mtl.engine.signals import deferred
+
+    events = []
+    signal.signal(signal.SIGHUP, lambda *_: events.append("ended"))
+    with deferred():
+        signal.raise_signal(signal.SIGHUP)
+        events.append("written")
+    assert events == ["written", "ended"]
+
+
+def test_a_deterministic_run_tells_cublas(monkeypatch):
+    """Torch refuses matrix products on a GPU without it; what the user has set stays."""
+    for value in (None, ":16:8"):
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", value or "")
+        if value is None:
+            monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+        try:
+            Trainer(device="cpu", deterministic=True).open_device()
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == (value or ":4096:8")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from mtl.engine import arguments
 from mtl.engine.backward_pass import BackwardPass
-from mtl.engine.replicas import Group, replicas
+from mtl.engine.replicas import Group, heard, replicas
 from mtl.engine.switches import Info, Switches
 from mtl.losses import hooks
 from mtl.losses.base import GramianWeighting, JacobianAggregation, LossWeighting, Strategy
@@ -21,6 +21,7 @@ PAPER = Switches()  # everything as published
 Owners = nn.Module | Parameter | Iterable[Any]  # whatever holds parameters
 
 
+@heard
 def backward(
     losses: Sequence[Tensor] | Tensor | Mapping[str, Tensor],
     strategy: Strategy,
@@ -57,7 +58,8 @@ def backward(
             gradient that `scaler.step(optimizer)` expects.
         group: the processes that share each batch, each with a replica of the model under DistributedDataParallel:
             losses, Jacobian and heads' gradients are averaged over them. auto: all that torch.distributed started;
-            None: this process alone.
+            None: this process alone. Each mean counts the processes alike, so their parts should be equally large.
+            All must call this and the hooks equally often: DistributedDataParallel's join() does not work here.
 
     Returns:
         weights and gradient statistics of this step. After a step with a loss or gradient that is not finite, `.grad`
@@ -67,7 +69,8 @@ def backward(
         ValueError, TypeError: an argument is not what is described here (the message begins with its name), a loss
             reaches no parameter, a method that takes logarithms or ratios of losses met a negative one, or the
             switches do not fit the strategy.
-        RuntimeError: a hook of the method was due and did not come, such as `after_step`.
+        RuntimeError: a hook of the method was due and did not come, such as `after_step`; or another process of the
+            group refused this step (its error is told), or has left.
     """
     switches.check(strategy)
     if not isinstance(strategy, LossWeighting | GramianWeighting | JacobianAggregation):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from mtl.engine import arguments, gradients, guard, reach
+from mtl.engine.agreement import Call
 from mtl.engine.replicas import Replicas
 from mtl.engine.switches import TINY, Info, Switches
 from mtl.losses.base import GramianWeighting, JacobianAggregation, LossWeighting, Strategy, count, masked, overrides
@@ -32,6 +33,8 @@ class BackwardPass:
     replicas: Replicas | None
     per_task: bool
     inspect: Callable[[Tensor], None] | None
+    listed: tuple[list[Parameter], list[list[Parameter]]] = ((), ())  # shared and heads as the caller gave them
+    tied: Sequence[bool] = ()  # of the parameters in both lists, which several losses reach
 
     def check(self, samples: list[list[Tensor]], combines: bool) -> None:
         """Refuse what could not be right.
@@ -41,10 +44,9 @@ class BackwardPass:
         """
         names, strategy = self.strategy.names, self.strategy
         if self.replicas is not None:
-            self.replicas.check(strategy, self.of_features)
-            if strategy.across is None:  # this process's first step, after a resume as well
-                self.replicas.agree(strategy)
-            strategy.across = self.replicas.mean
+            self.replicas.check(strategy, self.of_features, self.shared)
+        strategy.across, strategy.grouped = self.replicas, self.replicas is not None and self.replicas.all
+        self.listed = self.shared, self.heads
         maybe = self._maybe_absent()
         for losses in samples:
             for i, loss in enumerate(losses):
@@ -52,7 +54,10 @@ class BackwardPass:
                     reach.check_constant(i, names[i], loss)
         if combines:
             arguments.check_plain([*self.shared, *(p for head in self.heads for p in head)])
-            self._settle_overlaps(samples[0])
+            self.tied = self._tied(samples[0], maybe)
+            self._settle(self.tied)
+        elif self.replicas is not None:
+            self.replicas.check_constants(samples[0], names, self.heads)
         if not reach.due(strategy, maybe):
             return
         stop = self.features if self.of_features else None
@@ -74,36 +79,49 @@ class BackwardPass:
         known = guard.host(self.present)
         return [True] * self.strategy.tasks if known is None else [not there for there in known]
 
-    def _settle_overlaps(self, losses: list[Tensor]) -> None:
-        """A parameter in both lists: shared if several losses reach it (tied weights), else its head's alone."""
+    def _tied(self, losses: list[Tensor], maybe: list[bool]) -> list[bool]:
+        """For each parameter in both lists, whether several losses reach it (tied weights); else it is its head's."""
         listed = {id(p) for p in self.shared}
         if self.of_features or not any(id(p) in listed for head in self.heads for p in head):
-            return
+            return []
         found = [reach.reach(loss).leaves if loss.requires_grad else {} for loss in losses]
         heads = [head for head in self.heads if head]
         # Losses that were computed as one vector have one graph in common: then only their gradients tell them apart.
-        vector = all(any(id(p) in leaves for p in head) for leaves in found for head in heads)
-        own, tied = set(), set()
+        vector = all(any(id(p) in leaves for p in head) for leaves in found if leaves for head in heads)
+        flags = []
         for i, head in enumerate(self.heads):
             for p in head:
-                several = id(p) in found[i] and any(id(p) in leaves for j, leaves in enumerate(found) if j != i)
+                if id(p) not in listed:
+                    continue
+                # Whether an absent task uses its own head's parameter cannot be seen: take it that it does.
+                several = any(id(p) in leaves for j, leaves in enumerate(found) if j != i)
+                several = several and (maybe[i] or id(p) in found[i])
                 if several and vector and len(losses) > 1:
-                    several = reach.moves(losses[i], [p]) and reach.moved_by_others(p, i, losses)
-                if id(p) in listed:
-                    (tied if several else own).add(id(p))
+                    several = (maybe[i] or reach.moves(losses[i], [p])) and reach.moved_by_others(p, i, losses)
+                flags.append(several)
+        return flags
+
+    def _settle(self, flags: Sequence[bool]) -> None:
+        """Leave each parameter in one list."""
+        self.shared, self.heads = self.listed
+        listed, known = {id(p) for p in self.shared}, iter(flags)
+        both = [(id(p), next(known)) for head in self.heads for p in head if id(p) in listed] if flags else []
+        own, tied = ({key for key, flag in both if flag is several} for several in (False, True))
         self.shared = [p for p in self.shared if id(p) not in own]
         self.heads = [[p for p in head if id(p) not in tied] for head in self.heads]
 
     def run(self, samples: list[list[Tensor]], combines: bool) -> Info:
         """The step itself; the strategy's buffers stay as they were if it is not finite."""
         strategy, log = self.strategy, self.switches.transform == "log"
-        share = None
+        share, values = None, torch.stack([loss.detach() for loss in samples[-1]])
+        if self.replicas is not None:
+            share, self.present, values = self.replicas.step(
+                strategy, self._call(samples, combines), values, self.present, self.listed
+            )
+            if self.tied:
+                self._settle(self.replicas.any_of(self.tied, values.device))
         # The other families' step looks for itself, once it has the gradients.
         untouched = guard.Untouched(strategy) if isinstance(strategy, LossWeighting) else None
-        values = torch.stack([loss.detach() for loss in samples[-1]])
-        if self.replicas is not None:
-            share, self.present = self.replicas.shares(self.present, values)
-            (values,) = self.replicas.total(torch.where(share > 0, values * share, 0.0))
         values = masked(values, self.present)
         if strategy.needs_positive or log:
             why = "takes logarithms or ratios of losses" if strategy.needs_positive else "is given log-losses"
@@ -121,8 +139,14 @@ class BackwardPass:
             finite = values.isfinite().all() & step.norm.isfinite()
             if heads := [p for head in self.heads for p in head]:
                 finite = finite & gradients.norm(heads).isfinite()
-            untouched.unless(finite)
+            untouched.unless(finite if share is None else self.replicas.everywhere(finite))
         return step
+
+    def _call(self, samples: list[list[Tensor]], combines: bool) -> Call:
+        """What all processes must have in common, and whether this one has a backward pass to make."""
+        facts = {"switches": self.switches, "per_task": self.per_task, "shared parameters": len(self.listed[0])}
+        facts["parameters of heads"] = [len(head) for head in self.listed[1]]
+        return Call("mtl.backward", facts, combines or any(loss.requires_grad for loss in samples[0]))
 
     def _weigh(self, losses: list[Tensor], values: Tensor, share: Tensor | None) -> Info:
         """Loss weighting: one backward pass, which reaches every parameter."""
@@ -149,7 +173,8 @@ class BackwardPass:
             ValueError: the total does not depend on the losses.
         """
         strategy, stacked = self.strategy, torch.stack(losses)
-        if not stacked.requires_grad:  # no task has a label in this batch, and absent losses may be constants
+        # No task has a label in this batch, and absent losses may be constants. Other processes may have labels.
+        if share is None and not stacked.requires_grad:
             return stacked, torch.zeros_like(stacked)
         # One of several processes sees the means over all of them, which have no graph.
         seen = stacked if share is None else values.clone().requires_grad_()

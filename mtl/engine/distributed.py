@@ -31,6 +31,7 @@ from mtl.config import torchrun
 from mtl.config.cli import Terminated
 from mtl.config.errors import ConfigError, SetupError, UserError, one_line
 from mtl.engine.divide import drawing, forward
+from mtl.engine.signals import ENDING, ending
 
 if TYPE_CHECKING:
     from mtl.data.batches import EvaluationBatches, TrainingBatches
@@ -232,7 +233,7 @@ class Processes:
         one waits in vain for its device (a GPU's collective has no partner any more), a thread calls
         `last_words(status, message)` and ends this process.
         """
-        handlers = {s: signal.signal(s, lambda number, _: self._signals.append(number)) for s in SIGNALS}
+        handlers = {s: signal.signal(s, lambda number, _: self._signals.append(number)) for s in ending()}
         left = threading.Event()
         threading.Thread(target=self._watch, args=(left, last_words), daemon=True).start()
         try:
@@ -263,7 +264,7 @@ class Processes:
         if lost:
             error = ProcessError(f"a process of this run was lost ({error})")
         elif self._signals:
-            error = KeyboardInterrupt() if self._signals[0] == signal.SIGINT else Terminated()
+            error = _ended_by(128 + self._signals[0])
         self.announce(error)
         return error
 
@@ -307,19 +308,21 @@ class Processes:
             return None
         if news["rank"] == self.rank:
             return None
-        if news["code"] in (130, 143):
-            return KeyboardInterrupt() if news["code"] == 130 else Terminated()
+        if news["code"] in [128 + number for number in ENDING]:
+            return _ended_by(news["code"])
         error = ProcessError(f"process {news['rank']}: {news['message']}", news["code"])
         error.__cause__ = _Remote(news["traceback"])
         return error
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+def _ended_by(code: int) -> BaseException:
+    """The exception for the exit code of a process that a signal ended."""
+    return KeyboardInterrupt() if code == 128 + signal.SIGINT else Terminated(code)
 
 
 def _deaf() -> None:
     """Ignore signals from now on: this process ends already."""
-    for number in SIGNALS:
+    for number in ENDING:
         try:
             signal.signal(number, signal.SIG_IGN)
         except (Terminated, KeyboardInterrupt):  # one that had just arrived
@@ -328,7 +331,7 @@ def _deaf() -> None:
 
 def _code(error: BaseException) -> int:
     if isinstance(error, Terminated | KeyboardInterrupt):
-        return 143 if isinstance(error, Terminated) else 130
+        return error.code if isinstance(error, Terminated) else 130
     return error.exit_code if isinstance(error, UserError) else 1
 
 

@@ -3,12 +3,19 @@
 DistributedDataParallel averages what `Tensor.backward` leaves, and knows nothing of gradients of single tasks. So the
 losses, the Jacobian and the heads' gradients are averaged here: every process then takes the step that one process
 would take with the whole batch, if the parts are equally large.
+
+Each call sends one message of a fixed size first, whatever this process has: losses, who has failed, and a fingerprint
+of the call. No collective depends on what one process alone knows, since the others would wait for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import wraps
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -16,30 +23,43 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from mtl.config.errors import one_line
+from mtl.engine import agreement
+from mtl.engine.agreement import Call
+from mtl.engine.reach import EVERY, reach
 from mtl.losses import hooks
 from mtl.losses.base import GramianWeighting, LossWeighting, Strategy, overrides
 
 Group = Any  # torch.distributed.ProcessGroup, which some builds of torch do not have
+FIELDS = 7  # of a message, before its losses; see `Replicas._send`
+ROWS, TASKS = 4, 16  # a message has room for 4 rows of 16 tasks (32, 48, …): most wrong numbers of tasks fit in
 
 
-@dataclass(frozen=True)
+@dataclass
 class Replicas:
     """The processes that share a batch.
 
     Args:
         group: the process group.
+        steps: of this process since all have agreed on model and strategy; -1 before.
+        sent: this step's message is out, so that the others no longer wait for it.
+        tied: the last answer of `any_of`.
     """
 
     group: Group
+    steps: int = -1
+    sent: bool = False
+    tied: tuple[bool, ...] = ()
 
     @property
     def size(self) -> int:
         """How many they are."""
         return dist.get_world_size(self.group)
 
-    def check(self, strategy: Strategy, of_features: bool) -> None:
+    def check(self, strategy: Strategy, of_features: bool, shared: Sequence[Parameter]) -> None:
         """Raises:
-        ValueError: the method compares samples of the whole batch, which no process has.
+        ValueError: the method compares samples of the whole batch, which no process has; or no process has the whole
+            of a parameter.
         """
         name = type(strategy).__name__
         if hooks.defines(strategy, "look_ahead"):
@@ -48,19 +68,193 @@ class Replicas:
         terms = overrides(strategy, LossWeighting, "regulariser") or overrides(strategy, GramianWeighting, "head_terms")
         if terms or (of_features and merges):
             raise ValueError(f"group: {name} works on the features of the whole batch, which needs one process")
+        if any(_sharded(p) for p in shared):
+            raise ValueError("shared: parameters of FSDP, of which each process holds a part; use "
+                             "DistributedDataParallel")  # fmt: skip
+        if strategy.alone is not None:
+            raise ValueError(
+                f"group: {strategy.alone} was called before the first mtl.backward in this process, so it saw the "
+                "figures of this process alone; call it after"
+            )
 
-    def agree(self, strategy: Strategy) -> None:
-        """Before the first step: parameters, buffers and random stream of the first process."""
-        first = dist.get_global_rank(self.group, 0) if self.group is not dist.group.WORLD else 0
+    def check_constants(self, losses: Sequence[Tensor], names: Sequence[str], heads: Sequence[Sequence[Any]]) -> None:
+        """Raises:
+        ValueError: some losses have no graph; DistributedDataParallel would wait for the gradients of their heads.
+        """
+        constant = [i for i, loss in enumerate(losses) if not loss.requires_grad]
+        if not constant or len(constant) == len(losses):  # of a process without any graph, see `_judge`
+            return
+        if any("_DDPSinkBackward" in reach(loss).nodes for loss in losses if loss.requires_grad):
+            return  # find_unused_parameters=True: it knows that no gradients will come
+        waits = [i for i in constant if heads[i] or not any(heads)]
+        if waits:
+            raise ValueError(
+                f"losses[{waits[0]}] ({names[waits[0]]}): has no graph in this process, and DistributedDataParallel "
+                "waits for the gradient of its head; add 0 * prediction.sum(), or set find_unused_parameters=True"
+            )
+
+    @property
+    def all(self) -> bool:
+        """Whether they are all that torch.distributed has started."""
+        return self.group is dist.group.WORLD
+
+    # -- messages -----------------------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        strategy: Strategy,
+        call: Call,
+        values: Tensor,
+        present: Tensor | None,
+        model: tuple[Sequence[Parameter], Sequence[Sequence[Parameter]]],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The message of a step; in the first one all take over the strategy's state from the first process.
+
+        Args:
+            call: what the processes must have in common.
+            values: (T,) losses.
+            present: (T,) bool.
+            model: the shared parameters, and the parameters of each head.
+
+        Returns:
+            (T,) this process's share of each task's mean loss, (T,) the tasks that are present in any process, and (T,)
+            the mean losses over the processes in which a task is present.
+
+        Raises:
+            ValueError: the processes do not belong together.
+            RuntimeError: another process cannot take this step.
+        """
+        looks = self.steps <= 1 or strategy.calls.steps % EVERY == 0
+        here = torch.ones_like(values) if present is None else present.to(values)
+        first = self._send(strategy, call, [(here, values)], looks)
+        if (looks or first) and not _capturing(values.device):
+            self._compare(strategy, call, model, first, values.device)
+        self.steps = 0 if first else self.steps + 1
+        there, total = self._received[:2].to(values)
+        return here / there.clamp(min=1), there > 0, total / there.clamp(min=1)
+
+    def means(
+        self, strategy: Strategy, hook: str, values: Sequence[Tensor | None], present: Sequence[Tensor | None]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """What `hook` is told in this process → (means, known) over the processes in which a value is known.
+
+        Args:
+            values: some (T,), or None where this process knows nothing of the kind.
+            present: (T,) bool for each, which of its values are known; None means all.
+        """
+        like = next(v for v in values if v is not None)
+        rows = []
+        for value, known in zip(values, present, strict=True):
+            value = torch.zeros_like(like) if value is None else value
+            rows.append((torch.ones_like(value) if known is None else known.to(value), value))
+        self._send(strategy, Call(hook, {}), rows, looks=False)
+        result = []
+        for known, total in self._received.split(2)[: len(rows)]:
+            result.append(((total / known.clamp(min=1)).to(like), (known > 0).to(like.device)))
+        return result
+
+    @torch.no_grad()
+    def _send(self, strategy: Strategy, call: Call, rows: Sequence[tuple[Tensor, Tensor]], looks: bool) -> bool:
+        """Sum `rows` (known, value) over the processes, into `_received` (4, T); whether any process is a new one."""
+        device, tasks = self.carrier(rows[0][0].device), strategy.tasks
+        new = call.name == "mtl.backward" and self.steps < 0
+        marks = [_mark(agreement.told(strategy, call)), 0 if new else _mark(agreement.progress(strategy))]
+        # [0:4] marks and their squares: they tell whether all are equal. Then who has failed, is new, has a graph.
+        fields = [*marks, *(mark**2 for mark in marks), 0, int(new), int(call.graph)]
+        table = torch.zeros(ROWS, -(-tasks // TASKS) * TASKS, dtype=torch.float64, device=device)
+        for i, (known, value) in enumerate(rows):
+            table[2 * i, :tasks] = known
+            table[2 * i + 1, :tasks] = torch.where(known > 0, value, 0.0)
+        message = self._sum(torch.cat([_numbers(fields, device), table.flatten()]))
+        self.sent = True
+        self._received = message[FIELDS:].view(ROWS, -1)[:, :tasks]
+        # On a GPU the host reads nothing in an ordinary step: it would wait for the device.
+        if _capturing(device) or not (device.type == "cpu" or looks or not call.graph):
+            return False
+        return self._judge(strategy, call, message[:FIELDS].tolist(), device)
+
+    def _judge(self, strategy: Strategy, call: Call, fields: list[float], device: torch.device) -> bool:
+        told, known, told_squares, known_squares, failed, new, graphs = fields
+        if failed:
+            self._explain(None, device)
+        if self.size * told_squares != told**2:
+            self._differ(agreement.told(strategy, call), device)
+        # A process with a new strategy takes over the progress of the first, and so do all.
+        if not new and self.size * known_squares != known**2:
+            self._differ(agreement.progress(strategy), device)
+        if 0 < graphs < self.size:
+            raise ValueError(
+                f"group: {self.size - graphs:.0f} of {self.size} processes have no label of any task, so their losses "
+                "have no graph, and DistributedDataParallel waits for it; add 0 * prediction.sum() to a loss"
+            )
+        return new > 0
+
+    def _differ(self, facts: dict[str, Any], device: torch.device) -> None:
+        difference = agreement.first_difference(self._gather(facts, device))
+        raise ValueError(
+            f"group: the processes differ in {difference}; all must call mtl.backward and the hooks alike and equally "
+            f"often; {agreement.ALONE}"
+        )
+
+    def fail(self, strategy: Strategy, error: Exception, device: torch.device) -> None:
+        """Send in place of this step's message that there is none, and why."""
+        device = self.carrier(device)
+        if _capturing(device) or not (device.type == "cpu" or self.steps <= 1 or strategy.calls.steps % EVERY == 0):
+            return  # the others do not read this step's message
+        room = FIELDS + ROWS * -(-strategy.tasks // TASKS) * TASKS
+        with suppress(RuntimeError):  # the others are gone; this process's own error counts
+            message = torch.zeros(room, dtype=torch.float64, device=device)
+            message[4] = 1
+            self._sum(message)
+            self._gather(one_line(error), device)
+
+    def _explain(self, ours: str | None, device: torch.device) -> None:
+        for rank, text in enumerate(self._gather(ours, device)):
+            if text is not None:
+                raise RuntimeError(f"group: process {rank} has ended this step: {text}")
+
+    def _compare(
+        self, strategy: Strategy, call: Call, model: tuple[Any, Any], first: bool, device: torch.device
+    ) -> None:
+        """Whether the processes hold one model; in the first step the strategies become that of the first process."""
+        ours = {"model": agreement.describe_model(*model)}
+        if first:
+            ours["strategy"] = agreement.describe_strategy(strategy)
+        told = self._gather(ours, self.carrier(device))
+        agreement.check_models([other["model"] for other in told])
+        if not first:
+            return
+        strategies = [other["strategy"] for other in told]
+        agreement.check_strategies(strategies)
+        source = dist.get_global_rank(self.group, 0) if self.group is not dist.group.WORLD else 0
         with torch.no_grad():
-            for tensor in (*strategy.parameters(), *(b for b in strategy.buffers() if b is not None)):
-                value = tensor.detach().clone()
-                dist.broadcast(value, first, group=self.group)
+            for tensor in agreement.prepare_tensors(strategy, strategies[0]):
+                value = tensor.detach().to(self.carrier(tensor.device), copy=True).contiguous()
+                with _apart():
+                    dist.broadcast(value, source, group=self.group)
                 tensor.copy_(value)
-        strategy.stream_seed()  # decided now, so that it is in the state
-        told = [strategy.get_extra_state().tolist()]
-        dist.broadcast_object_list(told, first, group=self.group)
-        strategy.set_extra_state(torch.tensor(told[0], dtype=torch.uint8))
+        strategy.set_extra_state(torch.frombuffer(bytearray(strategies[0]["extra"]), dtype=torch.uint8))
+
+    # -- collectives --------------------------------------------------------------------------------------------------
+
+    def carrier(self, device: torch.device) -> torch.device:
+        """The device on which the group takes a tensor of `device`: NCCL takes those of a GPU only."""
+        kinds = [entry.partition(":")[0] for entry in dist.get_backend_config(self.group).split(",")]
+        if device.type in kinds:
+            return device
+        return torch.device(kinds[0], torch.cuda.current_device()) if kinds[0] == "cuda" else torch.device(kinds[0])
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        with _apart():
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def _gather(self, ours: Any, device: torch.device) -> list[Any]:
+        """Something that can be pickled, from every process."""
+        found: list[Any] = [None] * self.size
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), _apart():
+            dist.all_gather_object(found, ours, group=self.group)
+        return found
 
     def total(self, *tensors: Tensor) -> list[Tensor]:
         """The sum over all processes of each tensor, in one message for each dtype and device."""
@@ -68,28 +262,23 @@ class Replicas:
         kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for t in results:
             kinds.setdefault((t.dtype, t.device), []).append(t)
-        for alike in kinds.values():
-            flat = torch.cat([t.reshape(-1) for t in alike])
-            dist.all_reduce(flat, group=self.group)
+        for (_, device), alike in kinds.items():
+            flat = self._sum(torch.cat([t.reshape(-1) for t in alike]).to(self.carrier(device)))
             for t, piece in zip(alike, flat.split([t.numel() for t in alike]), strict=True):
                 t.copy_(piece.view(t.shape))
         return results
 
-    def mean(self, values: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """(T,) the means over the processes in which a task is present, and the tasks that are present in any."""
-        device = values.device
-        if dist.get_backend(self.group) == "nccl":  # which carries tensors of a GPU only
-            values, present = values.cuda(), None if present is None else present.cuda()
-        share, anywhere = self.shares(present, values)
-        (mean,) = self.total(torch.where(share > 0, values * share, 0.0))
-        return mean.to(device), None if anywhere is None else anywhere.to(device)
+    def any_of(self, flags: Sequence[bool], device: torch.device) -> tuple[bool, ...]:
+        """Which flags are raised in any process. All give equally many. On a GPU the first two answers are kept."""
+        device = self.carrier(device)
+        if device.type == "cpu" or self.steps <= 1 or len(self.tied) != len(flags):
+            self.tied = tuple(self._sum(_numbers(flags, device)).gt(0).tolist())
+        return self.tied
 
-    def shares(self, present: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(T,) this process's share of each task's mean loss, and the tasks that are present in any process."""
-        here = torch.ones_like(like) if present is None else present.to(like)
-        (there,) = self.total(here)
-        share = here / there.clamp(min=1)
-        return share, None if present is None else there > 0
+    def everywhere(self, flag: Tensor) -> Tensor:
+        """() whether the flag is raised in all processes; the host does not wait."""
+        (lowered,) = self.total((~flag).float())
+        return lowered == 0
 
     def heads(
         self, heads: Sequence[Sequence[Parameter]], own: Sequence[Sequence[Tensor | None]], shares: Tensor
@@ -110,8 +299,105 @@ def replicas(group: Group | Literal["auto"] | None) -> Replicas | None:
 
     Returns:
         None where this process is alone.
+
+    Raises:
+        ValueError: `group` is no group of this process.
     """
-    if not dist.is_available() or not dist.is_initialized() or group is None:
+    if isinstance(group, Replicas):
+        return group
+    if group is None or (group == "auto" and not _several()):
         return None
+    if group != "auto":
+        try:
+            dist.get_backend_config(group)
+        except Exception as error:  # torch has several: not initialised, not a group, not a member, closed
+            wrong = f"group: {group!r} is no open process group to which this process belongs"
+            raise ValueError(f"{wrong}; use auto or None") from error
     found = Replicas(dist.group.WORLD if group == "auto" else group)
     return found if found.size > 1 else None
+
+
+def known(strategy: Strategy, hook: str) -> Replicas | None:
+    """Over which processes a hook averages that is called before the first `mtl.backward` of this process.
+
+    A strategy that was loaded knows whether it was trained by all processes. Another one notes that it was told the
+    figures of one process, which the next `mtl.backward` of a group then refuses.
+    """
+    if not _several():
+        return None
+    if strategy.grouped:
+        return Replicas(dist.group.WORLD)
+    strategy.alone = f"strategy.{hook}"
+    return None
+
+
+def heard(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`backward`, with its `group` replaced by the `Replicas` of it; they hear of an error of this process."""
+
+    arguments = signature(backward)
+
+    @wraps(backward)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if not _several():
+            return backward(*args, **kwargs)
+        given = arguments.bind(*args, **kwargs).arguments
+        found, strategy = replicas(given.get("group", "auto")), given["strategy"]
+        if found is None or not isinstance(strategy, Strategy):
+            return backward(*args, **kwargs)
+        if strategy.across is not None and strategy.across.group is found.group:
+            found = strategy.across
+        found.sent = False
+        try:
+            return backward(**{**given, "group": found})
+        except Exception as error:
+            if not found.sent:
+                found.fail(strategy, error, _device(given["losses"]))
+            raise
+
+    return wrapper
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # gloo: a connection was closed, or messages of unequal size; either: the timeout
+        raise RuntimeError(
+            "group: a process has left, or is elsewhere; all must call mtl.backward and the hooks equally often, and "
+            f"join() of uneven inputs does not help here ({one_line(error).partition(' Exception raised')[0]})"
+        ) from error
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _mark(facts: dict[str, Any]) -> int:
+    """16 bits: sums of squares stay exact in float64 over a thousand processes."""
+    return zlib.crc32(repr(facts).encode()) & 0xFFFF
+
+
+def _numbers(values: Sequence[float], device: torch.device) -> Tensor:
+    """float64 numbers on a device. A copy of host memory to a GPU would wait for it; filling does not."""
+    if device.type == "cpu":
+        return torch.tensor(values, dtype=torch.float64)
+    return torch.stack([torch.full((), float(v), dtype=torch.float64, device=device) for v in values])
+
+
+def _device(losses: Any) -> torch.device:
+    """Of the first tensor in any nesting."""
+    if isinstance(losses, Tensor):
+        return losses.device
+    parts = losses.values() if isinstance(losses, Mapping) else losses if isinstance(losses, Sequence) else ()
+    devices = (_device(part) for part in parts if isinstance(part, Tensor | Mapping | list | tuple))
+    return next(devices, torch.device("cpu"))
+
+
+def _sharded(p: Parameter) -> bool:
+    return hasattr(p, "device_mesh") or getattr(p, "_fsdp_flattened", False) or type(p).__name__ == "FlatParameter"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -95,6 +96,8 @@ class Trainer:
             raise SetupError(f"trainer.device={self.device}: {shown}; use trainer.device=auto or cpu")
         if device.type == "mps" and not torch.backends.mps.is_available():
             raise SetupError("trainer.device=mps: not available on this machine; use trainer.device=auto or cpu")
+        if self.deterministic:  # cuBLAS reads this at its first use; without it, torch refuses every product
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(self.deterministic)
         torch.backends.cudnn.benchmark = not self.deterministic
         return device

@@ -93,6 +93,8 @@ class Strategy(nn.Module, ABC):
         self.epoch, self.epochs = 0, 1
         self.calls = hooks.Calls()
         self.across: hooks.Across | None = None  # averages over processes, in a foreign loop that has several
+        self.grouped = False  # whether its last step was one of all processes of torch.distributed
+        self.alone: str | None = None  # the hook that was called before it was known over which processes to average
         self.looks: list[int] = []  # the engine's: how often it has looked at each task's graph
         self.watch: Any = None  # the engine's, for flags that arrive from a GPU some steps later
         self._seed: int | None = None  # of the random stream, since the last epoch_start
@@ -208,6 +210,7 @@ class Strategy(nn.Module, ABC):
         streams = {str(d): b64encode(bytes(g.get_state().tolist())).decode() for d, g in self._generators.items()}
         progress = {"epoch": self.epoch, "epochs": self.epochs, "seed": self._seed, "streams": streams}
         progress |= {"names": list(self.names), "base": self._base}
+        progress |= {"grouped": True} if self.grouped else {}
         text = json.dumps({**progress, "calls": self.calls.state()})
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
@@ -218,7 +221,7 @@ class Strategy(nn.Module, ABC):
             told, here = ", ".join(known["names"]), ", ".join(self.names)
             raise ValueError(f"state_dict: of the tasks {told}, in this order; this strategy has {here}")
         self.epoch, self.epochs, self._seed, self._base = (known[key] for key in ("epoch", "epochs", "seed", "base"))
-        self.calls = hooks.Calls.of(known["calls"])
+        self.calls, self.grouped = hooks.Calls.of(known["calls"]), known.get("grouped", False)
         self._generators = {}
         for name, saved in known["streams"].items():
             device = torch.device(name)

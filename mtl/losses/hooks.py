@@ -8,10 +8,10 @@ from functools import wraps
 from inspect import signature
 from typing import Any
 
-from torch import Tensor
+import torch
 
-# (T,) values of this process and which of them count, to their means over all processes and which count in any.
-Across = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+Across = Any  # mtl.engine.replicas.Replicas: the processes that share each batch
+AVERAGED = ("after_step", "epoch_end")  # hooks that are told what one process saw
 HOOKS = ("prepare", "views", "look_ahead", "after_step", "epoch_end")
 PATIENCE = 32  # steps that a method which learns from epochs makes before it must have heard of one
 
@@ -67,11 +67,15 @@ def noted(hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def wrapper(strategy: Any, *args: Any, **kwargs: Any) -> Any:
-        if strategy.across is None:
+        if strategy.across is None and hook in AVERAGED:
+            from mtl.engine.replicas import known  # here, because the engine imports the methods
+
+            strategy.across = known(strategy, hook)
+        if strategy.across is None or hook not in AVERAGED:
             result = function(strategy, *args, **kwargs)
         else:
             given = signature(function).bind(strategy, *args, **kwargs)
-            _average(given.arguments, strategy.across)
+            _average(given.arguments, strategy, hook)
             result = function(*given.args, **given.kwargs)
         strategy.calls.note(hook)
         return result
@@ -80,21 +84,22 @@ def noted(hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def _average(given: dict[str, Any], across: Across) -> None:
+def _average(given: dict[str, Any], strategy: Any, hook: str) -> None:
     """Replace what one process saw by what all of them saw: losses after a step, statistics of an epoch."""
-    if "losses" in given:
-        given["losses"], given["present"] = across(given["losses"], given.get("present"))
-    if (statistics := given.get("statistics")) is not None:
-        known = {name: getattr(statistics, name) for name in ("losses", "scores")}
-        means = {name: _mean_of_known(values, across) for name, values in known.items() if values is not None}
-        given["statistics"] = replace(statistics, **means)
-
-
-def _mean_of_known(values: Tensor, across: Across) -> Tensor:
-    """(T,) means over the processes in which a value is a number; NaN where it is none in all of them."""
-    known = ~values.isnan()
-    means, anywhere = across(values.nan_to_num(), known)
-    return means.where(anywhere, float("nan"))
+    if hook == "after_step":
+        ((given["losses"], given["present"]),) = strategy.across.means(
+            strategy, hook, [given["losses"]], [given.get("present")]
+        )
+        return
+    # Each process sends both, whatever it knows. A value that is a number in no process is NaN.
+    statistics = given["statistics"]
+    values = [statistics.losses, statistics.scores]
+    known = [torch.zeros_like(values[0], dtype=torch.bool) if v is None else ~v.isnan() for v in values]
+    found = strategy.across.means(strategy, hook, values, known)
+    losses, scores = (means.where(anywhere, float("nan")) for means, anywhere in found)
+    if statistics.scores is None and not found[1][1].any():
+        scores = None
+    given["statistics"] = replace(statistics, losses=losses, scores=scores)
 
 
 def defines(strategy: Any, hook: str) -> bool:
