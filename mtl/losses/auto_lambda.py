@@ -49,7 +49,7 @@ class AutoLambda(LossWeighting):
             raise ValueError(f"primary: {sorted(unknown)[0]!r} is no task; the tasks are {', '.join(self.names)}")
         goal = [float(primary is None or name in primary) for name in self.names]
         self.register_buffer("goal", torch.tensor(goal))
-        self.register_buffer("task_weights", torch.full((self.tasks,), init))
+        self.register_buffer("task_weights", torch.full((self.tasks,), float(init)))
         self.meta = Adam(self.tasks, lr)
 
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:

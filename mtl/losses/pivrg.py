@@ -19,7 +19,9 @@ import torch
 from annotated_types import Gt
 from torch import Tensor
 
-from mtl.losses.base import GramianWeighting, Statistics, by_task, masked, renormalised
+from mtl.losses.arguments import by_task
+from mtl.losses.base import GramianWeighting, Statistics, masked, renormalised
+from mtl.losses.epochs import check_unit, finite_scores
 from mtl.losses.solvers import fair_weights
 
 
@@ -58,9 +60,17 @@ class PIVRG(GramianWeighting):
         self.register_buffer("targets", torch.ones(self.tasks, dtype=torch.float64))
 
     def epoch_end(self, statistics: Statistics) -> None:
-        if statistics.scores is None or statistics.higher_is_better is None:
-            raise ValueError("PIVRG needs the epoch's scores and their direction")
-        scores, higher = (x.to(self.baselines.device) for x in (statistics.scores, statistics.higher_is_better))
+        """Set the targets.
+
+        Raises:
+            ValueError: no scores or no direction were given, a score is infinite, or the scores are fractions where
+                the baselines are percents.
+        """
+        scores = finite_scores(self, statistics).to(self.baselines.device)
+        if statistics.higher_is_better is None:
+            raise ValueError("higher_is_better: PIVRG needs the direction of the scores, and Statistics holds none")
+        check_unit(self, statistics, self.baselines)
+        higher = statistics.higher_is_better.to(self.baselines.device)
         worse = torch.where(higher, -100.0, 100.0)
         drop = worse * (scores.to(self.baselines) - self.baselines) / self.baselines.abs()
         known = ~drop.isnan()  # a task without labels all epoch keeps an average target

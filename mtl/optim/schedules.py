@@ -15,6 +15,9 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from mtl.config.constructors import check_hinted
+from mtl.config.schema import hints_of
+
 
 @dataclass
 class Schedule(ABC):
@@ -27,6 +30,9 @@ class Schedule(ABC):
 
     warmup_epochs: Annotated[int, Ge(0)] = 0
     interval: Literal["epoch", "step"] = "epoch"
+
+    def __post_init__(self) -> None:
+        check_hinted(hints_of(type(self)), vars(self), type(self).__name__)
 
     def __call__(self, progress: float, epochs: int) -> float:
         """Multiplier of the learning rate at `progress` of `epochs` epochs."""
