@@ -71,7 +71,7 @@ class MoCo(JacobianAggregation):
         if present is not None:
             rate = torch.where(present, rate, 0.0)
         trackers.lerp_(jacobian, rate[:, None])
-        G, old = double(trackers @ trackers.T), self.mixture
+        G, old = double(trackers @ trackers.T), double(self.mixture)
         share = old if present is None else torch.where(present, old, 0.0)
         total = share.sum().clamp(min=1e-12)
         share = share / total

@@ -56,8 +56,8 @@ class MOML(LossWeighting):
         rate = lr if self.look_ahead_lr is None else self.look_ahead_lr
         parameters = [p for p in parameters if p.requires_grad]
         before = [p.detach().clone() for p in parameters]
-        weights = softmax(self.logits, present)
         inner = _jacobian(losses_of(0), parameters)
+        weights = softmax(self.logits, present).to(inner)
         _shift(parameters, before, weights @ inner, -rate)
         outer = _jacobian(losses_of(1), parameters)
         restore(parameters, before)
@@ -68,11 +68,13 @@ class MOML(LossWeighting):
         # A task without labels has no slope; it must not pass for the shortest one.
         some = norms > 0 if present is None else present & (norms > 0)
         mixture = shortest(double(unit) @ double(unit).T, some).to(unit)
-        self.logits.copy_(self.meta(self.logits, mixture @ unit, present))
+        self.logits.copy_(self.meta(self.logits, (mixture @ unit).to(self.logits), present))
 
 
 def _jacobian(losses: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
-    return torch.stack([torch.cat([g.flatten() for g in row]) for row in gradients(losses, parameters)])
+    """(T, P) the gradients, in single precision at least: their inner products would overflow in half precision."""
+    rows = torch.stack([torch.cat([g.flatten() for g in row]) for row in gradients(losses, parameters)])
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def _shift(parameters, start, direction: Tensor, length: float) -> None:
