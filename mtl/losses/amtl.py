@@ -93,6 +93,7 @@ class AMTL(LossWeighting):
         if higher is not None:
             achieved = torch.where(higher.to(achieved.device), achieved, 1 / achieved)
         raw = (1 - achieved / (1 + self.margin)).clamp(min=0) ** self.gamma
+        raw = raw.clamp(max=1e30)  # an R² far below 0 has no bound; an infinite weight would be NaN
         self.raw.copy_(torch.where(achieved.isnan(), self.raw, raw))
 
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:

@@ -75,7 +75,7 @@ def mean_losses(strategy: Any, statistics: Statistics) -> Tensor:
     losses = statistics.losses.detach()
     for i, value in enumerate(losses.tolist()):
         if value < 0 or value > LARGEST:
-            kind = "infinite" if value > 0 else "negative"
+            kind = "too large" if value > 0 else "negative"
             cure = "lower the learning rate" if value > 0 else "add a constant to the loss"
             raise ValueError(
                 f"losses[{i}]: {type(strategy).__name__} takes logarithms or ratios of mean losses, and the mean "
@@ -133,8 +133,8 @@ def check_unit(strategy: Any, statistics: Statistics, references: Tensor | None 
     name = type(strategy).__name__
     if not statistics.percent and any(found) and all(0 <= s <= 1 < w for s, w in zip(found, wanted, strict=True)):
         raise ValueError(
-            f"scores: {shown} look like fractions, and {name} needs percents as its other numbers are; multiply them "
-            "by 100 (or say Statistics(..., percent=True) if they are percents)"
+            f"scores: {shown} look like fractions, but {name} needs accuracies in percent; multiply them by 100 "
+            "(or say Statistics(..., percent=True) if they are percents)"
         )
     if found and all(0 < w <= 1 < s and s > 2 * w for s, w in zip(found, wanted, strict=True)):
         given = ", ".join(f"{value:.4g}" for value in wanted)

@@ -22,7 +22,7 @@ from torch import Tensor
 from mtl.losses.arguments import by_task
 from mtl.losses.base import GramianWeighting, Statistics, masked, renormalised
 from mtl.losses.epochs import check_unit, finite_scores
-from mtl.losses.solvers import fair_weights
+from mtl.losses.solvers import double, fair_weights
 
 
 class PIVRG(GramianWeighting):
@@ -72,7 +72,8 @@ class PIVRG(GramianWeighting):
         check_unit(self, statistics, self.baselines)
         higher = statistics.higher_is_better.to(self.baselines.device)
         worse = torch.where(higher, -100.0, 100.0)
-        drop = worse * (scores.to(self.baselines) - self.baselines) / self.baselines.abs()
+        baselines = double(self.baselines)
+        drop = worse * (scores.to(baselines) - baselines) / baselines.abs()
         known = ~drop.isnan()  # a task without labels all epoch keeps an average target
         drop = torch.where(known, drop, drop[known].mean() if known.any() else 0.0)
         spread = (drop.max() - drop.min()) / math.log(self.bound)

@@ -44,8 +44,8 @@ class STCH(LossWeighting):
         self.register_buffer("nadir", torch.full((self.tasks,), torch.nan))
 
     def epoch_end(self, statistics: Statistics) -> None:
-        self.finished += 1
         losses = mean_losses(self, statistics).to(self.nadir)
+        self.finished += 1
         wanted = self.nadir.isnan() & (self.finished > self.warmup_epochs) & (losses > 0)
         self.nadir.copy_(torch.where(wanted, losses, self.nadir))
 
