@@ -27,7 +27,7 @@ class Smooth(m.DBMTL):
         net: nn.Module | None = None,
         shape: Callable[[float], float] | None = None,
         scale: Tensor | None = None,
-        limit: float = None,
+        limit: float = None,  # noqa: RUF013
     ):
         super().__init__(tasks, beta=smooth)
 
@@ -85,7 +85,8 @@ def test_wrong_arguments_are_refused_by_name(build, message):
     lambda: m.Static(3, (1, 2, 3)), lambda: m.Static(["a", "b"], {"a": torch.tensor(2.0)}),
     lambda: m.AutoLambda(["a", "b"], primary={"a"}), lambda: m.NashMTL(3, max_norm=None),
     lambda: Smoother(3, 0.5, nn.Linear(1, 1), abs, torch.ones(2), None), lambda: m.Annealed(2, main=None),
-    lambda: AdaTask(PARAMETERS, lr=torch.tensor(0.1), betas=[0.9, 0.99]), lambda: schedules.MultiStep(milestones=(1, 2)),
+    lambda: AdaTask(PARAMETERS, lr=torch.tensor(0.1), betas=[0.9, 0.99]),
+    lambda: schedules.MultiStep(milestones=(1, 2)),
 ])  # fmt: skip
 def test_what_can_be_understood_is_accepted(build):
     build()
@@ -93,7 +94,7 @@ def test_what_can_be_understood_is_accepted(build):
 
 @pytest.mark.parametrize("tasks", [-1, 0, 2.0, True, None, torch.tensor(2.0)])
 def test_tasks_are_an_integer_or_names(tasks):
-    with pytest.raises(ValueError, match="^tasks: "):
+    with pytest.raises(ValueError, match=r"^tasks: "):
         m.PCGrad(tasks)
 
 
