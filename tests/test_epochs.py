@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from loops import METHODS, Loop
 
 from mtl import losses as m
 from mtl.certify.problem import make
 from mtl.losses import Statistics
-from tests.loops import METHODS, Loop, defines
+from mtl.losses.hooks import defines
 
 NAN, INF = math.nan, math.inf
 UP = torch.ones(3, dtype=torch.bool)
