@@ -115,3 +115,14 @@ def test_an_integer_for_a_real_number_stays_a_real_number():
     assert m.AutoLambda(2, init=1).task_weights.tolist() == [1.0, 1.0]
     assert m.AutoLambda(2, init=1).task_weights.is_floating_point()
     assert m.Uncertainty(2, init=1).log_variances.is_floating_point()
+
+
+def test_tasks_without_names_may_be_numbered_by_integers():
+    assert m.Static(3, {0: 1.0, 2: 3.0}).weights.tolist() == [1, 1, 3]
+    assert m.AMTL(2, {1: 70.0, 0: 60.0}).potentials.tolist() == [60, 70]
+
+
+@pytest.mark.parametrize("features", [0, 1, 2.5, None])
+def test_rotations_need_a_width(features):
+    with pytest.raises(ValueError, match=r"^features: "):
+        m.RotoGrad(3).prepare(features)

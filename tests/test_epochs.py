@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from loops import METHODS, Loop
+from loops import METHODS, Loop, batch
 
 from mtl import losses as m
 from mtl.certify.problem import make
@@ -117,6 +117,33 @@ def test_famo_does_so_on_a_device_that_nobody_waits_for(monkeypatch):
     strategy(torch.tensor([1.0, 2.0, 3.0], requires_grad=True))
     strategy.after_step(torch.tensor([1.0, -2.0, 1.0]))
     assert strategy.logits.isfinite().all() and strategy.logits[1] == 0 and strategy.logits[2] != 0
+
+
+@pytest.mark.parametrize("name", ["auto_lambda", "moml"])
+def test_looking_ahead_leaves_the_parameters_alone_whatever_happens(name):
+    """An error in the second forward pass left the model at the virtual step; a NaN stayed in the method for ever."""
+    loop = Loop(name)
+    parameters = [p.clone() for p in loop.net.parameters()]
+    state = learned(loop.strategy)
+
+    def losses_of(half: int, factor: float = 1.0) -> torch.Tensor:
+        if half == 1 and factor == 1:
+            raise KeyError("mine")
+        return factor * torch.stack(loop.losses(*batch(half))[0])
+
+    with pytest.raises(KeyError, match="mine"):
+        loop.strategy.look_ahead(losses_of, list(loop.net.parameters()), 0.05)
+    assert all(torch.equal(p, q) for p, q in zip(parameters, loop.net.parameters(), strict=True))
+    loop.strategy.look_ahead(lambda half: losses_of(half, NAN), list(loop.net.parameters()), 0.05)
+    assert all(torch.equal(p, q) for p, q in zip(parameters, loop.net.parameters(), strict=True))
+    assert torch.equal(learned(loop.strategy), state)
+
+
+@pytest.mark.parametrize("lr", [-1.0, NAN, INF, None, "0.1", True])
+def test_looking_ahead_needs_a_learning_rate(lr):
+    for strategy in (m.AutoLambda(3), m.MOML(3, look_ahead_lr=None)):
+        with pytest.raises(ValueError, match=rf"^lr: .*; {type(strategy).__name__}.look_ahead needs"):
+            strategy.look_ahead(lambda half: torch.ones(3), [torch.nn.Parameter(torch.ones(2))], lr)
 
 
 # --------------------------------------------------------------------------------------------------------------- units

@@ -46,6 +46,7 @@ def by_task(key: str, values: Mapping[str, float] | Sequence[float], names: Sequ
         ValueError: a task has none, or a name is no task's.
     """
     if isinstance(values, Mapping):
+        values = {str(name): value for name, value in values.items()}  # tasks=3 has names "0", "1", "2"
         if unknown := sorted(set(values) - set(names)):
             raise ValueError(f"{key}: {unknown[0]!r} is no task; the tasks are {', '.join(names)}")
         if missing := [name for name in names if name not in values]:

@@ -19,7 +19,7 @@ from annotated_types import Gt
 from torch import Tensor, nn
 
 from mtl.losses.base import LossWeighting, masked, softmax
-from mtl.losses.meta import Adam, gradients, move, restore
+from mtl.losses.meta import Adam, check_rate, gradients, move, tried_out
 from mtl.losses.solvers import double, shortest
 
 
@@ -54,13 +54,13 @@ class MOML(LossWeighting):
         present: Tensor | None = None,
     ) -> None:
         rate = lr if self.look_ahead_lr is None else self.look_ahead_lr
+        check_rate(self, rate)
         parameters = [p for p in parameters if p.requires_grad]
-        before = [p.detach().clone() for p in parameters]
-        inner = _jacobian(losses_of(0), parameters)
-        weights = softmax(self.logits, present).to(inner)
-        _shift(parameters, before, weights @ inner, -rate)
-        outer = _jacobian(losses_of(1), parameters)
-        restore(parameters, before)
+        with tried_out(parameters) as before:
+            inner = _jacobian(losses_of(0), parameters)
+            weights = softmax(self.logits, present).to(inner)
+            _shift(parameters, before, weights @ inner, -rate)
+            outer = _jacobian(losses_of(1), parameters)
         slopes = -rate * outer @ inner.T  # ∂L_i/∂w_k
         slopes = weights * (slopes - (slopes @ weights)[:, None])  # of the logits
         norms = slopes.norm(dim=1)

@@ -35,7 +35,16 @@ class Schedule(ABC):
         check_hinted(hints_of(type(self)), vars(self), type(self).__name__)
 
     def __call__(self, progress: float, epochs: int) -> float:
-        """Multiplier of the learning rate at `progress` of `epochs` epochs."""
+        """Multiplier of the learning rate at `progress` of `epochs` epochs; past them it stays at its end.
+
+        Raises:
+            ValueError: the progress is negative, or no epoch is left after the warm-up.
+        """
+        if not progress >= 0:
+            raise ValueError(f"progress: {progress}; epochs are counted from 0")
+        if epochs <= self.warmup_epochs:
+            raise ValueError(f"epochs: {epochs}; must be more than warmup_epochs={self.warmup_epochs}")
+        progress = min(progress, epochs)
         if progress < self.warmup_epochs:
             offset = 1 if self.interval == "epoch" else 0  # by epochs, the first one must not train at rate 0
             return (progress + offset) / (self.warmup_epochs + offset) * self.factor(0.0, epochs - self.warmup_epochs)
