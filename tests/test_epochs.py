@@ -170,6 +170,8 @@ def test_some_scores_below_one_are_no_fractions():
 @pytest.mark.parametrize("percent", [True, False])
 def test_single_task_results_in_another_unit_are_refused(build, percent):
     strategy = build()
+    strategy.epoch_end(told(scores=(0.0, 0.5, 0.9), percent=percent))  # nothing can be told from these
+    strategy.epoch_start(1, 4)
     with pytest.raises(ValueError, match=f"^{strategy.single_task_argument}: 0.6, 0.7, 0.8 look like fractions"):
         strategy.epoch_end(told(scores=(20.0, 30.0, 40.0), percent=percent))
 

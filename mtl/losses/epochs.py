@@ -113,7 +113,7 @@ def refuse_score(strategy: Any, i: int, value: float, why: str) -> None:
 
 
 def check_unit(strategy: Any, statistics: Statistics, references: Tensor | None = None) -> None:
-    """At the end of the first epoch: accuracies and what they are compared with have one unit.
+    """Accuracies and what they are compared with have one unit.
 
     Args:
         references: (T,) scores that the method was given; None stands for percents.
@@ -122,8 +122,6 @@ def check_unit(strategy: Any, statistics: Statistics, references: Tensor | None 
         ValueError: scores up to 1 beside references above 1, or the reverse, of all tasks whose score is better when
             higher.
     """
-    if strategy.calls.epoch_ends:
-        return
     scores, higher = statistics.scores, statistics.higher_is_better
     higher = torch.ones_like(scores, dtype=torch.bool) if higher is None else higher.to(scores.device)
     known = higher & ~scores.isnan()
@@ -131,7 +129,8 @@ def check_unit(strategy: Any, statistics: Statistics, references: Tensor | None 
     wanted = [100.0] * len(found) if references is None else references.to(scores.device)[known].tolist()
     shown = ", ".join(f"{value:.4g}" for value in found)
     name = type(strategy).__name__
-    if not statistics.percent and any(found) and all(0 <= s <= 1 < w for s, w in zip(found, wanted, strict=True)):
+    small = any(found) and all(0 <= s <= 1 < w for s, w in zip(found, wanted, strict=True))
+    if small and not statistics.percent and not strategy.calls.epoch_ends:  # later they are a training that has failed
         raise ValueError(
             f"scores: {shown} look like fractions, but {name} needs accuracies in percent; multiply them by 100 "
             "(or say Statistics(..., percent=True) if they are percents)"
