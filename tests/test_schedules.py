@@ -87,3 +87,14 @@ def test_no_epoch_trains_at_rate_zero(name, warmup):
     ours = [schedule(k, E) for k in range(E)]
     assert min(ours) > 0 and max(ours) <= 1
     assert ours[: warmup + 1] == pytest.approx([ours[warmup] * (k + 1) / (warmup + 1) for k in range(warmup + 1)])
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_past_its_end_a_schedule_stays_there(name, warmup):
+    """A cosine would rise again, and a root of a negative number is complex."""
+    schedule = make(name, warmup_epochs=warmup)
+    assert [schedule(p, E) for p in (E + 0.5, E + 1, 3 * E)] == [schedule(E, E)] * 3
+    for progress, epochs, message in ((-1, E, "^progress: -1"), (0, 0, "^epochs: 0"), (2, warmup, "^epochs: ")):
+        with pytest.raises(ValueError, match=message):
+            schedule(progress, epochs)

@@ -57,7 +57,7 @@ def check_arguments(target: Callable, arguments: Mapping, path: str, supplied: C
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     ours = sorted(n for n in named if n not in supplied)
-    hints = _hints(target)
+    hints = hints_of(target)
     prefix = f"{path}." if path else ""
     for key, value in arguments.items():
         if key not in ours and not open_ended:
@@ -65,9 +65,9 @@ def check_arguments(target: Callable, arguments: Mapping, path: str, supplied: C
         if isinstance(value, Mapping) and TARGET in value:
             check(value, f"{prefix}{key}")
         elif value != MISSING:
-            _check_size(value, f"{prefix}{key}")
-            if key in hints:
-                _check_type(hints[key], value, f"{prefix}{key}")
+            check_size(value, f"{prefix}{key}")
+            if wrong := complaint(hints.get(key), value):
+                raise ConfigError(f"{prefix}{key}={_show(value)}: {wrong}")
     for name in ours:
         if arguments.get(name, named[name].default) in (MISSING, inspect.Parameter.empty):
             raise ConfigError(f"{prefix}{name}: required; set it with {prefix}{name}=VALUE")
@@ -119,7 +119,8 @@ def _message(error: Exception) -> str:
     return one_line(error if plain else f"{type(error).__name__}: {error}")
 
 
-def _hints(target: Callable) -> dict[str, Any]:
+def hints_of(target: Callable) -> dict[str, Any]:
+    """The type hint of each argument of a class or function, with its range; empty if they cannot be read."""
     extra = OPTIMIZER if getattr(target, "__module__", "").startswith("torch.optim.") else {}
     if inspect.isclass(target) and not hasattr(target, "__dataclass_fields__"):
         target = target.__init__
@@ -129,13 +130,40 @@ def _hints(target: Callable) -> dict[str, Any]:
         return extra
 
 
-def _check_size(value: Any, path: str) -> None:
+def complaint(hint: Any, value: Any) -> str:
+    """What a plain value must be instead, such as "must be greater than 0"; empty if it fits the hint.
+
+    Args:
+        hint: type, choices or range; None, or a hint that pydantic cannot read, allows everything.
+        value: as YAML and JSON have it: a number, a string, a list, a mapping or None.
+    """
+    if (adapter := adapter_of(hint)) is None:
+        return ""
+    try:
+        # As JSON: strict about numbers and strings, yet a list passes for a tuple, as YAML has only lists.
+        adapter.validate_json(json.dumps(value))
+    except ValidationError as error:
+        return explain(error, value)
+    return ""
+
+
+def adapter_of(hint: Any) -> TypeAdapter | None:
+    """pydantic's check of a type hint; None where there is no hint, or one that pydantic cannot read."""
+    if hint is None:
+        return None
+    try:
+        return TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False))
+    except (PydanticUserError, NameError, TypeError):
+        return None
+
+
+def check_size(value: Any, path: str) -> None:
     """Refuse numbers that no tensor holds, at any depth of a list or mapping."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list):
         for item in value:
-            _check_size(item, path)
+            check_size(item, path)
     elif isinstance(value, int) and abs(value) > LARGEST_INT:
         digits = len(str(abs(value)))
         raise ConfigError(f"{path}: an integer of {digits} digits; it must fit into 64 bits (1e30 is a real number)")
@@ -143,19 +171,8 @@ def _check_size(value: Any, path: str) -> None:
         raise ConfigError(f"{path}={value}: a number must be within ±{LARGEST_FLOAT}, as float32 is")
 
 
-def _check_type(hint: Any, value: Any, path: str) -> None:
-    try:
-        adapter = TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False))
-    except (PydanticUserError, NameError, TypeError):
-        return
-    try:
-        # As JSON: strict about numbers and strings, yet a list passes for a tuple, as YAML has only lists.
-        adapter.validate_json(json.dumps(value))
-    except ValidationError as error:
-        raise ConfigError(f"{path}={_show(value)}: {_explain(error, value)}") from error
-
-
-def _explain(error: ValidationError, value: Any) -> str:
+def explain(error: ValidationError, value: Any) -> str:
+    """What `value` must be instead, in words."""
     errors = error.errors(include_url=False)
     # In a union every member complains; "or None" is said once, and the is-instance members can never come from YAML.
     silent = ("none_required", "is_instance_of", "needs_python_object")

@@ -7,7 +7,8 @@ from typing import Any, Literal, get_type_hints
 
 from torch import Tensor
 
-from mtl.losses.base import JacobianAggregation, LossWeighting, Strategy, choose, overrides
+from mtl.losses.arguments import choose
+from mtl.losses.base import JacobianAggregation, LossWeighting, Strategy, overrides
 
 TINY = 1e-12  # losses are held above it where transform=log takes their logarithm
 

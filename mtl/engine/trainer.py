@@ -314,7 +314,7 @@ class Learner:
         losses = torch.tensor([row[f"train/{t.name}_loss"] for t in self.tasks])
         scores = torch.tensor([row[f"{split}/{key}"] for key in keys])
         higher = torch.tensor([t.metrics[0].higher_is_better for t in self.tasks])
-        self.strategy.epoch_end(Statistics(losses, scores, higher))
+        self.strategy.epoch_end(Statistics(losses, scores, higher, percent=True))
 
     def evaluate(self, batches: Iterable, name: str) -> dict[str, float]:
         """Losses and metrics over all samples, as {"<name>/<task>_loss": …, "<name>/<task>_<metric>": …}."""

@@ -21,18 +21,18 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
+from mtl.losses.arguments import by_task
 from mtl.losses.base import (
     LossWeighting,
     Mean,
     Statistics,
-    by_task,
-    choose,
     combine,
     masked,
     moving_average,
     softmax,
     uniform,
 )
+from mtl.losses.epochs import check_unit, finite_scores, refuse_score
 
 Norm = Literal["softmax", "sum"]
 Potential = Annotated[float, Gt(0)]
@@ -69,10 +69,8 @@ class AMTL(LossWeighting):
     ):
         super().__init__(tasks)
         potentials = by_task("potentials", potentials, self.names)
-        if min(potentials) <= 0:
-            raise ValueError(f"potentials: {min(potentials)} is not positive")
         self.gamma, self.margin, self.ema = gamma, margin, ema
-        self.norm, self.mean = choose("norm", norm, Norm), choose("mean", mean, Mean)
+        self.norm, self.mean = norm, mean
         self.needs_positive = self.mean == "geometric"
         self.register_buffer("potentials", torch.tensor(potentials, dtype=torch.float32))
         self.register_buffer("average", torch.full((self.tasks,), torch.nan))
@@ -82,15 +80,20 @@ class AMTL(LossWeighting):
         """Follow the scores.
 
         Raises:
-            ValueError: no scores were given.
+            ValueError: no scores were given, one is infinite or a negative error, or the scores are fractions where
+                the potentials are percents.
         """
-        if statistics.scores is None:
-            raise ValueError("scores: AMTL weighs the tasks by their scores, and Statistics holds none")
-        self.average.copy_(moving_average(self.average, statistics.scores.to(self.average), self.ema))
+        scores, higher = finite_scores(self, statistics), statistics.higher_is_better
+        for i, value in enumerate(scores.tolist()):
+            if value < 0 and higher is not None and not higher[i]:
+                refuse_score(self, i, value, "that is better when lower is an error, at least 0")
+        check_unit(self, statistics, self.potentials)
+        self.average.copy_(moving_average(self.average, scores.to(self.average), self.ema))
         achieved = self.average / self.potentials
-        if statistics.higher_is_better is not None:
-            achieved = torch.where(statistics.higher_is_better.to(achieved.device), achieved, 1 / achieved)
+        if higher is not None:
+            achieved = torch.where(higher.to(achieved.device), achieved, 1 / achieved)
         raw = (1 - achieved / (1 + self.margin)).clamp(min=0) ** self.gamma
+        raw = raw.clamp(max=1e30)  # an R² far below 0 has no bound; an infinite weight would be NaN
         self.raw.copy_(torch.where(achieved.isnan(), self.raw, raw))
 
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:

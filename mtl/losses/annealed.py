@@ -26,7 +26,7 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
-from mtl.losses.base import LossWeighting, choose, masked
+from mtl.losses.base import LossWeighting, masked
 
 Shape = Literal["cosine", "square", "exponential"]
 Gate = Literal["none", "calibrated", "boosted", "guarded"]
@@ -73,8 +73,7 @@ class Annealed(LossWeighting):
         if main is not None and main not in self.names:
             raise ValueError(f"main: {main!r} is no task; the tasks are {', '.join(self.names)}")
         self.start, self.end, self.hold, self.rate, self.calibration = start, end, hold, rate, calibration
-        self.shape, self.gate = choose("shape", shape, Shape), choose("gate", gate, Gate)
-        self.uncertainty = choose("uncertainty", uncertainty, Uncertainty)
+        self.shape, self.gate, self.uncertainty = shape, gate, uncertainty
         self.lr, self.weight_decay = lr, weight_decay
         self.needs_positive = gate != "none"  # gates are ratios of losses
         self.register_buffer("is_main", torch.tensor([n == (main or self.names[0]) for n in self.names]))
@@ -88,7 +87,7 @@ class Annealed(LossWeighting):
     def factor(self) -> float:
         """f at the current epoch."""
         t = self.epoch / self.epochs
-        u = max(0.0, (t - self.hold) / (1 - self.hold))
+        u = min(1.0, max(0.0, (t - self.hold) / (1 - self.hold)))  # past the planned end it stays at its end
         falls = {
             "cosine": (1 + math.cos(math.pi * u)) / 2,
             "square": (1 - u) ** 2,

@@ -19,7 +19,7 @@ from annotated_types import Gt
 from torch import Tensor, nn
 
 from mtl.losses.base import LossWeighting, masked
-from mtl.losses.meta import Adam, gradients, move, restore
+from mtl.losses.meta import Adam, check_rate, gradients, move, tried_out
 
 
 class AutoLambda(LossWeighting):
@@ -49,7 +49,7 @@ class AutoLambda(LossWeighting):
             raise ValueError(f"primary: {sorted(unknown)[0]!r} is no task; the tasks are {', '.join(self.names)}")
         goal = [float(primary is None or name in primary) for name in self.names]
         self.register_buffer("goal", torch.tensor(goal))
-        self.register_buffer("task_weights", torch.full((self.tasks,), init))
+        self.register_buffer("task_weights", torch.full((self.tasks,), float(init)))
         self.meta = Adam(self.tasks, lr)
 
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
@@ -62,16 +62,17 @@ class AutoLambda(LossWeighting):
         lr: float,
         present: Tensor | None = None,
     ) -> None:
+        check_rate(self, lr)
         parameters = [p for p in parameters if p.requires_grad]
-        before = [p.detach().clone() for p in parameters]
-        (step,) = gradients((masked(self.task_weights, present) * losses_of(0)).sum()[None], parameters)
-        move(parameters, before, step, -lr)
-        (direction,) = gradients((masked(self.goal, present) * losses_of(1)).sum()[None], parameters)
-        epsilon = 0.01 / torch.nn.utils.get_total_norm(direction).clamp(min=1e-12)
+        with tried_out(parameters) as before:
+            (step,) = gradients((masked(self.task_weights, present) * losses_of(0)).sum()[None], parameters)
+            move(parameters, before, step, -lr)
+            (direction,) = gradients((masked(self.goal, present) * losses_of(1)).sum()[None], parameters)
+            epsilon = 0.01 / torch.nn.utils.get_total_norm(direction).clamp(min=1e-12)
+            with torch.no_grad():
+                move(parameters, before, direction, epsilon)
+                above = losses_of(0)
+                move(parameters, before, direction, -epsilon)
+                below = losses_of(0)
         with torch.no_grad():
-            move(parameters, before, direction, epsilon)
-            above = losses_of(0)
-            move(parameters, before, direction, -epsilon)
-            below = losses_of(0)
-            restore(parameters, before)
             self.task_weights.copy_(self.meta(self.task_weights, -lr * (above - below) / (2 * epsilon), present))

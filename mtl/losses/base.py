@@ -9,33 +9,20 @@ import json
 from abc import ABC, abstractmethod
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from mtl.config.constructors import checked
 from mtl.losses import hooks
+from mtl.losses.arguments import integer, task_names
+from mtl.losses.epochs import Statistics, check_progress, once_an_epoch
 from mtl.random import derive
 
 HEADS = ("own", "weighted")
 FLOOR = 1e-12  # losses are held above it where a logarithm or a ratio is taken of them
 Mean = Literal["arithmetic", "geometric"]
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What an epoch tells a strategy: training and validation figures, never the test set's.
-
-    losses: (T,) mean unweighted training loss of each task over the epoch; NaN where a task had no label all epoch.
-    scores: (T,) each task's main metric as it is printed (accuracies in percent), on validation data where the run
-        has some, else on the training batches; NaN as above. None in a loop that has no metrics.
-    higher_is_better: (T,) bool, the direction of the scores.
-    """
-
-    losses: Tensor
-    scores: Tensor | None = None
-    higher_is_better: Tensor | None = None
 
 
 class Strategy(nn.Module, ABC):
@@ -53,7 +40,8 @@ class Strategy(nn.Module, ABC):
             ("own"), or that gradient times the task's weight ("weighted"); each paper's way. Loss weighting always
             weights them.
         max_norm: norm to which the shared parameters' gradient is clipped, where that is part of the method.
-        lazy: names of buffers whose shape the first step decides (such as (T, P) averages); None until then.
+        lazy: names of buffers whose shape the first step decides (such as (T, P) averages, see
+            `JacobianAggregation.kept`); None until then.
         samples: how many independent batches a step needs: 1, or 2 or 3 for the double-sampling methods.
         single_task_argument: name of the argument that takes single-task results, where a method needs them.
         epoch, epochs: training progress, epoch counted from 0; set by `epoch_start`.
@@ -79,17 +67,14 @@ class Strategy(nn.Module, ABC):
         # A loop that forgets a hook must not train on in silence: every hook that a method defines notes its call.
         for hook in hooks.HOOKS:
             if hook in cls.__dict__:
-                setattr(cls, hook, hooks.noted(hook, cls.__dict__[hook]))
+                function = cls.__dict__[hook]
+                setattr(cls, hook, hooks.noted(hook, once_an_epoch(function) if hook == "epoch_end" else function))
+        if "__init__" in cls.__dict__:
+            cls.__init__ = checked(cls.__init__, but=("tasks",))
 
     def __init__(self, tasks: int | Sequence[str]):
         super().__init__()
-        if isinstance(tasks, str):
-            raise ValueError(f"tasks: {tasks!r} is one name; give a list of names, or their number")
-        self.names = tuple(map(str, range(tasks) if isinstance(tasks, int) else tasks))
-        if not self.names:
-            raise ValueError("tasks: at least one task is needed")
-        if len(set(self.names)) < len(self.names):
-            raise ValueError(f"tasks: {', '.join(self.names)}; every task needs a name of its own")
+        self.names = task_names(tasks)
         self.epoch, self.epochs = 0, 1
         self.calls = hooks.Calls()
         self.across: hooks.Across | None = None  # averages over processes, in a foreign loop that has several
@@ -115,11 +100,21 @@ class Strategy(nn.Module, ABC):
         """Tell the progress and reseed the method's random stream.
 
         Reseeding each epoch makes the draws a function of (seed, epoch), so a resumed run needs no generator state.
+
+        Args:
+            epoch: counted from 0. A training that goes on after `epochs` keeps the weights of its planned end.
+            epochs: their planned number.
+            seed: of the run; None keeps the one before, and at first takes that of `torch.manual_seed`.
+
+        Raises:
+            ValueError: one of them is no integer, the epoch is negative, or `epochs` is less than 1.
+            RuntimeError: the method learns from the end of each epoch, and nobody told it of the last one's.
         """
+        epoch, epochs = check_progress(epoch, epochs)
         hooks.check_epoch(self, epoch)
         self.epoch, self.epochs = epoch, epochs
         if seed is not None:
-            self._base = seed
+            self._base = integer("seed", seed)
         self.reseed(derive(self.base_seed(), "method", epoch))
 
     def epoch_end(self, statistics: Statistics) -> None:
@@ -160,7 +155,19 @@ class Strategy(nn.Module, ABC):
         """
         return weights if self.heads == "weighted" else None
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Strategy:
+        # `.half()` and `.bfloat16()` leave counters and averages in single precision: in bfloat16, 256 + 1 is 256.
+        def at_least_single(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            low = result.is_floating_point() and result.dtype.itemsize < 4
+            return tensor.to(result.device, torch.float32) if low else result
+
+        return super()._apply(at_least_single, *args, **kwargs)
+
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        # Before anything is loaded: a refused state leaves the strategy as it was.
+        if (state := state_dict.get(f"{prefix}_extra_state")) is not None:
+            self._check_owner(_decoded(state))
         for name in self.lazy:
             saved = state_dict.get(prefix + name)
             # A checkpoint is read on the CPU; the buffer belongs where the others are.
@@ -209,17 +216,15 @@ class Strategy(nn.Module, ABC):
         """
         streams = {str(d): b64encode(bytes(g.get_state().tolist())).decode() for d, g in self._generators.items()}
         progress = {"epoch": self.epoch, "epochs": self.epochs, "seed": self._seed, "streams": streams}
-        progress |= {"names": list(self.names), "base": self._base}
+        progress |= {"names": list(self.names), "base": self._base, "method": type(self).__name__}
         progress |= {"grouped": True} if self.grouped else {}
         text = json.dumps({**progress, "calls": self.calls.state()})
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Go on from `get_extra_state`; on another kind of device the stream begins anew, from the same seed."""
-        known = json.loads(bytes(state.tolist()))
-        if known["names"] != list(self.names):
-            told, here = ", ".join(known["names"]), ", ".join(self.names)
-            raise ValueError(f"state_dict: of the tasks {told}, in this order; this strategy has {here}")
+        known = _decoded(state)
+        self._check_owner(known)
         self.epoch, self.epochs, self._seed, self._base = (known[key] for key in ("epoch", "epochs", "seed", "base"))
         self.calls, self.grouped = hooks.Calls.of(known["calls"]), known.get("grouped", False)
         self._generators = {}
@@ -227,6 +232,22 @@ class Strategy(nn.Module, ABC):
             device = torch.device(name)
             if device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available()):
                 self.generator(device).set_state(torch.frombuffer(bytearray(b64decode(saved)), dtype=torch.uint8))
+
+    def _check_owner(self, known: Mapping[str, Any]) -> None:
+        """Raises:
+        ValueError: the extra state is of another method, or of other tasks.
+        """
+        mine = type(self).__name__
+        if (method := known.get("method", mine)) != mine:  # old states do not say
+            raise ValueError(f"state_dict: of the method {method}; this strategy is {mine}")
+        if known["names"] != list(self.names):
+            told, here = ", ".join(known["names"]), ", ".join(self.names)
+            raise ValueError(f"state_dict: of the tasks {told}, in this order; this strategy has {here}")
+
+
+def _decoded(state: Tensor) -> dict[str, Any]:
+    """What `Strategy.get_extra_state` has written."""
+    return json.loads(bytes(state.tolist()))
 
 
 class LossWeighting(Strategy):
@@ -303,6 +324,31 @@ class JacobianAggregation(Strategy):
     family = "Jacobian aggregation"
     has_weights: bool = False
 
+    def kept(self, name: str, like: Tensor) -> Tensor:
+        """The `lazy` buffer `name`, which holds a number for each one in the Jacobian; zeros at first.
+
+        It follows the Jacobian to another device or precision.
+
+        Args:
+            like: (T, P) the Jacobian.
+
+        Raises:
+            RuntimeError: the buffer is of another shape: P has changed since the first step.
+        """
+        buffer = getattr(self, name)
+        if buffer is None:
+            buffer = torch.zeros_like(like)
+        elif buffer.shape != like.shape:
+            raise RuntimeError(
+                f"{type(self).__name__}: `{name}` holds {buffer.shape[1]} numbers for each task from the steps before, "
+                f"and the gradients now have {like.shape[1]}. Was a shared parameter frozen or unfrozen, or is it "
+                f"another model? Make a new strategy for it: what this one has learned does not fit"
+            )
+        elif buffer.dtype != like.dtype or buffer.device != like.device:
+            buffer = buffer.to(like)
+        setattr(self, name, buffer)
+        return buffer
+
     @abstractmethod
     def aggregate(
         self,
@@ -358,23 +404,6 @@ def softmax(scores: Tensor, present: Tensor | None) -> Tensor:
     return torch.softmax(torch.where(present, scores, -torch.inf), 0).nan_to_num(0.0)
 
 
-def by_task(key: str, values: Mapping[str, float] | Sequence[float], names: Sequence[str]) -> list[float]:
-    """One number for each task, given by name or in task order.
-
-    Raises:
-        ValueError: a task has none, or a name is no task's.
-    """
-    if isinstance(values, Mapping):
-        if unknown := sorted(set(values) - set(names)):
-            raise ValueError(f"{key}: {unknown[0]!r} is no task; the tasks are {', '.join(names)}")
-        if missing := [name for name in names if name not in values]:
-            raise ValueError(f"{key}: none for {missing[0]!r}; one is needed for each of {', '.join(names)}")
-        values = [values[name] for name in names]
-    if len(values) != len(names):
-        raise ValueError(f"{key}: {len(values)} given for {len(names)} tasks ({', '.join(names)})")
-    return [float(value) for value in values]
-
-
 def logs(values: Tensor, present: Tensor | None) -> Tensor:
     """(T,) log of values >= 0, 0 where the task is absent. A value of 0 counts as `FLOOR` and has gradient 0."""
     if present is not None:
@@ -398,10 +427,3 @@ def moving_average(average: Tensor, values: Tensor, share: float) -> Tensor:
     """(T,) `average` moved to `values` by `share`; NaN there is "no value yet", here "no value this time"."""
     moved = torch.where(average.isnan(), values, share * values + (1 - share) * average)
     return torch.where(values.isnan(), average, moved)
-
-
-def choose(name: str, value: str, options: Any) -> str:
-    """`value`, if the Literal type `options` allows it for the argument `name`; else a ValueError that says so."""
-    if value not in get_args(options):
-        raise ValueError(f"{name}: {value!r} is none of {', '.join(get_args(options))}")
-    return value

@@ -52,18 +52,17 @@ class DBMTL(JacobianAggregation):
     ) -> tuple[Tensor, Tensor]:
         if losses is None:
             raise ValueError("DB-MTL needs the losses of the step")
-        if self.average is None:
-            self.average = torch.zeros_like(jacobian)
+        average = self.kept("average", jacobian)
         self.steps += 1
         inverse = 1 / (losses.to(jacobian) + 1e-8)  # ∇ log(L + ε) = ∇L / (L + ε)
         self.inverse.copy_(inverse)
         rate = (1 - self.beta * self.steps**-self.sigma).to(jacobian).expand(self.tasks)
         if present is not None:
             rate = torch.where(present, rate, 0.0)
-        self.average.lerp_(jacobian * inverse[:, None], rate[:, None])
-        norms = self.average.norm(dim=1)
+        average.lerp_(jacobian * inverse[:, None], rate[:, None])
+        norms = average.norm(dim=1)
         weights = masked(masked(norms, present).max() / (norms + 1e-8), present)
-        return weights @ self.average, weights
+        return weights @ average, weights
 
     def head_weights(self, weights: Tensor | None) -> Tensor:
         return self.inverse

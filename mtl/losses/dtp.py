@@ -12,6 +12,7 @@ score is better when lower is refused. AMTL's authors feed it test accuracies; `
 `mean=geometric` is their DTP-G (Yun & Cho, ICCV 2023): L = Π_i L_i^{w_i/Σw}.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -19,7 +20,8 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from mtl.losses.base import FLOOR, LossWeighting, Mean, Statistics, choose, combine, moving_average
+from mtl.losses.base import FLOOR, LossWeighting, Mean, Statistics, combine, moving_average
+from mtl.losses.epochs import check_unit, finite_scores, refuse_score
 
 
 class DTP(LossWeighting):
@@ -40,7 +42,7 @@ class DTP(LossWeighting):
         mean: Mean = "arithmetic",
     ):
         super().__init__(tasks)
-        self.gamma, self.ema, self.mean = gamma, ema, choose("mean", mean, Mean)
+        self.gamma, self.ema, self.mean = gamma, ema, mean
         self.needs_positive = self.mean == "geometric"
         self.register_buffer("average", torch.full((self.tasks,), torch.nan))
         self.register_buffer("weights", torch.ones(self.tasks))
@@ -49,16 +51,19 @@ class DTP(LossWeighting):
         """Follow the accuracies.
 
         Raises:
-            ValueError: no scores were given, or a score is not an accuracy.
+            ValueError: no scores were given, or a score is not an accuracy in percent.
         """
-        if statistics.scores is None:
-            raise ValueError("scores: DTP weighs the tasks by their accuracies, and Statistics holds none")
+        scores = finite_scores(self, statistics)
         if statistics.higher_is_better is not None and not statistics.higher_is_better.all():
             name = self.names[int(statistics.higher_is_better.int().argmin())]
             raise ValueError(
                 f"scores: DTP needs accuracies, and {name!r} has a score that is better when lower; use AMTL"
             )
-        self.average.copy_(moving_average(self.average, statistics.scores.to(self.average), self.ema))
+        for i, value in enumerate(scores.tolist()):
+            if not -1e-3 < value < 100.001 and not math.isnan(value):  # a mean may be rounded
+                refuse_score(self, i, value, "is an accuracy in percent, from 0 to 100")
+        check_unit(self, statistics)
+        self.average.copy_(moving_average(self.average, scores.to(self.average), self.ema))
         kappa = (self.average / 100).clamp(FLOOR, 1)
         weights = (1 - kappa) ** self.gamma * -kappa.log()
         self.weights.copy_(torch.where(self.average.isnan(), self.weights, weights))

@@ -16,7 +16,8 @@ import torch
 from annotated_types import Gt
 from torch import Tensor
 
-from mtl.losses.base import LossWeighting, Mean, Statistics, choose, combine, renormalised
+from mtl.losses.base import LossWeighting, Mean, Statistics, combine, renormalised
+from mtl.losses.epochs import mean_losses
 
 
 class DWA(LossWeighting):
@@ -32,21 +33,13 @@ class DWA(LossWeighting):
         self, tasks: int | Sequence[str], temperature: Annotated[float, Gt(0)] = 2.0, mean: Mean = "arithmetic"
     ):
         super().__init__(tasks)
-        if not temperature > 0:
-            raise ValueError(f"temperature: {temperature} is not positive")
-        self.temperature, self.mean = temperature, choose("mean", mean, Mean)
+        self.temperature, self.mean = temperature, mean
         self.needs_positive = self.mean == "geometric"
         self.register_buffer("last", torch.full((self.tasks,), torch.nan))
         self.register_buffer("weights", torch.ones(self.tasks))
 
     def epoch_end(self, statistics: Statistics) -> None:
-        for name, value in zip(self.names, statistics.losses.tolist(), strict=True):
-            if value < 0:
-                raise ValueError(
-                    f"DWA compares the losses of two epochs by their ratio, and the mean loss of {name} is negative "
-                    f"({value:.4g}) in epoch {self.epoch + 1}; add a constant to the loss"
-                )
-        losses = statistics.losses.detach().to(self.last)
+        losses = mean_losses(self, statistics).to(self.last)
         # NaN marks "no epoch yet" and "no label all epoch": such a task enters with ratio 1, and its state stays.
         ratio = (losses / self.last).nan_to_num(nan=1.0, posinf=1.0)
         self.weights.copy_(self.tasks * torch.softmax(ratio / self.temperature, 0))

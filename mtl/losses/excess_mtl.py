@@ -44,12 +44,11 @@ class ExcessMTL(JacobianAggregation):
         losses: Tensor | None = None,
         features: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if self.squares is None:
-            self.squares = torch.zeros_like(jacobian)
+        squares = self.kept("squares", jacobian)
         on = torch.ones(self.tasks, dtype=torch.bool, device=jacobian.device) if present is None else present
         squared = jacobian * jacobian
-        self.squares += squared  # an absent task's row is 0
-        excess = (squared / (self.squares + 1e-7).sqrt()).sum(1).double()
+        squares += squared  # an absent task's row is 0
+        excess = (squared / (squares + 1e-7).sqrt()).sum(1).double()
         first = self.initial.isnan() & on & (excess > 0)
         self.initial.copy_(torch.where(first, excess, self.initial))
         growth = torch.where(on & ~first, (self.eta * excess / self.initial).nan_to_num(0.0).exp(), 1.0)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mtl.losses.base import LossWeighting, masked, softmax
 from mtl.losses.meta import Adam
+from mtl.losses.negative import refuse_negative
 
 EPS = 1e-8
 
@@ -56,9 +57,16 @@ class FAMO(LossWeighting):
         return scale * (z * gaps.log()).sum()
 
     def after_step(self, losses: Tensor, present: Tensor | None = None) -> None:
-        known = ~self.before.isnan() & losses.detach().isfinite()
+        """Learn how the losses fell.
+
+        Raises:
+            ValueError: a loss is negative, and so has no logarithm.
+        """
+        losses = losses.detach()
+        refuse_negative(self, losses, present, "takes their logarithms after each step")
+        known = ~self.before.isnan() & losses.isfinite() & (losses >= 0)
         present = known if present is None else present & known
-        fall = masked(self.before.log() - (losses.detach().to(self.before) + EPS).log(), present)
+        fall = masked(self.before.log() - (losses.to(self.before) + EPS).log(), present)
         z = softmax(self.logits, present)
         gradient = z * (fall - z @ fall) + self.gamma * self.logits
         self.logits.copy_(self.adam(self.logits, gradient, present))

@@ -48,7 +48,7 @@ class GO4Align(LossWeighting):
         step_size: Annotated[float, Ge(0)] = 1e-4,
     ):
         super().__init__(tasks)
-        if clusters < 1 or clusters > self.tasks > 1:
+        if clusters > self.tasks > 1:
             raise ValueError(f"clusters: {clusters} groups of {self.tasks} tasks ({', '.join(self.names)})")
         self.clusters, self.step_size = clusters, step_size
         self.register_buffer("log_p", torch.zeros(self.tasks))  # up to a constant, which the softmax does not see

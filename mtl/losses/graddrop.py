@@ -30,8 +30,6 @@ class GradDrop(JacobianAggregation):
 
     def __init__(self, tasks: int | Sequence[str], leak: Annotated[float, Ge(0), Le(1)] = 0.0):
         super().__init__(tasks)
-        if not 0 <= leak <= 1:
-            raise ValueError(f"leak: {leak} is not in [0, 1]")
         self.leak = leak
 
     def aggregate(

@@ -21,7 +21,7 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from mtl.losses.base import FLOOR, GramianWeighting, Mean, choose, count, logs, masked, renormalised
+from mtl.losses.base import FLOOR, GramianWeighting, Mean, count, logs, masked, renormalised
 from mtl.losses.solvers import double
 
 
@@ -46,7 +46,7 @@ class GradNorm(GramianWeighting):
         mean: Mean = "arithmetic",
     ):
         super().__init__(tasks)
-        self.alpha, self.step_size, self.mean = alpha, lr, choose("mean", mean, Mean)
+        self.alpha, self.step_size, self.mean = alpha, lr, mean
         self.register_buffer("task_weights", torch.ones(self.tasks, dtype=torch.float64))
         self.register_buffer("initial", torch.full((self.tasks,), torch.nan, dtype=torch.float64))
 

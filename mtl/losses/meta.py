@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +28,16 @@ class Adam(nn.Module):
             self.register_buffer(name, torch.zeros(size))
 
     def forward(self, value: Tensor, gradient: Tensor, present: Tensor | None = None) -> Tensor:
-        """`value` (T,) after one step against `gradient`; entries that are not present keep value and state."""
+        """`value` (T,) after one step against `gradient`; entries absent or not finite keep value and state."""
+        finite = gradient.isfinite()  # one overflow would stay in the averages for ever
+        present = finite if present is None else present & finite
         steps = self.steps + 1
         first = torch.lerp(self.first, gradient.to(self.first), 0.1)
         second = torch.lerp(self.second, gradient.to(self.second).square(), 0.001)
         step = first / (1 - 0.9**steps) / ((second / (1 - 0.999**steps)).sqrt() + 1e-8)
         for old, new in ((self.first, first), (self.second, second), (self.steps, steps)):
-            old.copy_(new if present is None else torch.where(present, new, old))
-        moved = value - self.lr * step.to(value)
-        return moved if present is None else torch.where(present, moved, value)
+            old.copy_(torch.where(present, new, old))
+        return torch.where(present, value - self.lr * step.to(value), value)
 
 
 def gradients(losses: Tensor, parameters: Sequence[nn.Parameter]) -> list[tuple[Tensor, ...]]:
@@ -52,6 +56,29 @@ def move(parameters: Sequence[nn.Parameter], start, directions, length: Tensor |
     """Set parameters to start + length · direction."""
     for p, s, d in zip(parameters, start, directions, strict=True):
         p.copy_(s + length * d)
+
+
+@contextmanager
+def tried_out(parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
+    """Copies of the parameters, to which they are set back afterwards, whatever a forward pass in between raises."""
+    before = [p.detach().clone() for p in parameters]
+    try:
+        yield before
+    finally:
+        restore(parameters, before)
+
+
+def check_rate(strategy: nn.Module, lr: Any) -> None:
+    """Raises:
+    ValueError: `lr` is no learning rate: not a finite number of at least 0. A tensor is taken as it is.
+    """
+    if isinstance(lr, Tensor):
+        return  # looking at it may have to wait for a device
+    if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 <= lr < math.inf:
+        raise ValueError(
+            f"lr: {lr!r}; {type(strategy).__name__}.look_ahead needs the optimizer's learning rate, "
+            "such as optimizer.param_groups[0]['lr']"
+        )
 
 
 @torch.no_grad()

@@ -59,8 +59,7 @@ class MoCo(JacobianAggregation):
         losses: Tensor | None = None,
         features: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if self.trackers is None:
-            self.trackers = torch.zeros_like(jacobian)
+        trackers = self.kept("trackers", jacobian)
         if self.normalise:
             if losses is None:
                 raise ValueError("MoCo with normalise=true needs the losses of the step")
@@ -71,12 +70,12 @@ class MoCo(JacobianAggregation):
         rate = (self.beta * decay).to(jacobian).expand(self.tasks)
         if present is not None:
             rate = torch.where(present, rate, 0.0)
-        self.trackers.lerp_(jacobian, rate[:, None])
-        G, old = double(self.trackers @ self.trackers.T), self.mixture
+        trackers.lerp_(jacobian, rate[:, None])
+        G, old = double(trackers @ trackers.T), double(self.mixture)
         share = old if present is None else torch.where(present, old, 0.0)
         total = share.sum().clamp(min=1e-12)
         share = share / total
         new = project_on_simplex(share - self.gamma * decay * (G @ share + self.rho * share), present)
         self.mixture.copy_(new if present is None else torch.where(present, new * total, old))
         weights = new.to(jacobian)
-        return weights @ self.trackers, weights
+        return weights @ trackers, weights

@@ -39,7 +39,7 @@ class MoDo(GramianWeighting):
         self.register_buffer("mixture", torch.full((self.tasks,), 1 / self.tasks, dtype=torch.float64))
 
     def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
-        old = self.mixture
+        old = double(self.mixture)
         share = old if present is None else torch.where(present, old, 0.0)
         share = share / share.sum().clamp(min=1e-12)
         moved = share - self.step_size * (double(gramian) @ share + self.rho * share)

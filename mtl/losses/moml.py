@@ -19,7 +19,7 @@ from annotated_types import Gt
 from torch import Tensor, nn
 
 from mtl.losses.base import LossWeighting, masked, softmax
-from mtl.losses.meta import Adam, gradients, move, restore
+from mtl.losses.meta import Adam, check_rate, gradients, move, tried_out
 from mtl.losses.solvers import double, shortest
 
 
@@ -54,13 +54,13 @@ class MOML(LossWeighting):
         present: Tensor | None = None,
     ) -> None:
         rate = lr if self.look_ahead_lr is None else self.look_ahead_lr
+        check_rate(self, rate)
         parameters = [p for p in parameters if p.requires_grad]
-        before = [p.detach().clone() for p in parameters]
-        weights = softmax(self.logits, present)
-        inner = _jacobian(losses_of(0), parameters)
-        _shift(parameters, before, weights @ inner, -rate)
-        outer = _jacobian(losses_of(1), parameters)
-        restore(parameters, before)
+        with tried_out(parameters) as before:
+            inner = _jacobian(losses_of(0), parameters)
+            weights = softmax(self.logits, present).to(inner)
+            _shift(parameters, before, weights @ inner, -rate)
+            outer = _jacobian(losses_of(1), parameters)
         slopes = -rate * outer @ inner.T  # ∂L_i/∂w_k
         slopes = weights * (slopes - (slopes @ weights)[:, None])  # of the logits
         norms = slopes.norm(dim=1)
@@ -68,11 +68,13 @@ class MOML(LossWeighting):
         # A task without labels has no slope; it must not pass for the shortest one.
         some = norms > 0 if present is None else present & (norms > 0)
         mixture = shortest(double(unit) @ double(unit).T, some).to(unit)
-        self.logits.copy_(self.meta(self.logits, mixture @ unit, present))
+        self.logits.copy_(self.meta(self.logits, (mixture @ unit).to(self.logits), present))
 
 
 def _jacobian(losses: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
-    return torch.stack([torch.cat([g.flatten() for g in row]) for row in gradients(losses, parameters)])
+    """(T, P) the gradients, in single precision at least: their inner products would overflow in half precision."""
+    rows = torch.stack([torch.cat([g.flatten() for g in row]) for row in gradients(losses, parameters)])
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def _shift(parameters, start, direction: Tensor, length: float) -> None:

@@ -19,8 +19,10 @@ import torch
 from annotated_types import Gt
 from torch import Tensor
 
-from mtl.losses.base import GramianWeighting, Statistics, by_task, masked, renormalised
-from mtl.losses.solvers import fair_weights
+from mtl.losses.arguments import by_task
+from mtl.losses.base import GramianWeighting, Statistics, masked, renormalised
+from mtl.losses.epochs import check_unit, finite_scores
+from mtl.losses.solvers import double, fair_weights
 
 
 class PIVRG(GramianWeighting):
@@ -58,11 +60,20 @@ class PIVRG(GramianWeighting):
         self.register_buffer("targets", torch.ones(self.tasks, dtype=torch.float64))
 
     def epoch_end(self, statistics: Statistics) -> None:
-        if statistics.scores is None or statistics.higher_is_better is None:
-            raise ValueError("PIVRG needs the epoch's scores and their direction")
-        scores, higher = (x.to(self.baselines.device) for x in (statistics.scores, statistics.higher_is_better))
+        """Set the targets.
+
+        Raises:
+            ValueError: no scores or no direction were given, a score is infinite, or the scores are fractions where
+                the baselines are percents.
+        """
+        scores = finite_scores(self, statistics).to(self.baselines.device)
+        if statistics.higher_is_better is None:
+            raise ValueError("higher_is_better: PIVRG needs the direction of the scores, and Statistics holds none")
+        check_unit(self, statistics, self.baselines)
+        higher = statistics.higher_is_better.to(self.baselines.device)
         worse = torch.where(higher, -100.0, 100.0)
-        drop = worse * (scores.to(self.baselines) - self.baselines) / self.baselines.abs()
+        baselines = double(self.baselines)
+        drop = worse * (scores.to(baselines) - baselines) / baselines.abs()
         known = ~drop.isnan()  # a task without labels all epoch keeps an average target
         drop = torch.where(known, drop, drop[known].mean() if known.any() else 0.0)
         spread = (drop.max() - drop.min()) / math.log(self.bound)

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mtl.losses.base import FLOOR, LossWeighting, Mean, choose, combine, masked, softmax
+from mtl.losses.base import FLOOR, LossWeighting, Mean, combine, masked, softmax
 
 Distribution = Literal["normal", "uniform", "dirichlet", "bernoulli", "constrained_bernoulli"]
 
@@ -38,8 +38,7 @@ class RLW(LossWeighting):
 
     def __init__(self, tasks: int | Sequence[str], distribution: Distribution = "normal", mean: Mean = "arithmetic"):
         super().__init__(tasks)
-        self.distribution = choose("distribution", distribution, Distribution)
-        self.mean = choose("mean", mean, Mean)
+        self.distribution, self.mean = distribution, mean
         self.needs_positive = self.mean == "geometric"
 
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 
+from mtl.losses.arguments import integer
 from mtl.losses.base import JacobianAggregation, masked
 
 
@@ -50,6 +51,13 @@ class RotoGrad(JacobianAggregation):
             self.prepare(features)
 
     def prepare(self, features: int) -> None:
+        """Create the rotations of features of this width.
+
+        Raises:
+            ValueError: the width is no integer of at least 2, below which there is nothing to rotate.
+        """
+        if (features := integer("features", features)) < 2:
+            raise ValueError(f"features: {features}; a rotation needs a width of at least 2")
         self.generators = nn.Parameter(torch.zeros(self.tasks, features, features))
 
     def rotations(self) -> Tensor:

@@ -27,6 +27,7 @@ class Static(LossWeighting):
     def __init__(self, tasks: int | Sequence[str], weights: Mapping[str, float] | Sequence[float]):
         super().__init__(tasks)
         if isinstance(weights, Mapping):
+            weights = {str(name): value for name, value in weights.items()}  # tasks=3 has names "0", "1", "2"
             if not weights:
                 raise ValueError(
                     f"weights: names no task; the tasks are {', '.join(self.names)} (loss=equal weighs all 1)"

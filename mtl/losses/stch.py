@@ -9,7 +9,8 @@ with nadir n_i the mean loss of epoch 4, counted from 0, and Σ_i log L_i up to 
 smaller, the more the worst task counts. Σw is whatever the losses say.
 
 Σ log L needs no case of its own: with n_i = L_i, a constant, w_i is 1 / L_i. So a task whose nadir is not known yet
-counts as being at its nadir. One without a label in epoch 4 takes it from its first epoch with labels after that.
+counts as being at its nadir. One without a label in epoch 4 takes it from its first epoch with labels after that;
+a mean of exactly 0, with which nothing can be compared, counts as no nadir either.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from mtl.losses.base import FLOOR, LossWeighting, Statistics, count, logs
+from mtl.losses.epochs import mean_losses
 
 
 class STCH(LossWeighting):
@@ -37,16 +39,15 @@ class STCH(LossWeighting):
         self, tasks: int | Sequence[str], mu: Annotated[float, Gt(0)] = 1.0, warmup_epochs: Annotated[int, Ge(0)] = 4
     ):
         super().__init__(tasks)
-        if not mu > 0:
-            raise ValueError(f"mu: {mu} is not positive")
         self.mu, self.warmup_epochs = mu, warmup_epochs
         self.register_buffer("finished", torch.zeros((), dtype=torch.long))  # epochs
         self.register_buffer("nadir", torch.full((self.tasks,), torch.nan))
 
     def epoch_end(self, statistics: Statistics) -> None:
+        losses = mean_losses(self, statistics).to(self.nadir)
         self.finished += 1
-        wanted = self.nadir.isnan() & (self.finished > self.warmup_epochs)
-        self.nadir.copy_(torch.where(wanted, statistics.losses.detach().to(self.nadir), self.nadir))
+        wanted = self.nadir.isnan() & (self.finished > self.warmup_epochs) & (losses > 0)
+        self.nadir.copy_(torch.where(wanted, losses, self.nadir))
 
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
         x = logs(losses, present)

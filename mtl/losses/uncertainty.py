@@ -41,11 +41,9 @@ class Uncertainty(LossWeighting):
         weight_decay: Annotated[float, Ge(0)] | None = 0.0,
     ):
         super().__init__(tasks)
-        if form not in _FORMS:
-            raise ValueError(f"form: {form!r} is none of {', '.join(_FORMS)}")
         self.a, self.b = _FORMS[form]
         self.lr, self.weight_decay = lr, weight_decay
-        self.log_variances = nn.Parameter(torch.full((self.tasks,), init))
+        self.log_variances = nn.Parameter(torch.full((self.tasks,), float(init)))
 
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
         s = self.log_variances

@@ -16,7 +16,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from mtl.losses.base import LossWeighting, choose, logs
+from mtl.losses.base import LossWeighting, logs
 
 Form = Literal["gaussian", "laplace"]
 
@@ -34,7 +34,7 @@ class UncertaintyOptimal(LossWeighting):
 
     def __init__(self, tasks: int | Sequence[str], form: Form = "gaussian"):
         super().__init__(tasks)
-        self.factor = {"gaussian": 0.5, "laplace": 1.0}[choose("form", form, Form)]
+        self.factor = {"gaussian": 0.5, "laplace": 1.0}[form]
 
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
         return self.factor * logs(losses, present).sum()

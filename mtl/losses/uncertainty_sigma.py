@@ -20,7 +20,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 
-from mtl.losses.base import LossWeighting, choose, logs, masked
+from mtl.losses.base import LossWeighting, logs, masked
 
 EPS = 1e-8
 Regulariser = Literal["sum", "product"]
@@ -44,7 +44,7 @@ class UncertaintySigma(LossWeighting):
         weight_decay: Annotated[float, Ge(0)] | None = 0.0,
     ):
         super().__init__(tasks)
-        self.of_product = choose("regulariser", regulariser, Regulariser) == "product"
+        self.of_product = regulariser == "product"
         self.lr, self.weight_decay = lr, weight_decay
         self.sigmas = nn.Parameter(torch.ones(self.tasks))
 

@@ -29,8 +29,6 @@ class UncertaintySoftmax(LossWeighting):
 
     def __init__(self, tasks: int | Sequence[str], temperature: Annotated[float, Gt(0)] = 1.0):
         super().__init__(tasks)
-        if not temperature > 0:
-            raise ValueError(f"temperature: {temperature} is not positive")
         self.temperature = temperature
 
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:

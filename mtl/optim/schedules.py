@@ -15,6 +15,9 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from mtl.config.constructors import check_hinted
+from mtl.config.schema import hints_of
+
 
 @dataclass
 class Schedule(ABC):
@@ -28,8 +31,20 @@ class Schedule(ABC):
     warmup_epochs: Annotated[int, Ge(0)] = 0
     interval: Literal["epoch", "step"] = "epoch"
 
+    def __post_init__(self) -> None:
+        check_hinted(hints_of(type(self)), vars(self), type(self).__name__)
+
     def __call__(self, progress: float, epochs: int) -> float:
-        """Multiplier of the learning rate at `progress` of `epochs` epochs."""
+        """Multiplier of the learning rate at `progress` of `epochs` epochs; past them it stays at its end.
+
+        Raises:
+            ValueError: the progress is negative, or no epoch is left after the warm-up.
+        """
+        if not progress >= 0:
+            raise ValueError(f"progress: {progress}; epochs are counted from 0")
+        if epochs <= self.warmup_epochs:
+            raise ValueError(f"epochs: {epochs}; must be more than warmup_epochs={self.warmup_epochs}")
+        progress = min(progress, epochs)
         if progress < self.warmup_epochs:
             offset = 1 if self.interval == "epoch" else 0  # by epochs, the first one must not train at rate 0
             return (progress + offset) / (self.warmup_epochs + offset) * self.factor(0.0, epochs - self.warmup_epochs)

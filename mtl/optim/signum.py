@@ -8,6 +8,8 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
+from mtl.config.constructors import checked
+
 
 class Signum(torch.optim.Optimizer):
     """signSGD with momentum.
@@ -25,6 +27,7 @@ class Signum(torch.optim.Optimizer):
         weight_decay: λ.
     """
 
+    @checked
     def __init__(
         self,
         params,

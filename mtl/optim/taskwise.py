@@ -21,6 +21,8 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
+from mtl.config.constructors import checked
+
 BASES = ("adam", "adagrad", "rmsprop", "sgd")
 
 
@@ -77,6 +79,7 @@ class AdaTask(torch.optim.Optimizer):
 
     per_task = True
 
+    @checked
     def __init__(
         self,
         params,
