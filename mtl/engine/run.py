@@ -19,7 +19,7 @@ from mtl.archs.model import MultiTaskModel, count_macs, count_parameters
 from mtl.config import schema, torchrun
 from mtl.config.cli import Terminated
 from mtl.config.errors import ConfigError, Diverged, SetupError, one_line
-from mtl.config.identity import Identity
+from mtl.config.identity import Identity, own_parts
 from mtl.config.source import blame, place
 from mtl.data.base import Benchmark, build_benchmark
 from mtl.data.batches import EvaluationBatches, TrainingBatches, move
@@ -428,9 +428,8 @@ class Job:
     def _identity_fields(self) -> dict[str, Any]:
         names = {"name": self.identity.name, "group": self.identity.group}
         choices = {k: v for k, v in self.choices.items() if k in NODES}
-        return {
-            **asdict(self.identity), **names, "choices": choices, "command": self.command, "processes": torchrun.size()
-        }  # fmt: skip
+        return {**asdict(self.identity), **names, "choices": choices, "command": self.command,
+                "processes": torchrun.size(), "own": own_parts(self.config)}  # fmt: skip
 
     def _info(self, rows: list[dict[str, float]]) -> RunInfo:
         tasks = self.learner.tasks
