@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mtl.config import launchers, schema, source, torchrun
 from mtl.config.cli import Grid, translate
-from mtl.config.command import repeat
+from mtl.config.command import refuse_hidden, repeat
 from mtl.config.errors import Busy, ConfigError, UserError, one_line, out_of_memory
 from mtl.config.identity import identify, own_code
 from mtl.engine.directory import write_json
@@ -66,6 +66,7 @@ def run_from_hydra(config: DictConfig) -> float | None:
     # As typed: resolving would trip over an interpolation that leads nowhere.
     words, choices = OmegaConf.to_container(hydra.overrides.task, resolve=False), dict(hydra.runtime.choices)
     try:
+        refuse_hidden(hydra)
         cells = _cells(config, choices, words)
     except UserError as error:
         cells = [(None, choices, words)]
