@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -79,7 +80,8 @@ def run_from_hydra(config: DictConfig) -> float | None:
             write_json(file, {"command": command, **asdict(Outcome("running", 0))})
         if away:
             launchers.note(hydra.job.num, f"started: {command}")
-        outcome = refused if plain is None else execute(plain, chosen, command, away)
+        with launchers.at_work() if away else nullcontext():
+            outcome = refused if plain is None else execute(plain, chosen, command, away)
         outcome, found = _objective(outcome)
         if outcome.message and torchrun.rank() == 0:
             print(f"error: {outcome.message}", file=sys.stderr)
