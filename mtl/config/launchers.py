@@ -53,7 +53,7 @@ def enter(hydra: DictConfig, console: logging.Handler) -> None:
 
     Args:
         hydra: Hydra's config.
-        console: prints the log. Where processes share one, what a run says of its epochs stays in its train.log.
+        console: prints the log. Where processes share one, what a run says stays in its train.log.
     """
     plugin = _plugin(hydra)
     if plugin == "submitit":  # every job prints to a file of its own
@@ -63,8 +63,9 @@ def enter(hydra: DictConfig, console: logging.Handler) -> None:
             set_num_threads(threads)
     else:
         from mtl.tracking.console import Progress
+        from mtl.tracking.runlog import of_a_run
 
-        console.addFilter(lambda r: r.levelno > logging.INFO or Path(r.pathname).parent.name != "engine")
+        console.addFilter(lambda record: record.levelno > logging.INFO or not of_a_run(record))
         Progress.allowed = False
     if plugin == "joblib":  # it sets the threads; Slurm and Ray give a job its GPUs themselves
         _take_gpu(Path(hydra.sweep.dir))
