@@ -88,6 +88,8 @@ def check(config: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: at the first thing that is wrong; nothing has been built or written.
     """
+    if isinstance(root := config.get("output_root"), str) and not root.strip():  # the report takes it for damage
+        raise ConfigError(f"output_root={root!r}: must name a folder; output_root=. is the current one")
     schema.check_arguments(_root, {key: {} if key in NODES else value for key, value in config.items()}, "")
     for name, supplied in NODES.items():
         schema.check(config.get(name), name, supplied)
