@@ -109,6 +109,21 @@ def test_cells_and_baselines_keep_the_flags(cli, own):
     assert len(commands) == 6 and all("'--config-dir=my conf'" in command for command in commands)
 
 
+@pytest.mark.parametrize("name", ["dwa", "mine", "same"])
+def test_an_option_that_ours_would_hide_is_refused(cli, own, name):
+    """Chosen itself, or as the base of a chosen one; an unchanged copy of ours hides nothing."""
+    text = (ROOT / "conf" / "loss" / "dwa.yaml").read_text()
+    (own / "my conf" / "loss" / "dwa.yaml").write_text(text if name == "same" else text.replace("2.0", "3.0"))
+    if name == "mine":
+        (own / "my conf" / "loss" / "mine.yaml").write_text("defaults: [dwa]\ntemperature: 1.0\n")
+    result = cli(*TOY, "--config-dir=my conf", f"loss={name.replace('same', 'dwa')}")
+    assert result.code == (0 if name == "same" else 2), result.err
+    if name != "same":
+        (line,) = result.err.splitlines()
+        assert re.search(r"loss=dwa: \S*conf/loss/dwa.yaml hides my conf/loss/dwa.yaml, .*; rename yours", line)
+        assert cli(*TOY, "--config-dir=my conf", "loss=equal").code == 0
+
+
 SAVED = [
     ["loss=dwa", "loss.temperature=1.5"],
     ["loss=static", "loss.weights={L1: 2, L2: 0.5}", "data=digits", "output_root=a b", "seed=3"],

@@ -177,6 +177,7 @@ ERRORS = [  # command line, exit code, what the line says
     ("+seeed=1", 2, "seeed", "did you mean seed?"),
     ("data=digits data.root=x", 2, "data.root", "unknown key"),
     # range
+    ("output_root=''", 2, "output_root=''", "must name a folder"),
     ("seed=-1", 2, "seed=-1", "greater than or equal to 0"),
     ("loss=dwa loss.temperature=0", 2, "loss.temperature=0", "greater than 0"),
     ("schedule=multistep schedule.milestones=[0]", 2, "schedule.milestones=[0]", "greater than or equal to 1"),

@@ -33,8 +33,12 @@ class Nameless(Accuracy):
     name = None
 
 
-def with_metric(metric: type) -> tuple[Classification]:
-    return (type("OwnTask", (Classification,), {"metrics": (metric(),)})("a", 3),)
+def with_metric(metric: type, name: str = "a") -> tuple[Classification]:
+    return (type("OwnTask", (Classification,), {"metrics": (metric(),)})(name, 3),)
+
+
+def called(name: str) -> type:
+    return type("Own", (Accuracy,), {"name": name})
 
 
 @pytest.mark.parametrize("attributes, message", [
@@ -45,7 +49,12 @@ def with_metric(metric: type) -> tuple[Classification]:
     ({"tasks": (Regression("a"), Regression("a"))}, "two tasks have the name 'a'"),
     ({"tasks": (Regression("training"),)}, "the name 'training'"),
     ({"tasks": (Regression("a", 0),)}, "a has outputs=0"),
-    ({"tasks": with_metric(Loss)}, "share the name 'a_loss'"), ({"tasks": with_metric(Nameless)}, "with the name None"),
+    ({"tasks": with_metric(Loss)}, "task 'a' with its loss and task 'a' with its loss share the name 'a_loss'"),
+    ({"tasks": with_metric(called("b_c")) + with_metric(called("c"), "a_b")},
+     "task 'a' with its metric 'b_c' and task 'a_b' with its metric 'c' share the name 'a_b_c' in the results"),
+    ({"tasks": (*with_metric(called("loss_loss")), Regression("a_loss"))},
+     "task 'a' with its metric 'loss_loss' and task 'a_loss' with its loss share the name 'a_loss_loss'"),
+    ({"tasks": with_metric(Nameless)}, "with the name None"),
     ({"image_shape": (4, 4)}, r"image_shape: \(4, 4\); three whole numbers"),
     ({"mean": [0.5] * 3}, "mean: .* the 1 channels"),
     ({"std": []}, "std: .* the 1 channels"), ({"std": [0.0]}, "std: .* greater than 0"), ({"mean": 0.5}, "mean: 0.5"),

@@ -270,6 +270,18 @@ def test_a_damaged_finished_run_counts_as_damaged(cli, tmp_path, monkeypatch):
         assert result.code == 0 and "2 of 2 runs finished" in result.out and not result.err
 
 
+def test_the_closing_table_says_whose_files_contradict_each_other(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("mtl.study.figures.draw", lambda *arguments, **words: [])
+    first = cli("-m", *TOY, "loss=equal,dwa")
+    assert first.code == 0 and "contradiction" not in first.out, first.err
+    directory = next(d for name, d in runs(tmp_path).items() if name.startswith("dwa"))
+    config = (directory / "config.yaml").read_text()
+    (directory / "config.yaml").write_text(re.sub(r"\blr: \S+", "lr: 0.3", config, count=1))
+    result = cli("-m", *TOY, "loss=equal,dwa")
+    (line,) = re.findall(r"^contradiction in a run that counts: .*$", result.out, re.M)
+    assert result.code == 0 and str(directory.relative_to(tmp_path)) in line and "config.yaml" in line
+
+
 def test_a_line_on_a_grid_under_way(tmp_path):
     cells = [
         {"status": "finished", "code": 0, "seconds": 0.1},  # had been there before

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,40 @@ def test_a_cell_waits_for_the_process_that_works_on_the_same_run(caplog):
         logging.getLogger("mtl").propagate = True
         assert launchers.when_free(start, seconds=0) == "outcome"
     assert caplog.messages == ["waiting   another process is training here"]
+
+
+WORKER = """
+import os, sys, time
+from mtl.config import launchers
+from mtl.config.errors import Terminated
+if child := os.fork():
+    os.waitpid(child, 0)
+launchers.POLL = 0.05
+launchers.end_with_parent()
+print(os.getpid(), flush=True)
+if sys.argv[1] == "idle":
+    time.sleep(60)
+with launchers.at_work():
+    try:
+        time.sleep(60)
+    except Terminated:
+        print("noted", flush=True)
+        raise
+"""
+
+
+@pytest.mark.parametrize("what", ["idle", "at work"])
+def test_a_worker_ends_with_the_command_that_started_it(what):
+    """Its pipe is closed: it is gone; a run at work has noted before that it was interrupted."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", WORKER, what], env=environment, stdout=subprocess.PIPE, text=True)
+    worker = int(process.stdout.readline())
+    process.kill()
+    try:
+        assert process.communicate(timeout=30)[0] == ("" if what == "idle" else "noted\n")
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
 
 
 def test_processes_take_the_gpus_in_turn(tmp_path, monkeypatch):

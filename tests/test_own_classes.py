@@ -1,5 +1,6 @@
 """A stranger's data set, task and architecture through train.py: the right numbers, or one line before training."""
 
+import hashlib
 import json
 import re
 import textwrap
@@ -123,6 +124,36 @@ class NaNMetric(Shapes):
     tasks = (Classification("shape", 3), UnmaskedMetric("size"))
 
 
+@dataclass
+class Folder(Shapes):
+    root: str = "."
+
+
+class Norm(MeanAbsoluteError):
+    name = "norm"
+
+
+class Weights(MeanAbsoluteError):
+    name = "weights"
+
+
+class NormTask(Regression):
+    metrics = (Norm(), Weights())
+
+
+@dataclass
+class Clash(Shapes):
+    """Its task's name and metrics are words that the engine uses for its own sums."""
+
+    tasks = (NormTask("step"), NormTask("size"))
+
+    def load(self):
+        parts = super().load()
+        for part in parts:
+            part.targets["step"] = part.targets["size"].clone()
+        return parts
+
+
 class Tiny(nn.Module):
     out_features = 8
 
@@ -171,6 +202,20 @@ def test_missing_labels_count_without_being_declared(own):
         assert run.code == 0, run.err
         rows.append(last_row(f"root{len(rows)}"))
     assert rows[0] == rows[1] and rows[0] == pytest.approx(rows[2], rel=1e-6)
+
+
+def test_a_run_notes_its_own_code_and_the_folder_of_its_data(own):
+    assert (run := own("Folder", "+data.root=here")).code == 0, run.err
+    code = hashlib.sha256(Path("own_classes.py").read_bytes()).hexdigest()[:8]
+    noted = json.loads(next(Path("outputs").rglob("run.json")).read_text())["own"]
+    assert noted == {"data": {"own_classes": code, "root": str(Path.cwd() / "here")}, "arch": {"own_classes": code}}
+
+
+def test_names_that_the_engine_uses_itself_are_free_for_tasks_and_metrics(own):
+    assert (run := own("Clash")).code == 0, run.err
+    row = last_row("outputs")
+    assert row["grad/norm"] > 0 and row["weights/step"] == row["weights/size"] == 1
+    assert row["train/step_norm"] == row["train/step_weights"] > 0
 
 
 @pytest.mark.parametrize(("data", "options", "message"), [

@@ -72,6 +72,12 @@ def write(root, loss="equal", seed=0, figures=None, status="finished", error=Non
     return folder
 
 
+def edit(folder, **fields):
+    """Change fields of run.json."""
+    file = folder / "run.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
 def scores(root, arch="resnet20"):
     found = load([root])
     (benchmark,) = benchmarks(found.runs, found.stopped)
@@ -191,6 +197,30 @@ def test_a_benchmark_is_one_protocol(tmp_path):
         "cifar100, 3,600 images, val_fraction 0.1, 8 epochs": [1],
         "cifar100, val_fraction 0, 8 epochs": [1],
     }
+
+
+def test_own_data_of_two_folders_or_two_codes_are_two_benchmarks(tmp_path):
+    """Neither is in the class's name: the folder decides the figures, and so does the code that reads it."""
+    own = {"data___target_": "my.Data"}
+    for root, loss in (("A", "equal"), ("A", "dwa"), ("B", "equal")):
+        write(tmp_path / "roots", loss, **own, data__root=str(tmp_path / root))
+    names = {b.name: len(b.groups) for b in benchmarks(load([tmp_path / "roots"]).runs)}
+    assert {name[-2:]: n for name, n in names.items()} == {"/A": 2, "/B": 1} and all("root" in n for n in names)
+    for code, loss in (("11111111", "equal"), ("11111111", "dwa"), ("22222222", "pcgrad")):
+        edit(write(tmp_path / "codes", loss, **own), own={"data": {"my": code}, "optimizer": {"opt": "33333333"}})
+    names = {b.name: len(b.groups) for b in benchmarks(load([tmp_path / "codes"]).runs)}
+    assert names == {"data, my 11111111": 2, "data, my 22222222": 1}
+
+
+def test_the_baseline_of_other_code_is_no_baseline(tmp_path):
+    single = {"loss___target_": "mtl.losses.Single", "loss__task": "fine"}
+    own = {"arch": {"net": "11111111"}}
+    edit(write(tmp_path, "equal", arch___target_="net.Net"), own=own)
+    edit(write(tmp_path, "single", figures={"fine_accuracy": 50.0}, arch___target_="net.Net", **single),
+         own={"arch": {"net": "22222222"}})  # fmt: skip
+    (benchmark,) = benchmarks(load([tmp_path]).runs)
+    assert benchmark.baseline(benchmark.groups[0], "fine") is None
+    assert benchmark.archs == ["net, net 11111111", "net, net 22222222"]
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------

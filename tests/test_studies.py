@@ -141,6 +141,29 @@ def test_the_toy_writes_tables_and_figures(tmp_path, capsys):
     assert "did you mean PCGrad?" in capsys.readouterr().err
 
 
+def test_studies_take_losses_of_ones_own(tmp_path, capsys, monkeypatch):
+    """Built on one of ours, as train.py would; a name that ours hides is refused."""
+    (tmp_path / "own" / "loss").mkdir(parents=True)
+    (tmp_path / "my_losses.py").write_text("from mtl.losses import DWA\nclass Mine(DWA): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "own" / "loss" / "mine.yaml"
+    file.write_text("defaults: [dwa]\n_target_: my_losses.Mine\n")
+    words = ["--config-dir", str(tmp_path / "own"), "--out", str(tmp_path / "out")]
+    mine = named("mine:temperature=3.0", own=tmp_path / "own")
+    assert type(mine).__name__ == "Mine" and mine.temperature == 3.0
+    assert toy.main(["trajectories", "mine", "--cap", "3", "--setting", "nash", *words]) == 0
+    assert invariance.main(["mine/sgd", "--epochs", "2", *words]) == 0
+    file.rename(file.with_name("cagrad.yaml"))
+    for main, command in ((toy.main, ["trajectories", "cagrad"]), (invariance.main, ["cagrad/sgd"])):
+        capsys.readouterr()
+        assert main([*command, *words]) == 2
+        assert "hides" in capsys.readouterr().err
+    assert toy.main(["trajectories", "mine", "--config-dir", "nowhere", "--out", str(tmp_path / "new")]) == 2
+    assert (
+        capsys.readouterr().err == "error: --config-dir nowhere: is not a folder\n" and not (tmp_path / "new").exists()
+    )
+
+
 @pytest.fixture(scope="module")
 def differences():
     torch.manual_seed(0)

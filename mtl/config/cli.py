@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mtl.config import launchers, torchrun
 from mtl.config.command import parse, spell, spelled, unfold
-from mtl.config.errors import ConfigError, SetupError, UserError, one_line, remove_empty, suggest
+from mtl.config.errors import ConfigError, SetupError, Terminated, UserError, one_line, remove_empty, suggest
 from mtl.config.identity import CONF
 from mtl.config.program import program
 
@@ -98,14 +98,6 @@ def script(main: Callable[[], None]) -> NoReturn:
     # Before and after `launch` there are only imports, W&B and Python's own cleaning up: no run's results.
     _listen(lambda number, frame: os._exit(128 + number))
     sys.exit(launch(main))
-
-
-class Terminated(BaseException):
-    """SIGTERM, or SIGHUP of a closed terminal: the run in progress notes that it was interrupted, the grid stops."""
-
-    def __init__(self, code: int = 143):
-        super().__init__(code)
-        self.code = code
 
 
 def _code(error: BaseException) -> int:

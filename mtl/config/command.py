@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,46 @@ def repeat(hydra: DictConfig, words: list[str]) -> str:
         flags.append(f"--config-name={name}")
     kept = [w for w in hydra.overrides.hydra if w.lstrip("+~").startswith(("hydra.searchpath", "hydra.job."))]
     return shlex.join([*program(), *flags, *kept, *words])
+
+
+def refuse_hidden(hydra: DictConfig) -> None:
+    """Look whether a chosen option has a second file, of other content, which Hydra passes over.
+
+    Hydra takes the first file that it finds: ours, then those of hydra.searchpath, then those of --config-dir.
+
+    Raises:
+        ConfigError: there is one; the line names both files.
+    """
+    sources = [s for s in hydra.runtime.config_sources if s["schema"] == "file" and s.provider != "hydra"]
+    if not sources or Path(sources[0].path).resolve() != CONF.resolve():  # --config-path says what is to come first
+        return
+    for group, option in hydra.runtime.choices.items():
+        if isinstance(option, str):
+            refuse_second(group, option, [Path(s.path) for s in sources])
+
+
+def refuse_second(group: str, option: str, folders: Sequence[Path]) -> None:
+    """Raises:
+    ConfigError: an option has two files of different content in `folders`, of which the first one counts.
+    """
+    files = [f for folder in folders if (f := folder / group / f"{option.removesuffix('.yaml')}.yaml").is_file()]
+    for base in _bases(files[0]) if files else ():
+        refuse_second(group, base, folders)
+    for file in files[1:]:
+        if file.read_bytes() != files[0].read_bytes():
+            raise ConfigError(
+                f"{group}={option}: {_short(str(files[0]))} hides {_short(str(file))}, since Hydra takes the first "
+                "file of a name; rename yours"
+            )
+
+
+def _bases(file: Path) -> list[str]:
+    """The options of its own group that a config file builds on."""
+    try:
+        listed = yaml.safe_load(file.read_text()).get("defaults", [])
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):  # Hydra has read it, or will say so
+        return []
+    return [x for x in listed if isinstance(x, str) and re.fullmatch(r"(?!_self_|.*/)\S+", x) and x != file.stem]
 
 
 def _short(path: str) -> str:

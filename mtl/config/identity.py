@@ -130,6 +130,22 @@ def own_code(config: Mapping[str, Any]) -> dict[str, str]:
     return source.digests([name for _, name in _targets(content)], [] if file is None else [file])
 
 
+def own_parts(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """What decides a run's numbers and is not in its config.yaml, for each node that names a user's own class.
+
+    Returns:
+        such as {"data": {"my_data": "1a2b3c4d", "root": "/home/me/data"}, "arch": {"my_net": "5e6f7a8b"}}: the start of
+        the sha256 of each own module, and the folder of own data as an absolute path.
+    """
+    content, found = decisive(config), {}
+    for name, node in content.items():
+        own = source.digests([target for _, target in _targets(node)], [])
+        found[name] = {module: digest[:8] for module, digest in own.items()}
+    if not _built_in(content.get("data")) and isinstance(root := content["data"].get("root"), str):
+        found["data"]["root"] = root
+    return {name: own for name, own in found.items() if own}
+
+
 def safe(label: str) -> str:
     """`label` as a directory and as a part of a W&B name: letters, digits and ._+-, at most 39 of them.
 

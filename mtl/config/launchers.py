@@ -10,9 +10,13 @@ import itertools
 import logging
 import os
 import re
+import signal
+import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +25,7 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import ValidationError
 
-from mtl.config.errors import Busy, ConfigError, SetupError, UserError, one_line
+from mtl.config.errors import Busy, ConfigError, SetupError, Terminated, UserError, one_line
 
 log = logging.getLogger("mtl")
 T = TypeVar("T")
@@ -30,6 +34,8 @@ T = TypeVar("T")
 PLUGINS = {"joblib": "joblib", "submitit_slurm": "submitit", "submitit_local": "submitit", "ray": "ray"}
 
 _slots: list[FileLock] = []  # held for as long as this process lives
+_at_work = threading.Event()  # whether this worker process runs a cell now
+POLL, PATIENCE = 1.0, 60.0  # seconds between two looks at the parent; for a cell to note that it was interrupted
 
 
 def announce(hydra: DictConfig) -> str:
@@ -47,7 +53,7 @@ def enter(hydra: DictConfig, console: logging.Handler) -> None:
 
     Args:
         hydra: Hydra's config.
-        console: prints the log. Where processes share one, what a run says of its epochs stays in its train.log.
+        console: prints the log. Where processes share one, what a run says stays in its train.log.
     """
     plugin = _plugin(hydra)
     if plugin == "submitit":  # every job prints to a file of its own
@@ -57,11 +63,51 @@ def enter(hydra: DictConfig, console: logging.Handler) -> None:
             set_num_threads(threads)
     else:
         from mtl.tracking.console import Progress
+        from mtl.tracking.runlog import of_a_run
 
-        console.addFilter(lambda r: r.levelno > logging.INFO or Path(r.pathname).parent.name != "engine")
+        console.addFilter(lambda record: record.levelno > logging.INFO or not of_a_run(record))
         Progress.allowed = False
     if plugin == "joblib":  # it sets the threads; Slurm and Ray give a job its GPUs themselves
         _take_gpu(Path(hydra.sweep.dir))
+        end_with_parent()
+
+
+@contextmanager
+def at_work() -> Iterator[None]:
+    """A cell runs in here: a signal that ends this process lets it note that it was interrupted."""
+    _at_work.set()
+    try:
+        yield
+    except Terminated as error:  # of `end_with_parent`; joblib's loop would only wait for the next cell
+        sys.stdout.flush()
+        os._exit(error.code)
+    finally:
+        _at_work.clear()
+
+
+def end_with_parent() -> None:
+    """End this process soon after the command that started it is gone: killed, it could tell nobody.
+
+    joblib's workers would go on to train, or idle for minutes, and hold locks and the command's output open.
+    """
+    parent, heard = os.getppid(), threading.Event()
+
+    def stop(number: int, frame: object) -> None:
+        if not _at_work.is_set():  # joblib's loop, which waits for the next cell
+            os._exit(128 + number)
+        if not heard.is_set():  # the run is left in peace while it notes that
+            heard.set()
+            raise Terminated(128 + number)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(POLL)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(PATIENCE)
+        os._exit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, stop)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def note(number: int, text: str) -> None:

@@ -116,7 +116,8 @@ def _message(error: Exception) -> str:
 def _check_names(tasks: Any) -> None:
     if not _is_sequence(tasks) or not len(tasks):
         raise ValueError(f"tasks: {tasks!r:.80}; a tuple of at least one task is needed, as in (Regression('size'),)")
-    keys, names = set(), [getattr(task, "name", None) for task in tasks]  # keys of metrics.jsonl, without the split
+    names = [getattr(task, "name", None) for task in tasks]
+    keys: dict[str, str] = {}  # of metrics.jsonl, without the split; and whose they are, in words
     for task in tasks:
         if not isinstance(task, Task):
             raise ValueError(f"tasks: {task!r:.80} is no mtl.tasks.Task")
@@ -134,10 +135,11 @@ def _check_names(tasks: Any) -> None:
         for name in ("loss", *(getattr(m, "name", None) for m in metrics)):
             if not isinstance(name, str) or not NAME.fullmatch(name):
                 raise ValueError(f"tasks: {task.name} has a metric with the name {name!r}; letters, digits, _ and -")
-            key = f"{task.name}_{name}"
+            key, what = f"{task.name}_{name}", "its loss" if name == "loss" else f"its metric {name!r}"
+            what = f"task {task.name!r} with {what}"
             if key in keys:
-                raise ValueError(f"tasks: two metrics or losses share the name {key!r} in the results; rename one")
-            keys.add(key)
+                raise ValueError(f"tasks: {keys[key]} and {what} share the name {key!r} in the results; rename one")
+            keys[key] = what
 
 
 def _check_images(images: Any, image_shape: Sequence[int]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import logging
 import os
 import platform
 import subprocess
@@ -23,6 +22,7 @@ from mtl import __version__
 from mtl.config.errors import Busy, SetupError, remove_empty
 from mtl.config.program import checkout
 from mtl.engine.files import Damaged, check_regular, dump_row, read_json, read_rows, write_json, write_text, writing
+from mtl.tracking.runlog import RunLog
 
 PACKAGES = ("torch", "torchvision", "hydra-core", "omegaconf", "wandb")
 
@@ -46,7 +46,7 @@ class RunDirectory:
         self.metrics, self.summary = path / "metrics.jsonl", path / "summary.json"
         self.last, self.best = path / "last.pt", path / "best.pt"
         self._lock = FileLock(path / ".lock")
-        self._handler: logging.Handler | None = None
+        self._log: RunLog | None = None
         self._fields: dict[str, Any] = {}
 
     def __enter__(self) -> RunDirectory:
@@ -63,9 +63,8 @@ class RunDirectory:
 
     def __exit__(self, *exception) -> None:
         with suppress(OSError):  # the folder may be gone, or its disk full
-            if self._handler is not None:
-                logging.getLogger("mtl").removeHandler(self._handler)
-                self._handler.close()
+            if self._log is not None:
+                self._log.end()
         with suppress(OSError):
             self._lock.release()
         with suppress(OSError):
@@ -141,9 +140,8 @@ class RunDirectory:
         check_regular(log_file)
         write_text(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         with writing(log_file):
-            self._handler = logging.FileHandler(log_file)
-        self._handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        logging.getLogger("mtl").addHandler(self._handler)
+            self._log = RunLog(log_file)
+        self._log.begin()
         self._fields = self.run
         self.update(**fields, status="running", error=None, started=now(), finished=None, **provenance(device))
 

@@ -173,12 +173,12 @@ class Observer:
         if found:
             totals, pairs = (torch.cat(parts) for parts in zip(*found, strict=True))
             self.sums.add("micro", totals / pairs.clamp(min=1)[:, None, None])
-            self.sums.add("micro_steps", pairs > 0)
+            self.sums.add("micro/steps", pairs > 0)
 
     def figures(self, read: dict[str, list[float]]) -> dict[str, float]:
         """{"micro/tasks/cosine/layer1": …}: means over the observed steps that had such a pair, out of read sums."""
         row, values = {}, iter(read.get("micro", ()))
-        for name, steps in zip(self.names, read.get("micro_steps", ()), strict=False):
+        for name, steps in zip(self.names, read.get("micro/steps", ()), strict=False):
             for statistic in STATISTICS:
                 for group in self.groups:
                     value = next(values)

@@ -17,9 +17,8 @@ from annotated_types import Ge
 from mtl.archs.check import ArchError, as_before, check_model
 from mtl.archs.model import MultiTaskModel, count_macs, count_parameters
 from mtl.config import schema, torchrun
-from mtl.config.cli import Terminated
-from mtl.config.errors import ConfigError, Diverged, SetupError, one_line
-from mtl.config.identity import Identity
+from mtl.config.errors import ConfigError, Diverged, SetupError, Terminated, one_line
+from mtl.config.identity import Identity, own_parts
 from mtl.config.source import blame, place
 from mtl.data.base import Benchmark, build_benchmark
 from mtl.data.batches import EvaluationBatches, TrainingBatches, move
@@ -90,6 +89,8 @@ def check(config: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: at the first thing that is wrong; nothing has been built or written.
     """
+    if isinstance(root := config.get("output_root"), str) and not root.strip():  # the report takes it for damage
+        raise ConfigError(f"output_root={root!r}: must name a folder; output_root=. is the current one")
     schema.check_arguments(_root, {key: {} if key in NODES else value for key, value in config.items()}, "")
     for name, supplied in NODES.items():
         schema.check(config.get(name), name, supplied)
@@ -429,9 +430,8 @@ class Job:
     def _identity_fields(self) -> dict[str, Any]:
         names = {"name": self.identity.name, "group": self.identity.group}
         choices = {k: v for k, v in self.choices.items() if k in NODES}
-        return {
-            **asdict(self.identity), **names, "choices": choices, "command": self.command, "processes": torchrun.size()
-        }  # fmt: skip
+        return {**asdict(self.identity), **names, "choices": choices, "command": self.command,
+                "processes": torchrun.size(), "own": own_parts(self.config)}  # fmt: skip
 
     def _info(self, rows: list[dict[str, float]]) -> RunInfo:
         tasks = self.learner.tasks

@@ -45,13 +45,13 @@ class Watch:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if gradients:  # the largest element: squares of tiny gradients would underflow
             values = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-            self.sums.add("watch_gradient", torch.nn.utils.get_total_norm(values, norm_type=torch.inf))
+            self.sums.add("watch/gradient", torch.nn.utils.get_total_norm(values, norm_type=torch.inf))
 
     @torch.no_grad()
     def finish(self) -> None:
         """After the last step, before the sums are read."""
         changed = [(p != old).any() for p, old in zip(self.parameters, self.before, strict=True)]
-        self.sums.add("watch_changed", torch.stack(changed).any())
+        self.sums.add("watch/changed", torch.stack(changed).any())
 
     def cause(self, read: Mapping[str, Sequence[float]]) -> Idle | None:
         """Why this epoch has trained nothing; None if it has trained.
@@ -62,15 +62,15 @@ class Watch:
         full = self.optimizer.param_groups[0].get("initial_lr", self.rate)
         if not any(read["count"]):
             return Idle("no training sample has a label of any task", certain=True)
-        if "watch_gradient" not in read:
+        if "watch/gradient" not in read:
             return Idle("no gradient reaches it, the losses or their total do not depend on it", certain=True)
-        if not read["watch_gradient"][0]:
+        if not read["watch/gradient"][0]:
             return Idle("all its gradients are 0; look at the weights that the loss gives, and at the network")
         if full == 0:
             return Idle("optimizer.lr=0", certain=True)
         if self.rate == 0:
             return Idle("the schedule's rate is 0", expected=True)
-        if not read["watch_changed"][0]:
+        if not read["watch/changed"][0]:
             return Idle(f"the steps are too small to change a parameter (optimizer.lr={full:g})")
         return None
 

@@ -206,7 +206,7 @@ class Learner:
         self.strategy.train()
         step = self.step()
         partial = any(task.name in batches.partial for task in self.tasks)
-        sums = Sums()
+        sums = Sums()  # names with a slash are the engine's: no task's name holds one
         observer = Observer(self, sums)
         watch = None if self._trained else Watch(self.model, self.optimizer, sums)
         progress = Progress(len(batches), f"epoch {epoch + 1}/{trainer.epochs}")
@@ -230,7 +230,7 @@ class Learner:
                         sums.add(f"{t.name}_{m.name}", m.update(p, targets[t.name]))
                 for name in ("weights", *STATISTICS):
                     if (value := getattr(info, name)) is not None:
-                        sums.add(f"step_{name}", value)
+                        sums.add(f"step/{name}", value)
             if watch is not None:
                 watch.step()
             progress.update(i + 1)
@@ -246,11 +246,11 @@ class Learner:
             self._trained = self._idle is None
         seconds = time.perf_counter() - started
         row = self._figures("train", read)
-        for task, weight in zip(self.tasks, read.get("step_weights", ()), strict=False):
+        for task, weight in zip(self.tasks, read.get("step/weights", ()), strict=False):
             row[f"weights/{task.name}"] = weight / len(batches)
         for name in STATISTICS:
-            if f"step_{name}" in read:
-                row[f"grad/{name}"] = read[f"step_{name}"][0] / len(batches)
+            if f"step/{name}" in read:
+                row[f"grad/{name}"] = read[f"step/{name}"][0] / len(batches)
         row.update(observer.figures(read))
         row["lr"] = self.optimizer.param_groups[0]["lr"]
         row["time/seconds"] = seconds

@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mtl.config import launchers, schema, source, torchrun
 from mtl.config.cli import Grid, translate
-from mtl.config.command import repeat
+from mtl.config.command import refuse_hidden, repeat
 from mtl.config.errors import Busy, ConfigError, UserError, one_line, out_of_memory
 from mtl.config.identity import identify, own_code
 from mtl.engine.directory import write_json
@@ -66,6 +67,7 @@ def run_from_hydra(config: DictConfig) -> float | None:
     # As typed: resolving would trip over an interpolation that leads nowhere.
     words, choices = OmegaConf.to_container(hydra.overrides.task, resolve=False), dict(hydra.runtime.choices)
     try:
+        refuse_hidden(hydra)
         cells = _cells(config, choices, words)
     except UserError as error:
         cells = [(None, choices, words)]
@@ -78,7 +80,8 @@ def run_from_hydra(config: DictConfig) -> float | None:
             write_json(file, {"command": command, **asdict(Outcome("running", 0))})
         if away:
             launchers.note(hydra.job.num, f"started: {command}")
-        outcome = refused if plain is None else execute(plain, chosen, command, away)
+        with launchers.at_work() if away else nullcontext():
+            outcome = refused if plain is None else execute(plain, chosen, command, away)
         outcome, found = _objective(outcome)
         if outcome.message and torchrun.rank() == 0:
             print(f"error: {outcome.message}", file=sys.stderr)

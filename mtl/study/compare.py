@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from mtl.config.identity import EXCLUDED, canonical
+from mtl.config.identity import canonical, decisive
 from mtl.study.runs import SELECTIONS, Run
 from mtl.study.validate import SINGLE
 from mtl.tracking import flatten
@@ -172,14 +172,12 @@ def counterpart(group: Group, candidates: Sequence[Group]) -> Group | None:
 
 
 def _decisive(run: Run) -> dict[str, Any]:
-    """The config without what decides no figure."""
-    content = {}
-    for key, node in run.config.items():
-        if isinstance(node, Mapping):
-            content[key] = {k: v for k, v in node.items() if f"{key}.{k}" not in EXCLUDED}
-        else:
-            content[key] = node
-    return {k: v for k, v in content.items() if k not in EXCLUDED}
+    """The config without what decides no figure; with the run's note on own code, which config.yaml does not hold."""
+    content = decisive(run.config)
+    for node, noted in (run.info.get("own") or {}).items():
+        if isinstance(content.get(node), dict):
+            content[node] |= noted
+    return content
 
 
 def _key(content: Any) -> str:
@@ -265,4 +263,6 @@ def _spell(key: str, value: Any, node: Mapping[str, Any]) -> str:
     if isinstance(value, float):
         return f"{leaf} {value:g}"
     text = str(value)
-    return f"{leaf} {text[:_LONGEST] + '…' if len(text) > _LONGEST else text}"
+    if len(text) > _LONGEST:  # two paths differ at their ends
+        text = f"…{text[-_LONGEST:]}" if text.startswith("/") else f"{text[:_LONGEST]}…"
+    return f"{leaf} {text}"

@@ -11,11 +11,18 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from mtl.config.cli import translate
+from mtl.config.command import refuse_second
 from mtl.config.errors import ConfigError, one_line, suggest
 from mtl.config.identity import CONF
 from mtl.config.schema import build, check
@@ -49,20 +56,47 @@ def problem(x1: float, x2: float, scale: float = 1.0) -> tuple[Point, tuple[Poin
     return tuple(losses), tuple(gradients)
 
 
-def named(spec: str, tasks: Sequence[str] = TASKS) -> Strategy:
+def named(spec: str, tasks: Sequence[str] = TASKS, own: Path | None = None) -> Strategy:
     """The strategy that a word like "cagrad" or "fairgrad:alpha=1,max_norm=null" names: conf/loss/*.yaml and overrides.
 
+    Args:
+        spec: the word.
+        tasks: names.
+        own: a folder with more options, own/loss/*.yaml, as --config-dir of train.py.
+
     Raises:
-        ConfigError: no such method, or an argument is wrong.
+        ConfigError: no such method, two files of its name, or an argument is wrong.
     """
     name, _, overrides = spec.partition(":")
-    files = {file.stem: file for file in (CONF / "loss").glob("*.yaml")}
+    folders = [CONF, *([] if own is None else [own])]
+    files = {file.stem: file for folder in reversed(folders) for file in (folder / "loss").glob("*.yaml")}
     if name not in files:
         raise ConfigError(f"{name}: no such method; one of {', '.join(sorted(files))}{suggest(name, files)}")
+    refuse_second("loss", name, folders)
     changes = OmegaConf.create("{" + re.sub(r"(\w+)=", r"\1: ", overrides) + "}")
-    node = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(files[name]), changes))
+    node = OmegaConf.load(files[name]) if files[name].is_relative_to(CONF) else _composed(name, own)
+    node = OmegaConf.to_container(OmegaConf.merge(node, changes), resolve=True)
     check(node, name, supplied=("tasks",))
     return build(node, name, tasks=tasks)
+
+
+def _composed(name: str, own: Path) -> DictConfig:
+    """The node of a user's own option, which may build on another one, as Hydra composes it."""
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose("config", [f"hydra.searchpath=[file://{own.absolute()}]", f"loss={name}"]).loss
+    except (HydraException, OmegaConfBaseException) as error:
+        raise translate(error) from error
+
+
+def folder_of_configs(folder: Path | None) -> Path | None:
+    """Raises:
+    ConfigError: --config-dir names no folder.
+    """
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"--config-dir {folder}: is not a folder")
+    return folder
 
 
 class Guide:
@@ -73,11 +107,12 @@ class Guide:
         scale: of the first loss.
         lr, adam: of the optimizer, which the strategy's own parameters follow as well.
         steps: of the whole run.
+        own: as in `named`.
     """
 
-    def __init__(self, spec: str, scale: float, lr: float, adam: bool, steps: int):
-        self.strategy, self.scale, self.lr, self.epochs = named(spec).double(), scale, lr, 1 + steps // EPOCH
-        self.tasks = [TASKS.index(name) for name in self.strategy.names]  # loss=single has one of them
+    def __init__(self, spec: str, scale: float, lr: float, adam: bool, steps: int, own: Path | None = None):
+        self.strategy = named(spec, own=own).double()
+        self.scale, self.lr, self.epochs = scale, lr, 1 + steps // EPOCH
         if self.strategy.gradients == "features" or self._defines("regulariser"):
             raise ConfigError(f"{spec}: needs the features of a network, and the toy has none")
         self.parameters = list(self.strategy.parameters())
@@ -173,6 +208,7 @@ def descend(
     goal: Callable[[Point], bool] | None = None,
     dtype: type = float,
     every: int = 0,
+    own: Path | None = None,
 ) -> Descent:
     """Follow a strategy from a start.
 
@@ -186,8 +222,9 @@ def descend(
         goal: of the losses: where it is true, the trajectory ends. None: it ends where it rests on the Pareto set.
         dtype: float or np.float32, to which parameters and the optimizer's state are rounded.
         every: how often the path is noted; 0: never.
+        own: as in `named`.
     """
-    guide = Guide(spec, scale, lr, adam, steps)
+    guide = Guide(spec, scale, lr, adam, steps, own)
     can_cycle = guide.stateless and not adam
     (x1, x2), path, why, t = start, [], "cap", 0
     m1 = m2 = v1 = v2 = 0.0

@@ -17,6 +17,7 @@ from mtl.config.cli import RECORDLESS
 from mtl.config.program import program
 from mtl.study import results
 from mtl.study.compare import benchmarks
+from mtl.study.names import visible
 from mtl.study.runs import Collection, load
 from mtl.study.scores import Scores
 from mtl.tracking.console import duration
@@ -81,6 +82,7 @@ def summarise(folder: Path) -> tuple[int, bool]:
     for o in failed:
         status = "interrupted" if o["status"] == "running" else o["status"]
         print(f"{status}: {o['command']}{': ' if o['message'] else ''}{o['message']}")
+    _say_doubts(found, {Path(o["directory"]).resolve() for o in failed if o["directory"]})
     rest = "runs what is missing" if failed else "finds them and trains nothing"
     print(f"{len(outcomes) - len(failed)} of {len(outcomes)} runs finished; the same command again {rest}")
     if found.runs:
@@ -91,6 +93,23 @@ def summarise(folder: Path) -> tuple[int, bool]:
             print(f"next:     {start} trainer.epochs=10 data.limit_train=10000   (CIFAR-100, downloaded once)")
     nothing = all(o["status"] == "refused" for o in outcomes) or _temporary(folder)
     return max((o["code"] for o in outcomes), default=0), nothing
+
+
+def _say_doubts(found: Collection, said: set[Path], most: int = 5) -> None:
+    """One line for each folder whose files are damaged or contradict each other, as in the report.
+
+    Args:
+        found: the grid's runs.
+        said: folders on which there is a line already.
+        most: lines of each kind.
+    """
+    for kind, entries in (("left out", found.damaged), ("contradiction in a run that counts", found.doubtful)):
+        new = [(visible(str(path)), why.removeprefix("contradiction: ")) for path, why in entries
+               if path.resolve() not in said]  # fmt: skip
+        for path, why in new[:most]:
+            print(f"{kind}: {path}: {why}")
+        if len(new) > most:
+            print(f"{kind}: {len(new) - most} more; python -m mtl.report lists them all")
 
 
 def _as_found(outcome: dict[str, Any], found: Collection) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
     python -m mtl.study.invariance                                       the five pairs below
     python -m mtl.study.invariance nash_mtl/sgd imtl_l:lr=0.1/adam       any methods of conf/loss, with overrides
+    python -m mtl.study.invariance mine/sgd --config-dir my_configs      your own: my_configs/loss/mine.yaml
 
 Elich et al., "Examining Common Paradigms in Multi-Task Learning", 2024, appendix A2: two regression tasks with L1
 losses on targets that are the scalar input itself, a backbone of two LeakyReLU layers of 20 units and two heads of two
@@ -37,7 +38,7 @@ from mtl.losses.base import Strategy
 from mtl.losses.hooks import defines
 from mtl.optim.signum import Signum
 from mtl.optim.taskwise import AdaTask
-from mtl.study.descent import named
+from mtl.study.descent import folder_of_configs, named
 
 WIDTH, SCALES, EPSILON = 20, (10.0, 0.1), 1e-30
 PARTS = ("head 1", "head 2", "backbone")
@@ -75,8 +76,9 @@ class Record:
 
 
 def run(
-    pair: str, network: Network, data: Tensor, scales: Sequence[float], free: bool, epochs: int, eps=EPSILON
-) -> Record:
+    pair: str, network: Network, data: Tensor, scales: Sequence[float], free: bool, epochs: int, eps=EPSILON,
+    own: Path | None = None,
+) -> Record:  # fmt: skip
     """Train a copy of `network`.
 
     Args:
@@ -86,8 +88,9 @@ def run(
         free: whether the backbone learns.
         epochs: steps, as every step sees all data.
         eps: Adam's.
+        own: a folder with more losses, own/loss/*.yaml.
     """
-    strategy, network = _strategy(pair).double(), copy.deepcopy(network)
+    strategy, network = _strategy(pair, own).double(), copy.deepcopy(network)
     modules = [*network.heads, network.backbone] if free else list(network.heads)
     strategy.prepare(WIDTH)
     groups = [{"params": [p for module in modules for p in module.parameters()]}]
@@ -118,13 +121,18 @@ def run(
     return record
 
 
-def _strategy(pair: str) -> Strategy:
+def _strategy(pair: str, own: Path | None) -> Strategy:
     spec, _, optimizer = pair.rpartition("/")
     if not spec or optimizer not in OPTIMIZERS:
         known = f"{pair}: expected LOSS/OPTIMIZER with an optimizer of {', '.join(OPTIMIZERS)}"
         raise ConfigError(known + suggest(optimizer, OPTIMIZERS))
+<<<<<<< HEAD
     strategy = named(spec, ("first", "second"))
     if strategy.samples > 1 or defines(strategy, "look_ahead"):
+=======
+    strategy = named(spec, ("first", "second"), own)
+    if strategy.samples > 1 or type(strategy).look_ahead is not Strategy.look_ahead:
+>>>>>>> h4
         raise ConfigError(f"{spec}: needs several batches a step, and here is one")
     return strategy
 
@@ -139,13 +147,13 @@ def difference(plain: Record, scaled: Record, part: str) -> float:
     return max(((b - a).norm() / a.norm().clamp(min=1e-300)).item() for a, b in pairs)
 
 
-def study(pairs: Sequence[str], epochs: int, eps: float, seed: int, out: Path) -> str:
+def study(pairs: Sequence[str], epochs: int, eps: float, seed: int, out: Path, own: Path | None = None) -> str:
     """Run all pairs; write invariance.csv and two figures; return the table."""
     torch.manual_seed(seed)
     network, data = Network().double(), torch.rand(256, 1, dtype=torch.float64)
     rows, lines = [], {pair: [f"`{pair}`"] for pair in pairs}
     for free in (False, True):
-        runs = {p: [run(p, network, data, s, free, epochs, eps) for s in ((1.0, 1.0), SCALES)] for p in pairs}
+        runs = {p: [run(p, network, data, s, free, epochs, eps, own) for s in ((1.0, 1.0), SCALES)] for p in pairs}
         backbone = "free" if free else "fixed"
         draw(runs, free, out / f"{backbone}.png")
         for pair, both in runs.items():
@@ -205,11 +213,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--eps", type=float, default=EPSILON, help="Adam's ε; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("outputs/invariance"), help="folder; default: %(default)s")
+    parser.add_argument("--config-dir", type=Path, metavar="DIR", help="your own losses: DIR/loss/NAME.yaml")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
     try:
-        text = study(options.pairs or PAIRS, options.epochs, options.eps, options.seed, options.out)
+        own = folder_of_configs(options.config_dir)
+        options.out.mkdir(parents=True, exist_ok=True)
+        text = study(options.pairs or PAIRS, options.epochs, options.eps, options.seed, options.out, own)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -37,6 +37,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mtl.config.cli import translate
+from mtl.config.command import refuse_second
 from mtl.config.errors import ConfigError, UserError, suggest
 from mtl.config.identity import CONF, identify
 from mtl.config.program import child, program
@@ -260,6 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in (spec.partition(":")[0] for spec in specs):
             if name not in known:
                 raise ConfigError(f"{name}: no such method; one of {', '.join(known)}{suggest(name, known)}")
+            refuse_second("loss", name, folders)
         if not specs:
             raise ConfigError("no method; e.g. python -m mtl.study.protocol equal pcgrad")
         for key, option in (("loss", "METHOD"), ("optimizer.lr", "--rates"), ("seed", "--seeds and --chooser")):

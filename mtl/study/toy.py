@@ -2,6 +2,7 @@
 
     python -m mtl.study.toy trajectories                      twelve methods, both settings: two figures, CSV, table
     python -m mtl.study.toy trajectories cagrad:c=0.2 gradvac            any methods of conf/loss, with overrides
+    python -m mtl.study.toy trajectories mine --config-dir my_configs    your own: my_configs/loss/mine.yaml
     python -m mtl.study.toy steps                             steps until the average minimum, beside the published ones
 
 `trajectories`: CAGrad's setting (three starts) and Nash-MTL's (five starts, first loss times 0.1), Adam, learning rate
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 
 from mtl.config.errors import ConfigError, UserError, suggest
-from mtl.study.descent import EPOCH, FRONT, Descent, Point, descend, on_front, problem
+from mtl.study.descent import EPOCH, FRONT, Descent, Point, descend, folder_of_configs, on_front, problem
 from mtl.tracking.console import duration
 
 
@@ -66,7 +67,9 @@ PUBLISHED = {
 }
 
 
-def trajectories(specs: Sequence[str], names: Sequence[str], steps: int | None, out: Path) -> str:
+def trajectories(
+    specs: Sequence[str], names: Sequence[str], steps: int | None, out: Path, own: Path | None = None
+) -> str:
     """Run the methods in the named settings; write trajectories.csv and a figure for each; return the table."""
     rows, summary = [], {spec: [f"`{spec}`"] for spec in specs}
     for name in names:
@@ -74,7 +77,8 @@ def trajectories(specs: Sequence[str], names: Sequence[str], steps: int | None, 
         length = steps or setting.steps
         for spec in specs:
             since = time.perf_counter()
-            runs[spec] = [descend(spec, s, length, setting.scale, every=max(1, length // 700)) for s in setting.starts]
+            every = max(1, length // 700)
+            runs[spec] = [descend(spec, s, length, setting.scale, every=every, own=own) for s in setting.starts]
             ends = [run.x[0] if on_front(*run.x) else None for run in runs[spec]]
             middle = [end is not None and abs(end - setting.middle) < 1 for end in ends]
             for start, run, end, best in zip(setting.starts, runs[spec], ends, middle, strict=True):
@@ -219,11 +223,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--lr", type=float, nargs="*", default=RATES, choices=RATES, help="of steps; default: all nine")
     parser.add_argument("--cap", type=int, help="most steps; default: the papers' in trajectories, 60000 in steps")
     parser.add_argument("--out", type=Path, default=Path("outputs/toy-study"), help="folder; default: %(default)s")
+    parser.add_argument("--config-dir", type=Path, metavar="DIR", help="your own losses: DIR/loss/NAME.yaml")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
     since = time.perf_counter()
     try:
+        own = folder_of_configs(options.config_dir)
+        options.out.mkdir(parents=True, exist_ok=True)
         if options.study == "steps":
             names = options.methods or list(COMPARED)
             if wrong := [n for n in names if n not in COMPARED]:
@@ -233,8 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             names = [options.setting] if options.setting else list(SETTINGS)
             for spec in options.methods:
-                descend(spec, (1.0, -1.0), EPOCH + 1)  # what is wrong is refused before an hour is spent
-            text = trajectories(options.methods or METHODS, names, options.cap, options.out)
+                descend(spec, (1.0, -1.0), EPOCH + 1, own=own)  # what is wrong is refused before an hour is spent
+            text = trajectories(options.methods or METHODS, names, options.cap, options.out, own)
             text += "\n\n–: not on the Pareto set when the steps ended"
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -61,7 +61,7 @@ _RUN_MAY = {
     "name": NAME, "choices": _mapping_of(_or_null(TEXT)), "command": COMMAND, "commit": _or_null(TEXT),
     "dirty": _or_null(FLAG), "error": _or_null(TEXT), "started": _or_null(TEXT), "finished": _or_null(TEXT),
     "versions": _mapping_of(_or_null(TEXT)), "hardware": MAPPING, "hardware.gpu": _or_null(TEXT),
-    "hardware.cpu": _or_null(TEXT), "hardware.threads": COUNT,
+    "hardware.cpu": _or_null(TEXT), "hardware.threads": COUNT, "own": _mapping_of(_mapping_of(TEXT)),
 }  # fmt: skip
 _CONFIG = {
     **dict.fromkeys(("data", "arch", "loss", "optimizer", "trainer"), MAPPING),
