@@ -18,9 +18,8 @@ from test_config import OPTIONS, REQUIRED, SNAPSHOT, composed
 
 from mtl.config import identity as identities
 from mtl.config import schema, source
-from mtl.config.cli import Terminated
 from mtl.config.command import parse, spell, spelled, unfold
-from mtl.config.errors import ConfigError
+from mtl.config.errors import ConfigError, Terminated
 from mtl.config.identity import identify, safe
 
 TOY = ("data=toy", "arch=point", "data.steps=2", "trainer.epochs=1", "trainer.device=cpu", "logger=none", "seed=0")

@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mtl.config import launchers, torchrun
 from mtl.config.command import parse, spell, spelled, unfold
-from mtl.config.errors import ConfigError, SetupError, UserError, one_line, remove_empty, suggest
+from mtl.config.errors import ConfigError, SetupError, Terminated, UserError, one_line, remove_empty, suggest
 from mtl.config.identity import CONF
 from mtl.config.program import program
 
@@ -100,14 +100,6 @@ def script(main: Callable[[], None]) -> NoReturn:
     sys.exit(launch(main))
 
 
-class Terminated(BaseException):
-    """SIGTERM, or SIGHUP of a closed terminal: the run in progress notes that it was interrupted, the grid stops."""
-
-    def __init__(self, code: int = 143):
-        super().__init__(code)
-        self.code = code
-
-
 def _code(error: BaseException) -> int:
     return error.code if isinstance(error, Terminated) else 130
 
@@ -177,7 +169,7 @@ class Grid(Callback):
             return 0
         from mtl.study.grid import summarise  # late: it needs the plotting library
 
-        code, empty = summarise(cls.directory)
+        code, empty = summarise(cls.directory, kept=not _temporary(cls.directory))
         if empty:
             cls._discard()
         return code
@@ -219,6 +211,10 @@ def _new_folder(wanted: Path, output_root: Path) -> tuple[Path, list[Path]]:
             folder = Path(tempfile.mkdtemp(prefix=RECORDLESS))
             return folder, [folder]
     raise FileExistsError(errno.EEXIST, "exists and is no folder", str(wanted))
+
+
+def _temporary(folder: Path) -> bool:
+    return folder.parent == Path(tempfile.gettempdir()) and folder.name.startswith(RECORDLESS)
 
 
 def _count(hydra: DictConfig) -> int | None:

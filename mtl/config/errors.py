@@ -31,6 +31,14 @@ class Busy(UserError):
     """Another process works on this very run: exit code 1."""
 
 
+class Terminated(BaseException):
+    """SIGTERM, or SIGHUP of a closed terminal: the run in progress notes that it was interrupted, the grid stops."""
+
+    def __init__(self, code: int = 143):
+        super().__init__(code)
+        self.code = code
+
+
 def remove_empty(folders: Iterable[Path]) -> None:
     """Remove `folders`, innermost first, up to the first that holds something: a refused run leaves nothing behind."""
     for folder in folders:

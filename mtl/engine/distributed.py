@@ -28,8 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mtl.config import torchrun
-from mtl.config.cli import Terminated
-from mtl.config.errors import ConfigError, SetupError, UserError, one_line
+from mtl.config.errors import ConfigError, SetupError, Terminated, UserError, one_line
 from mtl.engine.divide import drawing, forward
 
 if TYPE_CHECKING:

@@ -17,8 +17,7 @@ from annotated_types import Ge
 from mtl.archs.check import ArchError, as_before, check_model
 from mtl.archs.model import MultiTaskModel, count_macs, count_parameters
 from mtl.config import schema, torchrun
-from mtl.config.cli import Terminated
-from mtl.config.errors import ConfigError, Diverged, SetupError, one_line
+from mtl.config.errors import ConfigError, Diverged, SetupError, Terminated, one_line
 from mtl.config.identity import Identity
 from mtl.config.source import blame, place
 from mtl.data.base import Benchmark, build_benchmark
