@@ -18,9 +18,8 @@ from test_config import OPTIONS, REQUIRED, SNAPSHOT, composed
 
 from mtl.config import identity as identities
 from mtl.config import schema, source
-from mtl.config.cli import Terminated
 from mtl.config.command import parse, spell, spelled, unfold
-from mtl.config.errors import ConfigError
+from mtl.config.errors import ConfigError, Terminated
 from mtl.config.identity import identify, safe
 
 TOY = ("data=toy", "arch=point", "data.steps=2", "trainer.epochs=1", "trainer.device=cpu", "logger=none", "seed=0")
@@ -218,12 +217,25 @@ def test_options_added_later_and_classes_moved_later_change_no_identity(monkeypa
     assert identify(later, choices).digest != before.digest
     added = {"trainer.stages": [], "sharing": {"_target_": "mtl.archs.HardSharing"}, "loss.slope@mtl.losses.DWA": 1.0}
     monkeypatch.setattr(identities, "ADDED", identities.ADDED | added)
-    monkeypatch.setattr(identities, "MOVED", {"mtl.losses.moved.DWA": "mtl.losses.DWA"})
+    monkeypatch.setattr(identities, "MOVED", identities.MOVED | {"mtl.losses.moved.DWA": "mtl.losses.DWA"})
     assert identify(later, choices).digest == before.digest
     later["trainer"]["stages"] = [1]
     assert identify(later, choices).digest != before.digest
     later["trainer"]["stages"], later["loss"]["_target_"] = [], "mtl.losses.Other"
     assert identify(later, choices).digest != before.digest
+
+
+def test_a_class_of_ours_has_moved_since(own, monkeypatch):
+    """A saved config describes the same run as before; the old name in a command is answered by the new one."""
+    config, choices = composed("loss=dwa")
+    monkeypatch.setattr(identities, "MOVED", identities.MOVED | {"mtl.losses.DWA": "mtl.losses.elsewhere.DWA"})
+    saved = {**config, "loss": {**config["loss"], "_target_": "mtl.losses.elsewhere.DWA"}}
+    (own / "saved").mkdir()
+    (own / "saved" / "config.yaml").write_text(yaml.safe_dump(saved))
+    again, chosen = composed(*unfold(parse(["--config-dir=saved", "--config-name=config"])).overrides)
+    assert again == config and identify(again, chosen) == identify(config, choices) == identify(saved, choices)
+    with pytest.raises(ConfigError, match=r"loss\._target_=mtl\.losses\.elsewhere\.DWA: is mtl\.losses\.DWA now"):
+        schema.locate("mtl.losses.elsewhere.DWA", "loss._target_")
 
 
 FILES = {  # a module, and what it consists of

@@ -6,7 +6,6 @@ import json
 import signal
 from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,11 +22,9 @@ from mtl.archs.vgg import VGG16BN
 from mtl.config import schema
 from mtl.config.identity import identify
 from mtl.data.batches import TrainingBatches
-from mtl.engine.backward import Switches
 from mtl.engine.microscope import Microscope, Observer, layer_groups
 from mtl.engine.run import build_learner
 from mtl.engine.trainer import Sums
-from mtl.losses import Static
 from mtl.tasks import Classification, Regression
 from mtl.tracking import Tracker
 
@@ -162,10 +159,8 @@ def test_against_loops_in_numpy():
     any label of c. A figure is the mean over the steps that have one."""
     torch.manual_seed(0)
     model = MultiTaskModel(Net(), TASKS).double().train()
-    learner = SimpleNamespace(model=model, tasks=TASKS, microscope=Microscope(1, 4), switches=Switches(),
-                              strategy=Static(3, list(WEIGHTS)), optimizer=None)  # fmt: skip
     sums, expected = Sums(), defaultdict(list)
-    observer = Observer(learner, sums)
+    observer = Observer(4, TASKS, model, False, False, sums)
     for size, c in ((6, [0, 2, 3, 5]), (3, [])):
         images, targets = batch(model, size, c)
         for key, value in Oracle(model, images, targets, 4).figures().items():

@@ -5,15 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-
-if TYPE_CHECKING:
-    from mtl.archs.model import MultiTaskModel
 
 
 class ArchError(ValueError):
@@ -38,7 +35,7 @@ def check_features(backbone: nn.Module, features: Any, images: Tensor) -> None:
         raise ArchError(f"{name} returned {given} features for {wanted} images; convert them to {wanted}")
 
 
-def check_model(model: MultiTaskModel, images: Tensor) -> None:
+def check_model(model: nn.Module, images: Tensor) -> None:
     """Send a small batch twice through the model, in training mode; the model and all generators stay as they were.
 
     Args:
@@ -74,7 +71,7 @@ def check_model(model: MultiTaskModel, images: Tensor) -> None:
         )
 
 
-def _check_reach(model: MultiTaskModel, predictions: list[Tensor]) -> None:
+def _check_reach(model: nn.Module, predictions: list[Tensor]) -> None:
     parameters = [p for p in model.backbone.parameters() if p.requires_grad]
     reached = [p for p in predictions if p.requires_grad]
     if reached:

@@ -169,7 +169,7 @@ class Grid(Callback):
             return 0
         from mtl.study.grid import summarise  # late: it needs the plotting library
 
-        code, empty = summarise(cls.directory)
+        code, empty = summarise(cls.directory, kept=not _temporary(cls.directory))
         if empty:
             cls._discard()
         return code
@@ -211,6 +211,10 @@ def _new_folder(wanted: Path, output_root: Path) -> tuple[Path, list[Path]]:
             folder = Path(tempfile.mkdtemp(prefix=RECORDLESS))
             return folder, [folder]
     raise FileExistsError(errno.EEXIST, "exists and is no folder", str(wanted))
+
+
+def _temporary(folder: Path) -> bool:
+    return folder.parent == Path(tempfile.gettempdir()) and folder.name.startswith(RECORDLESS)
 
 
 def _count(hydra: DictConfig) -> int | None:

@@ -17,7 +17,7 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig, OmegaConf
 
 from mtl.config.errors import ConfigError, one_line
-from mtl.config.identity import CONF, TARGET
+from mtl.config.identity import CONF, TARGET, today
 from mtl.config.program import divide, program
 
 # The nodes that every saved config has and no hand-written primary config of Hydra's has without a defaults list.
@@ -171,7 +171,7 @@ def _saved(arguments: argparse.Namespace) -> tuple[Path, dict[str, Any]] | None:
         raise ConfigError(f"{file}: cannot be read: {one_line(error)}") from error
     whole = isinstance(config, dict) and all(isinstance(config.get(n), dict) and TARGET in config[n] for n in SAVED)
     if whole and "defaults" not in config:
-        return file, config
+        return file, today(config)
     if of_a_run:
         raise ConfigError(f"{file}: is no longer the whole config of a run")
     if arguments.config_path is None and (CONF / file.name).is_file():

@@ -157,6 +157,14 @@ def safe(label: str) -> str:
     return f"{mended or '_'}-{hashlib.sha256(label.encode(errors='surrogatepass')).hexdigest()[:8]}"
 
 
+def today(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a saved config in which our classes have the names of today, whatever they were when it was saved."""
+    content, names = copy.deepcopy(dict(config)), {old: new for new, old in MOVED.items()}
+    for node, name in _targets(content):
+        node[TARGET] = names.get(name, name)
+    return content
+
+
 def _as_before(content: dict[str, Any]) -> dict[str, Any]:
     """`content` in the words of the first release: classes by their first path, without later options at default."""
     for node, name in _targets(content):

@@ -19,6 +19,7 @@ from annotated_types import Ge, Le, Lt
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
+from mtl.config import identity
 from mtl.config.errors import ConfigError, UserError, one_line, suggest
 from mtl.config.source import blame
 
@@ -93,6 +94,8 @@ def build(node: Mapping, path: str, **supplied: Any) -> Any:
 
 def locate(name: Any, path: str) -> Callable:
     """Import the class or function that a `_target_` names."""
+    if now := {old: new for new, old in identity.MOVED.items()}.get(name):
+        raise ConfigError(f"{path}={name}: is {now} now")
     try:
         target = pkgutil.resolve_name(name)
     except Exception as error:  # a user's module can raise anything

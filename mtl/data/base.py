@@ -9,34 +9,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Lt
-from torch import Tensor
 
 from mtl.config import schema
 from mtl.config.errors import ConfigError, SetupError, UserError, one_line, out_of_memory
 from mtl.config.source import blame
 from mtl.data.check import check_declared, check_loaded
+from mtl.data.columns import Split
 from mtl.random import stream
 from mtl.tasks import Task
-
-
-@dataclass(frozen=True)
-class Split:
-    """Labelled images on the host.
-
-    Attributes:
-        images: (N, H, W, C) uint8; may be memory-mapped when larger than memory.
-        targets: for each task by name, (N, …); −100 (classes) or NaN (numbers) where a sample carries no label.
-    """
-
-    images: Tensor
-    targets: dict[str, Tensor]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def take(self, index: Tensor | slice) -> Split:
-        """The samples at `index`."""
-        return Split(self.images[index], {name: t[index] for name, t in self.targets.items()})
 
 
 @dataclass

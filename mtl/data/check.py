@@ -10,24 +10,22 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mtl.config.errors import SetupError, one_line, suggest
 from mtl.config.source import blame
+from mtl.data.columns import Split
 from mtl.metrics.task import Metric
 from mtl.tasks import Task
-
-if TYPE_CHECKING:
-    from mtl.data.base import Benchmark, Split
 
 NAME = re.compile(r"\w[\w-]*")  # becomes a part of metric names, of the checkpoint's keys and of config keys
 
 
-def check_declared(benchmark: Benchmark) -> None:
-    """Look at the class attributes.
+def check_declared(benchmark: Any) -> None:
+    """Look at the class attributes of a Benchmark.
 
     Raises:
         ValueError: one is missing or wrong; the message begins with its name.
@@ -50,8 +48,8 @@ def check_declared(benchmark: Benchmark) -> None:
         raise ValueError(f"crop_padding: {benchmark.crop_padding!r}; a whole number of pixels is needed, 0 for no crop")
 
 
-def check_loaded(benchmark: Benchmark, loaded: Any) -> None:
-    """Look at what `benchmark.load()` returned, before it is limited or divided.
+def check_loaded(benchmark: Any, loaded: Any) -> None:
+    """Look at what the `load()` of a Benchmark returned, before it is limited or divided.
 
     Raises:
         SetupError: it is not a training and a test split, or one does not fit the tasks or the image_shape.

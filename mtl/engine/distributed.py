@@ -21,21 +21,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from mtl.config import torchrun
-from mtl.config.cli import Terminated
-from mtl.config.errors import ConfigError, SetupError, UserError, one_line
+from mtl.config.errors import ConfigError, SetupError, Terminated, UserError, one_line
 from mtl.engine.divide import drawing, forward
 from mtl.engine.signals import ENDING, ending
-
-if TYPE_CHECKING:
-    from mtl.data.batches import EvaluationBatches, TrainingBatches
-    from mtl.engine.trainer import Learner
 
 TIMEOUT = timedelta(minutes=10)  # of one collective: a process that is alive but stuck ends the run after this
 GRACE = 5.0  # seconds for the news of why a connection broke to arrive
@@ -177,28 +172,17 @@ class Processes:
         group = dist.PrefixStore("group", self.store)
         dist.init_process_group(backend, store=group, rank=self.rank, world_size=self.size, timeout=TIMEOUT)
 
-    def hand_out(self, learner: Learner, epoch: int) -> int:
-        """The leader's learner, after `epoch` epochs, becomes that of all; returns the leader's epoch."""
+    def hand_out(self, state: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The leader's `state`, in all processes; the others give None."""
         content = io.BytesIO()
         if self.leads:
-            torch.save({"epoch": epoch, **learner.state()}, content)
+            torch.save(dict(state), content)
         parts = [content.getvalue()]
         with _losses():
             dist.broadcast_object_list(parts, src=0)
         if self.leads:
-            return epoch
-        state = torch.load(io.BytesIO(parts[0]), map_location="cpu", weights_only=True)
-        learner.load_state(state)
-        return state["epoch"]
-
-    def follow(self, learner: Learner, train: TrainingBatches, evaluations: Mapping[str, EvaluationBatches]) -> None:
-        """What the others do while the leader runs the job: the same training, and nothing else."""
-        with self.guard():
-            for epoch in range(self.hand_out(learner, 0), learner.trainer.epochs):
-                row = learner.train_epoch(train, epoch)
-                for name, batches in evaluations.items():
-                    row.update(learner.evaluate(batches, name))
-                learner.epoch_end(row)
+            return dict(state)
+        return torch.load(io.BytesIO(parts[0]), map_location="cpu", weights_only=True)
 
     # -- training -----------------------------------------------------------------------------------------------------
 

@@ -34,17 +34,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 
+from mtl.archs.model import MultiTaskModel
+from mtl.engine.sums import Sums
 from mtl.losses.base import FLOOR, masked
 from mtl.losses.solvers import double
-
-if TYPE_CHECKING:
-    from mtl.engine.trainer import Learner, Sums
+from mtl.tasks import Task
 
 STATISTICS = ("cosine", "magnitude", "sign_conflict")
 COMBINED, WHOLE = "combined", "all"
@@ -76,22 +76,21 @@ class Microscope:
         """Whether step number `step` of an epoch, counted from 0, is observed."""
         return self.every > 0 and step % self.every == 0
 
-    def describe(self, learner: Learner, steps: int, batch_size: int) -> str:
+    def describe(self, tasks: int, usual: int, reuses: bool, alternates: bool, steps: int, batch_size: int) -> str:
         """One line about the cost, for epochs of `steps` steps; empty when off.
 
-        Counted in passes, a backward pass at twice a forward pass; look-aheads of the method are not counted.
+        Args:
+            tasks: how many.
+            usual: passes of a step that is not observed, a backward pass at twice a forward pass.
+            reuses: whether the step's own Jacobian can be taken.
+            alternates: whether the tasks take turns, so that an observed step makes a forward pass of its own.
+            steps: of an epoch.
+            batch_size: of a step.
         """
         if not self.every:
             return ""
-        tasks = len(learner.tasks)
-        combines = learner.switches.combines(learner.strategy, _per_task(learner))
-        passes = min(self.samples, batch_size) * tasks + (tasks if tasks > 1 and not _reusable(learner) else 0)
-        usual = 1 + 2 * (tasks if combines and not learner.switches.of_features(learner.strategy) else 1)
-        if _alternates(learner):
-            usual, forward = 3 * tasks, 1
-        else:
-            forward = 0
-        extra = (2 * passes + forward) / usual * math.ceil(steps / self.every) / steps
+        passes = min(self.samples, batch_size) * tasks + (tasks if tasks > 1 and not reuses else 0)
+        extra = (2 * passes + alternates) / usual * math.ceil(steps / self.every) / steps
         return (
             f"every {self.every} steps, {self.samples} samples: {passes} more backward passes on such a step, "
             f"about +{100 * extra:.0f} % time"
@@ -102,7 +101,11 @@ class Observer:
     """One epoch under the microscope. An observed step calls `before`, maybe `jacobian`, and `after`, in this order.
 
     Args:
-        learner: gives the microscope, the network, the tasks and the step's rules.
+        samples: as in `Microscope`.
+        tasks: in the order of the model's heads.
+        model: whose gradients are compared.
+        log: whether the step's losses are log-losses.
+        reuses: whether the step's own Jacobian is that of the task losses on the whole batch, and can be taken.
         sums: where the figures add up, on the device.
 
     Attributes:
@@ -110,11 +113,11 @@ class Observer:
             whole batch; `jacobian` must then be given it.
     """
 
-    def __init__(self, learner: Learner, sums: Sums):
-        self.tasks, self.samples, self.sums = learner.tasks, learner.microscope.samples, sums
-        self.log, self.several = learner.switches.transform == "log", len(learner.tasks) > 1
-        self.reuses = self.several and _reusable(learner)
-        groups = layer_groups(learner.model.backbone)
+    def __init__(self, samples: int, tasks: Sequence[Task], model: MultiTaskModel, log: bool, reuses: bool, sums: Sums):
+        self.tasks, self.samples, self.sums = tasks, samples, sums
+        self.log, self.several = log, len(tasks) > 1
+        self.reuses = self.several and reuses
+        groups = layer_groups(model.backbone)
         self.parameters = [p for group in groups.values() for p in group]
         self.group_of = [i for i, group in enumerate(groups.values()) for _ in group]
         self.groups = [*groups, WHOLE]
@@ -126,7 +129,7 @@ class Observer:
         self.names = names
         # Where each of our parameters lies in a Jacobian, whose columns are in the order of the backbone's parameters.
         start, ends = {}, 0
-        for p in learner.model.shared_parameters():
+        for p in model.shared_parameters():
             if p.requires_grad:
                 start[p], ends = ends, ends + p.numel()
         self.columns = [slice(start[p], start[p] + p.numel()) for p in self.parameters]
@@ -272,17 +275,3 @@ def layer_groups(backbone: nn.Module) -> dict[str, list[nn.Parameter]]:
             name = next((n for prefix, n in declared if f"{key}.".startswith(prefix)), key.partition(".")[0])
             groups.setdefault(name, []).append(parameter)
     return groups
-
-
-def _reusable(learner: Learner) -> bool:
-    strategy, switches = learner.strategy, learner.switches
-    exact = strategy.samples == 1 and switches.transform == "none" and not switches.of_features(strategy)
-    return exact and not _alternates(learner) and switches.combines(strategy, _per_task(learner))
-
-
-def _per_task(learner: Learner) -> bool:
-    return getattr(learner.optimizer, "per_task", False)
-
-
-def _alternates(learner: Learner) -> bool:
-    return getattr(learner.optimizer, "alternates", False)

@@ -30,6 +30,7 @@ from mtl.engine.distributed import Processes
 from mtl.engine.divergence import find, finite
 from mtl.engine.files import START, Damaged, WriteError, digest, write_json
 from mtl.engine.finished import inspect, repeat
+from mtl.engine.follow import follow, hand_out
 from mtl.engine.microscope import Microscope
 from mtl.engine.resume import mend_best, resume, state
 from mtl.engine.signals import deferred
@@ -137,7 +138,7 @@ def run(
         if processes is not None:
             processes.connect(learner.device)
             if not leads:
-                processes.follow(learner, train, evaluations)
+                follow(learner, train, evaluations)
                 return Outcome("finished", 0, str(path))
         job = Job(config, choices, identity, command, directory, benchmark, learner, train, evaluations, tracker)
         return job.execute()
@@ -309,7 +310,10 @@ class Job:
                 begun = True
                 directory.truncate(rows)
             where = self.tracker.start(self._info(rows))
-            words.header(self, where, len(rows))
+            sizes = {"train": self.train.size, **{name: b.size for name, b in self.evaluations.items()}}
+            words.header(
+                self.config, self.identity, self.benchmark, self.learner, sizes, len(self.train), path, where, len(rows)
+            )
             # A kill between the two files leaves best.pt one epoch behind last.pt.
             if rows and (problem := mend_best(directory, self.identity.name, rows, *self._selector)):
                 log.info(f"WARNING   {problem}")
@@ -336,13 +340,13 @@ class Job:
             message = f"{type(error).__name__}: {one_line(error)} ({where}traceback in {path}/train.log)"
             self._close("failed", rows, message)
             return Outcome("failed", 1, path, message)
-        words.footer(self, rows)
+        words.footer(self.summary(rows), len(rows), directory, self.command)
         return Outcome("finished", 0, path)
 
     def _train(self, rows: list[dict[str, float]]) -> None:
         epochs, units = self.learner.trainer.epochs, self._units()
         if self.learner.processes is not None:
-            self.learner.processes.hand_out(self.learner, len(rows))
+            hand_out(self.learner, len(rows))
         for epoch in range(len(rows), epochs):
             started = time.perf_counter()
             row = {"epoch": epoch + 1, **self.learner.train_epoch(self.train, epoch)}

@@ -5,15 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from mtl.config.errors import UserError
-
-if TYPE_CHECKING:
-    from mtl.engine.trainer import Sums
+from mtl.engine.sums import Sums
 
 log = logging.getLogger("mtl")
 

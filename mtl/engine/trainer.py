@@ -22,6 +22,7 @@ from mtl.engine.distributed import Processes
 from mtl.engine.microscope import Microscope, Observer
 from mtl.engine.pystate import PythonState, Unsavable
 from mtl.engine.step import Losses, Step
+from mtl.engine.sums import Sums
 from mtl.engine.switches import Switches
 from mtl.engine.trained import Idle, Watch
 from mtl.losses import Statistics, Strategy
@@ -32,29 +33,6 @@ from mtl.tracking.console import Progress
 
 log = logging.getLogger("mtl")
 STATISTICS = ("norm", "ratio", "cosine", "conflict", "magnitude")  # of `Info`: means over the epoch, as grad/…
-
-
-class Sums:
-    """Named sums on the device, read by the host in a single transfer."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-
-    def add(self, name: str, value: Tensor) -> None:
-        """Add `value` (any shape, the same at every call) to the sum called `name`."""
-        value = value.detach().float()
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
-
-    def read(self) -> dict[str, list[float]]:
-        """All sums as flat lists; the only point at which the host waits for the device."""
-        if not self._sums:
-            return {}
-        numbers = torch.cat([t.flatten() for t in self._sums.values()]).tolist()
-        result, offset = {}, 0
-        for name, t in self._sums.items():
-            result[name] = numbers[offset : offset + t.numel()]
-            offset += t.numel()
-        return result
 
 
 @dataclass
@@ -186,6 +164,31 @@ class Learner:
         self._trained = False  # whether an epoch has moved the model
         self._idle: Idle | None = None  # why the latest one has not
 
+    @property
+    def alternates(self) -> bool:
+        """Whether the tasks take turns, each with a step of its own."""
+        return getattr(self.optimizer, "alternates", False)
+
+    @property
+    def combines(self) -> bool:
+        """Whether a step takes the gradient of each task's loss."""
+        return self.switches.combines(self.strategy, getattr(self.optimizer, "per_task", False))
+
+    @property
+    def one_jacobian(self) -> bool:
+        """Whether a step takes exactly the Jacobian of the task losses for the parameters, on the whole batch."""
+        strategy, switches = self.strategy, self.switches
+        exact = strategy.samples == 1 and switches.transform == "none" and not switches.of_features(strategy)
+        return exact and not self.alternates and self.combines
+
+    @property
+    def passes(self) -> int:
+        """How much a step computes, in forward passes; look-aheads of the method are not counted."""
+        tasks = len(self.tasks)
+        if self.alternates:
+            return 3 * tasks
+        return 1 + 2 * (tasks if self.combines and not self.switches.of_features(self.strategy) else 1)
+
     def train_epoch(self, batches: TrainingBatches, epoch: int) -> dict[str, float]:
         """Train for one epoch, counted from 0; a function of the learner's state, the seed and `epoch`.
 
@@ -207,7 +210,8 @@ class Learner:
         step = self.step()
         partial = any(task.name in batches.partial for task in self.tasks)
         sums = Sums()  # names with a slash are the engine's: no task's name holds one
-        observer = Observer(self, sums)
+        log_losses = self.switches.transform == "log"
+        observer = Observer(self.microscope.samples, self.tasks, self.model, log_losses, self.one_jacobian, sums)
         watch = None if self._trained else Watch(self.model, self.optimizer, sums)
         progress = Progress(len(batches), f"epoch {epoch + 1}/{trainer.epochs}")
         progress.live &= self.processes is None or self.processes.leads

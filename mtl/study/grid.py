@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import statistics
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 import yaml
 
-from mtl.config.cli import RECORDLESS
 from mtl.config.program import program
 from mtl.study import results
 from mtl.study.compare import benchmarks
@@ -44,11 +42,12 @@ def progress(folder: Path) -> str:
     return f"grid      {done} of {grid['cells'] or 'an open number of'} runs done ({said}){left}"
 
 
-def summarise(folder: Path) -> tuple[int, bool]:
+def summarise(folder: Path, kept: bool) -> tuple[int, bool]:
     """Print the table of a grid, draw its learning curves, say what to do next.
 
     Args:
         folder: of the grid.
+        kept: whether the folder stays; a temporary one gets no figure.
 
     Returns:
         0 when every cell finished, else the largest exit code of a cell; and whether the grid leaves nothing that its
@@ -68,7 +67,7 @@ def summarise(folder: Path) -> tuple[int, bool]:
             print(f"\n{results.figures(Scores(benchmark, arch)).terminal()}")
         from mtl.study.figures import draw  # late: matplotlib takes a second to import
 
-        if not _temporary(folder):
+        if kept:
             figures += draw(benchmark, folder, only=["learning-curves"])
     if found.runs:
         print("test set, mean ± std over seeds; *: the best mean, which need not be a real difference\n")
@@ -91,7 +90,7 @@ def summarise(folder: Path) -> tuple[int, bool]:
         if found.runs[0].info["data"] == "digits":
             start = shlex.join(program())
             print(f"next:     {start} trainer.epochs=10 data.limit_train=10000   (CIFAR-100, downloaded once)")
-    nothing = all(o["status"] == "refused" for o in outcomes) or _temporary(folder)
+    nothing = all(o["status"] == "refused" for o in outcomes) or not kept
     return max((o["code"] for o in outcomes), default=0), nothing
 
 
@@ -123,10 +122,6 @@ def _as_found(outcome: dict[str, Any], found: Collection) -> dict[str, Any]:
     reason = reasons.get(directory.resolve(), "its folder is gone or no longer says that it finished")
     cure = "delete that folder to run it again"
     return {**outcome, "status": "damaged", "code": 1, "message": f"{directory}: {reason}; {cure}"}
-
-
-def _temporary(folder: Path) -> bool:
-    return folder.parent == Path(tempfile.gettempdir()) and folder.name.startswith(RECORDLESS)
 
 
 def _outcomes(folder: Path, pattern: str = "cell-*.json") -> list[dict[str, Any]]:

@@ -126,13 +126,8 @@ def _strategy(pair: str, own: Path | None) -> Strategy:
     if not spec or optimizer not in OPTIMIZERS:
         known = f"{pair}: expected LOSS/OPTIMIZER with an optimizer of {', '.join(OPTIMIZERS)}"
         raise ConfigError(known + suggest(optimizer, OPTIMIZERS))
-<<<<<<< HEAD
-    strategy = named(spec, ("first", "second"))
-    if strategy.samples > 1 or defines(strategy, "look_ahead"):
-=======
     strategy = named(spec, ("first", "second"), own)
-    if strategy.samples > 1 or type(strategy).look_ahead is not Strategy.look_ahead:
->>>>>>> h4
+    if strategy.samples > 1 or defines(strategy, "look_ahead"):
         raise ConfigError(f"{spec}: needs several batches a step, and here is one")
     return strategy
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtl.config.errors import ConfigError
+from mtl.config.identity import today
 from mtl.study import validate
 from mtl.study.files import Damaged, read_json, read_rows, read_yaml
 from mtl.study.names import visible
@@ -219,7 +220,7 @@ def _directories(root: Path, unreadable: list[tuple[Path, str]]) -> Iterator[Pat
 def _read(directory: Path) -> Run:
     info = read_json(directory / "run.json")
     validate.check_info(directory, info)
-    config = read_yaml(directory / "config.yaml")
+    config = today(read_yaml(directory / "config.yaml"))
     validate.check_config(config, info)
     if info["status"] != "finished":
         return Run(directory, info, config, {})
