@@ -4,10 +4,11 @@
     python benchmarks/same_bits.py v1 v2 --quick     two commits; each loss on digits, with and without all labels
     python benchmarks/same_bits.py HEAD --losses dwa mgda --only synthetic
 
-Each run is two epochs of the commit's own train.py, in a process of its own: every loss on digits and synthetic images,
-from memory and through a DataLoader, with one task, and with missing labels; and all other golden runs (tests/golden).
-Compared are the exit code, the run's folder (its identity), all columns of metrics.jsonl but times, and the bytes of
-the model's tensors in last.pt. One line is printed for each difference; the exit code is 1 if there is one.
+Each run is three epochs (in the third DWA begins to weigh) of the commit's own train.py, in a process of its own: every
+loss on digits and synthetic images, from memory and through a DataLoader, with one task, and with missing labels; and
+all other golden runs (tests/golden). Compared are the exit code, the run's folder (its identity), all columns of
+metrics.jsonl but times, and the bytes of the model's tensors in last.pt. One line is printed for each difference; the
+exit code is 1 if there is one.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def _cases(losses: list[str] | None, quick: bool) -> dict[str, list[str]]:
         cases = {n: case for n, case in cases.items() if n.partition("/")[2] in losses}
     elif not quick:
         cases |= {f"{family}/{n}": case for family in ("archs", "variants") for n, case in FAMILIES[family].items()}
-    return {name: [*case, "trainer.epochs=2"] for name, case in cases.items()}
+    return {name: [*case, "trainer.epochs=3"] for name, case in cases.items()}
 
 
 def _needed(loss: str, *tasks: str) -> list[str]:
