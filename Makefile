@@ -1,5 +1,6 @@
 # make quickstart   a real comparison in a minute or two: 3 strategies x 2 seeds on handwritten digits
 # make test         the test suite
+# make lint         style and types
 # make bench        speed, side by side with plain PyTorch
 # make wheel        dist/mtl-….whl, which pip installs anywhere: the command mtl-train, with conf/ inside
 # All of them create .venv on first use and are safe to repeat. PYTHON=python3.12 chooses the interpreter (3.10 to 3.13).
@@ -22,9 +23,10 @@ wheel: .venv/bin/pip
 	$(VENV)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
-lint: .venv/installed-test
-	$(VENV)/pip install --quiet ruff
-	$(VENV)/ruff check . && $(VENV)/ruff format --check .
+lint: .venv/installed-lint
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+	$(VENV)/pyrefly check --python-interpreter-path $(VENV)/python --summary=none
 
 .venv/bin/pip:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v < (3, 14) else f"error: Python 3.10 to 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.12")'
@@ -38,4 +40,9 @@ lint: .venv/installed-test
 
 .venv/installed-test: .venv/installed
 	$(VENV)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+# After the tests' packages: the checker sees all that the code may import.
+.venv/installed-lint: .venv/installed-test
+	$(VENV)/pip install --quiet --disable-pip-version-check -e '.[lint]'
 	@touch $@

@@ -172,10 +172,11 @@ def count(name: str) -> int:
     """
     if _fits(name, TASKS) is None:
         return TASKS
-    for tasks in (2, 1):
-        if _fits(name, tasks) is None:
-            return tasks
-    raise _fits(name, 2)
+    if (error := _fits(name, 2)) is None:
+        return 2
+    if _fits(name, 1) is None:
+        return 1
+    raise error
 
 
 @cache

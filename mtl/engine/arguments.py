@@ -80,7 +80,7 @@ def parameters(name: str, given: Any) -> list[Parameter]:
     Raises:
         TypeError: something in it is no parameter.
     """
-    found: dict[int, Parameter] = {}
+    found: dict[int, Tensor] = {}
     for p in _flatten(name, given):
         found.setdefault(id(p), p)
     return list(found.values())
@@ -187,7 +187,7 @@ def _in_task_order(name: str, given: Any, names: Sequence[str]) -> Iterable[Any]
     return [given[key] for key in names]
 
 
-def _flatten(name: str, given: Any) -> Iterable[Parameter]:
+def _flatten(name: str, given: Any) -> Iterable[Tensor]:
     if isinstance(given, nn.Module):
         yield from given.parameters()
     elif isinstance(given, Tensor):

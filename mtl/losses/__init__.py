@@ -2,10 +2,15 @@
 
 import importlib
 import pkgutil
+from typing import TYPE_CHECKING
 
 from mtl.losses.base import GramianWeighting, JacobianAggregation, LossWeighting, Statistics, Strategy
 
 __all__ = ["GramianWeighting", "JacobianAggregation", "LossWeighting", "Statistics", "Strategy"]
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> type[Strategy]: ...  # what is found below
 
 
 def _export(module) -> None:

@@ -142,7 +142,7 @@ def _panel(axis: plt.Axes, panel: Panel, looks: Mapping[str, Style]) -> None:
     if panel.ticks:
         _scales(axis, panel)
     elif panel.x == "epoch":
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.get_major_locator().set_params(integer=True)  # pyrefly: ignore[unexpected-keyword]
 
 
 def _scales(axis: plt.Axes, panel: Panel) -> None:

@@ -118,7 +118,8 @@ def _unreadable(file: Path, error: OSError) -> Damaged:
     return Damaged(f"{file.name}{' is missing' if isinstance(error, FileNotFoundError) else f': {error.strerror}'}")
 
 
-class _Yaml(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # ten times as fast where libyaml is installed
+# Ten times as fast where libyaml is installed.
+class _Yaml(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # pyrefly: ignore[invalid-inheritance]
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """Merging (<<) copies mappings, and a few aliases of aliases would fill the memory. Runs do not write it."""
         for key, _ in node.value:

@@ -152,7 +152,7 @@ def study(pairs: Sequence[str], epochs: int, eps: float, seed: int, out: Path, o
         backbone = "free" if free else "fixed"
         draw(runs, free, out / f"{backbone}.png")
         for pair, both in runs.items():
-            lines[pair] += [f"{difference(*both, part):.1e}" for part in (PARTS if free else PARTS[:2])]
+            lines[pair] += [f"{difference(*both, part=part):.1e}" for part in (PARTS if free else PARTS[:2])]
             for name, record in zip(("plain", "scaled"), both, strict=True):
                 for epoch in range(epochs):
                     norms = [kind[p][epoch].norm() for p in PARTS for kind in (record.gradients, record.updates)]

@@ -82,7 +82,7 @@ def trajectories(
             ends = [run.x[0] if on_front(*run.x) else None for run in runs[spec]]
             middle = [end is not None and abs(end - setting.middle) < 1 for end in ends]
             for start, run, end, best in zip(setting.starts, runs[spec], ends, middle, strict=True):
-                numbers = [f"{a:.4f}" for a in (*run.x, *problem(*run.x, setting.scale)[0])]
+                numbers = [f"{a:.4f}" for a in (*run.x, *problem(*run.x, scale=setting.scale)[0])]
                 rows.append([name, spec, *start, run.steps, run.why, *numbers, int(end is not None), int(best)])
             found = sum(end is not None for end in ends)
             where = " ".join("–" if end is None else f"{round(end, 1) + 0.0:.1f}" for end in ends)
@@ -108,7 +108,7 @@ def draw(runs: dict[str, list[Descent]], setting: Setting, file: Path, losses: b
                                 sharey=True, squeeze=False, layout="constrained")  # fmt: skip
 
     def place(points):
-        return np.array([problem(*x, setting.scale)[0] for x in points] if losses else points).T
+        return np.array([problem(*x, scale=setting.scale)[0] for x in points] if losses else points).T
 
     ticks = np.linspace(-11, 11, 200)
     average = [[sum(problem(a, b, setting.scale)[0]) / 2 for a in ticks] for b in ticks]

@@ -20,6 +20,7 @@ def check(family: str, case: str, cli, tmp_path, monkeypatch) -> None:
     Args:
         cli, tmp_path, monkeypatch: the test's fixtures.
     """
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # it waits for a busy disk, once an epoch
     single, before = (family, case) in SINGLE, torch.get_default_dtype()
     if not single:
         monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
