@@ -113,6 +113,7 @@ class Guide:
     def __init__(self, spec: str, scale: float, lr: float, adam: bool, steps: int, own: Path | None = None):
         self.strategy = named(spec, own=own).double()
         self.scale, self.lr, self.epochs = scale, lr, 1 + steps // EPOCH
+        self.tasks = [TASKS.index(name) for name in self.strategy.names]  # loss=single has one of them
         if self.strategy.gradients == "features" or self._defines("regulariser"):
             raise ConfigError(f"{spec}: needs the features of a network, and the toy has none")
         self.parameters = list(self.strategy.parameters())
