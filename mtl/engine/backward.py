@@ -12,9 +12,10 @@ from torch.nn import Parameter
 
 from mtl.engine import arguments
 from mtl.engine.backward_pass import BackwardPass
+from mtl.engine.movement import Movement
 from mtl.engine.replicas import Group, replicas
 from mtl.engine.switches import Step, Switches
-from mtl.losses import hooks
+from mtl.losses import given, hooks
 from mtl.losses.base import GramianWeighting, JacobianAggregation, LossWeighting, Strategy
 
 PAPER = Switches()  # everything as published
@@ -67,23 +68,28 @@ def backward(
         ValueError, TypeError: an argument is not what is described here (the message begins with its name), a loss
             reaches no parameter, a method that takes logarithms or ratios of losses met a negative one, or the
             switches do not fit the strategy.
-        RuntimeError: a hook of the method was due and did not come, such as `after_step`.
+        RuntimeError: a hook of the method was due and did not come, such as `after_step`; a parameter of the method
+            gets gradients, but no optimizer moves it.
     """
     switches.check(strategy)
     if not isinstance(strategy, LossWeighting | GramianWeighting | JacobianAggregation):
         raise TypeError(f"{type(strategy).__name__} belongs to none of the three families of mtl.losses")
-    hooks.check_step(strategy)
+    owned = arguments.shared_parameters(shared, strategy)
+    strategy.movement = strategy.movement or Movement()
+    hooks.check_step(strategy, strategy.movement.look(strategy, owned))
     if per_task:
         switches.check_per_task(strategy)
     of_features, combines = switches.of_features(strategy), switches.combines(strategy, per_task)
     samples = _samples(losses, strategy)
-    owned = arguments.shared_parameters(shared)
+    arguments.check_grad_mode(samples)
     own = None if heads is None else arguments.head_parameters(heads, strategy, exclusive=combines)
     if combines and own is None:
         why = "a step with per-task gradients" if isinstance(strategy, LossWeighting) else type(strategy).__name__
         raise ValueError(f"heads: {why} needs each task's own parameters (may be empty)")
     if of_features and features is None:
         raise ValueError("features: gradients of features need the tensor that all heads start from")
+    if features is not None and (of_features or strategy.flat):
+        given.check_features(strategy, features)
     device = samples[0][0].device
     there = arguments.marks(present, strategy.names, device)
     one = BackwardPass(
@@ -93,9 +99,10 @@ def backward(
     one.check(samples, combines)
     # A caller may be inside of autocast; the method's own products must not be rounded to half precision.
     inside = torch.is_autocast_enabled(device.type)
-    with torch.autocast(device.type, enabled=False) if inside else nullcontext():
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False) if inside else nullcontext():
         step = one.run(samples, combines)
     hooks.note_step(strategy)
+    strategy.movement.note(strategy, owned)
     return step
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -58,6 +58,7 @@ class Strategy(nn.Module, ABC):
         single_task_argument: name of the argument that takes single-task results, where a method needs them.
         epoch, epochs: training progress, epoch counted from 0; set by `epoch_start`.
         uses_progress: whether its weights depend on `epoch` and `epochs`.
+        flat: whether it takes features of shape (N, F) only.
         lr, weight_decay: of the method's own parameters; None follows the optimizer's.
     """
 
@@ -73,6 +74,7 @@ class Strategy(nn.Module, ABC):
     weight_decay: float | None = 0.0
     single_task_argument: str | None = None
     uses_progress: bool = False
+    flat: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -83,9 +85,7 @@ class Strategy(nn.Module, ABC):
 
     def __init__(self, tasks: int | Sequence[str]):
         super().__init__()
-        if isinstance(tasks, str):
-            raise ValueError(f"tasks: {tasks!r} is one name; give a list of names, or their number")
-        self.names = tuple(map(str, range(tasks) if isinstance(tasks, int) else tasks))
+        self.names = _names(tasks)
         if not self.names:
             raise ValueError("tasks: at least one task is needed")
         if len(set(self.names)) < len(self.names):
@@ -95,6 +95,7 @@ class Strategy(nn.Module, ABC):
         self.across: hooks.Across | None = None  # averages over processes, in a foreign loop that has several
         self.looks: list[int] = []  # the engine's: how often it has looked at each task's graph
         self.watch: Any = None  # the engine's, for flags that arrive from a GPU some steps later
+        self.movement: Any = None  # the engine's: whether an optimizer moves the parameters
         self._seed: int | None = None  # of the random stream, since the last epoch_start
         self._base: int | None = None  # from which it follows in every epoch
         for name in self.lazy:
@@ -190,7 +191,7 @@ class Strategy(nn.Module, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy belongs to no group of processes yet; a process group can be neither copied nor pickled.
-        return {**self.__dict__, "across": None, "watch": None}
+        return {**self.__dict__, "across": None, "watch": None, "movement": None}
 
     def memory(self) -> dict[str, Tensor]:
         """What the method has learned: its parameters and buffers by name, the part of `state_dict` that has tasks."""
@@ -314,6 +315,20 @@ class JacobianAggregation(Strategy):
         Returns:
             (P,) the direction; parameters move against it. A method that has task weights returns (direction, weights).
         """
+
+
+def _names(tasks: int | Sequence[Any]) -> tuple[str, ...]:
+    """The tasks' names; 0, 1, … where only their number is known.
+
+    Raises:
+        ValueError: neither a number nor names.
+    """
+    if isinstance(tasks, str):
+        raise ValueError(f"tasks: {tasks!r} is one name; give a list of names, or their number")
+    try:
+        return tuple(map(str, tasks if isinstance(tasks, Iterable) and getattr(tasks, "ndim", 1) else range(tasks)))
+    except TypeError as error:
+        raise ValueError(f"tasks: {tasks!r:.60} is neither a whole number nor a list of names") from error
 
 
 def overrides(strategy: Strategy, base: type[Strategy], method: str) -> bool:

@@ -34,6 +34,7 @@ class RotoGrad(JacobianAggregation):
 
     has_weights = True
     gradients = "features"
+    flat = True
 
     def __init__(
         self,
