@@ -14,7 +14,7 @@ from mtl.engine import arguments, gradients, guard, reach
 from mtl.engine.replicas import Replicas
 from mtl.engine.switches import TINY, Step, Switches
 from mtl.losses.base import GramianWeighting, JacobianAggregation, LossWeighting, Strategy, count, masked, overrides
-from mtl.optim.taskwise import leave, settle
+from mtl.optim.taskwise import leave, leave_presence, merge, settle
 
 
 @dataclass
@@ -117,6 +117,8 @@ class BackwardPass:
         if log:
             values = masked(values.clamp(min=TINY).log(), self.present)
         step = self._combine(samples, values, share) if combines else self._weigh(samples[0], values, share)
+        if not self.per_task:
+            merge(self.shared, len(self.heads))
         if untouched:
             finite = values.isfinite().all() & step.norm.isfinite()
             if heads := [p for head in self.heads for p in head]:
@@ -266,6 +268,10 @@ class BackwardPass:
             for parameters, found in zip(self.heads, terms or [], strict=False):
                 gradients.add(parameters, [None if g is None else self._scaled(g) for g in found])
         factors = _head_weights(strategy, weights, self.switches)
+        if self.per_task:
+            for i, parameters in enumerate(self.heads):
+                for p in parameters:
+                    leave_presence(p, None if self.present is None else self.present[i : i + 1])
         for i, (parameters, found) in enumerate(zip(self.heads, own, strict=True)):
             if factors is not None:
                 found = [None if g is None else factors[i] * g for g in found]
