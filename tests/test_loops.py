@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import os
 import pickle
 import re
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import mtl
 from mtl.certify.problem import make
 from mtl.losses import Equal, Statistics, hooks
+from mtl.losses.extra import unpack
 from mtl.losses.hooks import HINT, LONG, PATIENCE, defines
 from mtl.optim.taskwise import AdaTask
 
@@ -319,13 +321,16 @@ def test_a_loss_scale_changes_nothing_but_the_scale(name):
     close(scaled.numbers(), plain.numbers(), rtol=1e-9, atol=1e-12, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", ["uncertainty", "fairgrad", "db_mtl", "famo", "rotograd"])
-def test_a_grad_scaler_skips_an_overflow_and_goes_on_as_if_it_had_not_been(name):
-    """The step that overflows leaves model, method and optimizer as they were; the scale is halved."""
+@pytest.mark.parametrize(
+    "name", ["uncertainty", "fairgrad", "db_mtl", "famo", "rotograd", "rlw", "pcgrad", "gradvac", "graddrop"]
+)
+@pytest.mark.parametrize("first", [False, True])
+def test_a_grad_scaler_skips_an_overflow_and_goes_on_as_if_it_had_not_been(name, first):
+    """The step that overflows leaves model, method and optimizer as they were, and its draws are drawn again."""
 
     def train(overflow):
         loop, scaler = Loop(name), torch.amp.GradScaler("cpu", init_scale=2.0**10)
-        for step in (0, 1, "overflow", 2, 3):
+        for step in ("overflow", 0, 1) if first else (0, 1, "overflow", 2, 3):
             if step == "overflow":
                 if not overflow:
                     continue
@@ -740,6 +745,39 @@ def test_manual_seed_decides_the_draws(name):
     assert not torch.equal(first[0], other[0])
     torch.manual_seed(1)
     close(first[1], torch.rand(1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["Equal", "Uncertainty", "RLW", "PCGrad", "AlignedMTL"])
+def test_a_state_that_is_computed_with_is_loaded_or_refused(name):
+    """As an average over all entries does it, also of states with and without a random stream; or a change of dtype."""
+    fields = ("epoch", "epochs", "calls", "names", "_seed", "_base")
+    body, heads, x = network()
+    strategy = fresh(name)
+    average = dict(strategy.state_dict())
+    mtl.backward(errors(body(x), heads), strategy, body, heads)
+    state = strategy.state_dict()
+    for cast in (torch.half, torch.bfloat16, torch.double):
+        again = fresh(name)
+        again.load_state_dict({key: value.to(cast) for key, value in state.items()})
+        assert all(getattr(again, field) == getattr(strategy, field) for field in fields)
+    for _ in range(5):
+        same = {key: 0.9 * value + 0.1 * value for key, value in state.items()}
+        average = {key: 0.9 * average[key] + 0.1 * value for key, value in state.items()}
+    again.load_state_dict(same)
+    assert all(getattr(again, field) == getattr(strategy, field) for field in fields)
+    with pytest.raises(ValueError, match=r"state_dict: the entry _extra_state was changed; copy it"):
+        again.load_state_dict(average)
+
+
+def test_a_state_of_an_older_version_loads():
+    """Text as uint8, as it was before."""
+    loop = Loop("rlw")
+    loop.epoch(0)
+    state = loop.strategy.state_dict()
+    text = json.dumps(unpack(state["_extra_state"])).encode()
+    again = make("rlw")
+    again.load_state_dict(state | {"_extra_state": torch.frombuffer(bytearray(text), dtype=torch.uint8)})
+    assert torch.equal(again.get_extra_state(), state["_extra_state"])
 
 
 def test_checkpoints_of_the_first_release_load():

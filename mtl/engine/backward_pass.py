@@ -189,7 +189,8 @@ class BackwardPass:
                 gradients.add(parameters, found)
             return Step(None, torch.zeros_like(values[0]))
         untouched = None
-        if not isinstance(strategy, LossWeighting) and (strategy.lazy or any(True for _ in strategy.buffers())):
+        keeps = strategy.lazy or any(True for _ in strategy.buffers()) or values.device.type == "cpu"  # its draws
+        if keeps and not isinstance(strategy, LossWeighting):
             finite = values.isfinite().all() & gramian.isfinite().all() & _finite(own)
             # A copy of the buffers costs as much as the Jacobian. On a CPU it is known beforehand that none is needed.
             untouched = None if guard.host(finite[None]) == [True] else guard.Untouched(strategy)

@@ -5,7 +5,6 @@ Shapes: T tasks, P shared parameters. losses (T,), jacobian (T, P), gramian (T, 
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mtl.losses import hooks
+from mtl.losses.extra import pack, unpack
 from mtl.random import derive
 
 HEADS = ("own", "weighted")
@@ -189,6 +189,18 @@ class Strategy(nn.Module, ABC):
         for generator in self._generators.values():
             generator.manual_seed(seed)
 
+    def draws(self) -> dict[torch.device, Tensor]:
+        """Where the random streams of CPUs stand."""
+        return {device: g.get_state() for device, g in self._generators.items() if device.type == "cpu"}
+
+    def redraw(self, draws: dict[torch.device, Tensor]) -> None:
+        """Draw again what was drawn since `draws`."""
+        for device, generator in self._generators.items():
+            if device in draws:
+                generator.set_state(draws[device])
+            elif device.type == "cpu":
+                generator.manual_seed(self.stream_seed())
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy belongs to no group of processes yet; a process group can be neither copied nor pickled.
         return {**self.__dict__, "across": None, "watch": None, "movement": None}
@@ -198,19 +210,22 @@ class Strategy(nn.Module, ABC):
         return {name: value for name, value in self.state_dict().items() if not name.endswith("_extra_state")}
 
     def get_extra_state(self) -> Tensor:
-        """(bytes,) uint8, what a checkpoint needs besides parameters and buffers: progress, hooks, the random stream.
+        """(8192,) float32, what a checkpoint needs besides parameters and buffers: progress, hooks, the random stream.
 
-        A tensor, because many loops treat every entry of a `state_dict` as one.
+        Many loops compute with every entry of a `state_dict`: halve it, or average it. So it is as `pack` writes it.
         """
         streams = {str(d): b64encode(bytes(g.get_state().tolist())).decode() for d, g in self._generators.items()}
         progress = {"epoch": self.epoch, "epochs": self.epochs, "seed": self._seed, "streams": streams}
         progress |= {"names": list(self.names), "base": self._base}
-        text = json.dumps({**progress, "calls": self.calls.state()})
-        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        return pack({**progress, "calls": self.calls.state()})
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Go on from `get_extra_state`; on another kind of device the stream begins anew, from the same seed."""
-        known = json.loads(bytes(state.tolist()))
+        """Go on from `get_extra_state`; on another kind of device the stream begins anew, from the same seed.
+
+        Raises:
+            ValueError: it is of other tasks, or was computed with.
+        """
+        known = unpack(state)
         if known["names"] != list(self.names):
             told, here = ", ".join(known["names"]), ", ".join(self.names)
             raise ValueError(f"state_dict: of the tasks {told}, in this order; this strategy has {here}")
