@@ -46,8 +46,9 @@ def backward(
         heads: for each task (in order, or by name) the parameters that are its own (may be empty), or its module.
             Gradient methods need it, because a parameter in neither list would never be trained; loss weighting
             reaches every parameter by itself. A parameter in both lists is shared if several losses reach it.
-        present: (T,) bool, False where the batch (or one of several batches) holds no label of that task: its loss,
-            which must be finite or without a graph, is then ignored.
+        present: (T,) bool, False where the batch (or one of several batches) holds no label of that task: its loss is
+            then ignored, whatever it is. Only for loss weighting with `present` on a GPU or several processes, it must
+            have finite gradients or no graph.
         features: what the backbone returned and all heads started from; needed for gradients=features.
         switches: variations of the step.
         per_task: also leave the weighted gradients of the tasks as `task_grads` (T, *p.shape) on the shared parameters,

@@ -128,6 +128,7 @@ class BackwardPass:
 
     def _weigh(self, losses: list[Tensor], values: Tensor, share: Tensor | None) -> Step:
         """Loss weighting: one backward pass, which reaches every parameter."""
+        losses, absent = self._without_absent(losses)
         self._regularise(losses)
         stacked, weights = self._weights_of_losses(losses, values, share)
         seed = weights
@@ -135,7 +136,21 @@ class BackwardPass:
             seed = seed * share * self.replicas.size
         if stacked.requires_grad:
             stacked.backward(self._scaled(seed))
+        if absent:  # zeros, as the absent losses would have left
+            left = [p for p in (*self.shared, *(p for i in absent for p in self.heads[i])) if p.grad is None]
+            gradients.add(left, [torch.zeros_like(p) for p in left])
         return Step(weights=weights, norm=self._unscaled(gradients.norm(self.shared)))
+
+    def _without_absent(self, losses: list[Tensor]) -> tuple[list[Tensor], list[int]]:
+        """The losses, of which those of absent tasks have no graph, where the host knows them; and which these are.
+
+        0 times the slope of a NaN is NaN, and would spoil what all tasks share.
+        """
+        known = None if self.present is None or self.replicas is not None else guard.host(self.present)
+        if known is None:
+            return losses, []
+        absent = [i for i, there in enumerate(known) if not there and losses[i].requires_grad]
+        return [loss.detach() if i in absent else loss for i, loss in enumerate(losses)], absent
 
     def _regularise(self, losses: list[Tensor]) -> None:
         extra = self.strategy.regulariser(losses, self.features, self.present)
@@ -264,6 +279,7 @@ class BackwardPass:
         strategy = self.strategy
         if overrides(strategy, GramianWeighting, "head_terms"):
             true = own if self.scale is None else [[None if g is None else g / self.scale for g in h] for h in own]
+            losses, _ = self._without_absent(losses)
             with torch.enable_grad():
                 terms = strategy.head_terms(losses, self.features, weights, self.heads, true)
             for parameters, found in zip(self.heads, terms or [], strict=False):
@@ -333,6 +349,11 @@ class BackwardPass:
             for i, there in enumerate(reached):
                 if not there and not maybe[i]:
                     reach.check_shared(i, self.strategy.names[i], reach.reach(losses[i]), visible=False)
+        if self.present is not None:  # 0 times the slope of a NaN is NaN
+            here = self.present if share is None else share > 0
+            rows = torch.where(here[:, None], rows, 0.0)
+            own = [[g if g is None or g.is_sparse else torch.where(h, g, 0.0) for g in head]
+                   for h, head in zip(here, own, strict=True)]  # fmt: skip
         if share is not None:
             rows *= share[:, None]
             if not self.of_features:
