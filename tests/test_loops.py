@@ -2,10 +2,12 @@
 
 import copy
 import io
+import json
 import os
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
@@ -16,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 import mtl
 from mtl.certify.problem import make
-from mtl.losses import Equal, Statistics
-from mtl.losses.hooks import PATIENCE, defines
+from mtl.losses import Equal, Statistics, hooks
+from mtl.losses.extra import unpack
+from mtl.losses.hooks import HINT, LONG, PATIENCE, defines
 from mtl.optim.taskwise import AdaTask
 
 close = torch.testing.assert_close
@@ -177,6 +180,48 @@ def test_a_tied_weight_is_shared(name):
     close(found[0], found[1])
 
 
+def test_it_is_said_that_gradients_are_off():
+    for off in (torch.no_grad, torch.inference_mode):
+        body, heads, x = network()
+        for name in ("Equal", "PCGrad"):
+            with pytest.raises(ValueError, match=r"losses: gradients are switched off"), off():
+                mtl.backward(errors(body(x), heads), fresh(name), body, heads)
+            with pytest.raises(ValueError, match=r"losses: gradients are switched off"), off():
+                mtl.backward(torch.stack(errors(body(x), heads)), fresh(name), body, heads)
+
+
+@pytest.mark.parametrize("name", ["Equal", "Uncertainty", "PCGrad", "GradDrop", "RotoGrad", "RepMTL"])
+def test_losses_with_a_graph_may_be_given_under_no_grad(name):
+    """As to Tensor.backward."""
+    found = []
+    for mode in (torch.no_grad, torch.enable_grad):
+        body, heads, x = network()
+        strategy, f = fresh(name, **({"features": 6} if name == "RotoGrad" else {})), body(x).tanh()
+        losses = errors(strategy.views(f)[0], heads)
+        strategy.epoch_start(0, 1, 3)
+        with mode():
+            mtl.backward(losses, strategy, body, heads, features=f)
+        found.append([p.grad for m in (body, *heads, strategy) for p in m.parameters()])
+    close(found[0], found[1], rtol=0, atol=0)
+    assert body.weight.grad.any()
+
+
+def test_tasks_may_be_numbered():
+    found = []
+    for tasks in (2, np.int64(2), [0, 1], np.arange(2), ["0", "1"], torch.tensor(2)):
+        body, heads, x = network()
+        losses = errors(body(x).tanh(), heads)
+        named = {np.int64(1): losses[1], 0: losses[0]}
+        strategy = mtl.losses.PCGrad(tasks)
+        strategy.epoch_start(0, 1, 3)
+        mtl.backward(named, strategy, body, {1: heads[1], 0: heads[0]}, {0: True, 1: True})
+        found.append(body.weight.grad)
+    close(found, [found[0]] * len(found), rtol=0, atol=0)
+    for tasks in (2.0, None, torch.tensor(2.0)):
+        with pytest.raises(ValueError, match=r"tasks: .*neither a whole number nor a list of names"):
+            mtl.losses.PCGrad(tasks)
+
+
 # ------------------------------------------------------------------------------------------ what a loss does not reach
 
 
@@ -232,6 +277,31 @@ def test_a_loss_without_a_graph_must_be_absent():
     assert body.weight.grad.any() and heads[1].weight.grad is None
 
 
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("absent", ["0/0", "slope of a root at 0", "inf"])
+def test_the_loss_of_an_absent_task_may_be_anything(name, absent):
+    """A mean over no label is NaN, and so is 0 times the slope of a root at 0: neither may reach the trunk."""
+    found = []
+    change = {
+        "0/0": lambda loss: loss * 0 / (loss.detach() * 0),
+        "slope of a root at 0": lambda loss: (loss * 0).sqrt(),
+        "inf": lambda loss: loss * float("inf"),
+    }
+    for edit in (lambda loss: loss, change[absent]):
+        loop = Loop(name)
+
+        def losses(x, y, right=loop.losses, edit=edit):
+            values, features = right(x, y)
+            return [edit(value) if i == 1 else value for i, value in enumerate(values)], features
+
+        loop.losses = losses
+        if defines(loop.strategy, "look_ahead"):
+            pytest.skip("look_ahead is told of absent tasks by itself")
+        loop.fill(0, present=[True, False, True])
+        found.append(loop.gradients())
+    close(found[1], found[0], rtol=1e-10, atol=1e-14)
+
+
 def test_a_task_may_use_a_part_of_the_trunk():
     body, heads, x = network()
     deep = nn.Linear(6, 6)
@@ -276,13 +346,16 @@ def test_a_loss_scale_changes_nothing_but_the_scale(name):
     close(scaled.numbers(), plain.numbers(), rtol=1e-9, atol=1e-12, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", ["uncertainty", "fairgrad", "db_mtl", "famo", "rotograd"])
-def test_a_grad_scaler_skips_an_overflow_and_goes_on_as_if_it_had_not_been(name):
-    """The step that overflows leaves model, method and optimizer as they were; the scale is halved."""
+@pytest.mark.parametrize(
+    "name", ["uncertainty", "fairgrad", "db_mtl", "famo", "rotograd", "rlw", "pcgrad", "gradvac", "graddrop"]
+)
+@pytest.mark.parametrize("first", [False, True])
+def test_a_grad_scaler_skips_an_overflow_and_goes_on_as_if_it_had_not_been(name, first):
+    """The step that overflows leaves model, method and optimizer as they were, and its draws are drawn again."""
 
     def train(overflow):
         loop, scaler = Loop(name), torch.amp.GradScaler("cpu", init_scale=2.0**10)
-        for step in (0, 1, "overflow", 2, 3):
+        for step in ("overflow", 0, 1) if first else (0, 1, "overflow", 2, 3):
             if step == "overflow":
                 if not overflow:
                     continue
@@ -436,7 +509,9 @@ def test_adatask_over_micro_batches_equals_the_whole_batch(name):
 # ------------------------------------------------------------------------------------------------------------- hooks
 
 
-def test_a_forgotten_hook_is_an_error_that_says_what_to_call():
+def test_a_forgotten_hook_is_an_error_that_says_what_to_call(monkeypatch):
+    monkeypatch.setattr(hooks, "LONG", PATIENCE)  # steps of a first epoch that never ends
+
     def loop(name, steps, **options):
         body, heads, x = network()
         strategy = fresh(name, **options)
@@ -480,6 +555,166 @@ def test_methods_that_learn_from_epochs_work_with_epoch_end_alone():
             info = mtl.backward(errors(body(x).tanh(), heads), strategy, body, heads)
         strategy.epoch_end(Statistics(torch.tensor([1.0, 1.0 - 0.3 * epoch])))
     assert info.weights[0] > info.weights[1]
+
+
+def test_a_long_first_epoch_is_no_error_for_methods_that_need_its_end_alone():
+    """They say after `HINT` steps what they wait for, and refuse after `LONG`; epoch_start is an answer, too."""
+    strategy, heard = fresh("DWA"), fresh("DWA")
+    body, heads, x = network()
+    heard.epoch_start(0, 3)
+    heard.calls.steps = strategy.calls.steps = HINT
+    mtl.backward(errors(body(x), heads), heard, body, heads)
+    with pytest.warns(UserWarning, match=r"DWA learns from epochs.*waits for strategy.epoch_end"):
+        mtl.backward(errors(body(x), heads), strategy, body, heads)
+    mtl.backward(errors(body(x), heads), strategy, body, heads)
+    heard.calls.steps = strategy.calls.steps = LONG
+    mtl.backward(errors(body(x), heads), heard, body, heads)
+    with pytest.raises(RuntimeError, match=r"DWA learns from epochs.*first epoch is longer.*epoch_start"):
+        mtl.backward(errors(body(x), heads), strategy, body, heads)
+
+
+def test_an_epochs_end_alone_does_not_tell_the_progress():
+    body, heads, x = network()
+    strategy = mtl.losses.Annealed(2)
+    strategy.epoch_end(Statistics(torch.ones(2)))
+    with pytest.raises(RuntimeError, match=r"Annealed depends on epochs.*epoch_start"):
+        for _ in range(PATIENCE + 1):
+            mtl.backward(errors(body(x).tanh(), heads), strategy, body, heads)
+
+
+def train(name, steps, own=True, every=1, change=None, optimizer=torch.optim.SGD):
+    """Steps of a loop whose optimizer holds the strategy's parameters if `own`; it steps after `every` passes."""
+    body, heads, x = network()
+    strategy = fresh(name) if isinstance(name, str) else name
+    known = [p for m in (body, *heads, *[strategy] * own) for p in m.parameters()]
+    chosen = optimizer(known, lr=0.01)
+    for step in range(steps):
+        mtl.backward(errors(body(x).tanh(), heads), strategy, body, heads)
+        if step % every == every - 1:
+            chosen.step()
+            chosen.zero_grad()
+            if change:
+                change(strategy)
+    return strategy
+
+
+@pytest.mark.parametrize("name", ["Uncertainty", "UncertaintySigma", "IMTL", "IMTLL", "LDCMTL"])
+def test_a_methods_parameters_in_no_optimizer_are_an_error(name):
+    train(name, PATIENCE, own=False)
+    with pytest.raises(RuntimeError, match=rf"{name}: its parameter \w+ got .*add strategy.parameters\(\) to the opt"):
+        train(name, PATIENCE + 2, own=False)
+    train(name, PATIENCE + 2)
+
+
+def test_parameters_that_rest_for_a_reason_are_none():
+    train("Uncertainty", 4 * PATIENCE, own=False, every=4)  # accumulation: the model has made PATIENCE steps
+    train("Uncertainty", 2 * PATIENCE, every=40)
+    train(fresh("Uncertainty").requires_grad_(False), 2 * PATIENCE, own=False)
+
+    def by_hand(strategy):
+        strategy.log_variances.data -= 0.01 * strategy.log_variances.grad
+
+    train("Uncertainty", 2 * PATIENCE, own=False, change=by_hand)
+    copy.deepcopy(train("Uncertainty", 2, own=False))
+
+
+@pytest.mark.parametrize("name", ["Uncertainty", "PCGrad", "IMTL"])
+def test_a_module_may_hold_the_strategy(name):
+    """Its parameters are the method's, not the model's, so the step is the same."""
+    found = []
+    for inside in (False, True):
+        body, heads, x = network()
+        strategy = fresh(name)
+        losses = errors(body(x).tanh(), heads)
+        own = [[strategy], [strategy]] if inside else [[], []]
+        step = mtl.backward(losses, strategy, [body, *own[0]], [[h, *o] for h, o in zip(heads, own, strict=True)])
+        found.append([step.norm, *(p.grad for m in (body, *heads, strategy) for p in m.parameters())])
+    close(found[0], found[1], rtol=0, atol=0)
+    if name == "Uncertainty":
+        with pytest.raises(ValueError, match="shared: holds only the strategy's own parameters"):
+            mtl.backward(errors(body(x), heads), strategy, strategy, heads)
+
+
+def test_a_method_that_learns_from_each_step_names_the_cure_for_accumulation_and_closures():
+    with pytest.raises(RuntimeError, match=r"FAMO .*no parameter has moved.*micro-batches: add up each task's losses"):
+        train("FAMO", 2, every=2)
+    with pytest.raises(RuntimeError, match=r"FAMO .*after every optimizer.step\(\).*LBFGS\) needs max_iter=1"):
+        train("FAMO", 2)
+
+
+@pytest.mark.parametrize("form", ["list", "floats", "dict", "numpy"])
+def test_hooks_take_lists_and_numbers(form):
+    forms = {
+        "list": list,
+        "floats": torch.Tensor.tolist,
+        "dict": lambda v: {1: v[1], 0: v[0]},
+        "numpy": lambda v: v.detach().numpy(),
+    }
+    make_form, values = forms[form], torch.tensor([1.0, 2.0])
+    for name, call in {
+        "FAMO": lambda s, v: s.after_step(v),
+        "DWA": lambda s, v: [s.epoch_end(Statistics(v)), s.epoch_end(Statistics(losses=v, scores=v))],
+    }.items():
+        found = []
+        for convert in (lambda v: v, make_form):
+            body, heads, x = network()
+            strategy = fresh(name)
+            mtl.backward(errors(body(x), heads), strategy, body, heads)
+            call(strategy, convert(values))
+            found.append(dict(strategy.named_buffers()))
+        close(found[0], found[1], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("losses", [torch.ones(2, 1), torch.ones(1), torch.ones(()), [[1.0, 2.0]], 1.0, [1.0], None])
+def test_hooks_refuse_other_shapes(losses):
+    body, heads, x = network()
+    famo, stch, look = fresh("FAMO"), fresh("STCH"), fresh("AutoLambda")
+    mtl.backward(errors(body(x), heads), famo, body, heads)
+    for said, call in {
+        r"after_step\(losses\): ": lambda: famo.after_step(losses),
+        r"Statistics\(losses\): |epoch_end\(statistics\): ": lambda: stch.epoch_end(
+            losses if losses is None else Statistics(losses)
+        ),
+        r"look_ahead\(losses_of\): ": lambda: look.look_ahead(lambda k: losses, list(body.parameters()), 0.1),
+    }.items():
+        with pytest.raises((ValueError, TypeError), match=said):
+            call()
+    assert famo.calls.waits
+
+
+def test_look_ahead_takes_a_list_of_losses():
+    found = []
+    for convert in (torch.stack, list, lambda losses: {"1": losses[1], "0": losses[0]}):
+        body, heads, x = network()
+        strategy = fresh("MOML")
+        half = lambda k, body=body, heads=heads, x=x: errors(body(x.chunk(2)[k]).tanh(), heads)  # noqa: E731
+        strategy.look_ahead(lambda k, half=half, convert=convert: convert(half(k)), list(body.parameters()), 0.1)
+        mtl.backward(errors(body(x), heads), strategy, body, heads)
+        found.append(body.weight.grad)
+    close(found[0], found[1])
+    close(found[0], found[2])
+
+
+def test_the_width_of_the_features_is_a_number():
+    with pytest.raises(ValueError, match=r"prepare\(features\): a Tensor is no width"):
+        fresh("RotoGrad").prepare(torch.ones(8, 6))
+
+
+@pytest.mark.parametrize("name", ["RotoGrad", "RepMTL"])
+@pytest.mark.parametrize("kind", ["tuple", "map", "sequence", "list"])
+def test_features_of_another_shape_are_refused(name, kind):
+    """A feature map whose width is F by chance would be rotated along the wrong dimension."""
+    body, heads, x = network()
+    f = {
+        "tuple": (body(x), body(x)),
+        "map": torch.randn(2, 3, 6, 6, requires_grad=True),
+        "sequence": body(torch.randn(2, 5, 4)),
+        "list": [body(x)],
+    }[kind]
+    strategy = fresh(name, **({"features": 6} if name == "RotoGrad" else {}))
+    with pytest.raises((ValueError, TypeError), match=rf"features: .*{name} needs one tensor of shape \(N, F\)"):
+        strategy.views(f)
+        mtl.backward(errors(body(x), heads), strategy, body, heads, features=f)
 
 
 def test_views_must_be_asked_for():
@@ -535,6 +770,39 @@ def test_manual_seed_decides_the_draws(name):
     assert not torch.equal(first[0], other[0])
     torch.manual_seed(1)
     close(first[1], torch.rand(1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["Equal", "Uncertainty", "RLW", "PCGrad", "AlignedMTL"])
+def test_a_state_that_is_computed_with_is_loaded_or_refused(name):
+    """As an average over all entries does it, also of states with and without a random stream; or a change of dtype."""
+    fields = ("epoch", "epochs", "calls", "names", "_seed", "_base")
+    body, heads, x = network()
+    strategy = fresh(name)
+    average = dict(strategy.state_dict())
+    mtl.backward(errors(body(x), heads), strategy, body, heads)
+    state = strategy.state_dict()
+    for cast in (torch.half, torch.bfloat16, torch.double):
+        again = fresh(name)
+        again.load_state_dict({key: value.to(cast) for key, value in state.items()})
+        assert all(getattr(again, field) == getattr(strategy, field) for field in fields)
+    for _ in range(5):
+        same = {key: 0.9 * value + 0.1 * value for key, value in state.items()}
+        average = {key: 0.9 * average[key] + 0.1 * value for key, value in state.items()}
+    again.load_state_dict(same)
+    assert all(getattr(again, field) == getattr(strategy, field) for field in fields)
+    with pytest.raises(ValueError, match=r"state_dict: the entry _extra_state was changed; copy it"):
+        again.load_state_dict(average)
+
+
+def test_a_state_of_an_older_version_loads():
+    """Text as uint8, as it was before."""
+    loop = Loop("rlw")
+    loop.epoch(0)
+    state = loop.strategy.state_dict()
+    text = json.dumps(unpack(state["_extra_state"])).encode()
+    again = make("rlw")
+    again.load_state_dict(state | {"_extra_state": torch.frombuffer(bytearray(text), dtype=torch.uint8)})
+    assert torch.equal(again.get_extra_state(), state["_extra_state"])
 
 
 def test_checkpoints_of_the_first_release_load():

@@ -189,3 +189,65 @@ def test_a_closure_is_called(kind):
         return loss
 
     assert optimizer.step(closure).item() == 3.0 and (p < 1).all()
+
+
+@pytest.mark.parametrize("name", ["Equal", "PCGrad"])
+def test_merged_gradients_are_refused(name):
+    """AdaTask would be plain Adam with them."""
+    body, heads = network()
+    optimizer = AdaTask([p for m in (body, *heads) for p in m.parameters()])
+
+    def fill(**options):
+        features = body(X).tanh()
+        losses = [(h(features) - i).pow(2).mean() for i, h in enumerate(heads)]
+        mtl.backward(losses, getattr(mtl.losses, name)(tasks=2), body, heads, **options)
+
+    before = body.weight.detach().clone()
+    for parts in ([{}], [{"per_task": True}, {}]):  # alone, and as one of two micro-batches
+        for options in parts:
+            fill(**options)
+        with pytest.raises(
+            RuntimeError, match=r"AdaTask: .*merged from 2 tasks; call mtl.backward\(..., per_task=True"
+        ):
+            optimizer.step()
+        assert torch.equal(body.weight, before)
+        optimizer.zero_grad(set_to_none=False)
+    fill(per_task=True)
+    optimizer.step()
+    assert not torch.equal(body.weight, before)
+
+
+def test_one_task_and_a_frozen_trunk_need_no_rows():
+    body, heads = network()
+    optimizer = AdaTask([*body.parameters(), *heads[0].parameters()])
+    mtl.backward([heads[0](body(X)).pow(2).mean()], mtl.losses.Equal(tasks=1), body, heads[:1])
+    optimizer.step()
+    body.requires_grad_(False)
+    optimizer = AdaTask([p for h in heads for p in h.parameters()])
+    mtl.backward([h(body(X)).pow(2).mean() for h in heads], mtl.losses.Equal(tasks=2), body, heads)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("zero", ["optimizer", "zeros", "none"])
+def test_the_head_of_an_absent_task_rests(base, zero):
+    """Weight, momentum, counter and weight decay; a task in one of two micro-batches is there."""
+    body, heads = network()
+    modules = nn.ModuleList([body, *heads])
+    optimizer = AdaTask(modules.parameters(), lr=0.1, base=base, weight_decay=0.1)
+    absent = [[[True, True]], [[True, False]], [[True, False], [True, False]], [[True, False], [True, True]]]
+    rests = []
+    for parts in absent:
+        optimizer.zero_grad() if zero == "optimizer" else modules.zero_grad(set_to_none=zero == "none")
+        before = copy.deepcopy([[p.detach(), optimizer.state.get(p, {})] for p in heads[1].parameters()])
+        for there in parts:
+            features = body(X).tanh()
+            losses = [(h(features) - i - 1).pow(2).mean() for i, h in enumerate(heads)]
+            present = torch.tensor(there)
+            mtl.backward(losses, mtl.losses.Equal(tasks=2), body, heads, present, per_task=True)
+        optimizer.step()
+        rests.append([
+            torch.equal(p, old) and all(torch.equal(optimizer.state[p][n], t) for n, t in state.items())
+            for p, (old, state) in zip(heads[1].parameters(), before, strict=True)
+        ])  # fmt: skip
+    assert rests == [[False, False], [True, True], [True, True], [False, False]]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from mtl.losses.base import Strategy
+from mtl.losses.extra import unpack
 
 ALONE = "give group=None if each process trains its own model"
 TOLERANCE = 1e-9  # relative, of sums in float64: replicas are equal in all bits, but GPUs may add in another order
@@ -96,7 +97,7 @@ def describe_strategy(strategy: Strategy) -> dict[str, Any]:
     strategy.stream_seed()  # decided now, so that it is in the state
     tensors = {name: (tuple(t.shape), t.dtype) for name, t in _tensors(strategy).items()}
     lasting = {name for name in tensors if name not in strategy.lazy}
-    extra = bytes(strategy.get_extra_state().tolist())
+    extra = unpack(strategy.get_extra_state())
     return {"tensors": tensors, "lasting": lasting, "steps": strategy.calls.steps, "extra": extra}
 
 

@@ -86,8 +86,22 @@ def parameters(name: str, given: Any) -> list[Parameter]:
     return list(found.values())
 
 
-def shared_parameters(given: Any) -> list[Parameter]:
+def check_grad_mode(samples: Sequence[Sequence[Tensor]]) -> None:
+    """Raises:
+    ValueError: gradients are switched off, and so were they where the losses were computed.
+    """
+    off = "torch.inference_mode()" if torch.is_inference_mode_enabled() else "torch.no_grad()"
+    known = any(loss.requires_grad for losses in samples for loss in losses)
+    if torch.is_inference_mode_enabled() or not (torch.is_grad_enabled() or known):
+        raise ValueError(
+            f"losses: gradients are switched off here; compute them and call mtl.backward outside of {off}"
+        )
+
+
+def shared_parameters(given: Any, strategy: Strategy) -> list[Parameter]:
     """The trainable parameters in `shared`; empty where all of them are frozen.
+
+    A module may hold the strategy. Its own parameters are not the model's.
 
     Raises:
         ValueError: it holds no parameter at all.
@@ -99,7 +113,11 @@ def shared_parameters(given: Any) -> list[Parameter]:
             "shared: no parameters; a generator such as model.parameters() yields them only once, "
             "so call it anew for each step or keep a list"
         )
-    return [p for p in found if p.requires_grad]
+    own = {id(p) for p in strategy.parameters()}
+    model = [p for p in found if id(p) not in own]
+    if not model:
+        raise ValueError("shared: holds only the strategy's own parameters, which belong into the optimizer instead")
+    return [p for p in model if p.requires_grad]
 
 
 def head_parameters(given: Any, strategy: Strategy, exclusive: bool) -> list[list[Parameter]]:
@@ -127,7 +145,11 @@ def head_parameters(given: Any, strategy: Strategy, exclusive: bool) -> list[lis
             f"heads: {len(groups)} collections of parameters for {len(names)} tasks ({', '.join(names)}); "
             "give one for each task, which may be empty"
         )
-    heads = [[p for p in parameters(f"heads[{i}]", group) if p.requires_grad] for i, group in enumerate(groups)]
+    own = {id(p) for p in strategy.parameters()}
+    heads = [
+        [p for p in parameters(f"heads[{i}]", group) if p.requires_grad and id(p) not in own]
+        for i, group in enumerate(groups)
+    ]
     owner: dict[int, int] = {}
     for i, head in enumerate(heads):
         for p in head:
@@ -179,6 +201,8 @@ def loss_scale(given: Any, device: torch.device) -> Tensor | float | None:
 def _in_task_order(name: str, given: Any, names: Sequence[str]) -> Iterable[Any]:
     if not isinstance(given, Mapping):
         return given
+    if len(by_name := {str(key): value for key, value in given.items()}) == len(given):
+        given = by_name  # tasks may be numbered
     if set(given) != set(names):
         shown = ", ".join(map(str, given))
         raise ValueError(

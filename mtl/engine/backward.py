@@ -12,9 +12,10 @@ from torch.nn import Parameter
 
 from mtl.engine import arguments
 from mtl.engine.backward_pass import BackwardPass
+from mtl.engine.movement import Movement
 from mtl.engine.replicas import Group, heard, replicas
 from mtl.engine.switches import Info, Switches
-from mtl.losses import hooks
+from mtl.losses import given, hooks
 from mtl.losses.base import GramianWeighting, JacobianAggregation, LossWeighting, Strategy
 
 PAPER = Switches()  # everything as published
@@ -46,8 +47,9 @@ def backward(
         heads: for each task (in order, or by name) the parameters that are its own (may be empty), or its module.
             Gradient methods need it, because a parameter in neither list would never be trained; loss weighting
             reaches every parameter by itself. A parameter in both lists is shared if several losses reach it.
-        present: (T,) bool, False where the batch (or one of several batches) holds no label of that task: its loss,
-            which must be finite or without a graph, is then ignored.
+        present: (T,) bool, False where the batch (or one of several batches) holds no label of that task: its loss is
+            then ignored, whatever it is. Only for loss weighting with `present` on a GPU or several processes, it must
+            have finite gradients or no graph.
         features: what the backbone returned and all heads started from; needed for gradients=features.
         switches: variations of the step.
         per_task: also leave the weighted gradients of the tasks as `task_grads` (T, *p.shape) on the shared parameters,
@@ -69,24 +71,29 @@ def backward(
         ValueError, TypeError: an argument is not what is described here (the message begins with its name), a loss
             reaches no parameter, a method that takes logarithms or ratios of losses met a negative one, or the
             switches do not fit the strategy.
-        RuntimeError: a hook of the method was due and did not come, such as `after_step`; or another process of the
-            group refused this step (its error is told), or has left.
+        RuntimeError: a hook of the method was due and did not come, such as `after_step`; a parameter of the method
+            gets gradients, but no optimizer moves it; or another process of the group refused this step (its error is
+            told), or has left.
     """
     switches.check(strategy)
     if not isinstance(strategy, LossWeighting | GramianWeighting | JacobianAggregation):
         raise TypeError(f"{type(strategy).__name__} belongs to none of the three families of mtl.losses")
-    hooks.check_step(strategy)
+    owned = arguments.shared_parameters(shared, strategy)
+    strategy.movement = strategy.movement or Movement()
+    hooks.check_step(strategy, strategy.movement.look(strategy, owned))
     if per_task:
         switches.check_per_task(strategy)
     of_features, combines = switches.of_features(strategy), switches.combines(strategy, per_task)
     samples = _samples(losses, strategy)
-    owned = arguments.shared_parameters(shared)
+    arguments.check_grad_mode(samples)
     own = None if heads is None else arguments.head_parameters(heads, strategy, exclusive=combines)
     if combines and own is None:
         why = "a step with per-task gradients" if isinstance(strategy, LossWeighting) else type(strategy).__name__
         raise ValueError(f"heads: {why} needs each task's own parameters (may be empty)")
     if of_features and features is None:
         raise ValueError("features: gradients of features need the tensor that all heads start from")
+    if features is not None and (of_features or strategy.flat):
+        given.check_features(strategy, features)
     device = samples[0][0].device
     there = arguments.marks(present, strategy.names, device)
     one = BackwardPass(
@@ -96,9 +103,10 @@ def backward(
     one.check(samples, combines)
     # A caller may be inside of autocast; the method's own products must not be rounded to half precision.
     inside = torch.is_autocast_enabled(device.type)
-    with torch.autocast(device.type, enabled=False) if inside else nullcontext():
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False) if inside else nullcontext():
         step = one.run(samples, combines)
     hooks.note_step(strategy)
+    strategy.movement.note(strategy, owned)
     return step
 
 

@@ -15,7 +15,7 @@ from mtl.engine.agreement import Call
 from mtl.engine.replicas import Replicas
 from mtl.engine.switches import TINY, Info, Switches
 from mtl.losses.base import GramianWeighting, JacobianAggregation, LossWeighting, Strategy, count, masked, overrides
-from mtl.optim.taskwise import leave, settle
+from mtl.optim.taskwise import leave, leave_presence, merge, settle
 
 
 @dataclass
@@ -135,6 +135,8 @@ class BackwardPass:
         if log:
             values = masked(values.clamp(min=TINY).log(), self.present)
         step = self._combine(samples, values, share) if combines else self._weigh(samples[0], values, share)
+        if not self.per_task:
+            merge(self.shared, len(self.heads))
         if untouched:
             finite = values.isfinite().all() & step.norm.isfinite()
             if heads := [p for head in self.heads for p in head]:
@@ -150,6 +152,7 @@ class BackwardPass:
 
     def _weigh(self, losses: list[Tensor], values: Tensor, share: Tensor | None) -> Info:
         """Loss weighting: one backward pass, which reaches every parameter."""
+        losses, absent = self._without_absent(losses)
         self._regularise(losses)
         stacked, weights = self._weights_of_losses(losses, values, share)
         seed = weights
@@ -157,7 +160,21 @@ class BackwardPass:
             seed = seed * share * self.replicas.size
         if stacked.requires_grad:
             stacked.backward(self._scaled(seed))
+        if absent:  # zeros, as the absent losses would have left
+            left = [p for p in (*self.shared, *(p for i in absent for p in self.heads[i])) if p.grad is None]
+            gradients.add(left, [torch.zeros_like(p) for p in left])
         return Info(weights=weights, norm=self._unscaled(gradients.norm(self.shared)))
+
+    def _without_absent(self, losses: list[Tensor]) -> tuple[list[Tensor], list[int]]:
+        """The losses, of which those of absent tasks have no graph, where the host knows them; and which these are.
+
+        0 times the slope of a NaN is NaN, and would spoil what all tasks share.
+        """
+        known = None if self.present is None or self.replicas is not None else guard.host(self.present)
+        if known is None:
+            return losses, []
+        absent = [i for i, there in enumerate(known) if not there and losses[i].requires_grad]
+        return [loss.detach() if i in absent else loss for i, loss in enumerate(losses)], absent
 
     def _regularise(self, losses: list[Tensor]) -> None:
         extra = self.strategy.regulariser(losses, self.features, self.present)
@@ -212,7 +229,8 @@ class BackwardPass:
                 gradients.add(parameters, found)
             return Info(None, torch.zeros_like(values[0]))
         untouched = None
-        if not isinstance(strategy, LossWeighting) and (strategy.lazy or any(True for _ in strategy.buffers())):
+        keeps = strategy.lazy or any(True for _ in strategy.buffers()) or values.device.type == "cpu"  # its draws
+        if keeps and not isinstance(strategy, LossWeighting):
             finite = values.isfinite().all() & gramian.isfinite().all() & _finite(own)
             # A copy of the buffers costs as much as the Jacobian. On a CPU it is known beforehand that none is needed.
             untouched = None if guard.host(finite[None]) == [True] else guard.Untouched(strategy)
@@ -286,11 +304,16 @@ class BackwardPass:
         strategy = self.strategy
         if overrides(strategy, GramianWeighting, "head_terms"):
             true = own if self.scale is None else [[None if g is None else g / self.scale for g in h] for h in own]
+            losses, _ = self._without_absent(losses)
             with torch.enable_grad():
                 terms = strategy.head_terms(losses, self.features, weights, self.heads, true)
             for parameters, found in zip(self.heads, terms or [], strict=False):
                 gradients.add(parameters, [None if g is None else self._scaled(g) for g in found])
         factors = _head_weights(strategy, weights, self.switches)
+        if self.per_task:
+            for i, parameters in enumerate(self.heads):
+                for p in parameters:
+                    leave_presence(p, None if self.present is None else self.present[i : i + 1])
         for i, (parameters, found) in enumerate(zip(self.heads, own, strict=True)):
             if factors is not None:
                 found = [None if g is None else factors[i] * g for g in found]
@@ -351,6 +374,11 @@ class BackwardPass:
             for i, there in enumerate(reached):
                 if not there and not maybe[i]:
                     reach.check_shared(i, self.strategy.names[i], reach.reach(losses[i]), visible=False)
+        if self.present is not None:  # 0 times the slope of a NaN is NaN
+            here = self.present if share is None else share > 0
+            rows = torch.where(here[:, None], rows, 0.0)
+            own = [[g if g is None or g.is_sparse else torch.where(h, g, 0.0) for g in head]
+                   for h, head in zip(here, own, strict=True)]  # fmt: skip
         if share is not None:
             rows *= share[:, None]
             if not self.of_features:

@@ -14,7 +14,16 @@ from mtl.engine.names import Names, is_users_class
 BIT_GENERATORS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")
 CONTAINERS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")  # of every nn.Module
 # Of nn.Module and of Strategy: set anew in every run.
-SKIPPED = frozenset(vars(nn.Module())) | {"names", "epoch", "epochs", "_seed", "_generators", "grouped", "alone"}
+SKIPPED = frozenset(vars(nn.Module())) | {
+    "names",
+    "epoch",
+    "epochs",
+    "_seed",
+    "_generators",
+    "grouped",
+    "alone",
+    "movement",
+}
 KEPT = ["kept"]  # as the constructor has left it
 
 

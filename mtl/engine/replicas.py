@@ -29,6 +29,7 @@ from mtl.engine.agreement import Call
 from mtl.engine.reach import EVERY, reach
 from mtl.losses import hooks
 from mtl.losses.base import GramianWeighting, LossWeighting, Strategy, overrides
+from mtl.losses.extra import pack
 
 Group = Any  # torch.distributed.ProcessGroup, which some builds of torch do not have
 FIELDS = 7  # of a message, before its losses; see `Replicas._send`
@@ -233,7 +234,7 @@ class Replicas:
                 with _apart():
                     dist.broadcast(value, source, group=self.group)
                 tensor.copy_(value)
-        strategy.set_extra_state(torch.frombuffer(bytearray(strategies[0]["extra"]), dtype=torch.uint8))
+        strategy.set_extra_state(pack(strategies[0]["extra"]))
 
     # -- collectives --------------------------------------------------------------------------------------------------
 

@@ -30,7 +30,10 @@ def task_names(tasks: int | Sequence[str]) -> tuple[str, ...]:
     if isinstance(tasks, str):
         raise ValueError(f"tasks: {tasks!r} is one name; give a list of names, or their number")
     if not isinstance(tasks, Iterable) or getattr(tasks, "ndim", 1) == 0:
-        tasks = range(integer("tasks", tasks))
+        try:
+            tasks = range(integer("tasks", tasks))
+        except ValueError as error:
+            raise ValueError(f"tasks: {tasks!r:.60} is neither a whole number nor a list of names") from error
     names = tuple(map(str, tasks))
     if not names:
         raise ValueError("tasks: at least one task is needed")

@@ -5,7 +5,6 @@ Shapes: T tasks, P shared parameters. losses (T,), jacobian (T, P), gramian (T, 
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from mtl.config.constructors import checked
 from mtl.losses import hooks
 from mtl.losses.arguments import integer, task_names
 from mtl.losses.epochs import Statistics, check_progress, once_an_epoch
+from mtl.losses.extra import pack, unpack
 from mtl.random import derive
 
 HEADS = ("own", "weighted")
@@ -46,6 +46,7 @@ class Strategy(nn.Module, ABC):
         single_task_argument: name of the argument that takes single-task results, where a method needs them.
         epoch, epochs: training progress, epoch counted from 0; set by `epoch_start`.
         uses_progress: whether its weights depend on `epoch` and `epochs`.
+        flat: whether it takes features of shape (N, F) only.
         lr, weight_decay: of the method's own parameters; None follows the optimizer's.
     """
 
@@ -61,6 +62,7 @@ class Strategy(nn.Module, ABC):
     weight_decay: float | None = 0.0
     single_task_argument: str | None = None
     uses_progress: bool = False
+    flat: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -82,6 +84,7 @@ class Strategy(nn.Module, ABC):
         self.alone: str | None = None  # the hook that was called before it was known over which processes to average
         self.looks: list[int] = []  # the engine's: how often it has looked at each task's graph
         self.watch: Any = None  # the engine's, for flags that arrive from a GPU some steps later
+        self.movement: Any = None  # the engine's: whether an optimizer moves the parameters
         self._seed: int | None = None  # of the random stream, since the last epoch_start
         self._base: int | None = None  # from which it follows in every epoch
         for name in self.lazy:
@@ -167,7 +170,7 @@ class Strategy(nn.Module, ABC):
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         # Before anything is loaded: a refused state leaves the strategy as it was.
         if (state := state_dict.get(f"{prefix}_extra_state")) is not None:
-            self._check_owner(_decoded(state))
+            self._check_owner(unpack(state))
         for name in self.lazy:
             saved = state_dict.get(prefix + name)
             # A checkpoint is read on the CPU; the buffer belongs where the others are.
@@ -201,29 +204,44 @@ class Strategy(nn.Module, ABC):
         for generator in self._generators.values():
             generator.manual_seed(seed)
 
+    def draws(self) -> dict[torch.device, Tensor]:
+        """Where the random streams of CPUs stand."""
+        return {device: g.get_state() for device, g in self._generators.items() if device.type == "cpu"}
+
+    def redraw(self, draws: dict[torch.device, Tensor]) -> None:
+        """Draw again what was drawn since `draws`."""
+        for device, generator in self._generators.items():
+            if device in draws:
+                generator.set_state(draws[device])
+            elif device.type == "cpu":
+                generator.manual_seed(self.stream_seed())
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy belongs to no group of processes yet; a process group can be neither copied nor pickled.
-        return {**self.__dict__, "across": None, "watch": None}
+        return {**self.__dict__, "across": None, "watch": None, "movement": None}
 
     def memory(self) -> dict[str, Tensor]:
         """What the method has learned: its parameters and buffers by name, the part of `state_dict` that has tasks."""
         return {name: value for name, value in self.state_dict().items() if not name.endswith("_extra_state")}
 
     def get_extra_state(self) -> Tensor:
-        """(bytes,) uint8, what a checkpoint needs besides parameters and buffers: progress, hooks, the random stream.
+        """(8192,) float32, what a checkpoint needs besides parameters and buffers: progress, hooks, the random stream.
 
-        A tensor, because many loops treat every entry of a `state_dict` as one.
+        Many loops compute with every entry of a `state_dict`: halve it, or average it. So it is as `pack` writes it.
         """
         streams = {str(d): b64encode(bytes(g.get_state().tolist())).decode() for d, g in self._generators.items()}
         progress = {"epoch": self.epoch, "epochs": self.epochs, "seed": self._seed, "streams": streams}
         progress |= {"names": list(self.names), "base": self._base, "method": type(self).__name__}
         progress |= {"grouped": True} if self.grouped else {}
-        text = json.dumps({**progress, "calls": self.calls.state()})
-        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        return pack({**progress, "calls": self.calls.state()})
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Go on from `get_extra_state`; on another kind of device the stream begins anew, from the same seed."""
-        known = _decoded(state)
+        """Go on from `get_extra_state`; on another kind of device the stream begins anew, from the same seed.
+
+        Raises:
+            ValueError: it is of another method or other tasks, or was computed with.
+        """
+        known = unpack(state)
         self._check_owner(known)
         self.epoch, self.epochs, self._seed, self._base = (known[key] for key in ("epoch", "epochs", "seed", "base"))
         self.calls, self.grouped = hooks.Calls.of(known["calls"]), known.get("grouped", False)
@@ -243,11 +261,6 @@ class Strategy(nn.Module, ABC):
         if known["names"] != list(self.names):
             told, here = ", ".join(known["names"]), ", ".join(self.names)
             raise ValueError(f"state_dict: of the tasks {told}, in this order; this strategy has {here}")
-
-
-def _decoded(state: Tensor) -> dict[str, Any]:
-    """What `Strategy.get_extra_state` has written."""
-    return json.loads(bytes(state.tolist()))
 
 
 class LossWeighting(Strategy):

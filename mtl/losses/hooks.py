@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import wraps
+from importlib import import_module
 from inspect import signature
 from typing import Any
 
 import torch
 
+from mtl.losses import given
+
 Across = Any  # mtl.engine.replicas.Replicas: the processes that share each batch
 AVERAGED = ("after_step", "epoch_end")  # hooks that are told what one process saw
 HOOKS = ("prepare", "views", "look_ahead", "after_step", "epoch_end")
-PATIENCE = 32  # steps that a method which learns from epochs makes before it must have heard of one
+PATIENCE = 32  # steps after which a method that depends on the progress must have heard of an epoch's start
+LONG = 5000  # steps after which a method that learns from epochs must have heard of an epoch's end
+HINT = 1000  # steps after which it says once that it has heard of none
 
 
 @dataclass
@@ -63,20 +69,25 @@ class Calls:
 
 
 def noted(hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A method's `function` for `hook`, which from now on notes in `strategy.calls` that it was called."""
+    """A method's `function` for `hook`, which from now on notes in `strategy.calls` that it was called.
+
+    Its arguments come to it in one form: losses, scores and the like as tensors of shape (T,).
+
+    Raises (when called):
+        ValueError, TypeError: an argument cannot be brought into this form; the message names hook and argument.
+    """
+    parameters = signature(function)
 
     @wraps(function)
     def wrapper(strategy: Any, *args: Any, **kwargs: Any) -> Any:
+        call = parameters.bind(strategy, *args, **kwargs)
+        given.tidy(hook, call.arguments, strategy)
         if strategy.across is None and hook in AVERAGED:
-            from mtl.engine.replicas import known  # here, because the engine imports the methods
-
-            strategy.across = known(strategy, hook)
-        if strategy.across is None or hook not in AVERAGED:
-            result = function(strategy, *args, **kwargs)
-        else:
-            given = signature(function).bind(strategy, *args, **kwargs)
-            _average(given.arguments, strategy, hook)
-            result = function(*given.args, **given.kwargs)
+            # By its name, because the engine stands above the methods.
+            strategy.across = import_module("mtl.engine.replicas").known(strategy, hook)
+        if strategy.across is not None and hook in AVERAGED:
+            _average(call.arguments, strategy, hook)
+        result = function(*call.args, **call.kwargs)
         strategy.calls.note(hook)
         return result
 
@@ -84,22 +95,22 @@ def noted(hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def _average(given: dict[str, Any], strategy: Any, hook: str) -> None:
+def _average(call: dict[str, Any], strategy: Any, hook: str) -> None:
     """Replace what one process saw by what all of them saw: losses after a step, statistics of an epoch."""
     if hook == "after_step":
-        ((given["losses"], given["present"]),) = strategy.across.means(
-            strategy, hook, [given["losses"]], [given.get("present")]
+        ((call["losses"], call["present"]),) = strategy.across.means(
+            strategy, hook, [call["losses"]], [call.get("present")]
         )
         return
     # Each process sends both, whatever it knows. A value that is a number in no process is NaN.
-    statistics = given["statistics"]
+    statistics = call["statistics"]
     values = [statistics.losses, statistics.scores]
     known = [torch.zeros_like(values[0], dtype=torch.bool) if v is None else ~v.isnan() for v in values]
     found = strategy.across.means(strategy, hook, values, known)
     losses, scores = (means.where(anywhere, float("nan")) for means, anywhere in found)
     if statistics.scores is None and not found[1][1].any():
         scores = None
-    given["statistics"] = replace(statistics, losses=losses, scores=scores)
+    call["statistics"] = replace(statistics, losses=losses, scores=scores)
 
 
 def defines(strategy: Any, hook: str) -> bool:
@@ -120,8 +131,15 @@ def check_epoch(strategy: Any, epoch: int) -> None:
     calls.epoch_starts, calls.ended, calls.since = calls.epoch_starts + 1, False, 0
 
 
-def check_step(strategy: Any) -> None:
+def check_step(strategy: Any, moved: bool | None = None) -> None:
     """Before a backward pass: every hook that was due has been called.
+
+    A method that depends on the progress must hear of an epoch's start within `PATIENCE` steps. A method that only
+    learns from an epoch's end cannot tell a long first epoch from a loop that never calls it: it warns after `HINT`
+    steps without any call, and refuses after `LONG`. `epoch_start` says that the first epoch has begun.
+
+    Args:
+        moved: whether an optimizer has moved the parameters since the last backward pass; None where nobody knows.
 
     Raises:
         RuntimeError: one was not; the message says which, and how to call it.
@@ -137,16 +155,43 @@ def check_step(strategy: Any) -> None:
             "every mtl.backward, with losses_of(k) the (T,) losses of half k of the batch"
         )
     if calls.waits:
+        _refuse_waiting(name, moved)
+    _check_epochs(strategy)
+
+
+def _refuse_waiting(name: str, moved: bool | None) -> None:
+    call = "strategy.after_step(losses), with the (T,) losses of the same batch under the new parameters"
+    if moved is False:
         raise RuntimeError(
-            f"{name} learns from what a step did: after every optimizer.step() call strategy.after_step(losses), "
-            "with the (T,) losses of the same batch under the new parameters"
+            f"{name} learns from what one step on one batch did, and no parameter has moved since the last "
+            "mtl.backward. For micro-batches: add up each task's losses over them, call mtl.backward once with the "
+            f"sums, then optimizer.step() and {call}. Or choose a method that accumulates, such as uncertainty"
         )
-    unheard = not calls.epoch_starts and not calls.epoch_ends and calls.steps >= PATIENCE
-    if unheard and (strategy.uses_progress or defines(strategy, "epoch_end")):
-        ends = f" and {_EPOCH_END}" if defines(strategy, "epoch_end") else ""
+    raise RuntimeError(
+        f"{name} learns from what a step did: after every optimizer.step() call {call}. "
+        "An optimizer that calls a closure several times in a step (LBFGS) needs max_iter=1 for that"
+    )
+
+
+def _check_epochs(strategy: Any) -> None:
+    calls, name = strategy.calls, _name(strategy)
+    ends = defines(strategy, "epoch_end")
+    start = "strategy.epoch_start(epoch, epochs) at the start of each epoch"
+    if strategy.uses_progress and not calls.epoch_starts and calls.steps >= PATIENCE:
+        more = f" and {_EPOCH_END}" if ends else ""
+        raise RuntimeError(f"{name} depends on epochs, and heard of none in {calls.steps} steps: call {start}{more}")
+    if not ends or calls.epoch_starts or calls.epoch_ends:
+        return
+    if calls.steps >= LONG:
         raise RuntimeError(
-            f"{name} depends on epochs, and heard of none in {calls.steps} steps: call "
-            f"strategy.epoch_start(epoch, epochs) at the start of each epoch{ends}"
+            f"{name} learns from epochs, and heard of none in {calls.steps} steps: call {_EPOCH_END}. "
+            f"If the first epoch is longer than that, call {start}, too"
+        )
+    if calls.steps == HINT:
+        warnings.warn(
+            f"{name} learns from epochs, and heard of none in {HINT} steps: it waits for {_EPOCH_END}. If the first "
+            f"epoch is longer than that, call {start}, too; without any call it refuses after {LONG} steps",
+            stacklevel=4,
         )
 
 

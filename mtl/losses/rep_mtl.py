@@ -39,6 +39,8 @@ class RepMTL(LossWeighting):
         temperature: τ; the default is this project's, not the paper's.
     """
 
+    flat = True
+
     def __init__(
         self,
         tasks: int | Sequence[str],

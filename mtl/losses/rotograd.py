@@ -35,6 +35,7 @@ class RotoGrad(JacobianAggregation):
 
     has_weights = True
     gradients = "features"
+    flat = True
 
     def __init__(
         self,

@@ -5,8 +5,10 @@ optimizer what is done with the results. Shared parameters need the tasks' gradi
 per_task=True)` leaves them on the parameter, and the engine asks for that by itself:
 
     p.task_grads    (T, *p.shape) the tasks' gradients, already weighted; their sum is p.grad
-    p.task_present  (T,) bool, False where no backward pass held a label of the task; None when all are present
+    p.task_present  (T,) bool, False where no backward pass held a label of the task; None when all are present. A
+                    head's parameter has it as well, (1,), and no rows
     p.task_sum      p.grad as it was when the rows were left
+    p.grad.tasks    T, where a backward pass added the merged gradient of several tasks instead
 
 Like p.grad they add up over several backward passes, until `zero_grad` forgets them. What is done to p.grad in between
 (clip_grad_norm_, clip_grad_value_, GradScaler.unscale_) is done to the rows as well: each element of them is multiplied
@@ -15,6 +17,7 @@ by p.grad / p.task_sum, so that their sum stays p.grad. It is 1 exactly where no
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import torch
@@ -29,11 +32,9 @@ BASES = ("adam", "adagrad", "rmsprop", "sgd")
 def settle(p: Tensor) -> None:
     """Do to `p.task_grads` what has been done to `p.grad` since they were left; before more is added to either."""
     rows, before = getattr(p, "task_grads", None), getattr(p, "task_sum", None)
-    if rows is None:
-        return
     if p.grad is None:  # forgotten by the model's zero_grad, which does not know of the rows
         forget(p)
-    elif before is not None:
+    elif rows is not None and before is not None:
         wide = torch.promote_types(p.dtype, torch.float32)  # a sum in half precision would overflow
         whole, old = p.grad.to(wide).abs().sum(), before.to(wide).abs().sum()
         # Where the tasks cancel out there is no quotient: the change of the whole gradient is taken.
@@ -51,9 +52,26 @@ def leave(p: Tensor, rows: Tensor, present: Tensor | None = None) -> None:
     p.task_grads, p.task_present, p.task_sum = rows, present, p.grad.detach().clone()
 
 
+def leave_presence(p: Tensor, present: Tensor | None) -> None:
+    """Note on a head's parameter whether its task is `present` (1,), before a backward pass adds to its gradient."""
+    if present is not None and p.grad is not None:  # it was in an earlier pass that left something
+        before = p.grad.to_dense() if p.grad.is_sparse else p.grad
+        present = present | (before != 0).any()
+    p.task_present = present
+
+
+def merge(parameters: Iterable[Tensor], tasks: int) -> None:
+    """Note on the gradients that they are merged from several `tasks`: no statistics for each task can use them."""
+    for p in parameters:
+        if tasks > 1 and p.grad is not None:
+            p.grad.tasks = tasks
+
+
 def forget(p: Tensor) -> None:
-    """Drop what `leave` has left."""
+    """Drop what `leave`, `leave_presence` and `merge` have left."""
     p.task_grads = p.task_present = p.task_sum = None
+    if p.grad is not None:
+        p.grad.tasks = None
 
 
 class AdaTask(torch.optim.Optimizer):
@@ -66,7 +84,7 @@ class AdaTask(torch.optim.Optimizer):
         θ ← θ − lr Σ_k m̂_k / (√v̂_k + ε)              (adam; adagrad and rmsprop have v_k alone, sgd m_k alone)
 
     The sum is up to T times as long as one Adam step where the tasks agree. A head has one task, so that it follows
-    the plain base optimizer. A task that is absent from a batch keeps its accumulators.
+    the plain base optimizer. A task that is absent from a batch keeps its accumulators, and its head rests.
 
     Args:
         params: as in torch.optim.
@@ -116,7 +134,8 @@ class AdaTask(torch.optim.Optimizer):
             closure: computes the loss again, with its gradients, and returns it; as in torch.optim.
 
         Raises:
-            RuntimeError: a parameter had other tasks' gradients before, or its gradient is sparse or complex.
+            RuntimeError: a shared parameter lacks the gradients of single tasks, or had other tasks' before, or its
+                gradient is sparse or complex.
         """
         loss = _evaluated(closure)
         for group in self.param_groups:
@@ -124,11 +143,18 @@ class AdaTask(torch.optim.Optimizer):
                 settle(p)
                 if p.grad is None:
                     continue
-                rows = getattr(p, "task_grads", None)
-                present = getattr(p, "task_present", None) if rows is not None else None
-                rows = p.grad[None] if rows is None else rows
+                if tasks := getattr(p.grad, "tasks", None):
+                    raise RuntimeError(
+                        f"{type(self).__name__}: the gradient of a parameter of shape {tuple(p.shape)} is merged from "
+                        f"{tasks} tasks; call mtl.backward(..., per_task=True), which leaves those of single tasks"
+                    )
+                rows, present = getattr(p, "task_grads", None), getattr(p, "task_present", None)
+                decay = group["lr"] * group["weight_decay"]
+                if rows is None:
+                    rows = p.grad[None]
+                    decay = decay if present is None else decay * present[0].to(p)
                 steps = self._steps(group, p, rows, slice(None), len(rows), present).sum(0)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.mul_(1 - decay)
                 p.sub_(group["lr"] * steps)
         return loss
 

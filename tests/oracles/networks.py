@@ -336,7 +336,7 @@ class Momentum:
 class AdaTask:
     """One rule a task for shared parameters, the sum of their directions; one rule for all of a head's gradient.
 
-    A task that is absent from a batch leaves its rule alone, moments and counter, and adds nothing.
+    A task that is absent from a batch leaves its rule alone, moments and counter, and adds nothing. Its head rests.
     """
 
     def __init__(self, net: Net, rule):
@@ -348,9 +348,12 @@ class AdaTask:
         """The base rules add weight decay themselves where they are decoupled: p - lr * decay * p first."""
         present = [True for _ in self.net.tasks] if present is None else present
         new = {}
+        resting = {n for k, there in zip(self.net.tasks, present, strict=True) if not there for n in self.net.head(k)}
         for n in p:
             old = p[n] * (1 - lr * decay)
-            if n in self.per_task:
+            if n in resting:
+                new[n] = p[n]
+            elif n in self.per_task:
                 rules = zip(self.per_task[n], task_gradients, present, strict=True)
                 new[n] = old - lr * sum(r.direction(g[n]) for r, g, there in rules if there)
             else:
