@@ -180,6 +180,25 @@ def test_a_tied_weight_is_shared(name):
     close(found[0], found[1])
 
 
+@pytest.mark.parametrize("strategy", ["pcgrad", mtl.losses.PCGrad, [1.0, 2.0], None])
+def test_a_strategy_is_an_instance(strategy):
+    body, heads, x = network()
+    with pytest.raises(TypeError, match=r"strategy: .* is no strategy; give one of mtl.losses"):
+        mtl.backward(errors(body(x), heads), strategy, body, heads)
+
+
+def test_none_is_no_loss():
+    body, heads, x = network()
+    with pytest.raises(TypeError, match=r"losses\[1\].*NoneType.*torch.zeros\(\(\)\).*present="):
+        mtl.backward([errors(body(x), heads)[0], None], fresh("PCGrad"), body, heads, [True, False])
+
+
+@pytest.mark.parametrize("epoch, epochs", [(3, 0), (-1, 3), (5, 3)])
+def test_there_is_no_such_epoch(epoch, epochs):
+    with pytest.raises(ValueError, match=rf"epoch_start\(epoch, epochs\): epoch {epoch} of {epochs}; .*from 0"):
+        fresh("DWA").epoch_start(epoch, epochs)
+
+
 def test_it_is_said_that_gradients_are_off():
     for off in (torch.no_grad, torch.inference_mode):
         body, heads, x = network()

@@ -115,7 +115,7 @@ class Strategy(nn.Module, ABC):
 
         Reseeding each epoch makes the draws a function of (seed, epoch), so a resumed run needs no generator state.
         """
-        hooks.check_epoch(self, epoch)
+        hooks.check_epoch(self, epoch, epochs)
         self.epoch, self.epochs = epoch, epochs
         if seed is not None:
             self._base = seed

@@ -113,12 +113,15 @@ def defines(strategy: Any, hook: str) -> bool:
     return hasattr(getattr(type(strategy), hook), "noted")
 
 
-def check_epoch(strategy: Any, epoch: int) -> None:
+def check_epoch(strategy: Any, epoch: int, epochs: int) -> None:
     """Note that an epoch begins.
 
     Raises:
+        ValueError: there is no such epoch.
         RuntimeError: the method learns from the end of each epoch, and nobody told it of the last one's.
     """
+    if not 0 <= epoch <= epochs or epochs < 1:  # a loop that counts from 1 may end with epoch = epochs
+        raise ValueError(f"epoch_start(epoch, epochs): epoch {epoch} of {epochs}; epochs are counted from 0")
     calls = strategy.calls
     silent = calls.epoch_starts and calls.since and epoch > strategy.epoch and not calls.ended
     if silent and defines(strategy, "epoch_end"):
