@@ -120,7 +120,7 @@ def check_epoch(strategy: Any, epoch: int, epochs: int) -> None:
         ValueError: there is no such epoch.
         RuntimeError: the method learns from the end of each epoch, and nobody told it of the last one's.
     """
-    if not 0 <= epoch <= epochs or epochs < 1:  # a loop that counts from 1 may end with epoch = epochs
+    if epoch < 0 or epochs < 1:
         raise ValueError(f"epoch_start(epoch, epochs): epoch {epoch} of {epochs}; epochs are counted from 0")
     calls = strategy.calls
     silent = calls.epoch_starts and calls.since and epoch > strategy.epoch and not calls.ended
