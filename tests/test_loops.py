@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import mtl
-from mtl.certify.problem import make
+from mtl.certify.problem import WIDTH, make
 from mtl.losses import Equal, Statistics, hooks
 from mtl.losses.extra import unpack
 from mtl.losses.hooks import HINT, LONG, PATIENCE, defines
@@ -180,6 +180,25 @@ def test_a_tied_weight_is_shared(name):
     close(found[0], found[1])
 
 
+@pytest.mark.parametrize("strategy", ["pcgrad", mtl.losses.PCGrad, [1.0, 2.0], None])
+def test_a_strategy_is_an_instance(strategy):
+    body, heads, x = network()
+    with pytest.raises(TypeError, match=r"strategy: .* is no strategy; give one of mtl.losses"):
+        mtl.backward(errors(body(x), heads), strategy, body, heads)
+
+
+def test_none_is_no_loss():
+    body, heads, x = network()
+    with pytest.raises(TypeError, match=r"losses\[1\].*NoneType.*torch.zeros\(\(\)\).*present="):
+        mtl.backward([errors(body(x), heads)[0], None], fresh("PCGrad"), body, heads, [True, False])
+
+
+@pytest.mark.parametrize("epoch, epochs", [(3, 0), (-1, 3)])
+def test_there_is_no_such_epoch(epoch, epochs):
+    with pytest.raises(ValueError, match=rf"epoch_start\(epoch, epochs\): epoch {epoch} of {epochs}; .*from 0"):
+        fresh("DWA").epoch_start(epoch, epochs)
+
+
 def test_it_is_said_that_gradients_are_off():
     for off in (torch.no_grad, torch.inference_mode):
         body, heads, x = network()
@@ -327,6 +346,124 @@ def test_with_a_frozen_trunk_heads_get_their_own_gradients(name):
     loop.fill(0)
     assert all(p.grad is None for p in loop.net.trunk.parameters())
     assert all(p.grad.isfinite().all() and p.grad.any() for p in loop.net.heads.parameters())
+
+
+# ------------------------------------------------------------------------- parameters behind custom autograd functions
+
+
+class Hides(torch.autograd.Function):
+    """As reversible blocks and some kinds of checkpointing: the module runs again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, module):
+        ctx.module, ctx.x = module, x.detach()
+        return module(ctx.x).detach()
+
+    @staticmethod
+    def backward(ctx, g):
+        with torch.enable_grad():
+            x = ctx.x.clone().requires_grad_()
+            y = ctx.module(x)
+        torch.autograd.backward(y, g)
+        return x.grad, None
+
+
+class Through(torch.autograd.Function):
+    """A custom function without parameters, such as a straight-through estimator."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+def three_layers():
+    torch.manual_seed(0)
+    return nn.Linear(4, 5), nn.Linear(5, 6), [nn.Linear(6, 1), nn.Linear(6, 1)], torch.randn(8, 4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_parameters_behind_a_custom_function_get_the_same_gradient(name):
+    """Of the trunk, with the first layer before them in the graph, and of a head."""
+    found = []
+    for hide in (Hides.apply, lambda x, module: module(x)):
+        strategy = make(name)
+        first, second, heads, x = three_layers()
+        modules = nn.ModuleList([first, second, *heads]).double()
+        second = nn.Sequential(second, nn.Linear(6, WIDTH).double())
+        heads = [nn.Linear(WIDTH, 1).double() for _ in range(TASKS)]
+        modules = nn.ModuleList([first, second, *heads])
+        for p in modules.parameters():
+            nn.init.constant_(p, 0.1) if p.dim() == 1 else nn.init.normal_(
+                p, generator=torch.Generator().manual_seed(7)
+            )
+            p.grad = torch.ones_like(p)
+        if defines(strategy, "look_ahead") or strategy.samples > 1:
+            pytest.skip("covered by the others")
+        f = hide(first(x.double()).tanh(), second).tanh()
+        views = strategy.views(f)
+        predictions = [hide(v, h) if i == 1 else h(v) for i, (v, h) in enumerate(zip(views, heads, strict=True))]
+        losses = [(p - i - 1).square().mean() for i, p in enumerate(predictions)]
+        try:
+            mtl.backward(losses, strategy, [first, second], heads, features=f)
+        except ValueError as error:
+            assert name in ("rep_mtl", "consmtl") and "takes second derivatives" in str(error)
+            assert all((p.grad == 1).all() for p in modules.parameters()) or name == "consmtl"
+            return
+        found.append([p.grad for p in modules.parameters()])
+    close(found[0], found[1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["Equal", "Uncertainty", "CAGrad", "GradDrop"])
+def test_a_trunk_that_is_all_hidden_is_right_or_refused(name):
+    """No parameter is before it in the graph, so that a gradient of a single task does not run it."""
+    body, heads, x = network()
+    losses = errors(Hides.apply(x.requires_grad_(), body).tanh(), heads)
+    if name in ("Equal", "Uncertainty"):
+        mtl.backward(losses, fresh(name), body, heads)
+        found = body.weight.grad.clone()
+        body.weight.grad = None
+        mtl.backward(errors(body(x).tanh(), heads), fresh(name), body, heads)
+        close(found, body.weight.grad)
+        return
+    with pytest.raises(ValueError, match=r"losses\[0\] .*custom autograd function Hides hides a parameter"):
+        mtl.backward(losses, fresh(name), body, heads)
+    assert all(p.grad is None for m in (body, *heads) for p in m.parameters())
+
+
+def test_a_layer_that_is_beside_the_others_and_hidden_is_refused():
+    body, heads, x = network()
+    aside = nn.Linear(4, 6)
+    with pytest.raises(ValueError, match=r"custom autograd function Hides hides a parameter of shape \(6, 4\)"):
+        f = body(x) + Hides.apply(x.clone().requires_grad_(), aside)
+        mtl.backward(errors(f, heads), fresh("CAGrad"), [body, aside], heads)
+    with pytest.raises(ValueError, match=r"shared: .*neither in shared nor in heads"):
+        f = Hides.apply(body(x), nn.Linear(6, 6))
+        mtl.backward(errors(f, heads), fresh("CAGrad"), body, heads)
+
+
+@pytest.mark.parametrize("name", ["Equal", "CAGrad"])
+def test_a_custom_function_does_not_hide_detached_features(name):
+    body, heads, x = network()
+    losses = errors(Through.apply(body(x).detach().requires_grad_()), heads)
+    with pytest.raises(ValueError, match=r"losses.*reach.* no parameter of shared"):
+        mtl.backward(losses, fresh(name), body, heads)
+    with pytest.raises(ValueError, match=r"heads\[0\].*task order|heads\[1\]: its parameter"):
+        mtl.backward(errors(Through.apply(body(x)), heads), fresh("CAGrad"), body, heads[::-1])
+
+
+def test_checks_leave_gradients_alone():
+    """Their passes run custom functions, too."""
+    body, heads, x = network()
+    hidden = nn.Linear(6, 6)
+    f = Hides.apply(body(x).tanh(), hidden)
+    losses = [heads[0](f).square().mean(), heads[1](f).square().mean() + heads[0](f).sum()]
+    with pytest.raises(ValueError, match=r"heads\[0\]"):
+        mtl.backward(losses, fresh("CAGrad"), [body, hidden, *heads], heads[::-1])
+    assert all(p.grad is None for m in (body, hidden, *heads) for p in m.parameters())
 
 
 # ---------------------------------------------------------------------------------------------------- mixed precision

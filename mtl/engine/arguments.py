@@ -38,6 +38,9 @@ def scalars(name: str, given: Any, names: Sequence[str]) -> list[Tensor]:
         where = f"{name}[{i}] ({names[i]})"
         if not isinstance(loss, Tensor):
             hint = "; .item() and float() cut a loss off from the network" if isinstance(loss, float) else ""
+            hint = (
+                "; without labels of this task give torch.zeros(()), and say so with present=" if loss is None else hint
+            )
             raise TypeError(f"{where}: a {type(loss).__name__}, not a tensor{hint}")
         if loss.numel() != 1:
             shape = tuple(loss.shape)

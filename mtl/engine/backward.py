@@ -75,9 +75,13 @@ def backward(
             gets gradients, but no optimizer moves it; or another process of the group refused this step (its error is
             told), or has left.
     """
-    switches.check(strategy)
     if not isinstance(strategy, LossWeighting | GramianWeighting | JacobianAggregation):
-        raise TypeError(f"{type(strategy).__name__} belongs to none of the three families of mtl.losses")
+        known = "give one of mtl.losses, such as mtl.losses.PCGrad(tasks=2)"
+        if isinstance(strategy, Strategy):
+            known = f"{type(strategy).__name__} belongs to none of the three families of mtl.losses"
+        shown = f"the class {strategy.__name__}" if isinstance(strategy, type) else f"a {type(strategy).__name__}"
+        raise TypeError(f"strategy: {shown} is no strategy; {known}")
+    switches.check(strategy)
     owned = arguments.shared_parameters(shared, strategy)
     strategy.movement = strategy.movement or Movement()
     hooks.check_step(strategy, strategy.movement.look(strategy, owned))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from mtl.engine import arguments, gradients, guard, reach
+from mtl.engine import arguments, gradients, guard, hidden, reach
 from mtl.engine.agreement import Call
 from mtl.engine.replicas import Replicas
 from mtl.engine.switches import TINY, Info, Switches
@@ -35,6 +35,7 @@ class BackwardPass:
     inspect: Callable[[Tensor], None] | None
     listed: tuple[list[Parameter], list[list[Parameter]]] = ((), ())  # shared and heads as the caller gave them
     tied: Sequence[bool] = ()  # of the parameters in both lists, which several losses reach
+    unseen: str = ""  # custom functions behind which the shared parameters must be
 
     def check(self, samples: list[list[Tensor]], combines: bool) -> None:
         """Refuse what could not be right.
@@ -71,6 +72,7 @@ class BackwardPass:
             for i, reached in enumerate(found):
                 if reached is not None and not any(id(p) in reached.leaves for p in self.shared):
                     reach.check_shared(i, names[i], reached, visible=True)
+                    self.unseen = reached.opaque
 
     def _maybe_absent(self) -> list[bool]:
         """(T,) which tasks may have no label in this batch, as far as the host knows without waiting."""
@@ -158,8 +160,14 @@ class BackwardPass:
         seed = weights
         if share is not None:  # DistributedDataParallel takes the mean over the processes, we want the sum
             seed = seed * share * self.replicas.size
+        before = [None if p.grad is None else p.grad._version for p in self.shared] if self.unseen else []
         if stacked.requires_grad:
             stacked.backward(self._scaled(seed))
+        if before and before == [None if p.grad is None else p.grad._version for p in self.shared]:
+            raise ValueError(
+                f"losses: reach no parameter of shared, not even behind the custom function {self.unseen}. Were the "
+                "features detached, or made under no_grad?"
+            )
         if absent:  # zeros, as the absent losses would have left
             left = [p for p in (*self.shared, *(p for i in absent for p in self.heads[i])) if p.grad is None]
             gradients.add(left, [torch.zeros_like(p) for p in left])
@@ -177,9 +185,33 @@ class BackwardPass:
         return [loss.detach() if i in absent else loss for i, loss in enumerate(losses)], absent
 
     def _regularise(self, losses: list[Tensor]) -> None:
-        extra = self.strategy.regulariser(losses, self.features, self.present)
+        if not overrides(self.strategy, LossWeighting, "regulariser"):
+            return
+        with self._nothing_hidden():
+            extra = self.strategy.regulariser(losses, self.features, self.present)
         if extra is not None and extra.requires_grad:
             self._scaled(extra).backward(retain_graph=True)
+
+    @contextmanager
+    def _nothing_hidden(self) -> Iterator[None]:
+        """Derivatives that a method takes in here must not leave gradients behind.
+
+        Raises:
+            ValueError: they did.
+        """
+        why = (
+            f"heads: {type(self.strategy).__name__} takes second derivatives, and a custom autograd function hides "
+            "parameters from them; choose another method"
+        )
+        with hidden.Aside([*self.shared, *(p for head in self.heads for p in head)]) as aside:
+            try:
+                yield
+            except RuntimeError as error:
+                if aside.take():
+                    raise ValueError(why) from error
+                raise
+            if aside.take():
+                raise ValueError(why)
 
     def _weights_of_losses(self, losses: list[Tensor], values: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor]:
         """(the stacked losses, ∂total/∂L_i): the weight that each task really has, whatever the method, a user's too.
@@ -305,7 +337,7 @@ class BackwardPass:
         if overrides(strategy, GramianWeighting, "head_terms"):
             true = own if self.scale is None else [[None if g is None else g / self.scale for g in h] for h in own]
             losses, _ = self._without_absent(losses)
-            with torch.enable_grad():
+            with torch.enable_grad(), self._nothing_hidden():
                 terms = strategy.head_terms(losses, self.features, weights, self.heads, true)
             for parameters, found in zip(self.heads, terms or [], strict=False):
                 gradients.add(parameters, [None if g is None else self._scaled(g) for g in found])

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from mtl.engine.hidden import Aside
+
 
 def columns(parameters: Sequence[Tensor]) -> list[int]:
     """How many columns of the Jacobian each parameter takes: a complex number is two of them."""
@@ -21,7 +23,10 @@ def jacobian(
     keep: bool,
     scale: Tensor | float | None = None,
 ) -> tuple[Tensor, list[list[Tensor | None]], list[bool]]:
-    """One backward pass for each loss.
+    """One backward pass for each loss. `.grad` stays as it is.
+
+    A custom autograd function may call backward within, which adds to `.grad` of parameters that the graph does not
+    show. That is this loss's gradient as well.
 
     Args:
         losses: T scalars.
@@ -33,7 +38,23 @@ def jacobian(
     Returns:
         (T, P) the gradients for `where`, divided by `scale` again, and each head's own gradients, multiplied by it.
         Then for each task, whether its loss reached any of `where`.
+
+    Raises:
+        ValueError: a custom function adds to the gradient of another task's head.
     """
+    plain = [p for p in (*where, *(p for head in heads for p in head)) if p.is_leaf]
+    with Aside(plain) as aside:
+        return _jacobian(losses, where, heads, keep, scale, aside)
+
+
+def _jacobian(
+    losses: Sequence[Tensor],
+    where: Sequence[Tensor],
+    heads: Sequence[Sequence[Parameter]],
+    keep: bool,
+    scale: Tensor | float | None,
+    aside: Aside,
+) -> tuple[Tensor, list[list[Tensor | None]], list[bool]]:
     sizes = columns(where)
     # Under autocast gradients are in half precision; their inner products need more.
     dtype = torch.float32
@@ -53,6 +74,13 @@ def jacobian(
         seed = None if scale is None else torch.ones_like(loss) * scale
         with torch.enable_grad():
             found = torch.autograd.grad(loss, inputs, seed, retain_graph=retain, allow_unused=True)
+        if hidden := aside.take():
+            found = [_sum(g, hidden.pop(id(p), None)) for p, g in zip(inputs, found, strict=True)]
+            if hidden:
+                raise ValueError(
+                    f"heads: a custom autograd function in the graph of losses[{i}] adds to gradients of another head; "
+                    "what several tasks use belongs in shared"
+                )
         for g, piece in zip(found, rows[i].split(sizes), strict=False):
             if g is not None:
                 g = g.to_dense() if g.is_sparse else g
@@ -63,6 +91,10 @@ def jacobian(
     if scale is not None:
         rows /= scale
     return rows, own, reached
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
 
 
 def pieces(parameters: Sequence[Tensor], row: Tensor) -> list[Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from mtl.engine import hidden
 from mtl.losses.base import Strategy
 
 EVERY = 100  # steps between two looks at the graph, after the first two steps
@@ -22,22 +23,36 @@ class Reach:
     Attributes:
         leaves: the tensors that would get a gradient, by id.
         nodes: names of the operations on the way.
+        custom: the nodes of custom autograd functions, behind which parameters may hide.
+        hidden: parameters that these functions hold, by id.
     """
 
     leaves: dict[int, Tensor] = field(default_factory=dict)
     nodes: set[str] = field(default_factory=set)
+    custom: list[Any] = field(default_factory=list)
+    hidden: dict[int, Parameter] = field(default_factory=dict)
 
     @property
-    def hidden(self) -> bool:
-        """Whether a part of the graph cannot be seen, because it is made anew in the backward pass."""
+    def checkpointed(self) -> bool:
+        """Whether a part of the graph is made anew in the backward pass, by torch's re-entrant checkpoint."""
         return "CheckpointFunctionBackward" in self.nodes
+
+    @property
+    def opaque(self) -> str:
+        """Names of the custom functions, for messages."""
+        return ", ".join(sorted({node.name().removesuffix("Backward") for node in self.custom}))
 
 
 def reach(loss: Tensor, stop: Tensor | None = None) -> Reach:
     """Walk the graph of `loss`, as far as the node that made `stop`."""
-    found, todo, seen = Reach(), [_element(loss)], set()
+    found = _walk([_element(loss)], stop)
     if loss.grad_fn is None and loss.requires_grad:
         found.leaves[id(loss)] = loss
+    return found
+
+
+def _walk(todo: list[Any], stop: Tensor | None = None) -> Reach:
+    found, seen = Reach(), set()
     while todo:
         node = todo.pop()
         if node is None or node in seen or (stop is not None and node is stop.grad_fn):
@@ -47,6 +62,9 @@ def reach(loss: Tensor, stop: Tensor | None = None) -> Reach:
             found.leaves[id(node.variable)] = node.variable
         else:
             found.nodes.add(node.name())
+            if hidden.custom(node):
+                found.custom.append(node)
+                found.hidden |= {id(p): p for p in hidden.behind(node)}
             todo.extend(parent for parent, _ in node.next_functions)
     return found
 
@@ -99,17 +117,44 @@ def check_shared(i: int, name: str, found: Reach | None, visible: bool) -> None:
     Raises:
         ValueError: always, unless the step reaches them in a way that the graph does not show.
     """
-    if found is not None and found.hidden:
+    if found is not None and found.custom:
         if visible:
             return
+        check_checkpoint(i, name, found)
         raise ValueError(
-            f"losses[{i}] ({name}): reaches no parameter of shared, because a re-entrant checkpoint hides them from "
-            "gradients of single tasks; use checkpoint(..., use_reentrant=False)"
+            f"losses[{i}] ({name}): reaches no parameter of shared. A custom autograd function ({found.opaque}) may "
+            "hide them from gradients of single tasks: give them, or an output of theirs, to its apply, or choose loss "
+            "weighting such as Equal"
         )
     raise ValueError(
         f"losses[{i}] ({name}): reaches no parameter of shared. Were the features detached, or made under no_grad? "
         "If the batch has no labels of this task, say so with present="
     )
+
+
+def check_checkpoint(i: int, name: str, found: Reach) -> None:
+    """Raises:
+    ValueError: torch's re-entrant checkpoint, which takes no gradients of single tasks, is on the way.
+    """
+    if found.checkpointed:
+        raise ValueError(
+            f"losses[{i}] ({name}): a re-entrant checkpoint hides parameters from gradients of single tasks; use "
+            "checkpoint(..., use_reentrant=False)"
+        )
+
+
+def check_run(i: int, name: str, found: Reach, wanted: Sequence[Tensor]) -> None:
+    """Raises:
+    ValueError: a gradient of the `wanted` parameters does not run a custom function that hides others.
+    """
+    keys = {id(p) for p in wanted}
+    for node in found.custom:
+        if hidden.behind(node) and not keys & set(_walk([node]).leaves):
+            function, shape = node.name().removesuffix("Backward"), tuple(hidden.behind(node)[0].shape)
+            raise ValueError(
+                f"losses[{i}] ({name}): the custom autograd function {function} hides a parameter of shape {shape}, "
+                "and no gradient of a single task runs it; give its parameters to its apply, or choose loss weighting"
+            )
 
 
 def check_features(
@@ -122,7 +167,7 @@ def check_features(
         ValueError: not all of the shared parameters' gradient goes through `features`.
     """
     known, behind = {id(p) for p in shared}, reach(features)
-    if shared and not behind.hidden and not known & set(behind.leaves):
+    if shared and not behind.custom and not known & set(behind.leaves):
         raise ValueError("features: reach no parameter of shared. Were they detached, or made under no_grad?")
     for name, reached in zip(names, found, strict=True):
         if reached is not None and known & set(reached.leaves):
@@ -139,7 +184,10 @@ def moves(loss: Tensor, parameters: Sequence[Tensor]) -> bool:
     """
     if not loss.requires_grad or not parameters:
         return False
-    found = torch.autograd.grad(loss, list(parameters), retain_graph=True, allow_unused=True)
+    reached = reach(loss)
+    # The pass may add to `.grad` of what hides behind custom functions.
+    with hidden.Aside([*reached.leaves.values(), *reached.hidden.values()] if reached.custom else []):
+        found = torch.autograd.grad(loss, list(parameters), retain_graph=True, allow_unused=True)
     return any(bool((g.to_dense() if g.is_sparse else g).any()) for g in found if g is not None)
 
 
@@ -166,12 +214,14 @@ def check_owners(
     owner = {id(p): i for i, head in enumerate(heads) for p in head}
     known = {id(p) for p in shared}
     for i, reached in enumerate(found):
-        if reached is None or reached.hidden:
+        if reached is None:
             continue
+        check_checkpoint(i, names[i], reached)
+        check_run(i, names[i], reached, [*shared, *heads[i]])
         others = [leaf for key, leaf in reached.leaves.items() if owner.get(key, i) != i]
         others = others if moves(losses[i], others) else []
         own = [p for p in heads[i] if id(p) in reached.leaves]
-        if heads[i] and (not own or (others and not moves(losses[i], own))):
+        if heads[i] and not reached.custom and (not own or (others and not moves(losses[i], own))):
             where = (
                 f"; it reaches those of heads[{owner[id(others[0])]}]: are the heads in task order?" if others else ""
             )
@@ -182,7 +232,8 @@ def check_owners(
                 f"heads[{j}]: its parameter of shape {shape} is also reached by the loss of task {names[i]}; "
                 "what several tasks use belongs in shared"
             )
-        lost = [p for key, p in reached.leaves.items() if key not in known and key not in owner]
+        lost = (reached.leaves | reached.hidden).items()
+        lost = [p for key, p in lost if key not in known and key not in owner]
         lost = [p for p in lost if isinstance(p, Parameter)]
         if lost:
             raise ValueError(

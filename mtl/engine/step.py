@@ -228,7 +228,7 @@ class Step:
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step_task(k, tasks, None if present is None else present[k : k + 1])
-        shared = arguments.shared_parameters(self._shared)
+        shared = arguments.shared_parameters(self._shared, self.strategy)
         norm = gradient_norm(shared) if shared else torch.zeros((), device=loss.device)
         return Info(torch.ones(tasks, device=loss.device), norm, passes=tuple(passes))
 
