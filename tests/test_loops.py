@@ -193,12 +193,6 @@ def test_none_is_no_loss():
         mtl.backward([errors(body(x), heads)[0], None], fresh("PCGrad"), body, heads, [True, False])
 
 
-@pytest.mark.parametrize("epoch, epochs", [(3, 0), (-1, 3)])
-def test_there_is_no_such_epoch(epoch, epochs):
-    with pytest.raises(ValueError, match=rf"epoch_start\(epoch, epochs\): epoch {epoch} of {epochs}; .*from 0"):
-        fresh("DWA").epoch_start(epoch, epochs)
-
-
 def test_it_is_said_that_gradients_are_off():
     for off in (torch.no_grad, torch.inference_mode):
         body, heads, x = network()
