@@ -1,6 +1,6 @@
 """Do two commits train the same numbers, bit for bit, on this machine? For a refactoring that is to change none.
 
-    python benchmarks/same_bits.py main              the working tree beside the commit `main`: all runs, minutes
+    python benchmarks/same_bits.py main              the working tree beside the commit `main`: all runs, 10 minutes
     python benchmarks/same_bits.py v1 v2 --quick     two commits; each loss on digits, with and without all labels
     python benchmarks/same_bits.py HEAD --losses dwa mgda --only synthetic
 
@@ -116,7 +116,7 @@ def _start(tree: Path, cases: Path, out: Path) -> subprocess.Popen:
 
 def _train(tree: Path, cases: Path, out: Path) -> None:
     import sklearn.datasets  # noqa: F401  once, for all children
-    import torch  # noqa: F401
+    import torch._dynamo  # noqa: F401  which an optimizer imports
 
     with suppress(ImportError):
         import mtl.study.cell  # noqa: F401
