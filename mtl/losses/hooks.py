@@ -9,10 +9,12 @@ from inspect import signature
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 Across = Any  # mtl.engine.replicas.Replicas: the processes that share each batch
 AVERAGED = ("after_step", "epoch_end")  # hooks that are told what one process saw
 HOOKS = ("prepare", "views", "look_ahead", "after_step", "epoch_end")
+of_all: Callable[[], Across] | None = None  # set by mtl.engine.replicas, which imports the methods
 PATIENCE = 32  # steps that a method which learns from epochs makes before it must have heard of one
 
 
@@ -68,9 +70,7 @@ def noted(hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def wrapper(strategy: Any, *args: Any, **kwargs: Any) -> Any:
         if strategy.across is None and hook in AVERAGED:
-            from mtl.engine.replicas import known  # here, because the engine imports the methods
-
-            strategy.across = known(strategy, hook)
+            strategy.across = _known(strategy, hook)
         if strategy.across is None or hook not in AVERAGED:
             result = function(strategy, *args, **kwargs)
         else:
@@ -82,6 +82,25 @@ def noted(hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     wrapper.noted = True
     return wrapper
+
+
+def _known(strategy: Any, hook: str) -> Across | None:
+    """Over which processes a hook averages that is called before the first `mtl.backward` of this process.
+
+    A strategy that was loaded knows whether it was trained by all processes. Another one notes that it was told the
+    figures of one process, which the next `mtl.backward` of a group then refuses.
+    """
+    if not several():
+        return None
+    if strategy.grouped and of_all is not None:
+        return of_all()
+    strategy.alone = f"strategy.{hook}"
+    return None
+
+
+def several() -> bool:
+    """Whether torch.distributed has started several processes."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _average(given: dict[str, Any], strategy: Any, hook: str) -> None:
