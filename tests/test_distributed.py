@@ -25,7 +25,8 @@ from mtl.data.base import Benchmark, Split
 from mtl.data.batches import EvaluationBatches, TrainingBatches
 from mtl.engine.backward import Switches
 from mtl.engine.signals import ENDING
-from mtl.engine.trainer import Learner, Trainer, defines
+from mtl.engine.trainer import Learner, Trainer
+from mtl.losses.hooks import defines
 from mtl.tasks import Classification, Regression
 
 # ---------------------------------------------------------------------------- every method, in float64, in one torchrun

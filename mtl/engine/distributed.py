@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,7 +34,6 @@ from mtl.engine.signals import ENDING, ending
 
 TIMEOUT = timedelta(minutes=10)  # of one collective: a process that is alive but stuck ends the run after this
 GRACE = 5.0  # seconds for the news of why a connection broke to arrive
-Result = TypeVar("Result")
 
 
 class ProcessError(UserError):
@@ -58,25 +57,26 @@ class _Lost(Exception):
     """A collective broke off: some other process is gone, and may have said why."""
 
 
-def together(function: Callable[[Processes | None], Result]) -> Result:
-    """`function(processes)`, with None for the processes unless torchrun started several.
+@contextmanager
+def together() -> Iterator[Processes | None]:
+    """The processes that torchrun started for this run; None for one alone.
 
     However one of them ends, the others learn of it: they end with its exit code, and the leader says why.
     """
     if torchrun.size() == 1:
-        return function(None)
+        yield None
+        return
     store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     processes = Processes(rank, size, int(os.environ["LOCAL_RANK"]), dist.PrefixStore("mtl", store))
     if rank:
         logging.getLogger("mtl").setLevel(logging.ERROR)
     try:
-        result = function(processes)
+        yield processes
         if dist.is_initialized():
             if not processes.broken:
                 dist.destroy_process_group()
         elif processes.leads:  # there was nothing to do
             processes.announce(ProcessError("finished", 0))
-        return result
     except BaseException as error:
         _deaf()
         processes.announce(error)

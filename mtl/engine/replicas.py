@@ -306,7 +306,7 @@ def replicas(group: Group | Literal["auto"] | None) -> Replicas | None:
     """
     if isinstance(group, Replicas):
         return group
-    if group is None or (group == "auto" and not _several()):
+    if group is None or (group == "auto" and not hooks.several()):
         return None
     if group != "auto":
         try:
@@ -318,18 +318,11 @@ def replicas(group: Group | Literal["auto"] | None) -> Replicas | None:
     return found if found.size > 1 else None
 
 
-def known(strategy: Strategy, hook: str) -> Replicas | None:
-    """Over which processes a hook averages that is called before the first `mtl.backward` of this process.
+def _of_all() -> Replicas:
+    return Replicas(dist.group.WORLD)
 
-    A strategy that was loaded knows whether it was trained by all processes. Another one notes that it was told the
-    figures of one process, which the next `mtl.backward` of a group then refuses.
-    """
-    if not _several():
-        return None
-    if strategy.grouped:
-        return Replicas(dist.group.WORLD)
-    strategy.alone = f"strategy.{hook}"
-    return None
+
+hooks.of_all = _of_all
 
 
 def heard(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -339,7 +332,7 @@ def heard(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(backward)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if not _several():
+        if not hooks.several():
             return backward(*args, **kwargs)
         given = arguments.bind(*args, **kwargs).arguments
         found, strategy = replicas(given.get("group", "auto")), given["strategy"]
@@ -369,10 +362,6 @@ def _apart() -> Iterator[None]:
             "group: a process has left, or is elsewhere; all must call mtl.backward and the hooks equally often, and "
             f"join() of uneven inputs does not help here ({one_line(error).partition(' Exception raised')[0]})"
         ) from error
-
-
-def _several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _capturing(device: torch.device) -> bool:

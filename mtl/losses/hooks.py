@@ -6,17 +6,18 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import wraps
-from importlib import import_module
 from inspect import signature
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from mtl.losses import given
 
 Across = Any  # mtl.engine.replicas.Replicas: the processes that share each batch
 AVERAGED = ("after_step", "epoch_end")  # hooks that are told what one process saw
 HOOKS = ("prepare", "views", "look_ahead", "after_step", "epoch_end")
+of_all: Callable[[], Across] | None = None  # set by mtl.engine.replicas, which imports the methods
 PATIENCE = 32  # steps after which a method that depends on the progress must have heard of an epoch's start
 LONG = 5000  # steps after which a method that learns from epochs must have heard of an epoch's end
 HINT = 1000  # steps after which it says once that it has heard of none
@@ -83,8 +84,7 @@ def noted(hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
         call = parameters.bind(strategy, *args, **kwargs)
         given.tidy(hook, call.arguments, strategy)
         if strategy.across is None and hook in AVERAGED:
-            # By its name, because the engine stands above the methods.
-            strategy.across = import_module("mtl.engine.replicas").known(strategy, hook)
+            strategy.across = _known(strategy, hook)
         if strategy.across is not None and hook in AVERAGED:
             _average(call.arguments, strategy, hook)
         result = function(*call.args, **call.kwargs)
@@ -93,6 +93,25 @@ def noted(hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     wrapper.noted = True
     return wrapper
+
+
+def _known(strategy: Any, hook: str) -> Across | None:
+    """Over which processes a hook averages that is called before the first `mtl.backward` of this process.
+
+    A strategy that was loaded knows whether it was trained by all processes. Another one notes that it was told the
+    figures of one process, which the next `mtl.backward` of a group then refuses.
+    """
+    if not several():
+        return None
+    if strategy.grouped and of_all is not None:
+        return of_all()
+    strategy.alone = f"strategy.{hook}"
+    return None
+
+
+def several() -> bool:
+    """Whether torch.distributed has started several processes."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _average(call: dict[str, Any], strategy: Any, hook: str) -> None:

@@ -81,7 +81,12 @@ def run_from_hydra(config: DictConfig) -> float | None:
         if away:
             launchers.note(hydra.job.num, f"started: {command}")
         with launchers.at_work() if away else nullcontext():
-            outcome = refused if plain is None else execute(plain, chosen, command, away)
+            if plain is None:
+                outcome = refused
+            elif away:
+                outcome = launchers.when_free(partial(execute, plain, chosen, command, away))
+            else:
+                outcome = execute(plain, chosen, command)
         outcome, found = _objective(outcome)
         if outcome.message and torchrun.rank() == 0:
             print(f"error: {outcome.message}", file=sys.stderr)
@@ -138,7 +143,10 @@ def execute(config: Mapping[str, Any], choices: Mapping[str, str], command: str,
         config: resolved, as plain Python objects.
         choices: the option chosen in each config group.
         command: the command line that describes it.
-        patient: wait for another process that is at work on it.
+        patient: the caller waits for another process that is at work on it.
+
+    Raises:
+        Busy: where the caller is patient.
     """
     try:
         filled = fill(config, choices)
@@ -149,9 +157,11 @@ def execute(config: Mapping[str, Any], choices: Mapping[str, str], command: str,
             raise ConfigError(f"{module} was changed while this command ran; the same command again runs the new code")
         if config["study"]["plan"]:
             return plan(filled, identity)
-        start = partial(together, lambda processes: run(filled, choices, identity, command, processes))
-        return launchers.when_free(start) if patient else start()
+        with together() as processes:
+            return run(filled, choices, identity, command, processes)
     except Busy as error:
+        if patient:
+            raise
         return Outcome("running elsewhere", error.exit_code, message=str(error))
     except UserError as error:
         # Where the engine has put an error of the user's own code into its words, the place is still missing.
