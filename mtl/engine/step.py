@@ -175,7 +175,12 @@ class Step:
         Args:
             scores: (T,) each task's main metric, where the method learns from it; accuracies in percent.
             higher_is_better: (T,) bool, the direction of the scores.
+
+        Raises:
+            RuntimeError: no step was made since the epoch began.
         """
+        if not defines(self.strategy, "epoch_end"):
+            return
         if self._sums is None:
             raise RuntimeError("end_epoch: no step was made since the epoch began")
         total, counts = self._sums
