@@ -4,6 +4,8 @@ Two lines put any strategy into a foreign training loop::
 
     strategy = mtl.losses.PCGrad(tasks=3)
     mtl.backward(losses, strategy, shared=backbone.parameters(), heads=[h.parameters() for h in heads])
+
+`mtl.Step` makes a whole update, and serves the methods that need more than these lines.
 """
 
 import importlib

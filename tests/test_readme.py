@@ -16,6 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 import mtl
 from mtl.certify.problem import arguments
 from mtl.config import schema
+from mtl.losses import hooks
 
 README = ROOT / "README.md"
 MANUAL = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -60,9 +61,12 @@ def test_the_foreign_loop_trains_every_parameter():
     assert names["info"].weights.shape == (3,) and -1 <= names["info"].cosine <= 1
 
 
-def test_the_loop_with_epochs_changes_the_weights():
+def test_the_loop_with_a_step_trains_and_learns():
     torch.manual_seed(0)
-    assert block("mtl.losses.DWA")["dwa"].weights.tolist() != [1.0, 1.0]
+    names = block("mtl.losses.MoDo")
+    learned, fresh = names["strategy"].memory(), mtl.losses.MoDo(2).memory()
+    assert learned and all(not torch.equal(value, fresh[name]) for name, value in learned.items())
+    assert all(p.grad is not None for p in names["parameters"]) and names["info"].weights.shape == (2,)
 
 
 def test_the_number_of_methods_that_need_two_lines_only():
@@ -73,6 +77,7 @@ def test_the_number_of_methods_that_need_two_lines_only():
     enough = []
     for name in names:
         strategy = schema.build(arguments(name), "loss", tasks=["0", "1", "2"]).double()
+        strategy.calls.steps = hooks.LONG
         try:
             for _ in range(33):
                 features = backbone(torch.randn(8, 4, dtype=torch.float64)).tanh()

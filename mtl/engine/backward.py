@@ -122,6 +122,6 @@ def _samples(losses: Any, strategy: Strategy) -> list[list[Tensor]]:
     if len(batches) != strategy.samples or any(isinstance(b, Tensor) and b.dim() == 0 for b in batches):
         raise ValueError(
             f"losses: {type(strategy).__name__} needs the losses of {strategy.samples} independent batches; "
-            f"give a list of {strategy.samples} lists of {strategy.tasks} losses"
+            f"give a list of {strategy.samples} lists of {strategy.tasks} losses, or use mtl.Step"
         )
     return [arguments.scalars(f"losses[{k}]", batch, strategy.names) for k, batch in enumerate(batches)]

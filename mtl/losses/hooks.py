@@ -171,7 +171,7 @@ def check_step(strategy: Any, moved: bool | None = None) -> None:
     if defines(strategy, "look_ahead") and not calls.looked:
         raise RuntimeError(
             f"{name} tries steps out before each step: call strategy.look_ahead(losses_of, parameters, lr) before "
-            "every mtl.backward, with losses_of(k) the (T,) losses of half k of the batch"
+            "every mtl.backward, with losses_of(k) the (T,) losses of half k of the batch; mtl.Step does so by itself"
         )
     if calls.waits:
         _refuse_waiting(name, moved)
@@ -187,7 +187,7 @@ def _refuse_waiting(name: str, moved: bool | None) -> None:
             f"sums, then optimizer.step() and {call}. Or choose a method that accumulates, such as uncertainty"
         )
     raise RuntimeError(
-        f"{name} learns from what a step did: after every optimizer.step() call {call}. "
+        f"{name} learns from what a step did: after every optimizer.step() call {call}; mtl.Step does so by itself. "
         "An optimizer that calls a closure several times in a step (LBFGS) needs max_iter=1 for that"
     )
 
