@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import time
 import traceback
 from contextlib import nullcontext
 from datetime import timedelta
@@ -623,6 +624,10 @@ def _process(rank: int, folder: str, names: list[str]) -> None:
     torch.set_num_threads(1)
     found = {}
     for number, name in enumerate(names):
+        # Both begin at once: a case that ends with an error may end later in one process.
+        Path(folder, f"ready{number}-{rank}").touch()
+        while not Path(folder, f"ready{number}-{1 - rank}").exists():
+            time.sleep(0.01)
         store = f"file://{folder}/{number}"
         limit = timedelta(seconds=20)  # what would wait for ever is an error
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=limit)
