@@ -39,12 +39,12 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 import train
-from mtl import report
-from mtl.config.cli import CONF, GROUPS, Grid, launch, translate
-from mtl.config.errors import UserError
+from mtl.cli.command import CONF, GROUPS, Grid, launch, translate
 from mtl.config.identity import identify
 from mtl.engine import checkpoint
-from mtl.engine.run import assemble, check, open_batches
+from mtl.engine.build import assemble, check, open_batches
+from mtl.errors import UserError
+from mtl.report import __main__ as report
 from mtl.tracking.console import table
 
 LIMIT = 120.0  # seconds of one process: whatever takes longer hangs
@@ -158,7 +158,7 @@ class Faults:
         """A new folder with a run that stopped after `epochs`."""
 
         def break_off() -> None:
-            from mtl.engine.trainer import Learner
+            from mtl.engine.learner import Learner
 
             real = Learner.train_epoch
             Learner.train_epoch = lambda *a: real(*a) if a[2] < epochs else 1 / 0

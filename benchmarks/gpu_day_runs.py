@@ -25,7 +25,7 @@ from files import read, read_lines, write
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from mtl.config.cli import CONF
+from mtl.cli.command import CONF
 from mtl.config.identity import identify
 
 ROOT = Path(__file__).parents[1]

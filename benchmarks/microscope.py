@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from throughput import BATCH, ours
 
-from mtl.engine.trainer import Learner
+from mtl.engine.learner import Learner
 from mtl.tracking.console import table
 
 

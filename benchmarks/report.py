@@ -106,7 +106,7 @@ def main() -> None:
         print(f"{options.runs:,} runs of {options.epochs} epochs, {size:,.0f} MB of metrics.jsonl")
         code = (
             "import resource, sys, time; start = time.perf_counter(), time.process_time();"
-            "from mtl.report import main; code = main(sys.argv[1:]);"
+            "from mtl.report.__main__ import main; code = main(sys.argv[1:]);"
             "print(f'{time.perf_counter() - start[0]:.1f} s, {time.process_time() - start[1]:.1f} s of one core, '"
             "f'{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MiB', file=sys.stderr); sys.exit(code)"
         )

@@ -119,7 +119,7 @@ def _train(tree: Path, cases: Path, out: Path) -> None:
     import torch._dynamo  # noqa: F401  which an optimizer imports
 
     with suppress(ImportError):
-        import mtl.study.cell  # noqa: F401
+        import mtl.cli.cell  # noqa: F401
     os.fsync = lambda file: None  # a power cut may take these files
     for i, overrides in enumerate(json.loads(cases.read_text()).values()):
         (out / str(i)).mkdir(parents=True)

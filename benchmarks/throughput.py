@@ -35,12 +35,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from mtl.archs.model import MultiTaskModel
+from mtl.cli.command import CONF
 from mtl.config import schema
-from mtl.config.cli import CONF
 from mtl.data.batches import TrainingBatches
 from mtl.data.synthetic import Synthetic
-from mtl.engine.run import assemble
-from mtl.engine.trainer import Trainer
+from mtl.engine.build import assemble
+from mtl.engine.device import Execution
 from mtl.tracking.console import table
 
 BATCH = 128
@@ -180,7 +180,7 @@ class Loop:
 def contenders(options: argparse.Namespace, images: int) -> list[Loop]:
     """The tutorial's loop first, then the other loops; bf16 is left out where the CPU emulates it."""
     arch, device, batch = options.arch, options.device, options.batch
-    slow = Trainer(precision="bf16").slow_precision(torch.device(device))
+    slow = Execution(precision="bf16").slow_precision(torch.device(device))
     precisions = [p for p in options.precisions if not (slow and p == "bf16")]
     if precisions != options.precisions:
         print("bf16 is left out: this CPU emulates it")

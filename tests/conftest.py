@@ -23,7 +23,7 @@ needs_real_data = pytest.mark.skipif(
 def cli(tmp_path, monkeypatch, capfd):
     """`cli("loss=dwa", "seed=0")` runs train.py in an empty folder; returns .code, .out, .err."""
     import train
-    from mtl.config.cli import Grid, launch
+    from mtl.cli.command import Grid, launch
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")

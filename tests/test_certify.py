@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mtl.certify import agreement, certify, main, optimality, pages, properties
-from mtl.certify.problem import ANCHOR, HISTORY, TASKS, Network, experienced, make, problem, step
-from mtl.config.errors import UserError
+from mtl.certify.problem import ANCHOR, HISTORY, TASKS, CertificateNetwork, experienced, make, problem, step
+from mtl.errors import UserError
 from mtl.losses import MOML, AutoLambda, CAGrad, PCGrad, RepMTL, Static, UPGrad
 
 REGENERATE = "missing or out of date; run: python -m mtl.certify"
@@ -82,7 +82,7 @@ def test_a_method_without_numbers_is_no_agreement(monkeypatch):
 
 def test_losses_and_gradients_are_those_that_were_set():
     tasks = problem(3)
-    net = Network(make("equal"), tasks)
+    net = CertificateNetwork(make("equal"), tasks)
     shared, heads = net.gradients()
     torch.testing.assert_close(torch.stack(net.losses(tasks.slopes)[0]), tasks.values)
     torch.testing.assert_close(shared, tasks.slopes)

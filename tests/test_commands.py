@@ -16,11 +16,11 @@ import yaml
 from conftest import ROOT
 from test_config import OPTIONS, REQUIRED, SNAPSHOT, composed
 
+from mtl.cli.overrides import parse, spell, spelled, unfold
 from mtl.config import identity as identities
 from mtl.config import schema, source
-from mtl.config.command import parse, spell, spelled, unfold
-from mtl.config.errors import ConfigError, Terminated
 from mtl.config.identity import identify, safe
+from mtl.errors import ConfigError, Terminated
 
 TOY = ("data=toy", "arch=point", "data.steps=2", "trainer.epochs=1", "trainer.device=cpu", "logger=none", "seed=0")
 MINE = "# mine\n_target_: mtl.losses.DWA\ntemperature: 3.0\n"
@@ -422,7 +422,7 @@ def test_an_error_in_own_data_names_its_line(cli, own):
 
 def test_a_message_that_own_code_raises_on_purpose_is_the_line_alone(cli, own):
     (own / "mydata.py").write_text(
-        "from dataclasses import dataclass\nfrom mtl.config.errors import SetupError\n"
+        "from dataclasses import dataclass\nfrom mtl.errors import SetupError\n"
         "from mtl.data.digits import Digits\n@dataclass\nclass Mine(Digits):\n"
         "    def load(self):\n        raise SetupError('data.root: no images there')\n"
     )
@@ -500,7 +500,7 @@ def test_a_signal_before_the_first_epoch_leaves_nothing(cli, own, monkeypatch, n
     def stop(config):
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr("mtl.study.cell.run_from_hydra", stop)
+    monkeypatch.setattr("mtl.cli.cell.run_from_hydra", stop)
     result = cli("-m", *TOY)
     assert (result.code, result.out, result.err) == (128 + number, "", "")
     assert not (own / "outputs").exists()
@@ -509,7 +509,7 @@ def test_a_signal_before_the_first_epoch_leaves_nothing(cli, own, monkeypatch, n
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_after_the_last_run_is_no_traceback(tmp_path, number):
     program = (
-        f"import atexit, os, sys\nfrom mtl.config.cli import script\nsys.argv[1:] = []\n"
+        f"import atexit, os, sys\nfrom mtl.cli.command import script\nsys.argv[1:] = []\n"
         f"script(lambda: atexit.register(os.kill, os.getpid(), {int(number)}))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -528,7 +528,7 @@ def test_of_a_burst_of_signals_the_first_counts(cli, own, monkeypatch):
                 os.kill(os.getpid(), number)
             noted.append("interrupted")
 
-    monkeypatch.setattr("mtl.study.cell.run_from_hydra", run)
+    monkeypatch.setattr("mtl.cli.cell.run_from_hydra", run)
     before = signal.getsignal(signal.SIGTERM)
     assert cli(*TOY).code == 143 and noted == ["interrupted"]
     assert signal.getsignal(signal.SIGTERM) is before

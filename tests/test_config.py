@@ -16,10 +16,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from mtl.config.cli import CONF
+from mtl.cli.command import CONF
 from mtl.config.identity import identify
 from mtl.config.schema import TARGET, build, locate
-from mtl.engine.run import NODES, check
+from mtl.engine.build import NODES, check
 
 ROOT = CONF.parent
 FILES = sorted(CONF.glob("*/*.yaml"))

@@ -13,10 +13,10 @@ import yaml
 from conftest import ROOT
 
 from mtl.archs.resnet import WideResNet
-from mtl.config.errors import SetupError
 from mtl.data.digits import Digits
-from mtl.engine.run import assemble, open_batches
-from mtl.engine.trainer import Learner
+from mtl.engine.build import assemble, open_batches
+from mtl.engine.learner import Learner
+from mtl.errors import SetupError
 from mtl.losses import Equal
 from mtl.tasks import Classification, Regression
 

@@ -18,13 +18,13 @@ import torchvision.transforms.functional as TF
 from conftest import REAL_CIFAR100, needs_real_data
 from scipy.stats import chisquare
 
-from mtl.config.errors import SetupError, UserError
 from mtl.data import batches, cifar100
 from mtl.data.base import Benchmark, Split
 from mtl.data.batches import EvaluationBatches, TrainingBatches, draw
 from mtl.data.cifar100 import CIFAR100
 from mtl.data.digits import Digits
 from mtl.data.synthetic import Synthetic
+from mtl.errors import SetupError, UserError
 from mtl.random import stream
 from mtl.tasks import Classification
 

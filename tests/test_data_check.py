@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from mtl.config.errors import ConfigError, SetupError
 from mtl.data.base import Benchmark, Split, build_benchmark
 from mtl.data.batches import TrainingBatches
 from mtl.data.check import check_loaded
 from mtl.data.synthetic import Synthetic
+from mtl.errors import ConfigError, SetupError
 from mtl.metrics.task import Accuracy
 from mtl.tasks import Classification, Regression
 

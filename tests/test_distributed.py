@@ -20,13 +20,14 @@ from conftest import ROOT
 from torch import Tensor, nn
 
 from mtl.archs.resnet import WideResNet
-from mtl.config.cli import Terminated
+from mtl.cli.command import Terminated
 from mtl.data.base import Benchmark, Split
 from mtl.data.batches import EvaluationBatches, TrainingBatches
 from mtl.engine.backward import Switches
-from mtl.engine.signals import ENDING
-from mtl.engine.trainer import Learner, Trainer
+from mtl.engine.device import Execution
+from mtl.engine.learner import Learner
 from mtl.losses.hooks import defines
+from mtl.parallel.signals import ENDING
 from mtl.tasks import Classification, Regression
 
 # ---------------------------------------------------------------------------- every method, in float64, in one torchrun
@@ -112,7 +113,7 @@ CASES += [("uncertainty", "adatask", {"scale": "norm"}, Full)]
 
 def build(case, processes=None) -> tuple[Learner, TrainingBatches, EvaluationBatches]:
     from mtl.config import schema
-    from mtl.engine.run import build_learner
+    from mtl.engine.build import build_learner
 
     loss, optimizer, switches, kind = case
     benchmark = kind()
@@ -123,7 +124,7 @@ def build(case, processes=None) -> tuple[Learner, TrainingBatches, EvaluationBat
     tasks = [t for t in benchmark.tasks if t.name in strategy.names]
     config = {"seed": 3, "arch": {"_target_": f"{__name__}.Net"}, **nodes}
     cpu = torch.device("cpu")
-    learner = build_learner(config, benchmark, tasks, strategy, Trainer(3), cpu, Switches(**switches))
+    learner = build_learner(config, benchmark, tasks, strategy, Execution(3), cpu, Switches(**switches))
     learner.model.double(), strategy.double()
     learner.processes = processes
     splits = benchmark.splits()
@@ -170,7 +171,7 @@ def compare_all(report: Path) -> None:
     """For each case: the largest difference between one process and two, and whether the two agree in all bits."""
     import torch.distributed as dist
 
-    from mtl.engine.distributed import Processes
+    from mtl.parallel.processes import Processes
 
     torch.set_default_dtype(torch.float64)
     Tensor.float = Tensor.double  # the engine's float32: rounding would hide a small mistake behind a large tolerance
@@ -334,8 +335,8 @@ def test_a_grid_is_refused(cli, started, tmp_path):
 
 def test_only_the_first_process_reads_the_finished_files(cli, started, monkeypatch):
     """The others are done before it has written them."""
+    from mtl.cli import cell
     from mtl.engine.run import Outcome
-    from mtl.study import cell
 
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(cell, "execute", lambda *_: Outcome("finished", 0, "not/there/yet"))
@@ -346,8 +347,8 @@ def test_only_the_first_process_reads_the_finished_files(cli, started, monkeypat
 
 @pytest.mark.parametrize("name", ["cuda:1", "mps"])
 def test_one_device_for_all_is_refused(started, name):
-    from mtl.config.errors import ConfigError
-    from mtl.engine.distributed import Processes
+    from mtl.errors import ConfigError
+    from mtl.parallel.processes import Processes
 
     with pytest.raises(ConfigError, match=f"^trainer.device={name}: torchrun started 2 processes"):
         Processes(0, 2, 0, None).device(name)
@@ -381,8 +382,8 @@ class Last(nn.Module):
 ])  # fmt: skip
 def test_a_backbone_whose_draws_cannot_be_divided_is_refused(module, name):
     """And looking for that changes nothing: buffers, mode, random stream."""
-    from mtl.config.errors import ConfigError
-    from mtl.engine.distributed import Processes
+    from mtl.errors import ConfigError
+    from mtl.parallel.processes import Processes
 
     images = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
     before, stream = copy.deepcopy(module.state_dict()), torch.get_rng_state()
@@ -402,7 +403,7 @@ def test_a_backbone_whose_draws_cannot_be_divided_is_refused(module, name):
 @pytest.fixture
 def handlers(monkeypatch):
     """Processes that do not end this one, and its handlers as they were afterwards."""
-    monkeypatch.setattr("mtl.engine.distributed.atexit.register", lambda *_: None)
+    monkeypatch.setattr("mtl.parallel.processes.atexit.register", lambda *_: None)
     before = {number: signal.getsignal(number) for number in ENDING}
     yield
     for number, handler in before.items():
@@ -411,8 +412,8 @@ def handlers(monkeypatch):
 
 @pytest.mark.parametrize("number", ENDING)
 def test_each_signal_ends_training_with_its_own_code_in_all_processes(handlers, number):
-    from mtl.config.cli import _code
-    from mtl.engine.distributed import Processes
+    from mtl.cli.command import _code
+    from mtl.parallel.processes import Processes
 
     store, images = torch.distributed.HashStore(), torch.zeros(2, 3)
     signal.signal(number, lambda *_: pytest.fail("ends the process at once"))
@@ -424,8 +425,8 @@ def test_each_signal_ends_training_with_its_own_code_in_all_processes(handlers, 
 
 
 def test_under_nohup_a_closed_terminal_ends_nothing(handlers):
-    from mtl.engine.distributed import Processes
-    from mtl.engine.signals import deferred
+    from mtl.parallel.processes import Processes
+    from mtl.parallel.signals import deferred
 
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     processes = Processes(0, 1, 0, torch.distributed.HashStore())
@@ -435,7 +436,7 @@ def test_under_nohup_a_closed_terminal_ends_nothing(handlers):
 
 
 def test_a_closed_terminal_waits_for_files_that_belong_together(handlers):
-    from mtl.engine.signals import deferred
+    from mtl.parallel.signals import deferred
 
     events = []
     signal.signal(signal.SIGHUP, lambda *_: events.append("ended"))
@@ -452,7 +453,7 @@ def test_a_deterministic_run_tells_cublas(monkeypatch):
         if value is None:
             monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
         try:
-            Trainer(device="cpu", deterministic=True).open_device()
+            Execution(device="cpu", deterministic=True).open_device()
         finally:
             torch.use_deterministic_algorithms(False)
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == (value or ":4096:8")
@@ -473,6 +474,6 @@ if __name__ == "__main__":
         after_epoch(1, train_for_ever)
 
     import train as script
-    from mtl.config.cli import launch
+    from mtl.cli.command import launch
 
     sys.exit(launch(script.main))

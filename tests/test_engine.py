@@ -22,8 +22,8 @@ from mtl.data.batches import EvaluationBatches
 from mtl.data.digits import Digits
 from mtl.engine import checkpoint
 from mtl.engine.directory import RunDirectory
+from mtl.engine.learner import Learner
 from mtl.engine.trained import NothingTrained
-from mtl.engine.trainer import Learner
 from mtl.tasks import Classification, Regression
 from mtl.tracking import Tracker
 

@@ -24,16 +24,16 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mtl.config.cli import Grid, launch
-from mtl.config.errors import SetupError
+from mtl.cli.command import Grid, launch
 from mtl.config.identity import Identity
 from mtl.data.digits import Digits
 from mtl.engine import checkpoint, files
+from mtl.engine.build import assemble
 from mtl.engine.directory import RunDirectory
-from mtl.engine.finished import inspect
+from mtl.engine.learner import Learner
+from mtl.engine.replay import inspect
 from mtl.engine.resume import resume
-from mtl.engine.run import assemble
-from mtl.engine.trainer import Learner
+from mtl.errors import SetupError
 from mtl.tracking import RunInfo, Tracker, flatten
 from mtl.tracking import wandb as tracking
 from mtl.tracking.wandb import WandbTracker

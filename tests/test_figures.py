@@ -11,10 +11,10 @@ from matplotlib import pyplot as plt
 from scipy.optimize import minimize
 from tree import write_run
 
-from mtl.study import figures, plots
-from mtl.study.compare import benchmarks
-from mtl.study.runs import load
-from mtl.study.style import COLOURS, REFERENCE, REST
+from mtl.report.figures import paper, per_run
+from mtl.report.figures.style import COLOURS, REFERENCE, REST
+from mtl.report.protocols import benchmarks
+from mtl.report.runs import load
 
 UP = {"a_accuracy": True, "b_error": False}
 
@@ -33,9 +33,9 @@ def axes(request):
 
     def call(benchmark, name):
         (arch,) = benchmark.archs
-        figure = next(f for f in plots.figures(benchmark)[arch] if f.name == name)
-        with plt.rc_context(figures.LOOK):
-            made.append(figures.render(figure, plots.styles(benchmark), name))
+        figure = next(f for f in per_run.figures(benchmark)[arch] if f.name == name)
+        with plt.rc_context(paper.LOOK):
+            made.append(paper.render(figure, per_run.styles(benchmark), name))
         return made[-1].axes
 
     yield call
@@ -49,7 +49,7 @@ def lines(axis):
 
 
 def names(benchmark):
-    return {f.name for members in plots.figures(benchmark).values() for f in members}
+    return {f.name for members in per_run.figures(benchmark).values() for f in members}
 
 
 def test_learning_curves_are_means_in_bands_from_the_lowest_to_the_highest_seed(tmp_path, axes):
@@ -69,12 +69,12 @@ def test_learning_curves_are_means_in_bands_from_the_lowest_to_the_highest_seed(
 
 def test_long_curves_are_drawn_at_some_epochs_and_the_caption_says_so(tmp_path):
     write_run(tmp_path, "dwa", 0, {"test/a_accuracy": [float(e * e) for e in range(1, 451)]})
-    long = next(f for f in plots.figures(read(tmp_path))["resnet20"] if f.name == "learning-curves")
+    long = next(f for f in per_run.figures(read(tmp_path))["resnet20"] if f.name == "learning-curves")
     (trace,) = long.panels[0].traces
     assert trace.x == list(range(3, 451, 3)) and trace.y == [e * e for e in trace.x]
     assert "longer than 200 epochs" in long.caption
     write_run(tmp_path / "short", "dwa", 0, {"test/a_accuracy": [1.0] * 200})
-    short = next(f for f in plots.figures(read(tmp_path / "short"))["resnet20"] if f.name == "learning-curves")
+    short = next(f for f in per_run.figures(read(tmp_path / "short"))["resnet20"] if f.name == "learning-curves")
     assert len(short.panels[0].traces[0].x) == 200 and "longer" not in short.caption
 
 
@@ -120,7 +120,7 @@ def test_parallel_coordinates_put_the_better_end_up_and_end_with_delta_m(tmp_pat
     write_run(tmp_path, "single", 0, {"test/b_error": [4.0]}, task="b", digest="b", higher={"b_error": False})
     benchmark = read(tmp_path)
     # Δm by hand: dwa (−20 % + 50 %) / 2, equal (+20 % + 0 %) / 2, mgda (0 % + 12.5 %) / 2
-    assert plots.delta_m(benchmark) == pytest.approx({"dwa": 15, "equal": 10, "mgda": 6.25})
+    assert per_run.delta_m(benchmark) == pytest.approx({"dwa": 15, "equal": 10, "mgda": 6.25})
     (axis,) = axes(benchmark, "parallel-coordinates")
     found = {k: y for k, (_, y) in lines(axis).items() if len(y) > 2 or k in ("dwa", "equal", "mgda")}
     assert found["dwa"] == pytest.approx([0, 1, 1])
@@ -147,7 +147,7 @@ def test_pareto_shows_every_run_the_means_and_the_baselines(tmp_path, axes):
 def test_the_front_is_that_of_a_sweep_from_the_best_end(up, right):
     draw = random.Random(3)
     points = [(draw.randint(0, 9), draw.randint(0, 9)) for _ in range(30)]
-    front = plots.pareto_front(points, up, right)
+    front = per_run.pareto_front(points, up, right)
     better = {True: max, False: min}[right]
     # Sweeping from the best first coordinate, a point is on the front when its second one is a new record.
     record, expected = None, []
@@ -161,7 +161,7 @@ def test_the_front_is_that_of_a_sweep_from_the_best_end(up, right):
 
 def test_more_than_two_tasks_make_a_matrix(tmp_path):
     write_run(tmp_path, "dwa", 0, {f"test/{t}_accuracy": [1.0] for t in "abcdefg"})
-    (pareto,) = [f for f in plots.figures(read(tmp_path))["resnet20"] if f.name == "pareto"]
+    (pareto,) = [f for f in per_run.figures(read(tmp_path))["resnet20"] if f.name == "pareto"]
     assert len(pareto.panels) == 10 and "5 of 7" in pareto.caption
 
 
@@ -192,7 +192,7 @@ def test_of_fifty_strategies_the_best_eight_and_equal_weighting_stand_out(tmp_pa
     write_run(tmp_path, "equal", 0, {"test/a_accuracy": [0.0, -1.0], "test/b_accuracy": [0.0, 1.0]})
     benchmark = read(tmp_path)
     best = {f"m{i}" for i in range(42, 50)}
-    looks = plots.styles(benchmark)
+    looks = per_run.styles(benchmark)
     assert {k for k, v in looks.items() if v.prominent} == best | {"equal"}
     assert {looks[k].colour for k in best} == set(COLOURS) and looks["equal"].colour == REFERENCE
     for name in ("learning-curves", "parallel-coordinates"):
@@ -213,7 +213,7 @@ def test_of_fifty_strategies_the_best_eight_and_equal_weighting_stand_out(tmp_pa
 def test_names_are_moved_apart_as_little_as_possible(seed):
     draw = np.random.default_rng(seed)
     wanted, gap = draw.uniform(0.3, 0.7, 6), 0.1
-    found = np.array(figures.spread(wanted, gap))
+    found = np.array(paper.spread(wanted, gap))
     order = np.argsort(wanted)
     limits = [{"type": "ineq", "fun": lambda h, a=a, b=b: h[b] - h[a] - gap} for a, b in itertools.pairwise(order)]
     limits += [{"type": "ineq", "fun": lambda h: np.concatenate([h, 1 - h])}]
@@ -222,15 +222,15 @@ def test_names_are_moved_apart_as_little_as_possible(seed):
 
 
 def test_too_many_names_share_the_room():
-    assert figures.spread([0.5] * 5, 0.3) == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    assert paper.spread([0.5] * 5, 0.3) == pytest.approx([0, 0.25, 0.5, 0.75, 1])
 
 
 def test_files_are_written_in_every_format_and_are_not_blank(tmp_path):
     for loss, seed in itertools.product(("dwa", "equal"), (0, 1)):
         write_run(tmp_path / "runs", loss, seed, {"test/a_accuracy": [1.0 + seed, 2.0]})
-    files = figures.draw(read(tmp_path / "runs"), tmp_path / "figures", figures.FORMATS)
+    files = paper.draw(read(tmp_path / "runs"), tmp_path / "figures", paper.FORMATS)
     assert {f.name for f in files} == {
-        f"synthetic-resnet20-{n}.{s}" for n in ("learning-curves", "cost") for s in figures.FORMATS
+        f"synthetic-resnet20-{n}.{s}" for n in ("learning-curves", "cost") for s in paper.FORMATS
     }
     for file in files:
         if file.suffix == ".png":
@@ -246,7 +246,7 @@ def test_files_are_written_in_every_format_and_are_not_blank(tmp_path):
 def test_a_file_is_the_same_when_drawn_again(tmp_path):
     write_run(tmp_path / "runs", "dwa", 0, {"test/a_accuracy": [1.0, 2.0]})
     benchmark = read(tmp_path / "runs")
-    first, second = (figures.draw(benchmark, tmp_path / n, ("svg",)) for n in "12")
+    first, second = (paper.draw(benchmark, tmp_path / n, ("svg",)) for n in "12")
     assert [f.read_bytes() for f in first] == [f.read_bytes() for f in second]
 
 
@@ -254,6 +254,6 @@ def test_architectures_have_figures_of_their_own_and_one_colour_per_strategy(tmp
     for arch, loss in itertools.product(("resnet20", "vgg"), ("dwa", "equal")):
         write_run(tmp_path, loss, 0, {"test/a_accuracy": [1.0, 2.0]}, arch=arch)
     benchmark = read(tmp_path)
-    found = plots.figures(benchmark)
-    assert set(found) == {"resnet20", "vgg"} and set(plots.styles(benchmark)) == {"dwa", "equal"}
+    found = per_run.figures(benchmark)
+    assert set(found) == {"resnet20", "vgg"} and set(per_run.styles(benchmark)) == {"dwa", "equal"}
     assert all(len(f.panels[0].traces) == 2 for members in found.values() for f in members if f.curves)

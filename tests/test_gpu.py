@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from mtl.engine import trainer as trainer_module
+from mtl.engine import learner as trainer_module
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 
@@ -16,7 +16,7 @@ def learner_on(device: str, loss: str, *overrides: str, images: int = 1024):
     from omegaconf import OmegaConf
 
     from mtl.data.batches import TrainingBatches
-    from mtl.engine.run import assemble
+    from mtl.engine.build import assemble
 
     GlobalHydra.instance().clear()
     words = ["data=synthetic", f"data.train_size={images}", f"loss={loss}", f"trainer.device={device}", *overrides]

@@ -19,9 +19,9 @@ import yaml
 from conftest import ROOT
 from filelock import FileLock
 
-from mtl.config.cli import Grid
-from mtl.engine.trainer import Learner
-from mtl.study import grid
+from mtl.cli import grid
+from mtl.cli.command import Grid
+from mtl.engine.learner import Learner
 
 
 def runs(root: Path) -> dict[str, Path]:
@@ -187,7 +187,7 @@ PLACES = ["precious", ".", "absolute", "precious/new/deep", "precious/empty"]
 def test_a_grid_that_trains_nothing_touches_nothing(cli, precious, tmp_path, monkeypatch, kind, place):
     where = str(precious) if place == "absolute" else place
     if kind == "signal":
-        monkeypatch.setattr("mtl.study.cell.run_from_hydra", lambda config: os.kill(os.getpid(), signal.SIGTERM))
+        monkeypatch.setattr("mtl.cli.cell.run_from_hydra", lambda config: os.kill(os.getpid(), signal.SIGTERM))
     before = contents(tmp_path)
     result = cli("-m", *TOY, f"hydra.sweep.dir={where}", *NOTHING[kind])
     assert result.code == {"plan": 0, "signal": 143}.get(kind, 2), result.err
@@ -251,7 +251,7 @@ HEALED = ['{"epochs": 2, "la', "{}", None]  # of summary.json, which the metrics
 
 
 def test_a_damaged_finished_run_counts_as_damaged(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr("mtl.study.figures.draw", lambda *arguments, **words: [])
+    monkeypatch.setattr("mtl.report.figures.paper.draw", lambda *arguments, **words: [])
     assert cli("-m", *TOY, "seed=0,1").code == 0
     directory = next(d for name, d in runs(tmp_path).items() if name.endswith("/0")).relative_to(tmp_path)
     for name, text in DAMAGES:
@@ -271,7 +271,7 @@ def test_a_damaged_finished_run_counts_as_damaged(cli, tmp_path, monkeypatch):
 
 
 def test_the_closing_table_says_whose_files_contradict_each_other(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr("mtl.study.figures.draw", lambda *arguments, **words: [])
+    monkeypatch.setattr("mtl.report.figures.paper.draw", lambda *arguments, **words: [])
     first = cli("-m", *TOY, "loss=equal,dwa")
     assert first.code == 0 and "contradiction" not in first.out, first.err
     directory = next(d for name, d in runs(tmp_path).items() if name.startswith("dwa"))
@@ -314,7 +314,7 @@ def test_a_clock_that_stands_or_was_set_back(tmp_path, monkeypatch, behind):
 def test_how_many_runs_a_grid_has(words, cells):
     from omegaconf import OmegaConf
 
-    from mtl.config.cli import _count
+    from mtl.cli.command import _count
 
     node = {"sweeper": {"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "params": None},
             "overrides": {"task": words}}  # fmt: skip

@@ -20,10 +20,10 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 
-from mtl.config import launchers
-from mtl.config.cli import CONF
-from mtl.config.errors import Busy
+from mtl.cli import launchers
+from mtl.cli.command import CONF
 from mtl.data import cifar100
+from mtl.errors import Busy
 
 PRESETS = {"parallel": "joblib", "slurm": "submitit", "slurm_local": "submitit", "ray_cluster": "ray"}
 TINY = ("experiment=smoke", "data.train_size=64", "data.test_size=32", "data.batch_size=32")
@@ -171,8 +171,8 @@ def test_a_cell_waits_for_the_process_that_works_on_the_same_run(caplog):
 
 WORKER = """
 import os, sys, time
-from mtl.config import launchers
-from mtl.config.errors import Terminated
+from mtl.cli import launchers
+from mtl.errors import Terminated
 if child := os.fork():
     os.waitpid(child, 0)
 launchers.POLL = 0.05

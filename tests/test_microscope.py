@@ -22,9 +22,9 @@ from mtl.archs.vgg import VGG16BN
 from mtl.config import schema
 from mtl.config.identity import identify
 from mtl.data.batches import TrainingBatches
-from mtl.engine.microscope import Microscope, Observer, layer_groups
-from mtl.engine.run import build_learner
-from mtl.engine.trainer import Sums
+from mtl.engine.build import build_learner
+from mtl.inspect.microscope import GradientObserver, Microscope, layer_groups
+from mtl.metrics.tally import Sums
 from mtl.tasks import Classification, Regression
 from mtl.tracking import Tracker
 
@@ -160,7 +160,7 @@ def test_against_loops_in_numpy():
     torch.manual_seed(0)
     model = MultiTaskModel(Net(), TASKS).double().train()
     sums, expected = Sums(), defaultdict(list)
-    observer = Observer(4, TASKS, model, False, False, sums)
+    observer = GradientObserver(4, TASKS, model, False, False, sums)
     for size, c in ((6, [0, 2, 3, 5]), (3, [])):
         images, targets = batch(model, size, c)
         for key, value in Oracle(model, images, targets, 4).figures().items():

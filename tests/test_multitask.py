@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mtl.metrics import multitask
-from mtl.study.statistics import holm, paired, verdict
+from mtl.report import multitask
+from mtl.report.statistics import holm, paired, verdict
 
 
 def test_delta_m_and_achievement_by_hand():

@@ -21,7 +21,7 @@ from mtl.data.base import Split
 from mtl.data.batches import EvaluationBatches
 from mtl.data.digits import Digits
 from mtl.engine import checkpoint
-from mtl.engine.trainer import Learner
+from mtl.engine.learner import Learner
 from mtl.losses import LDCMTL, ConsMTL, Equal, RepMTL, Static
 from mtl.optim.signum import Signum
 from mtl.optim.taskwise import MTLIO, AdaTask

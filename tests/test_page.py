@@ -11,20 +11,26 @@ from urllib.parse import unquote
 import pytest
 from tree import write_run
 
-from mtl.study import page
-from mtl.study.compare import benchmarks
-from mtl.study.runs import load
-from mtl.study.tables import Cell, Table
+from mtl.report.figures import page
+from mtl.report.protocols import benchmarks
+from mtl.report.runs import load
+from mtl.report.tables import Entry, Table
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium; on Debian: apt-get install chromium")
 
 ATTACK = "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
 TABLE = Table(
-    "Accuracy", "Mean over seeds.", ["strategy", "accuracy"],
-    [[Cell("dwa"), Cell("9.5 ± 0.1", 9.5)], [Cell("equal"), Cell("–")], [Cell("mgda"), Cell("10.1 ± 0.2", 10.1, True)],
-     [Cell("gradnorm"), Cell("−3.0", -3.0)]],
-)  # fmt: skip
+    "Accuracy",
+    "Mean over seeds.",
+    ["strategy", "accuracy"],
+    [
+        [Entry("dwa"), Entry("9.5 ± 0.1", 9.5)],
+        [Entry("equal"), Entry("–")],
+        [Entry("mgda"), Entry("10.1 ± 0.2", 10.1, True)],
+        [Entry("gradnorm"), Entry("−3.0", -3.0)],
+    ],
+)
 
 
 def write(root, tables=(TABLE,)):
@@ -132,7 +138,7 @@ def test_plots_show_the_runs_and_the_legend_switches_them_everywhere(runs):
 def test_many_strategies_can_be_filtered_and_a_narrow_screen_does_not_scroll_sideways(tmp_path):
     for i in range(40):
         write_run(tmp_path / "runs", f"strategy_with_a_long_name_{i:02}")
-    wide = Table("W", "N", [f"column {i}" for i in range(20)], [[Cell(f"s{i}") for i in range(20)]] * 3)
+    wide = Table("W", "N", [f"column {i}" for i in range(20)], [[Entry(f"s{i}") for i in range(20)]] * 3)
     found, seen = browse(
         write(tmp_path, [wide]),
         """
@@ -178,7 +184,7 @@ def hostile(root):
     write_run(root / "runs", "equal", 0)
     write_run(root / "runs", "mgda", 0, status="failed", error=ATTACK)
     (root / "runs" / "synthetic" / "resnet20" / ATTACK[8:30].replace("/", "_") / "seed0").mkdir(parents=True)
-    return write(root, [Table(ATTACK, ATTACK, [ATTACK, "x"], [[Cell(ATTACK), Cell("1", 1.0)]])])
+    return write(root, [Table(ATTACK, ATTACK, [ATTACK, "x"], [[Entry(ATTACK), Entry("1", 1.0)]])])
 
 
 class Elements(HTMLParser):
@@ -218,7 +224,7 @@ def test_a_hostile_run_cannot_run(tmp_path):
 
 def test_negative_numbers_have_a_minus_sign_and_names_keep_their_hyphens(tmp_path):
     (tmp_path / "runs").mkdir()
-    table = Table("T", "N", ["strategy", "x"], [[Cell("imtl-g"), Cell("-1.5 ± 0.1", -1.5)]])
+    table = Table("T", "N", ["strategy", "x"], [[Entry("imtl-g"), Entry("-1.5 ± 0.1", -1.5)]])
     text = write(tmp_path, [table]).read_text()
     assert '<td class="word">imtl-g</td>' in text and '<td data-value="-1.5">−1.5 ± 0.1</td>' in text
 

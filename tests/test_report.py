@@ -14,12 +14,12 @@ import pytest
 import yaml
 
 from mtl.config.identity import identify
-from mtl.report import main
-from mtl.study import results
-from mtl.study.compare import benchmarks
-from mtl.study.runs import load
-from mtl.study.scores import Scores
-from mtl.study.tables import Cell, Table
+from mtl.report import summaries
+from mtl.report.__main__ import main
+from mtl.report.protocols import benchmarks
+from mtl.report.runs import load
+from mtl.report.scores import Scores
+from mtl.report.tables import Entry, Table
 
 HIGHER = {"fine_accuracy": True, "depth_mae": False}
 
@@ -230,7 +230,7 @@ def test_selections_stand_side_by_side_as_mean_and_sample_deviation(tmp_path):
     for seed, value in enumerate([60.0, 62.0, 67.0]):
         write(tmp_path, seed=seed, figures=fine(value))
         write(tmp_path, "dwa", seed, figures=fine(50.0))
-    table = results.figures(scores(tmp_path))
+    table = summaries.metrics_table(scores(tmp_path))
     cell = column(table, "fine_accuracy\nlast")["equal"]
     assert cell.text == "63.00 ± 3.61" and cell.best
     assert (cell.value, cell.spread) == pytest.approx((63.0, statistics.stdev([60, 62, 67])))
@@ -248,7 +248,7 @@ def test_a_strategy_that_diverged_in_a_seed_does_not_look_better_for_it(tmp_path
         write(tmp_path, "rlw", seed, status="diverged")
     write(tmp_path, "famo", 0, figures=fine(98.0, 2.0))  # one seed only
     found = scores(tmp_path)
-    table = results.figures(found)
+    table = summaries.metrics_table(found)
     assert column(table, "n")["pcgrad"].text == "2, 1 diverged" and column(table, "n")["rlw"].text == "0, 3 diverged"
     accuracy = column(table, "fine_accuracy\nlast")
     assert {label for label, c in accuracy.items() if c.best} == {"equal"} and accuracy["pcgrad"].value == 99.0
@@ -257,7 +257,7 @@ def test_a_strategy_that_diverged_in_a_seed_does_not_look_better_for_it(tmp_path
     # fine: equal 1, dwa 2; depth: dwa 1, equal 2; pcgrad last in both; famo is not ranked
     assert (ranks["equal"], ranks["dwa"], ranks["pcgrad"]) == (1.5, 1.5, 3.0) and math.isnan(ranks["famo"])
     assert found.wins("fine_accuracy", "last") == ({"equal": 1, "dwa": 0, "pcgrad": 2}, 3)
-    verdicts = column(results.differences(found, "equal", "last"), "verdict")
+    verdicts = column(summaries.differences(found, "equal", "last"), "verdict")
     assert "pcgrad: 1 of 3 seeds diverged" in verdicts["pcgrad"].text
 
 
@@ -271,14 +271,14 @@ def test_delta_m_is_paired_by_seed_where_the_baselines_have_it(tmp_path):
     found = scores(tmp_path)
     deltas = found.delta_m(found.groups[0], "last")
     assert deltas == pytest.approx({0: (10 - 20) / 2, 1: (-100 / 12 - 20) / 2, 2: -20 / 2})  # seed 2: the mean is 55
-    note = results.multi_task(found, "last").note
+    note = summaries.multi_task(found, "last").note
     assert "same seed (2 runs)" in note and "lacks the seed (1 runs)" in note
-    assert results.baseline_command(found) is None
+    assert summaries.baseline_command(found) is None
 
 
 def test_missing_baselines_are_named_with_their_command(tmp_path):
     write(tmp_path, "dwa", 3)
-    command = results.baseline_command(scores(tmp_path))
+    command = summaries.baseline_command(scores(tmp_path))
     assert command == "python train.py -m loss=single loss.task=fine,depth optimizer.lr=0.1 seed=3"
 
 
@@ -290,10 +290,10 @@ def test_differences_are_taken_from_the_reference_with_the_same_config(tmp_path)
         write(tmp_path, "dwa", seed, figures=fine(71.0 + seed / 10), **adam)
         write(tmp_path, "pcgrad", seed, figures=fine(71.0), trainer__epochs=3, optimizer__lr=1.0)
     found = scores(tmp_path)
-    table = results.differences(found, "equal", "last")
+    table = summaries.differences(found, "equal", "last")
     assert {row[0].text for row in table.rows} == {"dwa"} and "pcgrad" in table.note
     assert table.rows[0][3].value == pytest.approx(1.1) and "2 comparisons" in table.note
-    against = results.differences(found, "equal, sgd", "last")
+    against = summaries.differences(found, "equal, sgd", "last")
     assert {row[0].text for row in against.rows} == {"dwa", "equal, adam", "pcgrad"}
     assert {row[3].text for row in against.rows if row[1].text == "fine_accuracy"} == {"+11.10", "+10.00", "+11.00"}
 
@@ -304,13 +304,13 @@ def test_pareto_optimal_runs_are_counted_per_optimizer(tmp_path):
     write(tmp_path, "equal", 1, figures=fine(50.0, 9.0))  # dominated by its own kind
     write(tmp_path, "equal", 0, figures=fine(55.0, 8.0), **adam)  # by sgd's
     write(tmp_path, "equal", 1, figures=fine(70.0, 9.0), **adam)
-    rows = {row[0].text: [c.value for c in row[1:]] for row in results.optimizers(scores(tmp_path), "last").rows}
+    rows = {row[0].text: [c.value for c in row[1:]] for row in summaries.optimizers(scores(tmp_path), "last").rows}
     assert rows == {"sgd": [2, 1, 1], "adam": [2, 1, 1]}
 
 
 def test_published_figures_are_marked_and_their_protocol_is_named(tmp_path):
     write(tmp_path, figures={"fine_accuracy": 60.0})
-    table = results.figures(scores(tmp_path))
+    table = summaries.metrics_table(scores(tmp_path))
     best = column(table, "fine_accuracy\nbest")
     assert best["published, not run here: DWA"].text == "67.81 ± 0.28"  # of 67.96, 67.98, 67.49
     assert not any(c.best for label, c in best.items() if label.startswith("published"))
@@ -318,14 +318,14 @@ def test_published_figures_are_marked_and_their_protocol_is_named(tmp_path):
     assert "trainer.epochs 3 instead of 200" in table.note
     write(tmp_path / "other", arch="resnet32")
     assert not any(
-        "published" in label for label in column(results.figures(scores(tmp_path / "other", "resnet32")), "n")
+        "published" in label for label in column(summaries.metrics_table(scores(tmp_path / "other", "resnet32")), "n")
     )
 
 
 def test_a_table_in_four_formats():
     table = Table("Figures of a_b", "5 % & more", ["strategy", "a_b\nlast", "a_b\nbest"],
-                  [[Cell("x|y"), Cell("1.23 ± 0.10", 1.2345, True, 0.1), Cell("-0.5", -0.5)],
-                   [Cell("z"), Cell("–"), Cell("2", 2)]])  # fmt: skip
+                  [[Entry("x|y"), Entry("1.23 ± 0.10", 1.2345, True, 0.1), Entry("-0.5", -0.5)],
+                   [Entry("z"), Entry("–"), Entry("2", 2)]])  # fmt: skip
     rows = list(csv.reader(table.csv().splitlines()))
     assert rows == [["strategy", "a_b, last", "a_b, last, std", "a_b, best"], ["x|y", "1.2345", "0.1", "-0.5"],
                     ["z", "–", "", "2"]]  # fmt: skip
@@ -382,5 +382,5 @@ def test_wrong_commands_get_one_line(tmp_path, monkeypatch, capsys, arguments, m
 
 def test_the_report_needs_no_torch(tmp_path):
     write(tmp_path)
-    code = "import sys; from mtl.report import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    code = "import sys; from mtl.report.__main__ import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, stdout=subprocess.DEVNULL)

@@ -15,16 +15,16 @@ import yaml
 from test_report import column, fine, scores, write
 from tree import write_run
 
-from mtl.metrics import multitask
-from mtl.report import main
-from mtl.study import page, plots, results
-from mtl.study.commands import single_task_command
-from mtl.study.compare import benchmarks
-from mtl.study.names import slug
-from mtl.study.runs import load
-from mtl.study.scores import Scores
-from mtl.study.statistics import deviation, mean, paired
-from mtl.study.tables import Cell, Table
+from mtl.report import multitask, summaries
+from mtl.report.__main__ import main
+from mtl.report.commands import single_task_command
+from mtl.report.figures import page, per_run
+from mtl.report.names import slug
+from mtl.report.protocols import benchmarks
+from mtl.report.runs import load
+from mtl.report.scores import Scores
+from mtl.report.statistics import deviation, mean, paired
+from mtl.report.tables import Entry, Table
 
 NUMBERS = [float("nan"), float("inf"), -float("inf"), None]
 ODD = [
@@ -129,7 +129,7 @@ def test_a_seed_without_a_finite_value_is_counted_named_and_never_the_best(tmp_p
         for file in (folder / "summary.json", folder / "metrics.jsonl"):
             file.write_text(file.read_text().replace("NaN", "null"))
     found = scores(tmp_path / "runs")
-    table = results.figures(found)
+    table = summaries.metrics_table(found)
     cells = column(table, "fine_accuracy\nlast")
     assert (cells["pcgrad"].text, cells["pcgrad"].count, cells["pcgrad"].best) == ("91.50 ± 0.71 (n=2)", 2, False)
     assert (cells["equal"].text, cells["equal"].count, cells["equal"].best) == ("61.00 ± 1.00", None, True)
@@ -139,11 +139,11 @@ def test_a_seed_without_a_finite_value_is_counted_named_and_never_the_best(tmp_p
     assert {r[0]: r[header.index("fine_accuracy, last, n")] for r in rows if r[1]}["pcgrad"] == "2"
     ranks = found.mean_ranks("last")
     assert (ranks["equal"], ranks["dwa"], ranks["pcgrad"]) == (1.25, 1.75, 3.0)  # the two share depth's first place
-    verdicts = column(results.differences(found, "equal", "last"), "verdict")
+    verdicts = column(summaries.differences(found, "equal", "last"), "verdict")
     assert "pcgrad: 1 of 3 seeds not finite" in verdicts["pcgrad"].text or "fine" not in verdicts
     assert main([str(tmp_path / "runs"), "--format", "csv,md,tex,html,svg"]) == 0 and not capsys.readouterr().err
-    plots = re.search(r'id="plots">(.*?)</script>', (tmp_path / "runs/report/report.html").read_text(), re.S)[1]
-    assert "NaN" not in plots and "Infinity" not in plots and json.loads(plots)
+    per_run = re.search(r'id="plots">(.*?)</script>', (tmp_path / "runs/report/report.html").read_text(), re.S)[1]
+    assert "NaN" not in per_run and "Infinity" not in per_run and json.loads(per_run)
 
 
 def test_a_benchmark_without_any_finite_value_has_a_report(tmp_path, capsys, plotless):
@@ -171,7 +171,7 @@ def test_statistics_take_what_is_no_number():
     assert (found.n, found.mean) == (2, 1.5)
     assert mean([]) is not None and math.isnan(mean([])) and mean([1.7e308] * 2) == inf
     assert deviation([1.0]) is None and deviation([1.7e308, -1.7e308]) == inf
-    assert plots.pareto_front([], True, True) == [] and plots._steps([], True) == []
+    assert per_run.pareto_front([], True, True) == [] and per_run._steps([], True) == []
 
 
 # -- files that contradict each other ---------------------------------------------------------------------------------
@@ -338,7 +338,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 def test_a_part_that_fails_costs_no_other_part(tmp_path, capsys, plotless, monkeypatch):
     write(tmp_path / "runs")
     monkeypatch.setattr(page, "_origin", lambda runs: 1 / 0)
-    monkeypatch.setattr(results, "per_run", lambda found: 1 / 0)
+    monkeypatch.setattr(summaries, "per_run", lambda found: 1 / 0)
     assert main([str(tmp_path / "runs")]) == 1
     assert re.findall("error: not made: (.*): ZeroDivisionError", capsys.readouterr().err) == [
         "runs.csv", "Where it comes from"
@@ -353,7 +353,7 @@ def test_a_part_that_fails_costs_no_other_part(tmp_path, capsys, plotless, monke
 
 def test_markup_and_odd_letters_stay_text_in_every_format(tmp_path, capsys):
     name = "<script>x</script> $\\frac$ 漢é [a](b) *c* | =1+1"
-    table = Table(name, name, [name, "n"], [[Cell("=1+1"), Cell("-2", -2.0)], [Cell("@x"), Cell("3", 3.0)]])
+    table = Table(name, name, [name, "n"], [[Entry("=1+1"), Entry("-2", -2.0)], [Entry("@x"), Entry("3", 3.0)]])
     assert "<script>" not in table.markdown().replace("\\<", "") and "\\<script>" in table.markdown().splitlines()[0]
     assert table.latex().isascii() and "U+6F22" in table.latex() and r"\'{e}" in table.latex()
     assert "\\\\\n    [" not in table.latex()
@@ -404,10 +404,10 @@ def test_the_command_for_baselines_runs_with_a_config_folder_of_ones_own(cli, tm
         file.write_text(json.dumps(info))
     found = load(["out"])
     (benchmark,) = benchmarks(found.runs)
-    command = results.baseline_command(Scores(benchmark, benchmark.archs[0]))
+    command = summaries.baseline_command(Scores(benchmark, benchmark.archs[0]))
     words = shlex.split(command)
     assert words[:5] == ["python", "train.py", "--config-dir=mine", "-m", "loss=single"]
     assert cli(*words[2:]).code == 0
     found = load(["out"])
     (benchmark,) = benchmarks(found.runs)
-    assert results.baseline_command(Scores(benchmark, benchmark.archs[0])) is None and len(found.runs) == 3
+    assert summaries.baseline_command(Scores(benchmark, benchmark.archs[0])) is None and len(found.runs) == 3

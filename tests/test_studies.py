@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import mtl
-from mtl.config.errors import ConfigError
 from mtl.config.identity import CONF
 from mtl.data.toy import LOWER, toy_losses
+from mtl.errors import ConfigError
 from mtl.losses.hooks import defines
-from mtl.study import invariance, toy
-from mtl.study.descent import descend, named, on_front, problem
+from mtl.studies import scale_invariance, toy
+from mtl.studies.toy_descent import descend, named, on_front, problem
 
 METHODS = sorted(file.stem for file in (CONF / "loss").glob("*.yaml"))
 
@@ -152,9 +152,9 @@ def test_studies_take_losses_of_ones_own(tmp_path, capsys, monkeypatch):
     mine = named("mine:temperature=3.0", own=tmp_path / "own")
     assert type(mine).__name__ == "Mine" and mine.temperature == 3.0
     assert toy.main(["trajectories", "mine", "--cap", "3", "--setting", "nash", *words]) == 0
-    assert invariance.main(["mine/sgd", "--epochs", "2", *words]) == 0
+    assert scale_invariance.main(["mine/sgd", "--epochs", "2", *words]) == 0
     file.rename(file.with_name("cagrad.yaml"))
-    for main, command in ((toy.main, ["trajectories", "cagrad"]), (invariance.main, ["cagrad/sgd"])):
+    for main, command in ((toy.main, ["trajectories", "cagrad"]), (scale_invariance.main, ["cagrad/sgd"])):
         capsys.readouterr()
         assert main([*command, *words]) == 2
         assert "hides" in capsys.readouterr().err
@@ -167,11 +167,14 @@ def test_studies_take_losses_of_ones_own(tmp_path, capsys, monkeypatch):
 @pytest.fixture(scope="module")
 def differences():
     torch.manual_seed(0)
-    network, data = invariance.Network().double(), torch.rand(64, 1, dtype=torch.float64)
+    network, data = scale_invariance.Network().double(), torch.rand(64, 1, dtype=torch.float64)
 
     def call(pair, free, **options):
-        runs = [invariance.run(pair, network, data, s, free, 15, **options) for s in ((1.0, 1.0), invariance.SCALES)]
-        return [invariance.difference(*runs, part) for part in invariance.PARTS[: 3 if free else 2]]
+        runs = [
+            scale_invariance.run(pair, network, data, s, free, 15, **options)
+            for s in ((1.0, 1.0), scale_invariance.SCALES)
+        ]
+        return [scale_invariance.difference(*runs, part) for part in scale_invariance.PARTS[: 3 if free else 2]]
 
     return call
 
@@ -202,9 +205,9 @@ def test_adams_epsilon_is_what_remains_of_the_scales(differences):
 
 
 def test_the_invariance_study_writes_a_table_and_figures(tmp_path, capsys):
-    assert invariance.main(["famo/adam", "uncertainty/sgd", "--epochs", "3", "--out", str(tmp_path)]) == 0
+    assert scale_invariance.main(["famo/adam", "uncertainty/sgd", "--epochs", "3", "--out", str(tmp_path)]) == 0
     assert {file.name for file in tmp_path.iterdir()} == {"fixed.png", "free.png", "invariance.csv", "invariance.md"}
     rows = list(csv.DictReader((tmp_path / "invariance.csv").open()))
     assert len(rows) == 2 * 2 * 2 * 3 and float(rows[0]["update backbone"]) == 0
-    assert invariance.main(["equal/adm", "--out", str(tmp_path)]) == 2
+    assert scale_invariance.main(["equal/adm", "--out", str(tmp_path)]) == 2
     assert "did you mean adam?" in capsys.readouterr().err

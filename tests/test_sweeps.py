@@ -16,11 +16,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from mtl.config.errors import ConfigError
-from mtl.engine.finished import objective
-from mtl.engine.run import check
-from mtl.engine.trainer import Learner
-from mtl.study import protocol
+from mtl.engine.build import check
+from mtl.engine.learner import Learner
+from mtl.engine.replay import objective
+from mtl.errors import ConfigError
+from mtl.studies import tuned_rates
 
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
 SMALL = ("experiment=smoke", "data.train_size=64", "data.test_size=32", "data.batch_size=32", "arch=wide_resnet",
@@ -124,9 +124,9 @@ def train(cli, tmp_path, monkeypatch):
 
     def call(*arguments):
         call.grids = []
-        return protocol.main([*arguments, *SMALL, f"output_root={tmp_path / 'out'}", "data.val_fraction=0.25"])
+        return tuned_rates.main([*arguments, *SMALL, f"output_root={tmp_path / 'out'}", "data.val_fraction=0.25"])
 
-    monkeypatch.setattr(protocol, "grid", grid)
+    monkeypatch.setattr(tuned_rates, "grid", grid)
     return call
 
 
@@ -184,8 +184,8 @@ def test_the_protocol_tries_methods_of_ones_own_config_folder(train, tmp_path, c
      (["equal", "--config-dir", "nope"], "nope: is not a folder")],
 )  # fmt: skip
 def test_the_protocol_refuses_before_it_runs(monkeypatch, capsys, arguments, message):
-    monkeypatch.setattr(protocol, "grid", pytest.fail)
-    assert protocol.main(arguments) == 2
+    monkeypatch.setattr(tuned_rates, "grid", pytest.fail)
+    assert tuned_rates.main(arguments) == 2
     err = capsys.readouterr().err
     assert message in err and err.startswith("error: ") and err.count("\n") == 1
 

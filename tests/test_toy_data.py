@@ -16,12 +16,12 @@ from torch import nn
 
 from mtl.archs.model import MultiTaskModel
 from mtl.archs.point import Point
-from mtl.config.cli import describe_groups
+from mtl.cli.command import describe_groups
 from mtl.config.identity import CONF
 from mtl.data.toy import Toy, toy_losses
-from mtl.engine.run import assemble, open_batches
+from mtl.engine.build import assemble, open_batches
 from mtl.losses import PIVRG, Statistics
-from mtl.study.descent import descend, problem
+from mtl.studies.toy_descent import descend, problem
 from mtl.tasks import Classification, Regression
 
 DRAW = random.Random(0)

@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wandb.sdk.lib import wbauth
 
 from mtl.config.identity import Identity
-from mtl.engine.trainer import Learner
+from mtl.engine.learner import Learner
 from mtl.tracking import RunInfo, console, flatten
 from mtl.tracking import wandb as tracking
 from mtl.tracking.wandb import WandbTracker

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from mtl.config.cli import CONF
+from mtl.cli.command import CONF
 from mtl.config.identity import identify
 from mtl.engine import checkpoint, run
 from mtl.tracking.console import epoch_line

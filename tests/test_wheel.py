@@ -120,9 +120,13 @@ def test_certificates_and_studies_without_the_tests(installed):
         "import torch\n\nclass MultiTaskLoss(torch.nn.Module):\n"
         "    def forward(self, a, b, epoch, total):\n        return a + 2 * b\n"
     )
-    words = ["mtl.certify loss=cagrad", "mtl.certify loss=custom loss.file=own.py", "mtl.certify check",
-             "mtl.study.toy trajectories equal --cap 3 --setting nash", "mtl.study.invariance equal/sgd --epochs 2",
-             ]  # fmt: skip
+    words = [
+        "mtl.certify loss=cagrad",
+        "mtl.certify loss=custom loss.file=own.py",
+        "mtl.certify check",
+        "mtl.studies.toy trajectories equal --cap 3 --setting nash",
+        "mtl.studies.scale_invariance equal/sgd --epochs 2",
+    ]
     text = installed("-c", SEVERAL, *words)
     assert re.findall(r"exit code (\d)", text) == ["0", "0", "2", "0", "0"]
     method, own = text.split("# `loss=")[1:3]
@@ -190,7 +194,9 @@ def test_every_dependency_is_looked_for():
     assert versions == ">={}.{},<{}.{}".format(*environment.OLDEST, *environment.TOO_NEW)
 
 
-@pytest.mark.parametrize("words", [["train.py"], ["-m", "mtl.report"], ["-m", "mtl.study.toy"], ["-m", "mtl.certify"]])
+@pytest.mark.parametrize(
+    "words", [["train.py"], ["-m", "mtl.report"], ["-m", "mtl.studies.toy"], ["-m", "mtl.certify"]]
+)
 def test_a_python_without_the_packages_gets_one_line(words):
     # -S: without site-packages.
     result = subprocess.run([sys.executable, "-S", *words], cwd=ROOT, capture_output=True, text=True)

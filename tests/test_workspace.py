@@ -10,14 +10,14 @@ from types import SimpleNamespace
 import pytest
 import wandb
 
-from mtl.config.errors import ConfigError, SetupError
-from mtl.study import workspace
+from mtl.errors import ConfigError, SetupError
+from mtl.report import wandb_workspace
 
 pytest.importorskip("wandb_workspaces", reason="wandb-workspaces is not installed")
 
 
 def benchmark(directory: Path) -> SimpleNamespace:
-    """One finished run as mtl.study.compare sorts it."""
+    """One finished run as mtl.report.protocols sorts it."""
     info, summary = (json.loads((directory / f"{name}.json").read_text()) for name in ("run", "summary"))
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     metrics = {k.removeprefix("test/"): v for k, v in summary["higher_is_better"].items()}
@@ -53,7 +53,7 @@ def test_every_name_in_a_panel_is_one_that_the_tracker_logs(cli, tmp_path):
     (file,) = Path("out").rglob("run.json")
 
     def names_in_view(found) -> set[str]:
-        return named(json.loads(workspace.build(found, "someone", "mtl")._to_model().model_dump_json()))
+        return named(json.loads(wandb_workspace.build(found, "someone", "mtl")._to_model().model_dump_json()))
 
     allowed = {*history, *(f"summary_metrics.{k}" for k in summary), *(f"summary:{k}" for k in summary)}
     allowed |= {f"config:{k}.value" for k in config} | {f"config:{k}" for k in config}
@@ -73,10 +73,10 @@ def test_every_name_in_a_panel_is_one_that_the_tracker_logs(cli, tmp_path):
 
 def test_what_stands_in_the_way_is_one_line(monkeypatch):
     with pytest.raises(ConfigError, match="ENTITY/PROJECT"):
-        workspace.create([], "mtl")
+        wandb_workspace.create([], "mtl")
     monkeypatch.setattr(wandb, "login", lambda **options: False)
     with pytest.raises(SetupError, match="wandb login"):
-        workspace.create([], "someone/mtl")
+        wandb_workspace.create([], "someone/mtl")
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
     with pytest.raises(SetupError, match="pip install"):
-        workspace.build(SimpleNamespace(), "someone", "mtl")
+        wandb_workspace.build(SimpleNamespace(), "someone", "mtl")

@@ -6,7 +6,7 @@ import sys
 import torch
 
 from mtl.certify.pages import main
-from mtl.config.errors import UserError
+from mtl.errors import UserError
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # threads would only wait for each other on problems of this size

@@ -17,8 +17,8 @@ from mtl.certify.agreement import bound, optimality, oracle_error, oracles
 from mtl.certify.optimality import CONDITIONS
 from mtl.certify.problem import CONF, CONFIGS, HISTORY, SIZE, config, count, experienced, make, problem, step
 from mtl.certify.properties import PROPERTIES
-from mtl.config.errors import ConfigError, UserError, one_line, suggest
 from mtl.config.program import COMMAND, checkout
+from mtl.errors import ConfigError, UserError, one_line, suggest
 from mtl.losses import Custom, GramianWeighting, LossWeighting, Strategy
 
 ROOT = checkout()

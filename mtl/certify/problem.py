@@ -24,11 +24,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
+from mtl.cli.command import translate
 from mtl.config import schema
-from mtl.config.cli import translate
-from mtl.config.errors import ConfigError
 from mtl.config.identity import CONF
 from mtl.engine.step import Losses, Step
+from mtl.errors import ConfigError
 from mtl.losses import Statistics, Strategy
 
 SAMPLES, WIDTH = 2, 6
@@ -219,7 +219,7 @@ class Update:
     weights: Tensor | None
 
 
-class Network:
+class CertificateNetwork:
     """θ and the heads at 0, and the losses of some tasks there, for the strategy's views."""
 
     def __init__(self, strategy: Strategy, tasks: Tasks, present: Tensor | None = None):
@@ -249,7 +249,7 @@ class Network:
 
 def step(strategy: Strategy, tasks: Tasks, present: Tensor | None = None) -> Update:
     """One step as the engine takes it: look-ahead, backward pass, the strategy's own parameters, the second look."""
-    net = Network(strategy, tasks, present)
+    net = CertificateNetwork(strategy, tasks, present)
     tasks, parameters = net.tasks, [net.theta, *net.heads]
     # A part of the six "samples" stands for a batch of its own: a half, a third, or all of them.
     starts = {count: range(0, 6, 6 // count) for count in (1, 2, 3)}

@@ -19,8 +19,8 @@ from mtl.certify.problem import (
     EPOCHS,
     HISTORY,
     TASKS,
+    CertificateNetwork,
     Change,
-    Network,
     Tasks,
     Update,
     count,
@@ -156,7 +156,7 @@ def non_conflicting(name: str, history: int) -> bool:
         for seed in range(36):
             kind = ("", "short", "short", "opposite")[seed % 4]
             tasks, strategy = problem(MEASURED + start + seed, 4, kind).taken(range(count(name))), new()
-            shared, heads = Network(strategy, tasks).gradients()  # before the step turns any views
+            shared, heads = CertificateNetwork(strategy, tasks).gradients()  # before the step turns any views
             shared = torch.cat([shared, tasks.slopes[strategy.tasks :]])  # those that loss=single leaves out
             update = step(strategy, tasks)
             for gradients, d in ((shared, update.shared.expand(count(name), -1)), (heads, update.heads)):
@@ -184,7 +184,7 @@ def unanimous(name: str, history: int) -> bool:
         return tasks.taken([0] * TASKS)
 
     strategy, tasks = experienced(name, change, history), change(problem(MEASURED))
-    common = Network(strategy, tasks).gradients()[0][0]
+    common = CertificateNetwork(strategy, tasks).gradients()[0][0]
     return apart(step(strategy, tasks).shared, common) < TOLERANCE
 
 

@@ -1,1 +1,1 @@
-"""Config: errors, the schema check, run identity, and the command line. Imports no torch, so that help is instant."""
+"""Config: the schema check, run identity, and the words that start a run. Imports no torch: help is instant."""

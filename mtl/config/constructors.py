@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 
-from mtl.config.errors import ConfigError, one_line
 from mtl.config.schema import adapter_of, check_size, complaint, explain, hints_of
+from mtl.errors import ConfigError, one_line
 
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 

@@ -41,7 +41,12 @@ ADDED: dict[str, Any] = {
 }
 
 # Classes of ours that were moved or renamed: {path today: path under which they are hashed}.
-MOVED: dict[str, str] = {}
+MOVED: dict[str, str] = {
+    "mtl.cli.cell.Study": "mtl.study.cell.Study",
+    "mtl.cli.command.Grid": "mtl.config.cli.Grid",
+    "mtl.engine.device.Execution": "mtl.engine.trainer.Trainer",
+    "mtl.inspect.microscope.Microscope": "mtl.engine.microscope.Microscope",
+}
 
 LABEL = 39  # characters, so that a group (three labels and the digest) stays below W&B's limit of 128
 

@@ -20,8 +20,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from mtl.config import identity
-from mtl.config.errors import ConfigError, UserError, one_line, suggest
 from mtl.config.source import blame
+from mtl.errors import ConfigError, UserError, one_line, suggest
 
 TARGET, MISSING = "_target_", "???"
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
-from mtl.config.errors import UserError
+from mtl.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 BUILT_IN = ("mtl", "torch", "torchvision")

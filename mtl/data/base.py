@@ -11,10 +11,10 @@ import torch
 from annotated_types import Ge, Lt
 
 from mtl.config import schema
-from mtl.config.errors import ConfigError, SetupError, UserError, one_line, out_of_memory
 from mtl.config.source import blame
 from mtl.data.check import check_declared, check_loaded
 from mtl.data.columns import Split
+from mtl.errors import ConfigError, SetupError, UserError, one_line, out_of_memory
 from mtl.random import stream
 from mtl.tasks import Task
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtl.config.errors import SetupError, one_line, suggest
 from mtl.config.source import blame
 from mtl.data.columns import Split
+from mtl.errors import SetupError, one_line, suggest
 from mtl.metrics.task import Metric
 from mtl.tasks import Task
 

@@ -17,8 +17,8 @@ from filelock import FileLock
 from torchvision.datasets import CIFAR100 as torchvision_CIFAR100
 from torchvision.datasets.utils import calculate_md5, download_and_extract_archive
 
-from mtl.config.errors import SetupError, one_line, remove_empty
 from mtl.data.base import Benchmark, Split
+from mtl.errors import SetupError, one_line, remove_empty
 from mtl.tasks import Classification
 
 FOLDER = torchvision_CIFAR100.base_folder

@@ -11,7 +11,7 @@ middle. Nash-MTL (Navon et al., ICML 2022) multiplies L_1 by 0.1, which moves th
 Images are blank and all alike; the features of `arch=point` are x, and each task's head computes its loss there. What a
 strategy sees are the losses above their lower bounds, −21 · scale and −21, as in FAMO's code: logarithms and ratios of
 negative losses mean nothing, and a constant changes no gradient. The metric `value` is the loss itself.
-`mtl.study.descent` follows the same trajectories in plain float64 numbers.
+`mtl.studies.toy_descent` follows the same trajectories in plain float64 numbers.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from mtl.config.errors import SetupError
 from mtl.engine.files import check_regular, writing
+from mtl.errors import SetupError
 
 
 def save(state: dict[str, Any], path: Path) -> None:

@@ -19,9 +19,9 @@ import yaml
 from filelock import FileLock, Timeout
 
 from mtl import __version__
-from mtl.config.errors import Busy, SetupError, remove_empty
 from mtl.config.program import checkout
 from mtl.engine.files import Damaged, check_regular, dump_row, read_json, read_rows, write_json, write_text, writing
+from mtl.errors import Busy, SetupError, remove_empty
 from mtl.tracking.runlog import RunLog
 
 PACKAGES = ("torch", "torchvision", "hydra-core", "omegaconf", "wandb")

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 
 from mtl.data.batches import EvaluationBatches
-from mtl.engine.trainer import Learner
+from mtl.engine.learner import Learner
 from mtl.tasks import Task
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mtl.config.errors import SetupError
+from mtl.errors import SetupError
 
 CURE = "restore it, or delete the run's folder to start the run afresh"
 START = bytes(32)  # the digest of no rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mtl.data.batches import EvaluationBatches, TrainingBatches
-from mtl.engine.trainer import Learner
+from mtl.engine.learner import Learner
 
 
 def hand_out(learner: Learner, epoch: int) -> int:

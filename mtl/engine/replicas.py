@@ -23,10 +23,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from mtl.config.errors import one_line
 from mtl.engine import agreement
 from mtl.engine.agreement import Call
 from mtl.engine.reach import EVERY, reach
+from mtl.errors import one_line
 from mtl.losses import hooks
 from mtl.losses.base import GramianWeighting, LossWeighting, Strategy, overrides
 from mtl.losses.extra import pack

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from mtl.config.errors import SetupError, one_line
 from mtl.engine import checkpoint
 from mtl.engine.directory import RunDirectory
 from mtl.engine.files import START, digest, writing
+from mtl.engine.learner import Learner
 from mtl.engine.summary import Row, best
-from mtl.engine.trainer import Learner
+from mtl.errors import SetupError, one_line
 
 
 def state(epoch: int, name: str, rows: bytes, learner: Learner) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mtl.config.errors import UserError
-from mtl.engine.sums import Sums
+from mtl.errors import UserError
+from mtl.metrics.tally import Sums
 
 log = logging.getLogger("mtl")
 

@@ -22,16 +22,7 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from mtl.losses.arguments import by_task
-from mtl.losses.base import (
-    LossWeighting,
-    Mean,
-    Statistics,
-    combine,
-    masked,
-    moving_average,
-    softmax,
-    uniform,
-)
+from mtl.losses.base import LossWeighting, Mean, Statistics, combine, masked, moving_average, softmax, uniform
 from mtl.losses.epochs import check_unit, finite_scores, refuse_score
 
 Norm = Literal["softmax", "sum"]

@@ -13,18 +13,18 @@ def host(flags: Tensor) -> list[bool] | None:
     return flags.tolist() if flags.device.type == "cpu" else None
 
 
-class Watch:
+class DelayedFlags:
     """Reads flags from a GPU without waiting for it: what a step raised is known some steps later."""
 
     def __init__(self) -> None:
         self._raised: Tensor | None = None  # on the device: what any step so far has raised
         self._copy: tuple[Tensor, Any] | None = None  # on its way to the host, and the event of its arrival
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
-        return Watch()
+    def __deepcopy__(self, memo: dict[int, Any]) -> DelayedFlags:
+        return DelayedFlags()
 
-    def __reduce__(self) -> tuple[type[Watch], tuple[()]]:
-        return Watch, ()
+    def __reduce__(self) -> tuple[type[DelayedFlags], tuple[()]]:
+        return DelayedFlags, ()
 
     def see(self, flags: Tensor) -> list[bool]:
         """Add (T,) bool `flags`; return those that are known to have been raised up to now."""
@@ -62,7 +62,7 @@ def refuse_negative(strategy: Any, losses: Tensor, present: Tensor | None, why: 
     if present is not None:
         negative = negative & present
     if strategy.watch is None:
-        strategy.watch = Watch()
+        strategy.watch = DelayedFlags()
     for i, raised in enumerate(strategy.watch.see(negative)):
         if raised:
             known = host(losses)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from mtl.config.errors import SetupError, one_line
+from mtl.errors import SetupError, one_line
 from mtl.tracking import RunInfo, Tracker
 
 log = logging.getLogger("mtl")
@@ -17,7 +17,7 @@ class TensorBoardTracker(Tracker):
     """One scalar curve per key, over epochs.
 
     Raises:
-        mtl.config.errors.SetupError: the package tensorboard is not installed.
+        mtl.errors.SetupError: the package tensorboard is not installed.
     """
 
     def __init__(self) -> None:

@@ -1,0 +1,74 @@
+"""Single-task baselines: the same config but for the loss, found by its identity wherever it has been trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from mtl.config import schema
+from mtl.config.identity import identify
+from mtl.data.base import build_benchmark
+from mtl.engine.backward import Switches
+from mtl.engine.directory import RunDirectory
+from mtl.errors import ConfigError
+
+AUTO, SINGLE = "auto", "mtl.losses.Single"
+Command = tuple[dict[str, Any], dict[str, str], list[str]]  # config, chosen options, overrides as typed
+
+
+def single_tasks(config: Mapping[str, Any], choices: Mapping[str, str], words: list[str]) -> list[Command]:
+    """The single-task runs that a run is compared with, one for each task; none for a single-task run.
+
+    Raises:
+        ConfigError: the data node is wrong.
+    """
+    if isinstance(config.get("loss"), Mapping) and config["loss"].get(schema.TARGET) == SINGLE:
+        return []
+    schema.check(config.get("data"), "data")
+    return [single_task(config, choices, words, task.name) for task in build_benchmark(config["data"]).tasks]
+
+
+def single_task(config: Mapping[str, Any], choices: Mapping[str, str], words: list[str], task: str) -> Command:
+    """`config` with loss=single for `task`; the step's switches rest, since there is nothing to weigh a task by."""
+    kept = [w for w in words if w.lstrip("+~").partition("=")[0].partition(".")[0] not in ("loss", "step", "study")]
+    alone = {
+        **config,
+        "loss": {schema.TARGET: SINGLE, "task": task},
+        "step": {schema.TARGET: "mtl.engine.backward.Switches", **asdict(Switches())},
+    }
+    return alone, {**choices, "loss": "single", "step": "default"}, [*kept, "loss=single", f"loss.task={task}"]
+
+
+def fill(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, Any]:
+    """Put the results of finished single-task runs where the method asks for them with `auto` (AMTL, PIVRG).
+
+    They are the figures that the method itself sees of its run after an epoch: on validation data where there is some,
+    else on the training batches, at the last epoch, under the same seed. Never the test set's.
+
+    Raises:
+        ConfigError: such a run is missing.
+    """
+    loss = config.get("loss")
+    if not isinstance(loss, Mapping) or AUTO not in loss.values():
+        return dict(config)
+    key = getattr(schema.locate(loss.get(schema.TARGET), f"loss.{schema.TARGET}"), "single_task_argument", None)
+    if key is None or loss.get(key) != AUTO:
+        return dict(config)
+    schema.check(config.get("data"), "data")
+    results = {}
+    for task in build_benchmark(config["data"]).tasks:
+        alone, chosen, _ = single_task(config, choices, [], task.name)
+        directory = RunDirectory(identify(alone, chosen).directory(config["output_root"]))
+        name = f"{task.name}_{task.metrics[0].name}"
+        if directory.run.get("status") == "finished":
+            last = directory.rows()[-1]
+            results[task.name] = last.get(f"val/{name}", last[f"train/{name}"])
+        elif config["study"].get("plan"):
+            results[task.name] = 1.0  # good enough to time a step
+        else:
+            raise ConfigError(
+                f"loss.{key}=auto: no finished single-task run of {task.name} in {directory.path}; add "
+                f"study.baselines=auto to train it, or give the numbers: 'loss.{key}={{{task.name}: NUMBER, …}}'"
+            )
+    return {**config, "loss": {**loss, key: results}}

@@ -1,0 +1,292 @@
+"""The command line around Hydra: help out of the config files, and errors of one line instead of tracebacks."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import os
+import shlex
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from mtl.cli import launchers
+from mtl.cli.overrides import parse, spell, spelled, unfold
+from mtl.config import torchrun
+from mtl.config.identity import CONF
+from mtl.config.program import program
+from mtl.errors import ConfigError, SetupError, Terminated, UserError, one_line, remove_empty, suggest
+
+TARGET = "_target_"
+GROUPS = (
+    "arch", "data", "loss", "optimizer", "schedule", "step", "microscope", "trainer", "logger", "study", "experiment",
+)  # fmt: skip
+
+
+# The files of a grid's record, ours, Hydra's and its plugins'.
+RECORD = (
+    "grid.json",
+    "multirun.yaml",
+    "cell-*.json",
+    "cell-*.json.tmp",
+    ".process-*.lock",
+    "optimization_results.yaml",
+)
+
+
+PATIENCE = 2.0  # seconds after a signal in which further ones are not heard: a closed terminal sends several
+RECORDLESS = "mtl-grid-"  # the start of the temporary folder's name where no record can be kept
+
+
+def launch(main: Callable[[], None]) -> int:
+    """Run a `@hydra.main` function; return the process's exit code.
+
+    0: all runs finished. 1: a run failed, or the machine is at fault. 2: the command or config is wrong.
+    129 / 130 / 143: interrupted by a closed terminal, Ctrl-C or SIGTERM; the same command resumes.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hand the exceptions to us instead of printing them over many lines
+    before = _listen(_first_stops())
+    try:
+        code, interrupted = _run(main)
+        return max(code, Grid.close(interrupted))
+    except (KeyboardInterrupt, Terminated) as error:  # during the closing table
+        return _code(error)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(main: Callable[[], None]) -> tuple[int, bool]:
+    """The exit code of `main`, and whether a signal ended it."""
+    logging.raiseExceptions = False  # a run goes on, without tracebacks, when whoever read its output (| head) is gone
+    try:
+        _read_command()
+        main()
+        code = max(Grid.codes, default=0)
+    except UserError as error:
+        code = _say(error)
+    except MissingConfigException as error:  # an OSError by inheritance, but not about the disk
+        code = _say(translate(error))
+    except BrokenPipeError:  # `python train.py --help | head`: whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except OSError as error:
+        wrong = SetupError(f"cannot write to {error.filename}: {error.strerror}; set output_root=DIR")
+        code = _say(launchers.explain(error) or wrong)
+    except Exception as error:  # a run's own errors end in its outcome: what arrives here is Hydra's
+        code = _say(translate(error))
+    except (KeyboardInterrupt, Terminated) as error:
+        return _code(error), True
+    return code, False
+
+
+def script(main: Callable[[], None]) -> NoReturn:
+    """`launch`, and the end of the process: a signal that comes after the last run ends it without a traceback."""
+    # Before and after `launch` there are only imports, W&B and Python's own cleaning up: no run's results.
+    _listen(lambda number, frame: os._exit(128 + number))
+    sys.exit(launch(main))
+
+
+def _code(error: BaseException) -> int:
+    return error.code if isinstance(error, Terminated) else 130
+
+
+def _first_stops() -> Callable:
+    """A handler that stops at the first signal and leaves the run in peace while it notes that."""
+    since: list[float] = []
+
+    def stop(number, frame):
+        if not since:
+            since.append(time.monotonic())
+            raise KeyboardInterrupt if number == signal.SIGINT else Terminated(128 + number)
+        if time.monotonic() - since[0] > PATIENCE:
+            os._exit(128 + number)
+
+    return stop
+
+
+def _listen(handler: Callable) -> dict[int, Any]:
+    """Handle the signals that end a process, but for those it ignores (nohup); return the handlers before."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {n: h or signal.SIG_DFL for n, h in before.items() if h is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, handler)
+    return before
+
+
+class Grid(Callback):
+    """The multirun of this process: its folder, and the outcome of its runs, for the closing table.
+
+    The folder is always a new one. Where `hydra.sweep.dir` exists already, it is a folder in it: whatever lies there,
+    another grid's record or a user's results, is neither overwritten nor counted nor removed.
+    """
+
+    directory: Path | None = None
+    codes: list[int] = []
+    _made: list[Path] = []  # the folders that this process has made, the innermost first
+
+    def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
+        try:
+            Grid.directory, Grid._made = _new_folder(Path(config.hydra.sweep.dir), Path(str(config.get("output_root"))))
+        except OSError:  # Hydra makes a warning of what a callback raises; it fails there next, with an error
+            return
+        # The sweeper and the launcher, and through the overrides the cells in other processes, write there as well.
+        with open_dict(config):
+            config.hydra.sweep.dir = str(Grid.directory)
+            kept = [w for w in config.hydra.overrides.hydra if not w.lstrip("+").startswith("hydra.sweep.dir=")]
+            config.hydra.overrides.hydra = [*kept, f"hydra.sweep.dir={spell(str(Grid.directory))}"]
+        note = {"started": time.time(), "cells": _count(config.hydra)}
+        with suppress(OSError):  # a full disk: as above
+            (Grid.directory / "grid.json").write_text(json.dumps(note) + "\n")
+        if line := launchers.announce(config.hydra):
+            print(line, flush=True)
+
+    @classmethod
+    def close(cls, interrupted: bool = False) -> int:
+        """Print the table of all runs of the grid; return 1 if one of them failed.
+
+        Args:
+            interrupted: by a signal. Slurm's jobs may then still be in the queue: they need their files.
+        """
+        if cls.directory is None or not cls.directory.exists():
+            return 0
+        if not any(cls.directory.glob("cell-*.json")):  # refused before the first run began: leave nothing behind
+            if not (interrupted and (cls.directory / ".submitit").exists()):
+                cls._discard()
+            return 0
+        from mtl.cli.grid import summarise  # late: it needs the plotting library
+
+        code, empty = summarise(cls.directory, kept=not _temporary(cls.directory))
+        if empty:
+            cls._discard()
+        return code
+
+    @classmethod
+    def _discard(cls) -> None:
+        """Remove the grid's record: the files that it is made of, and the folders that this process made for it."""
+        folders = [f for f in cls.directory.glob(".submitit/**/") if f.is_dir()]
+        files = [file for folder in folders for file in folder.iterdir() if file.is_file()]
+        for pattern in RECORD:
+            files += cls.directory.glob(pattern)
+        for file in files:
+            file.unlink(missing_ok=True)
+        for folder in sorted(folders, reverse=True):
+            remove_empty([folder])
+        remove_empty(cls._made)
+
+
+def _new_folder(wanted: Path, output_root: Path) -> tuple[Path, list[Path]]:
+    """Make a folder for a grid's record: `wanted`, or one in it, or a temporary one where nothing can be written.
+
+    Returns:
+        the folder, and all folders that were made for it, the innermost first.
+    """
+    now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
+    for folder in (wanted, wanted / now):
+        made = [f for f in (folder, *folder.parents) if not f.exists()]
+        try:
+            folder.mkdir(parents=True)
+            return folder, made
+        except FileExistsError:
+            continue
+        except OSError as error:
+            remove_empty(made)
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not output_root.is_dir():
+                raise
+            # Another user's results: what is finished can be listed all the same.
+            print(f"grid      cannot write to {folder}: no record is kept of this grid", flush=True)
+            folder = Path(tempfile.mkdtemp(prefix=RECORDLESS))
+            return folder, [folder]
+    raise FileExistsError(errno.EEXIST, "exists and is no folder", str(wanted))
+
+
+def _temporary(folder: Path) -> bool:
+    return folder.parent == Path(tempfile.gettempdir()) and folder.name.startswith(RECORDLESS)
+
+
+def _count(hydra: DictConfig) -> int | None:
+    """How many runs a grid has; None where a sweeper decides that as it goes (Optuna)."""
+    if not str(hydra.sweeper[TARGET]).endswith("BasicSweeper"):
+        return None
+    words = [*(f"{k}={v}" for k, v in (hydra.sweeper.params or {}).items()), *hydra.overrides.task]
+    sweeps = [o for o in OverridesParser.create().parse_overrides(words) if o.is_sweep_override()]
+    return math.prod(sum(1 for _ in sweep.sweep_string_iterator()) for sweep in sweeps)
+
+
+def _say(error: UserError) -> int:
+    if torchrun.rank() == 0:
+        print(f"error: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def _read_command() -> None:
+    arguments = unfold(parse(sys.argv[1:]))
+    sys.argv[1:] = spelled(arguments)
+    if arguments.multirun and torchrun.size() > 1:
+        raise ConfigError("-m: torchrun starts one run at a time; leave -m away and call it once for each run")
+
+
+def translate(error: Exception) -> UserError:
+    """One line for what Hydra, OmegaConf and the launchers say over many."""
+    if known := launchers.explain(error):
+        return known
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    text = str(error)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        text = f"{group}={option}: no such option; {group} is one of {', '.join(error.options)}"
+        return ConfigError(text + suggest(option, error.options))
+    if isinstance(error, OverrideParseException):
+        advice = "write it without spaces around = and quote values that hold spaces, commas or ~"
+        return ConfigError(f"{error.override!r} is not KEY=VALUE; {advice}")
+    if text.startswith("Ambiguous value for argument"):
+        override = text.partition("'")[2].partition("'\n")[0]
+        command = shlex.join([*program(), "-m", *sys.argv[1:]])
+        return ConfigError(f"{override}: several values make a grid, which needs -m: {command}")
+    if text.startswith("Config group override must be"):
+        names = {arg.partition("=")[0] for arg in sys.argv[1:]}
+        group = next((g for g in GROUPS if g in names), "a config group")
+        return ConfigError(f"{group}: must be the name of one of its options, see --help ({one_line(text)})")
+    if isinstance(getattr(cause, "parent_node", None), DictConfig) and " not in " in str(cause):
+        # What is meant is a key of that name a level deeper (lr: optimizer.lr), or the nearest word beside the unknown.
+        allowed, key = sorted(str(k) for k in cause.parent_node if k not in (TARGET, "hydra")), cause.full_key
+        word, nodes = key.rpartition(".")[2], OmegaConf.to_container(cause.parent_node, resolve=False)
+        deeper = [f"{name}.{word}" for name in allowed if isinstance(nodes[name], dict) and word in nodes[name]]
+        nearest = f"; did you mean {' or '.join(deeper)}?" if deeper else suggest(word, allowed)
+        return ConfigError(f"{key}: unknown key; allowed: {', '.join(allowed) or 'none'}{nearest}")
+    return ConfigError(one_line(cause))
+
+
+def describe_groups() -> str:
+    """Every option of every config group with the first comment line of its file; shown by --help."""
+    lines = []
+    for group in GROUPS:
+        lines.append(f"  {group}")
+        for file in sorted((CONF / group).glob("*.yaml"), key=_natural):
+            comment = next(t for t in file.read_text().splitlines() if not t.startswith("# @package"))
+            lines.append(f"    {file.stem:22s}{comment.lstrip('# ')}")
+    return "\n".join(lines)
+
+
+def _natural(file: Path) -> tuple[str, int]:
+    """resnet20 before resnet110."""
+    letters = file.stem.rstrip("0123456789")
+    return letters, int(file.stem[len(letters) :] or 0)
+
+
+OmegaConf.register_new_resolver("mtl.groups", describe_groups, replace=True)
+OmegaConf.register_new_resolver("mtl.program", lambda: shlex.join(program()), replace=True)

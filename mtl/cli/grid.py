@@ -1,0 +1,130 @@
+"""A grid under way, and its closing tables and figure: strategy x test metric, mean ± standard deviation over seeds."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mtl.config.program import program
+from mtl.report import summaries
+from mtl.report.names import visible
+from mtl.report.protocols import benchmarks
+from mtl.report.runs import Collection, load
+from mtl.report.scores import Scores
+from mtl.tracking.console import duration
+
+
+def progress(folder: Path) -> str:
+    """One line on a grid that is under way: done, running, failed, and about how much longer.
+
+    Args:
+        folder: of the grid, with grid.json and a cell-*.json for each run that has begun.
+    """
+    # Without the single-task baselines that precede a cell: how many of those there will be is not known before.
+    grid, cells = json.loads((folder / "grid.json").read_text()), _outcomes(folder, "cell-?????.json")
+    counts = Counter("failed" if c["code"] else c["status"] for c in cells)
+    done = len(cells) - counts["running"]
+    said = ", ".join(f"{counts[s]} {s}" for s in ("finished", "failed", "running") if counts[s])
+    # What was there before took no time and says nothing of what is to come.
+    took = [c["seconds"] for c in cells if c.get("seconds", 0) > 1]
+    elapsed = time.time() - grid["started"]  # not positive where the clock was set back
+    left = ""
+    if grid["cells"] and took and done < grid["cells"]:
+        at_once = max(1.0, sum(took) / elapsed) if elapsed > 0 else 1.0
+        left = f", about {duration(statistics.fmean(took) * (grid['cells'] - done) / at_once)} left"
+    return f"grid      {done} of {grid['cells'] or 'an open number of'} runs done ({said}){left}"
+
+
+def summarise(folder: Path, kept: bool) -> tuple[int, bool]:
+    """Print the table of a grid, draw its learning curves, say what to do next.
+
+    Args:
+        folder: of the grid.
+        kept: whether the folder stays; a temporary one gets no figure.
+
+    Returns:
+        0 when every cell finished, else the largest exit code of a cell; and whether the grid leaves nothing that its
+        record would be needed for: it was a plan, or every cell was refused.
+    """
+    outcomes = _outcomes(folder)
+    if plans := [o["plan"] for o in outcomes if o["plan"]]:
+        from mtl.cli.plan import plan_table  # late: it can train, and so needs torch
+
+        print(f"\n{plan_table(plans)}")
+        return max(o["code"] for o in outcomes), True
+    found = load([o["directory"] for o in outcomes if o["directory"] and Path(o["directory"]).is_dir()])
+    outcomes = [_as_found(o, found) for o in outcomes]
+    figures: list[Path] = []
+    for benchmark in benchmarks(found.runs, found.stopped):
+        for arch in benchmark.archs:
+            print(f"\n{summaries.metrics_table(Scores(benchmark, arch)).terminal()}")
+        from mtl.report.figures.paper import draw  # late: matplotlib takes a second to import
+
+        if kept:
+            figures += draw(benchmark, folder, only=["learning-curves"])
+    if found.runs:
+        print("test set, mean ± std over seeds; *: the best mean, which need not be a real difference\n")
+    for figure in figures:
+        print(f"figure: {figure}")
+    if (search := folder / "optimization_results.yaml").exists():  # of Hydra's Optuna sweeper
+        best = yaml.safe_load(search.read_text())
+        words = " ".join(f"{key}={value}" for key, value in best["best_params"].items())
+        print(f"best validation figure: {best['best_value']:.4g}, by {words}")
+    failed = [o for o in outcomes if o["status"] != "finished"]
+    for o in failed:
+        status = "interrupted" if o["status"] == "running" else o["status"]
+        print(f"{status}: {o['command']}{': ' if o['message'] else ''}{o['message']}")
+    _say_doubts(found, {Path(o["directory"]).resolve() for o in failed if o["directory"]})
+    rest = "runs what is missing" if failed else "finds them and trains nothing"
+    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} runs finished; the same command again {rest}")
+    if found.runs:
+        root = found.runs[0].directory.parents[4]
+        print(f"compare:  python -m mtl.report {root}   (Δm, ranks, differences by seed, a page with all figures)")
+        if found.runs[0].info["data"] == "digits":
+            start = shlex.join(program())
+            print(f"next:     {start} trainer.epochs=10 data.limit_train=10000   (CIFAR-100, downloaded once)")
+    nothing = all(o["status"] == "refused" for o in outcomes) or not kept
+    return max((o["code"] for o in outcomes), default=0), nothing
+
+
+def _say_doubts(found: Collection, said: set[Path], most: int = 5) -> None:
+    """One line for each folder whose files are damaged or contradict each other, as in the report.
+
+    Args:
+        found: the grid's runs.
+        said: folders on which there is a line already.
+        most: lines of each kind.
+    """
+    for kind, entries in (("left out", found.damaged), ("contradiction in a run that counts", found.doubtful)):
+        new = [(visible(str(path)), why.removeprefix("contradiction: ")) for path, why in entries
+               if path.resolve() not in said]  # fmt: skip
+        for path, why in new[:most]:
+            print(f"{kind}: {path}: {why}")
+        if len(new) > most:
+            print(f"{kind}: {len(new) - most} more; python -m mtl.report lists them all")
+
+
+def _as_found(outcome: dict[str, Any], found: Collection) -> dict[str, Any]:
+    """The outcome of a run that the table leaves out says why: its files are damaged, or gone."""
+    if outcome["status"] != "finished":
+        return outcome
+    directory = Path(outcome["directory"])
+    if any(run.directory.resolve() == directory.resolve() for run in found.runs):
+        return outcome
+    reasons = {path.resolve(): reason for path, reason in found.damaged}
+    reason = reasons.get(directory.resolve(), "its folder is gone or no longer says that it finished")
+    cure = "delete that folder to run it again"
+    return {**outcome, "status": "damaged", "code": 1, "message": f"{directory}: {reason}; {cure}"}
+
+
+def _outcomes(folder: Path, pattern: str = "cell-*.json") -> list[dict[str, Any]]:
+    """What is noted of every run of a grid, each run once: several cells may share a single-task baseline."""
+    cells = [json.loads(file.read_text()) for file in sorted(folder.glob(pattern))]
+    return list({c["directory"] or c["command"]: c for c in cells}.values())

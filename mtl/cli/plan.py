@@ -1,0 +1,91 @@
+"""Plan before you pay: what of a cell is already there, and how long the rest will take on this machine."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mtl.config.identity import Identity
+from mtl.data.batches import EvaluationBatches, TrainingBatches
+from mtl.engine.build import assemble
+from mtl.engine.directory import RunDirectory
+from mtl.engine.run import Outcome
+from mtl.tracking.console import duration, table
+
+log = logging.getLogger("mtl")
+STEPS = 3  # timed, after one that is not
+
+measured: dict[str, float] = {}  # group: seconds of an epoch
+
+
+def plan(config: Mapping[str, Any], identity: Identity) -> Outcome:
+    """Look, do not train.
+
+    Returns:
+        an outcome with status "planned" and a plan: state (finished, running, interrupted, failed, …, new), epochs and
+        seconds that are left, and how the seconds are known: "from <run>", or "measured" on a few steps of it.
+
+    Raises:
+        UserError: the config does not fit together, or the data is not there.
+    """
+    path = identity.directory(config["output_root"])
+    directory = RunDirectory(path)
+    status, epochs = directory.run.get("status", "new"), config["trainer"]["epochs"]
+    if status == "running" and not directory.busy:
+        status = "interrupted"  # killed before it could say so
+    left = 0 if status == "finished" else epochs - len(directory.rows())
+    seconds, source = 0.0, ""
+    if left:
+        seconds, source = _epoch_seconds(config, identity, path)
+    found = {"name": identity.name, "state": status, "epochs": left, "seconds": left * seconds, "source": source}
+    return Outcome("planned", 0, str(path), plan=found)
+
+
+def plan_table(plans: Sequence[Mapping[str, Any]]) -> str:
+    """What `plan` found of every run, and the sum."""
+    rows = [
+        [p["name"], p["state"], str(p["epochs"] or ""), duration(p["seconds"]) if p["epochs"] else "", p["source"]]
+        for p in plans
+    ]
+    said = ", ".join(f"{n} {state}" for state, n in Counter(p["state"] for p in plans).items())
+    total = duration(sum(p["seconds"] for p in plans))
+    return (
+        table(["run", "state", "epochs left", "time", "known"], rows)
+        + f"\n{len(plans)} runs ({said}); about {total} of training left, one after another on this machine"
+    )
+
+
+def _epoch_seconds(config: Mapping[str, Any], identity: Identity, path: Path) -> tuple[float, str]:
+    """Seconds of one epoch: as this run or another seed of it took, or else measured now."""
+    for other in [path, *sorted(path.parent.glob("seed*"))]:
+        if rows := RunDirectory(other).rows():
+            return statistics.median(row["time/seconds"] for row in rows), f"as {other.name} took"
+    if identity.group not in measured:
+        log.info(f"timing a few steps of {identity.group}")
+        measured[identity.group] = _measure(config)
+    return measured[identity.group], "measured"
+
+
+def _measure(config: Mapping[str, Any]) -> float:
+    """Time a few training steps and one batch of each evaluation; the model that learns is thrown away."""
+    benchmark, learner = assemble(config)
+    splits = benchmark.splits()
+    train, size = splits.pop("train"), benchmark.batch_size
+
+    def train_on(steps: int) -> float:
+        part = TrainingBatches(train.take(slice(steps * size)), benchmark, learner.device, learner.seed, 2)
+        return learner.train_epoch(part, 0)["time/seconds"] / len(part)
+
+    train_on(1)  # the first step pays for allocations and for the choice of algorithms
+    seconds = train_on(STEPS) * max(1, len(train) / size)
+    for name, split in splits.items():
+        batches = EvaluationBatches(split.take(slice(EvaluationBatches.batch_size)), benchmark, learner.device)
+        since = time.perf_counter()
+        learner.evaluate(batches, name)
+        seconds += (time.perf_counter() - since) * len(split) / batches.size
+    return seconds

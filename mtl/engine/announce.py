@@ -1,0 +1,95 @@
+"""What a run says before its first epoch and after its last."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from mtl.archs.model import count_macs, count_parameters
+from mtl.config.identity import Identity
+from mtl.data.base import Benchmark
+from mtl.engine.directory import RunDirectory
+from mtl.engine.learner import Learner
+from mtl.losses import LossWeighting
+from mtl.tracking.console import duration, table
+
+log = logging.getLogger("mtl")
+
+
+def header(config: Mapping[str, Any], identity: Identity, benchmark: Benchmark, learner: Learner,
+           sizes: Mapping[str, int], steps: int, path: str, tracker: str, resumed: int) -> None:  # fmt: skip
+    """What will run, before the first epoch.
+
+    Args:
+        config, identity, benchmark, learner: of the run.
+        sizes: samples of each split.
+        steps: of an epoch.
+        path: where the run writes.
+        tracker: what the tracker says of itself.
+        resumed: epochs that are already done.
+    """
+    trainer, strategy, optimizer = learner.trainer, learner.strategy, config["optimizer"]
+    own = sum(p.numel() for p in strategy.parameters())
+    samples = ", ".join(f"{size:,} {name}" for name, size in sizes.items())
+    heads = "" if isinstance(strategy, LossWeighting) else f", heads: {strategy.heads} gradient"
+    lines = {
+        "run": identity.name,
+        "data": f"{identity.data}: {samples}; tasks {', '.join(f'{t.name} ({t.outputs})' for t in learner.tasks)}",
+        "model": f"{identity.arch}: {count_parameters(learner.model):,} parameters, "
+        f"{count_macs(learner.model, benchmark.image_shape) / 1e6:,.1f} MMAC an image",
+        "strategy": f"{identity.loss} ({strategy.family}{heads}{f', {own} own parameters' if own else ''})",
+        "training": f"{trainer.epochs} epochs of {steps} steps, batch {benchmark.batch_size}, "
+        f"{optimizer['_target_'].rpartition('.')[2]} lr {optimizer.get('lr', 'default')}, "
+        f"{config['schedule']['_target_'].rpartition('.')[2].lower()} schedule",
+        "micro": learner.microscope.describe(
+            len(learner.tasks), learner.passes, learner.one_jacobian, learner.alternates, steps, benchmark.batch_size
+        ),
+        "device": f"{_device_name(learner.device)}, {trainer.precision}"
+        + (f"; {processes.size} processes with a part of each batch" if (processes := learner.processes) else ""),
+        "output": path,
+        "tracker": tracker,
+        "resumed": f"after epoch {resumed}" if resumed else "",
+    }
+    for key, value in lines.items():
+        if value:
+            log.info(f"{key:9s} {value}")
+    if trainer.slow_precision(learner.device):
+        log.info("WARNING   this CPU has no bf16 instructions: trainer.precision=fp32 is about 10x faster here")
+
+
+def footer(summary: Mapping[str, Any], epochs: int, directory: RunDirectory, command: str) -> None:
+    """What came of it, and how to do it again.
+
+    Args:
+        summary: of the run, as in summary.json.
+        epochs: that were trained.
+        directory: of the run.
+        command: that repeats it.
+    """
+    chosen = summary["selected"]
+    header = ["test", "best", "at epoch", f"last ({epochs})", *([f"by {chosen['by']}"] if chosen else [])]
+    body = [
+        [
+            key.removeprefix("test/"),
+            f"{best['value']:.4g}",
+            str(best["epoch"]),
+            f"{summary['last'][key]:.4g}",
+            *([f"{chosen[key]:.4g}"] if chosen else []),
+        ]
+        for key, best in summary["best"].items()
+    ]
+    log.info(table(header, body))
+    speed = f"{summary['images_per_second']:,.0f} img/s in training"
+    speed += f", peak memory {summary['peak_memory_gib']:.2f} GiB"
+    files = "last.pt and best.pt" if directory.best.is_file() else "last.pt (best.pt is missing)"
+    log.info(f"{duration(summary['seconds'])}, {speed}; checkpoints {files} in {directory.path}")
+    log.info(f"reproduce: {command}")
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({torch.get_num_threads()} threads)"

@@ -1,0 +1,78 @@
+"""Where and in which precision a run is executed."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Ge
+from torch import Tensor
+
+from mtl.archs.model import MultiTaskModel
+from mtl.errors import SetupError
+
+
+@dataclass
+class Execution:
+    """How a run is executed.
+
+    Args:
+        epochs: passes over the training data.
+        device: auto takes the first GPU when there is one.
+        precision: fp32, or bf16 autocast (parameters, gradients and losses stay fp32).
+        channels_last: the memory layout of images and convolutions.
+        deterministic: only deterministic GPU kernels; a CPU run is bit-reproducible anyway.
+    """
+
+    epochs: Annotated[int, Ge(1)] = 200
+    device: str = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    channels_last: bool = True
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        name, _, index = self.device.partition(":")
+        if name not in ("auto", "cpu", "cuda", "mps") or (index and not (name == "cuda" and index.isdigit())):
+            raise ValueError(f"device: {self.device!r} is none of auto, cpu, cuda, cuda:N, mps")
+
+    def open_device(self) -> torch.device:
+        """The device to train on.
+
+        Raises:
+            SetupError: this machine has no such device.
+        """
+        name = self.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = torch.device(name)
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if device.type == "cuda" and (device.index or 0) >= count:
+            shown = f"this machine shows {count} CUDA devices"
+            raise SetupError(f"trainer.device={self.device}: {shown}; use trainer.device=auto or cpu")
+        if device.type == "mps" and not torch.backends.mps.is_available():
+            raise SetupError("trainer.device=mps: not available on this machine; use trainer.device=auto or cpu")
+        if self.deterministic:  # cuBLAS reads this at its first use; without it, torch refuses every product
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(self.deterministic)
+        torch.backends.cudnn.benchmark = not self.deterministic
+        return device
+
+    def place(self, model: MultiTaskModel, device: torch.device) -> MultiTaskModel:
+        """Move the model to the device, in the memory layout of this trainer."""
+        return model.to(device, memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
+
+    def slow_precision(self, device: torch.device) -> bool:
+        """Whether bf16 is emulated on this device: an AVX2 CPU takes about ten times as long as for fp32."""
+        return device.type == "cpu" and self.precision == "bf16" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+    def autocast(self, device: torch.device) -> AbstractContextManager:
+        """The context of the forward pass."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def images(self, images: Tensor) -> Tensor:
+        """The batch (N, C, H, W) in the memory layout of this trainer."""
+        # Batches come in channels_last order by construction; the other layout is the one that costs a copy.
+        return images if self.channels_last else images.contiguous()

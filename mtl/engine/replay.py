@@ -1,0 +1,126 @@
+"""A run that is finished: are its files whole, what did a search want to know, and what does a dashboard lack."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mtl.archs.model import count_macs, count_parameters
+from mtl.config.identity import Identity
+from mtl.data.base import Benchmark
+from mtl.engine.directory import RunDirectory
+from mtl.engine.files import CURE, Damaged, digest, plain, read_json, write_json
+from mtl.engine.learner import Learner
+from mtl.engine.resume import mend_best, problem_of
+from mtl.engine.summary import best, metrics, owned, selector, speed, summarise
+from mtl.errors import UserError
+from mtl.tracking import RunInfo, Tracker, flatten
+
+log = logging.getLogger("mtl")
+
+
+def inspect(directory: RunDirectory, name: str, epochs: int, build: Callable[[], tuple[Benchmark, Learner]]) -> None:
+    """Look whether the files of a finished run are whole; write its summary anew where that is damaged.
+
+    Args:
+        directory: of the run.
+        name: of the run.
+        epochs: that it has trained.
+        build: makes its data's description and its learner, whose tasks say what the summary holds.
+
+    Raises:
+        SetupError: the metrics are damaged or changed, or the summary cannot be written.
+    """
+    rows = directory.rows()
+    if len(rows) != epochs:
+        raise Damaged(f"{directory.metrics} holds {len(rows)} epochs of a finished run of {epochs}; {CURE}")
+    if directory.run.get("metrics_digest") not in (None, digest(rows).hex()):  # older runs have not noted it
+        raise Damaged(f"{directory.metrics} was edited after the run had finished, or is of another run; {CURE}")
+    if (summary := _summary(directory)) is None or not _agrees(summary, rows):
+        with directory:
+            benchmark, learner = build()
+            tests, chosen = metrics(learner.tasks, "test"), selector(learner.tasks, "val" in _splits(rows[0]))
+            try:
+                content = {"status": "finished", **summarise(rows, tests, *chosen), **speed(rows)}
+            except KeyError as error:
+                raise Damaged(f"{directory.metrics} is damaged: a row lacks {error}; {CURE}") from error
+            content["parameters"] = count_parameters(learner.model)
+            content["tasks"] = owned(learner.tasks)
+            content["macs"] = count_macs(learner.model, benchmark.image_shape)
+            write_json(directory.summary, content)
+        log.info(f"{name}: summary.json was damaged; written anew from metrics.jsonl, without the peak memory")
+    for problem in (problem_of(directory.last, name, epochs), _best(directory, name, rows)):
+        if problem:
+            log.info(f"WARNING   {name}: {problem}")
+
+
+def _splits(row: Mapping[str, float]) -> set[str]:
+    return {key.partition("/")[0] for key in row}
+
+
+def _summary(directory: RunDirectory) -> dict[str, Any] | None:
+    try:
+        return read_json(directory.summary)
+    except (FileNotFoundError, json.JSONDecodeError, Damaged):
+        return None
+
+
+def _agrees(summary: Mapping[str, Any], rows: list[dict[str, float]]) -> bool:
+    """Whether a summary says what the rows say."""
+    try:
+        expected = {"status": "finished", **summarise(rows, summary["higher_is_better"], *_chosen_by(summary))}
+        return all(plain(summary[key]) == plain(value) for key, value in expected.items())
+    except (KeyError, TypeError, AttributeError, IndexError, StopIteration):
+        return False
+
+
+def _chosen_by(summary: Mapping[str, Any]) -> tuple[str, bool]:
+    """The key of the metric that chose best.pt, and whether higher is better."""
+    tests = summary["higher_is_better"]
+    if not summary["selected"]:
+        return next(iter(tests.items()))
+    key = summary["selected"]["by"]
+    return key, tests[key.replace("val/", "test/", 1)]
+
+
+def _best(directory: RunDirectory, name: str, rows: list[dict[str, float]]) -> str:
+    chosen = _chosen_by(read_json(directory.summary))
+    if not (problem := problem_of(directory.best, name, best(rows, *chosen)["epoch"])):
+        return ""
+    try:
+        with directory:
+            return mend_best(directory, name, rows, *chosen)
+    except (UserError, OSError):  # another user's folder, or another process at work in it
+        return problem
+
+
+def objective(directory: str | Path) -> float | None:
+    """The best validation figure of a finished run: of its first task's main metric, over epochs.
+
+    Returns:
+        None without validation data (`data.val_fraction=0`): a search that looked at test data would be dishonest.
+
+    Raises:
+        SetupError: the summary is damaged.
+    """
+    folder = RunDirectory(Path(directory))
+    try:
+        chosen = read_json(folder.summary).get("selected")
+        if not chosen:
+            return None
+        return next(row[chosen["by"]] for row in folder.rows() if row["epoch"] == chosen["epoch"])
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        raise Damaged(f"{folder.summary} is damaged; the run's command writes it anew") from error
+
+
+def repeat(tracker: Tracker, config: Mapping[str, Any], identity: Identity, directory: Path) -> None:
+    """Tell `tracker` a finished run from its first epoch to its last."""
+    summary, rows = read_json(directory / "summary.json"), RunDirectory(directory).rows()
+    best = dict(summary["higher_is_better"])
+    if summary["selected"]:
+        best |= {key.replace("test/", "val/", 1): higher for key, higher in best.items()}
+    tracker.start(RunInfo(identity, directory, Path(config["output_root"]), flatten(config), best, rows))
+    tracker.finish(flatten(summary), ok=True)

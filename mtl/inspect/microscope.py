@@ -1,0 +1,277 @@
+"""The gradient microscope: how the gradients of tasks, and of samples, agree while any strategy trains.
+
+After Elich, Kirchdorfer, Köhler, Schott, "Examining Common Paradigms in Multi-Task Learning" (2024), section 4.2: a
+multi-task conflict means something only beside the conflict between the samples of one task. For a pair of gradients a,
+b of the shared parameters, whole and by layer group (Yu et al., "Gradient Surgery for Multi-Task Learning", 2020, for
+the first two):
+
+    cosine         aᵀb / (‖a‖ ‖b‖)
+    magnitude      2 ‖a‖ ‖b‖ / (‖a‖² + ‖b‖²)
+    sign_conflict  share of the elements with opposite signs; an element that is 0 in either conflicts with nothing (one
+                   that is 0 but for rounding, such as the bias of a convolution before batch norm, has a random sign)
+
+each the mean over the pairs. A pair with a gradient of exactly 0 counts as 0 in all three, as in `mtl.backward`.
+The pairs are
+
+    tasks              of tasks, each gradient that of the task's loss on the whole batch (their figure A4)
+    tasks_per_sample   of tasks at one sample, over all samples looked at (the paper's "inter-task")
+    samples/<task>     of samples, for one task (the paper's "inter-sample")
+    samples/combined   of samples, for the sum of the task losses under the weights of this very step; under 1 where
+                       the method has no weights
+
+Tasks without a label in the batch and samples without the task's label are left out. The samples are the first ones of
+the batch, which is in random order. The paper takes eight of them, every five steps.
+
+The paper does not say what a sample's gradient is under batch norm. Here it is that of the sample's own loss in the
+batch's own forward pass, through the batch statistics: the mean over all samples is then the gradient of the task's
+loss. So every (task, sample) costs one backward pass of the whole batch. Nothing here draws random numbers, makes a
+second forward pass (but for optimizer=mtl_io, whose tasks take turns) or touches `.grad`: a run ends in the same bits
+with and without it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from annotated_types import Ge
+from torch import Tensor, nn
+
+from mtl.archs.model import MultiTaskModel
+from mtl.losses.base import FLOOR, masked
+from mtl.losses.solvers import double
+from mtl.metrics.tally import Sums
+from mtl.tasks import Task
+
+STATISTICS = ("cosine", "magnitude", "sign_conflict")
+COMBINED, WHOLE = "combined", "all"
+
+
+@dataclass(frozen=True)
+class Microscope:
+    """When to look, and at how many samples.
+
+    Args:
+        every: observe steps 0, k, 2k, … of each epoch; 0 is off.
+        samples: of a batch (all of it where it is smaller) for the comparisons of samples; 0 compares tasks only.
+            An observed step holds T · samples gradients of the shared parameters at once.
+    """
+
+    every: Annotated[int, Ge(0)] = 0
+    samples: Annotated[int, Ge(0)] = 8
+
+    def check(self, batch_size: int, tasks: Sequence[str]) -> None:
+        """Raises:
+        ValueError: more samples than a batch has, or a task's name is taken by the sum of all.
+        """
+        if self.every and self.samples > batch_size:
+            raise ValueError(f"samples={self.samples}: must be at most data.batch_size={batch_size}")
+        if self.every and COMBINED in tasks:
+            raise ValueError(f"every={self.every}: a task is called {COMBINED!r}, as the sum of the tasks is here")
+
+    def looks(self, step: int) -> bool:
+        """Whether step number `step` of an epoch, counted from 0, is observed."""
+        return self.every > 0 and step % self.every == 0
+
+    def describe(self, tasks: int, usual: int, reuses: bool, alternates: bool, steps: int, batch_size: int) -> str:
+        """One line about the cost, for epochs of `steps` steps; empty when off.
+
+        Args:
+            tasks: how many.
+            usual: passes of a step that is not observed, a backward pass at twice a forward pass.
+            reuses: whether the step's own Jacobian can be taken.
+            alternates: whether the tasks take turns, so that an observed step makes a forward pass of its own.
+            steps: of an epoch.
+            batch_size: of a step.
+        """
+        if not self.every:
+            return ""
+        passes = min(self.samples, batch_size) * tasks + (tasks if tasks > 1 and not reuses else 0)
+        extra = (2 * passes + alternates) / usual * math.ceil(steps / self.every) / steps
+        return (
+            f"every {self.every} steps, {self.samples} samples: {passes} more backward passes on such a step, "
+            f"about +{100 * extra:.0f} % time"
+        )
+
+
+class GradientObserver:
+    """One epoch under the microscope. An observed step calls `before`, maybe `jacobian`, and `after`, in this order.
+
+    Args:
+        samples: as in `Microscope`.
+        tasks: in the order of the model's heads.
+        model: whose gradients are compared.
+        log: whether the step's losses are log-losses.
+        reuses: whether the step's own Jacobian is that of the task losses on the whole batch, and can be taken.
+        sums: where the figures add up, on the device.
+
+    Attributes:
+        reuses: whether the step's own Jacobian is exactly that of the task losses for the shared parameters, on the
+            whole batch; `jacobian` must then be given it.
+    """
+
+    def __init__(self, samples: int, tasks: Sequence[Task], model: MultiTaskModel, log: bool, reuses: bool, sums: Sums):
+        self.tasks, self.samples, self.sums = tasks, samples, sums
+        self.log, self.several = log, len(tasks) > 1
+        self.reuses = self.several and reuses
+        groups = layer_groups(model.backbone)
+        self.parameters = [p for group in groups.values() for p in group]
+        self.group_of = [i for i, group in enumerate(groups.values()) for _ in group]
+        self.groups = [*groups, WHOLE]
+        counts = [sum(p.numel() for p in group) for group in groups.values()]
+        self.counts = [*counts, sum(counts)]
+        names = [f"samples/{t.name}" for t in self.tasks] if self.samples else []
+        if self.several:
+            names = ["tasks", *(["tasks_per_sample", *names, f"samples/{COMBINED}"] if names else [])]
+        self.names = names
+        # Where each of our parameters lies in a Jacobian, whose columns are in the order of the backbone's parameters.
+        start, ends = {}, 0
+        for p in model.shared_parameters():
+            if p.requires_grad:
+                start[p], ends = ends, ends + p.numel()
+        self.columns = [slice(start[p], start[p] + p.numel()) for p in self.parameters]
+
+    def before(self, predictions: Sequence[Tensor], losses: Sequence[Tensor], targets: dict[str, Tensor]) -> None:
+        """Take the gradients, on the weights before the update; the graph stays for the step itself.
+
+        Args:
+            predictions: each task's (N, …), with their graph.
+            losses: T scalars, means over the labelled samples.
+            targets: by task name.
+        """
+        size = min(self.samples, len(predictions[0]))
+        labelled = torch.stack([t.labelled(targets[t.name]) for t in self.tasks])  # (T, N)
+        self.present, self.labelled = labelled.any(1), labelled[:, :size]
+        self.losses = torch.stack([loss.detach() for loss in losses])
+        self.between_tasks = None
+        if self.several and not self.reuses:
+            rows = [self._gradients(loss) for loss in losses]
+            self.between_tasks = self._moments(torch.stack(row)[None] for row in zip(*rows, strict=True))
+        self.rows = []  # T x S lists of the parameters' gradients
+        for t, p in zip(self.tasks, predictions, strict=True):
+            values = t.criterion(p[:size], targets[t.name][:size]) if size else []
+            self.rows.append([self._gradients(value) for value in values])
+
+    def jacobian(self, jacobian: Tensor) -> None:
+        """Learn the (T, P) Jacobian from the step that takes it anyway; a few (T, T) figures are kept of it."""
+        if self.reuses:
+            self.between_tasks = self._moments(jacobian[None, :, columns] for columns in self.columns)
+
+    @torch.no_grad()
+    def after(self, weights: Tensor | None) -> None:
+        """Add the step's figures to the sums.
+
+        Args:
+            weights: (T,) that the step gave to the tasks' gradients; None where its method has none.
+        """
+        found = []
+        if self.several:
+            found.append(self._similarities(self.between_tasks, self.present[None]))
+        if self.names and self.samples:
+            found += self._of_samples(torch.ones_like(self.losses) if weights is None else weights)
+        self.rows, self.between_tasks = [], None  # as large as many networks
+        if found:
+            totals, pairs = (torch.cat(parts) for parts in zip(*found, strict=True))
+            self.sums.add("micro", totals / pairs.clamp(min=1)[:, None, None])
+            self.sums.add("micro/steps", pairs > 0)
+
+    def figures(self, read: dict[str, list[float]]) -> dict[str, float]:
+        """{"micro/tasks/cosine/layer1": …}: means over the observed steps that had such a pair, out of read sums."""
+        row, values = {}, iter(read.get("micro", ()))
+        for name, steps in zip(self.names, read.get("micro/steps", ()), strict=False):
+            for statistic in STATISTICS:
+                for group in self.groups:
+                    value = next(values)
+                    if steps:
+                        row[f"micro/{name}/{statistic}/{group}"] = value / steps
+        return row
+
+    def _of_samples(self, weights: Tensor) -> list[tuple[Tensor, Tensor]]:
+        if self.log:  # the weights are those of log-losses: ∇ log L = ∇L / L
+            weights = torch.where(self.losses > FLOOR, weights / self.losses, 0.0)
+        weights = double(masked(weights, self.present))
+        labelled, groups = self.labelled, len(self.counts) - 1
+        by_task, by_sample, combined = (_Moments(groups) for _ in range(3))
+        for k, group in enumerate(self.group_of):
+            rows = torch.stack([torch.stack([g[k].flatten() for g in of_task]) for of_task in self.rows])
+            by_task.add(group, rows)  # (T, S, p)
+            if self.several:
+                by_sample.add(group, rows.transpose(0, 1))
+                combined.add(group, torch.tensordot(weights, double(rows), 1)[None])
+        found = [self._similarities(by_task.read(), labelled)]
+        if self.several:
+            totals, pairs = self._similarities(by_sample.read(), labelled.T)
+            found.insert(0, (totals.sum(0, keepdim=True), pairs.sum(0, keepdim=True)))
+            found.append(self._similarities(combined.read(), labelled.any(0)[None]))
+        return found
+
+    def _gradients(self, loss: Tensor) -> list[Tensor]:
+        gradients = torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, gradients, strict=True)]
+
+    def _moments(self, blocks: Iterable[Tensor]) -> Tensor:
+        moments = _Moments(len(self.counts) - 1)
+        for group, block in zip(self.group_of, blocks, strict=True):
+            moments.add(group, block.flatten(2))
+        return moments.read()
+
+    def _similarities(self, moments: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+        """The three statistics of B sets of K vectors, summed over the pairs of each set.
+
+        Args:
+            moments: (G, B, 3, K, K) as from `_Moments.read`.
+            there: (B, K) bool, False for vectors that are left out.
+
+        Returns:
+            (B, 3, G) the sums and (B,) the number of pairs.
+        """
+        gram, signs, both = moments.unbind(2)
+        tiny = torch.finfo(gram.dtype).tiny
+        squares = gram.diagonal(dim1=-2, dim2=-1)
+        lengths = squares.sqrt()
+        products = lengths[..., :, None] * lengths[..., None, :]
+        cosines = gram / products.clamp(min=tiny)
+        magnitudes = 2 * products / (squares[..., :, None] + squares[..., None, :]).clamp(min=tiny)
+        # Both non-zero, less those of equal sign, is twice the number of opposite signs.
+        opposite = torch.stack([x / (2 * count) for x, count in zip(both - signs, self.counts, strict=True)])
+        upper = torch.ones_like(gram[0, 0], dtype=torch.bool).triu(1)
+        pairs = there[:, :, None] & there[:, None, :] & upper
+        values = torch.where(pairs, torch.stack([cosines, magnitudes, opposite]), 0.0)
+        return values.sum((-2, -1)).permute(2, 0, 1), pairs.sum((-2, -1))
+
+
+class _Moments:
+    """All that the statistics need of B sets of K vectors, gathered piece by piece: inner products of the vectors, of
+    their signs and of the signs' magnitudes. In float64: squares of small gradients vanish in less."""
+
+    def __init__(self, groups: int):
+        self.sums: list[Tensor | None] = [None] * groups
+
+    def add(self, group: int, block: Tensor) -> None:
+        """(B, K, p): p further elements of every vector, in that group."""
+        block = double(block)
+        signs = block.sign()
+        some = signs.abs()
+        moments = torch.stack([block @ block.mT, signs @ signs.mT, some @ some.mT], 1)
+        known = self.sums[group]
+        self.sums[group] = moments if known is None else known + moments
+
+    def read(self) -> Tensor:
+        """(groups + 1, B, 3, K, K), the last of all elements together."""
+        groups = torch.stack(self.sums)
+        return torch.cat([groups, groups.sum(0, keepdim=True)])
+
+
+def layer_groups(backbone: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The trainable parameters by layer group: by the backbone's top-level children, which are the first part of a
+    parameter's name, unless its attribute `layer_groups` = {group: [prefixes of parameter names]} says otherwise."""
+    declared = [(f"{p}.", name) for name, parts in getattr(backbone, "layer_groups", {}).items() for p in parts]
+    groups: dict[str, list[nn.Parameter]] = {}
+    for key, parameter in backbone.named_parameters():
+        if parameter.requires_grad:
+            name = next((n for prefix, n in declared if f"{key}.".startswith(prefix)), key.partition(".")[0])
+            groups.setdefault(name, []).append(parameter)
+    return groups

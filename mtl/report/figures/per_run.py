@@ -1,0 +1,215 @@
+"""Every figure of a benchmark, those over epochs by `curves`, those of one figure per run here.
+
+A run's figures are those of `Benchmark.main`, at one epoch, so that they belong to one and the same network.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mtl.report.figures.data import Figure, Panel, Rule, Trace, axis, drawable, figure, several, title
+from mtl.report.figures.over_epochs import gradients, layers, learning_curves, weights
+from mtl.report.figures.style import Style, palette
+from mtl.report.multitask import pareto_optimal
+from mtl.report.protocols import Group, Protocol, rateless
+from mtl.report.runs import Run
+from mtl.report.scores import Scores
+from mtl.report.statistics import mean
+
+PANELS = 5  # tasks against each other: so many at most, ten panels
+
+
+def figures(benchmark: Protocol) -> dict[str, list[Figure]]:
+    """{arch: every figure for which there are data}."""
+    makers = (learning_curves, weights, gradients, layers, parallel_coordinates, pareto, cost, learning_rates)
+    archs = dict.fromkeys(g.arch for g in benchmark.groups)
+    here = {arch: _on(benchmark, arch) for arch in archs}
+    return {arch: [f for make in makers if (f := make(part)).panels] for arch, part in here.items()}
+
+
+def _on(benchmark: Protocol, arch: str) -> Protocol:
+    """The benchmark on one architecture. The functions below, but for `styles`, take such a one."""
+    baselines = [b for b in benchmark.baselines if b.arch == arch]
+    return replace(benchmark, groups=benchmark.of(arch), baselines=baselines, lost=[])
+
+
+def styles(benchmark: Protocol) -> dict[str, Style]:
+    """The look of every strategy, best first (by its mean rank over architectures)."""
+    places: dict[str, list[float]] = {}
+    for arch in dict.fromkeys(g.arch for g in benchmark.groups):
+        for place, group in enumerate(Scores(benchmark, arch).groups):
+            places.setdefault(group.label, []).append(place)
+    return palette(sorted(places, key=lambda k: mean(places[k])), reference(benchmark))
+
+
+def reference(benchmark: Protocol) -> str | None:
+    """The label of equal weighting; of several, the one with the optimizer that most strategies have."""
+    optimizers = [g.optimizer for g in benchmark.groups]
+    equal = [g for g in benchmark.groups if g.name == "equal"]
+    return max(equal, key=lambda g: (optimizers.count(g.optimizer), -len(g.label))).label if equal else None
+
+
+def parallel_coordinates(benchmark: Protocol) -> Figure:
+    """Every strategy as a line across the metrics, each on its own scale with the better end up."""
+    columns = {metric: (higher, {g.label: final(benchmark, g, metric) for g in benchmark.groups})
+               for metric, higher in benchmark.metrics.items()}  # fmt: skip
+    changes = delta_m(benchmark)
+    if changes:
+        columns["Δm"] = (True, changes)
+    columns = {k: v for k, v in columns.items() if sum(x is not None for x in v[1].values()) > 1}
+    if len(columns) < 2:
+        columns = {}
+    ends = []
+    for higher, values in columns.values():
+        known = [v for v in values.values() if v is not None]
+        ends.append((min(known), max(known)) if higher else (max(known), min(known)))
+    traces = []
+    for group in benchmark.groups:
+        points = []
+        for i, ((_, values), (low, high)) in enumerate(zip(columns.values(), ends, strict=True)):
+            value = values.get(group.label)
+            if value is not None:
+                points.append((i, (value - low) / (high - low) if high != low else 0.5, value))
+        if points:
+            x, y, values = zip(*points, strict=True)
+            traces.append(Trace(group.label, x, y, names=["mean"], values=[[v] for v in values], marked="large"))
+    names = [f"{title(k)} (%)" if k == "Δm" else axis(k) for k in columns]
+    panel = Panel("", "", "worst to best strategy", traces, ticks=names, ends=ends)
+    note = "Means over seeds, every axis from the worst to the best strategy; the better end is up."
+    return figure(benchmark, "parallel-coordinates", "All metrics", note, [panel], curves=True, at=True)
+
+
+def pareto(benchmark: Protocol) -> Figure:
+    """The tasks' main metrics against each other."""
+    mains = [m for m in benchmark.tasks.values() if m in benchmark.metrics]
+    panels = []
+    for i, second in enumerate(mains[:PANELS]):
+        for first in mains[:i]:
+            panels.append(_against(benchmark, first, second))
+    note = "Every run (small), the mean over seeds (large)" if several(benchmark) else "Every run"
+    front = any(len(p.front) > 1 for p in panels)
+    note += ", and the border of what the best of them dominate (line)." if front else "."
+    if benchmark.baselines:
+        note += " Dotted: the single-task baselines."
+    if len(mains) > PANELS:
+        note += f" The first {PANELS} of {len(mains)} tasks."
+    return figure(benchmark, "pareto", "Task against task", note, panels, at=True)
+
+
+def cost(benchmark: Protocol) -> Figure:
+    """The first metric against the time of a step."""
+    metric = next(iter(benchmark.metrics))
+    traces = []
+    for group in benchmark.groups:
+        runs = [r for r in group.runs if step_time(r) is not None and drawable(r.figure(metric, benchmark.main))]
+        traces += _scatter(group, [step_time(r) for r in runs], [r.figure(metric, benchmark.main) for r in runs], runs)
+    times = [x for t in traces for x in t.x]
+    log = "x" if times and max(times) > 8 * min(times) else ""
+    hardware = [r.info.get("hardware", {}) for g in benchmark.groups for r in g.runs]
+    machines = {(of.get("gpu") or of.get("cpu"), of.get("threads")) for of in hardware}
+    note = "Time of a training step as the runs met it, at their batch size; on a busy machine it says little."
+    if len(machines) > 1:
+        note += " The runs come from different machines: the times do not compare."
+    panel = Panel("", "ms a training step", axis(metric), traces, log=log)
+    return figure(benchmark, "cost", "Accuracy and cost", note, [panel], at=True)
+
+
+def learning_rates(benchmark: Protocol) -> Figure:
+    """The first metric against the learning rate, for what was run at several."""
+    metric = next(iter(benchmark.metrics))
+    families: dict[str, dict[float, Group]] = {}
+    for group in benchmark.groups:
+        rate = group.runs[0].config["optimizer"].get("lr")
+        if isinstance(rate, (int, float)) and rate > 0 and drawable(rate):
+            families.setdefault(rateless(group.runs[0]), {})[rate] = group
+    traces = []
+    for family in families.values():
+        known = {r: g for r, g in sorted(family.items()) if final(benchmark, g, metric) is not None}
+        if len(known) > 1:
+            each = [_values(benchmark, g, metric) for g in known.values()]
+            means = [mean(v) for v in each]
+            best = means.index(max(means) if benchmark.metrics[metric] else min(means))
+            label = list(known.values())[best].label
+            low, high = (list(map(pick, each)) if max(map(len, each)) > 1 else () for pick in (min, max))
+            traces.append(Trace(label, list(known), means, low, high, marked="large"))
+    panel = Panel("", "learning rate", axis(metric), traces, log="x")
+    note = "What was run at several learning rates; a line bears the name of its best rate."
+    return figure(benchmark, "learning-rates", "Sensitivity to the learning rate", note, [panel], curves=True, at=True)
+
+
+def delta_m(benchmark: Protocol) -> dict[str, float]:
+    """{label: Δm in %, mean over seeds} where there are baselines."""
+    scores = Scores(benchmark, benchmark.archs[0])
+    found = {g.label: scores.delta_m(g, benchmark.main).values() for g in benchmark.groups}
+    return {label: mean(values) for label, values in found.items() if values and drawable(mean(values))}
+
+
+def final(benchmark: Protocol, group: Group, metric: str) -> float | None:
+    """Mean over seeds of a metric at `Benchmark.main`; None without a finite one."""
+    values = _values(benchmark, group, metric)
+    return mean(values) if values else None
+
+
+def _values(benchmark: Protocol, group: Group, metric: str) -> list[float]:
+    """Of the runs that have a finite one."""
+    return [v for r in group.runs if drawable(v := r.figure(metric, benchmark.main))]
+
+
+def step_time(run: Run) -> float | None:
+    """Milliseconds a training step."""
+    rate, batch = run.fact("images_per_second"), run.config["data"].get("batch_size")
+    if not isinstance(batch, int) or not drawable(rate) or rate <= 0:
+        return None
+    return 1000 * batch / rate if drawable(1000 * batch / rate) else None
+
+
+def _against(benchmark: Protocol, first: str, second: str) -> Panel:
+    """Two metrics of every run, and the front of the strategies' means."""
+    traces, means = [], []
+    for group in benchmark.groups:
+        pairs = [(r.figure(first, benchmark.main), r.figure(second, benchmark.main)) for r in group.runs]
+        known = [(r, *p) for r, p in zip(group.runs, pairs, strict=True) if all(map(drawable, p))]
+        if known:
+            runs, x, y = zip(*known, strict=True)
+            traces += _scatter(group, x, y, runs)
+            means.append((mean(x), mean(y)))
+    rules = []
+    for vertical, metric in ((True, first), (False, second)):
+        for baseline in benchmark.baselines:
+            if benchmark.tasks.get(baseline.task) == metric:
+                value = final(benchmark, baseline, metric)
+                if value is not None:
+                    several = [b.task for b in benchmark.baselines].count(baseline.task) > 1
+                    rules.append(Rule(value, baseline.label if several else f"{baseline.task} alone", vertical))
+    front = pareto_front(means, benchmark.metrics[first], benchmark.metrics[second])
+    return Panel("", axis(first), axis(second), traces, rules, _steps(front, benchmark.metrics[first]))
+
+
+def _steps(front: Sequence[tuple[float, float]], up: bool) -> list[tuple[float, float]]:
+    """The border of what the front dominates: its points, and the corners between them; empty without a point."""
+    if not front:
+        return []
+    corners = [(p[0], q[1]) if up else (q[0], p[1]) for p, q in itertools.pairwise(front)]
+    return [point for pair in zip(front, [*corners, None], strict=True) for point in pair if point is not None]
+
+
+def pareto_front(points: Sequence[tuple[float, float]], *higher: bool) -> list[tuple[float, float]]:
+    """The points that no other dominates, by their first coordinate; `higher`: whether more is better, for each."""
+    kept = pareto_optimal(points, higher) if points else []
+    return sorted({p for p, keep in zip(points, kept, strict=True) if keep})
+
+
+def _scatter(group: Group, x: Sequence[float], y: Sequence[float], runs: Sequence[Run]) -> list[Trace]:
+    """The mean of some runs, and the runs themselves where there are several."""
+    if not runs:
+        return []
+    each = [[f"seed {r.seed}"] for r in runs]
+    if len(runs) == 1:
+        return [Trace(group.label, x, y, names=["run"], values=each, line=False, marked="large")]
+    middle = Trace(
+        group.label, [mean(x)], [mean(y)], names=["mean of"],
+        values=[[f"{len(runs)} seeds"]], line=False, marked="large",
+    )  # fmt: skip
+    return [Trace(group.label, x, y, names=["run"], values=each, line=False, marked="small"), middle]

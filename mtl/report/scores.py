@@ -1,0 +1,144 @@
+"""The figures of a comparison: one benchmark on one architecture, strategy by strategy."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+from mtl.report import multitask
+from mtl.report.protocols import Group, Protocol, counterpart
+from mtl.report.runs import Run
+from mtl.report.statistics import mean
+
+
+class Scores:
+    """What the tables and figures of one benchmark on one architecture are made of.
+
+    A strategy that failed or diverged in a seed, or ended with a value that is not finite, has no mean that could be
+    compared: what it shows is the mean over the other seeds. It is never the best and ranks last.
+
+    Args:
+        benchmark: of `mtl.report.protocols`.
+        arch: one of its architectures.
+
+    Attributes:
+        groups: its strategies, by mean rank; those without one last.
+        baselines: its single-task groups.
+        lost: its groups without a finished run.
+    """
+
+    def __init__(self, benchmark: Protocol, arch: str):
+        self.benchmark, self.arch = benchmark, arch
+        self.baselines = [b for b in benchmark.baselines if b.arch == arch]
+        self.lost = [g for g in benchmark.lost if g.arch == arch]
+        self.groups = benchmark.of(arch)
+        place = self.mean_ranks(benchmark.main)
+        self.groups.sort(key=lambda g: (math.isnan(place[g.label]), place[g.label], g.label))
+
+    @cached_property
+    def usual(self) -> int:
+        """The number of seeds that most strategies have been run with."""
+        counts = Counter(len(g.runs) + len(g.failures) for g in self.groups)
+        return max(counts, key=lambda n: (counts[n], n), default=0)
+
+    def complete(self, group: Group) -> bool:
+        """Whether a strategy has as many seeds as most, with a result or without."""
+        return len(group.runs) + len(group.failures) >= self.usual
+
+    def comparable(self, group: Group, at: str) -> bool:
+        """Whether its mean may be the best: all its seeds are there, none failed, and all have finite values."""
+        whole = not any(self.broken(r, "last") or self.broken(r, at) for r in group.runs)
+        return self.complete(group) and not group.failures and whole
+
+    def broken(self, run: Run, at: str) -> list[str]:
+        """The metrics of which a run has no finite value; without those of which no run has one."""
+        return [m for m in self.known if not math.isfinite(run.figure(m, at))]
+
+    @cached_property
+    def known(self) -> dict[str, bool]:
+        """{metric: higher is better}, of those of which some run's last epoch has a finite value."""
+        runs = [r for g in self.groups for r in g.runs]
+        return {m: up for m, up in self.metrics.items() if any(math.isfinite(r.figure(m)) for r in runs)}
+
+    def delta_m(self, group: Group, at: str) -> dict[int, float]:
+        """{seed: Δm in %}; without the seeds that lack a figure or a baseline."""
+        return self._against_baselines(group, at, multitask.delta_m)
+
+    def achievement(self, group: Group, at: str) -> dict[int, float]:
+        """{seed: average achievement in %}, likewise."""
+        return self._against_baselines(group, at, multitask.achievement)
+
+    def _against_baselines(self, group: Group, at: str, measure) -> dict[int, float]:
+        found = {task: self.benchmark.baseline(group, task) for task in self.benchmark.tasks}
+        if not found or None in found.values():
+            return {}
+        metrics = list(self.benchmark.tasks.values())
+        known = [found[task].by_seed(metric, at) for task, metric in self.benchmark.tasks.items()]
+        scores = {}
+        for run in group.runs:  # against the baselines of the same seed where there is one, else against their mean
+            potentials = [k[run.seed] if run.seed in k else mean(k.values()) for k in known]
+            scores[run.seed] = measure([run.figure(m, at) for m in metrics], potentials, self.higher)
+        return {seed: score for seed, score in scores.items() if not math.isnan(score)}
+
+    def mean_ranks(self, at: str) -> dict[str, float]:
+        """{label: mean rank}, by the means over seeds; NaN for a strategy with fewer seeds than most, or no rival.
+
+        Over the metrics in `known`.
+        """
+        ranks = dict.fromkeys((g.label for g in self.groups), math.nan)
+        ranked = [g for g in self.groups if self.complete(g)]
+        if len(ranked) > 1:
+            figures = [
+                [mean(g.by_seed(m, at).values()) if self.comparable(g, at) else math.nan for m in self.known]
+                for g in ranked
+            ]
+            found = multitask.mean_rank(figures, list(self.known.values()))
+            ranks |= zip((g.label for g in ranked), map(float, found), strict=True)
+        return ranks
+
+    def pareto(self, at: str) -> dict[Path, bool]:
+        """{directory: Pareto-optimal in the tasks' main metrics}, all runs of this architecture pooled."""
+        runs = [r for g in self.groups for r in g.runs]
+        optimal = multitask.pareto_optimal(self.points(runs, at), self.higher) if runs else []
+        return {r.directory: bool(o) for r, o in zip(runs, optimal, strict=True)}
+
+    def points(self, runs: Sequence[Run], at: str) -> list[list[float]]:
+        """(N, T) the main metric of each task."""
+        return [[r.figure(m, at) for m in self.benchmark.tasks.values()] for r in runs]
+
+    @property
+    def metrics(self) -> dict[str, bool]:
+        """{metric: higher is better}."""
+        return self.benchmark.metrics
+
+    @property
+    def higher(self) -> list[bool]:
+        """(T,) whether higher is better for the main metric of each task."""
+        return [self.metrics[m] for m in self.benchmark.tasks.values()]
+
+    def wins(self, metric: str, at: str) -> tuple[dict[str, int], int]:
+        """({label: seeds in which it is the best}, number of seeds); ties count for each.
+
+        Of the seeds that every strategy with as many seeds as most was run with; none without two such strategies.
+        """
+        rivals = [g for g in self.groups if self.complete(g)]
+        if len(rivals) < 2:
+            return {}, 0
+        seeds = set.intersection(*({r.seed for r in [*g.runs, *g.failures]} for g in rivals))
+        figures = {g.label: g.by_seed(metric, at) for g in rivals}
+        won, best = Counter({label: 0 for label in figures}), max if self.metrics[metric] else min
+        for seed in seeds:
+            top = best((f[seed] for f in figures.values() if seed in f), default=None)
+            won.update(label for label, f in figures.items() if f.get(seed) == top is not None)
+        return dict(won), len(seeds)
+
+    def reference(self, group: Group, name: str) -> Group | None:
+        """What a strategy is compared with: the group with that label, or, where `name` is a loss option's, the run of
+        that loss with the strategy's own optimizer, schedule and so on; None where there is none or it is the same."""
+        named = [g for g in self.groups if g.name == name]
+        if group.name == name or group.label == name:
+            return None
+        return counterpart(group, named) if named else next((g for g in self.groups if g.label == name), None)

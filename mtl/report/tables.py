@@ -1,0 +1,120 @@
+"""A table that can be printed, pasted and typeset: terminal, CSV, Markdown, LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from mtl.report import names
+from mtl.tracking.console import table
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry.
+
+    Attributes:
+        text: as printed.
+        value: in full precision, None for a word.
+        best: of its column.
+        spread: standard deviation that belongs to the value; CSV gives it a column of its own.
+        count: of the values behind this one, where it is not that of the row; a column of its own in CSV as well.
+    """
+
+    text: str
+    value: float | None = None
+    best: bool = False
+    spread: float | None = None
+    count: int | None = None
+
+
+@dataclass
+class Table:
+    """Rows of cells under a header.
+
+    Attributes:
+        title: what it shows.
+        note: how to read it: definitions, sources, what was left out.
+        header: of each column; a line break may part it in two.
+        rows: as long as the header each.
+    """
+
+    title: str
+    note: str
+    header: list[str]
+    rows: list[list[Entry]]
+
+    def terminal(self) -> str:
+        """Plain text; the best of a column is starred."""
+        starred = any(c.best for row in self.rows for c in row)
+        rows = [
+            [c.text + ("*" if c.best else " " if starred and i else "") for i, c in enumerate(r)] for r in self.rows
+        ]
+        above, below = self._lines()
+        if not any(above):
+            return f"{self.title}\n{table(below, rows)}"
+        first, rule, second, *rest = table(above, [below, *rows]).split("\n")
+        return "\n".join([self.title, first, second, rule, *rest])
+
+    def csv(self) -> str:
+        """Numbers in full precision, the standard deviation in a column of its own."""
+        columns: list[list[str]] = []
+        words = names.spreadsheet
+        for i, header in enumerate(self._header()):
+            cells = [row[i] for row in self.rows]
+            columns.append([words(header), *(words(c.text) if c.value is None else str(c.value) for c in cells)])
+            for name, further in (("std", [c.spread for c in cells]), ("n", [c.count for c in cells])):
+                if any(x is not None for x in further):
+                    columns.append([words(f"{header}, {name}"), *("" if x is None else str(x) for x in further)])
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerows(zip(*columns, strict=True))
+        return out.getvalue()
+
+    def _header(self) -> list[str]:
+        return [h.replace("\n", ", ") for h in self.header]
+
+    def markdown(self) -> str:
+        """GitHub's tables; the best of a column in bold."""
+
+        def line(cells: Sequence[str]) -> str:
+            return "| " + " | ".join(cells) + " |"
+
+        md = names.markdown
+        rows = [[f"**{md(c.text)}**" if c.best else md(c.text) for c in row] for row in self.rows]
+        rule = ["---", *["---:"] * (len(self.header) - 1)]
+        lines = [line([md(h) for h in self._header()]), line(rule), *map(line, rows)]
+        return f"### {md(self.title)}\n\n" + "\n".join(lines) + f"\n\n{md(self.note)}\n"
+
+    def latex(self) -> str:
+        r"""A booktabs table for `\input`; the best of a column in bold."""
+        tex = names.latex
+        rows = [[rf"\textbf{{{tex(c.text)}}}" if c.best else tex(c.text) for c in row] for row in self.rows]
+        kinds = ["r" if any(r[i].value is not None for r in self.rows) else "l" for i in range(len(self.header))]
+        above, below = self._lines()
+        spans = [(top, len(list(same))) for top, same in groupby(above)]
+        tops = [tex(t) if n == 1 else rf"\multicolumn{{{n}}}{{c}}{{{tex(t)}}}" for t, n in spans]
+        head = [" & ".join(tops)] if any(above) else []
+        lines = [f"{line} \\\\" for line in [*head, " & ".join(map(tex, below))]]
+        body = [" & ".join(row) + r" \\" for row in rows]
+        return "\n".join([
+            r"% needs \usepackage{booktabs,graphicx}; letters that pdflatex's fonts lack are spelled U+...",
+            r"\begin{table}",
+            r"  \centering\footnotesize\setlength{\tabcolsep}{4pt}",
+            rf"  \caption{{{tex(self.title)}}}",
+            r"  \resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
+            rf"  \begin{{tabular}}{{{''.join(kinds)}}}",
+            *(f"    {line}" for line in [r"\toprule", *lines, r"\midrule", *body, r"\bottomrule"]),
+            r"  \end{tabular}}",
+            "",  # a paragraph of its own
+            rf"  \medskip\parbox{{\linewidth}}{{{tex(self.note)}}}",
+            r"\end{table}",
+            "",
+        ])  # fmt: skip
+
+    def _lines(self) -> tuple[list[str], list[str]]:
+        """The header's upper and lower line."""
+        return tuple(map(list, zip(*(h.split("\n") if "\n" in h else ("", h) for h in self.header), strict=True)))

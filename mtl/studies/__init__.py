@@ -1,0 +1,1 @@
+"""Reproductions of papers, and the protocol of tuned learning rates."""

@@ -1,0 +1,288 @@
+"""Every method at its own learning rate: ten rates on validation data, the best of them with three fresh seeds on test.
+
+    python -m mtl.studies.tuned_rates equal pcgrad cagrad:c=0.2 experiment=cifar100 arch=resnet20
+
+The comparison of Elich et al. (Examining Common Paradigms in Multi-Task Learning, 2023), without which a method that
+merely takes longer steps can win. Words with a name alone are methods (conf/loss), with settings after a colon; words
+with "=" are options of train.py for all runs, launchers included.
+
+Stage 1 trains every method with every rate and one seed, `data.val_fraction` of the training data held out (0.1 if
+nothing is said). The rate with the best validation figure is chosen: the first task's main metric at its best epoch. A
+diverged run simply loses. Stage 2 trains the chosen rate with fresh seeds. The validation data stay held out in it: the
+rate was chosen for this much training data, and the epoch is chosen on them. Test data choose nothing.
+
+Both stages are grids of train.py, and finished runs are read, not run: the same command goes on after any stop. A
+method of which a run failed for another reason than divergence, or is being trained elsewhere, waits for the next call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mtl.cli.command import translate
+from mtl.cli.overrides import refuse_second
+from mtl.config.identity import CONF, identify
+from mtl.config.program import child, program
+from mtl.engine.build import check
+from mtl.engine.directory import RunDirectory
+from mtl.engine.replay import objective
+from mtl.errors import ConfigError, UserError, suggest
+from mtl.tracking.console import table
+
+RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+METHOD = re.compile(r"\w+(:.*)?$")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of the protocol: what was asked, and where it is or will be."""
+
+    rate: float
+    seed: int
+    path: Path
+
+    @property
+    def status(self) -> str:
+        return RunDirectory(self.path).run.get("status", "not run")
+
+    @property
+    def settled(self) -> bool:
+        return self.status in ("finished", "diverged")
+
+    @property
+    def summary(self) -> dict:
+        return json.loads((self.path / "summary.json").read_text())
+
+
+@dataclass(frozen=True)
+class Method:
+    """A strategy with its settings, and its runs in both stages.
+
+    Args:
+        spec: as typed, e.g. cagrad:c=0.2.
+        options: of train.py, for all runs.
+    """
+
+    spec: str
+    options: tuple[str, ...]
+
+    @property
+    def words(self) -> list[str]:
+        name, _, settings = self.spec.partition(":")
+        return [*self.options, f"loss={name}", *(f"loss.{s}" for s in re.split(r",(?=\w+=)", settings) if s)]
+
+    def runs(self, rates: Sequence[float], seeds: Sequence[int]) -> list[Trial]:
+        """The runs of a grid, whether there yet or not.
+
+        Raises:
+            ConfigError: their config is wrong, or holds no validation data out.
+        """
+        try:
+            config = compose("config", self.words, return_hydra_config=True)
+            choices, runs = dict(config.hydra.runtime.choices), []
+            OmegaConf.set_struct(config, False)
+            del config["hydra"]
+            for rate in rates:
+                for seed in seeds:
+                    config.optimizer.lr, config.seed = rate, seed
+                    plain = OmegaConf.to_container(config, resolve=True)
+                    check(plain)
+                    path = identify(plain, choices).directory(plain["output_root"])
+                    runs.append(Trial(rate, seed, path))
+        except (OmegaConfBaseException, HydraException) as error:
+            raise translate(error) from error
+        if not plain["data"].get("val_fraction"):
+            raise ConfigError("data.val_fraction=0: the rate is chosen on validation data; try data.val_fraction=0.1")
+        return runs
+
+    def command(self, runs: Sequence[Trial]) -> list[str]:
+        """The arguments of train.py for `runs`, which form a grid."""
+        rates, seeds = (
+            ",".join(map(str, dict.fromkeys(v))) for v in zip(*((r.rate, r.seed) for r in runs), strict=True)
+        )
+        return ["-m", *self.words, f"optimizer.lr={rates}", f"seed={seeds}"]
+
+    def choose(self, runs: Sequence[Trial]) -> Trial:
+        """The finished run with the best validation figure; of equals the smallest rate."""
+        finished = [run for run in runs if run.status == "finished"]
+        if not finished:
+            raise UserError(f"{self.spec}: diverged at every rate; try smaller ones with --rates")
+        sign = 1 if _higher(finished[0]) else -1
+        return max(finished, key=lambda r: (sign * f if math.isfinite(f := objective(r.path)) else -math.inf, -r.rate))
+
+
+def grid(words: Sequence[str]) -> int:
+    """Run train.py; return its exit code. Ctrl-C is the grid's to obey: it notes where it stopped before it ends."""
+    process = subprocess.Popen([*child(), *words])
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),  # a terminal sends it to the grid as well
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
+    }
+    try:
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def protocol(methods: Sequence[Method], rates: Sequence[float], chooser: int, seeds: Sequence[int]) -> int:
+    """Both stages and the table; returns the exit code.
+
+    Raises:
+        ConfigError: a config is wrong; nothing was run.
+    """
+    searches = {method: method.runs(rates, [chooser]) for method in methods}
+    chosen: dict[Method, Trial] = {}
+    finals: dict[Method, list[Trial]] = {}
+    waiting: list[str] = []
+    for method, runs in searches.items():
+        if (code := _complete(f"stage 1, {method.spec}", method, runs, waiting)) is not None:
+            return code
+    for method, runs in searches.items():
+        if not all(run.settled for run in runs):
+            continue
+        try:
+            chosen[method] = method.choose(runs)
+        except UserError as error:
+            waiting.append(str(error))
+            continue
+        finals[method] = method.runs([chosen[method].rate], seeds)
+        if (code := _complete(f"stage 2, {method.spec}", method, finals[method], waiting)) is not None:
+            return code
+    if finals:
+        print(_report(searches, chosen, finals))
+    for line in waiting:
+        print(f"error: {line}", file=sys.stderr)
+    return 1 if waiting else 0
+
+
+def _complete(title: str, method: Method, runs: Sequence[Trial], waiting: list[str]) -> int | None:
+    """Run what is not settled of a grid; note what still is not. An exit code only if the user stopped it."""
+    if missing := [run for run in runs if not run.settled]:
+        print(f"\n{title}: {len(missing)} of {len(runs)} runs to go", flush=True)
+        code = grid(method.command(missing))
+        if code in (130, 143):
+            print("stopped; the same command goes on from here")
+            return code
+    if missing := [run for run in runs if not run.settled]:
+        states = ", ".join(f"rate {r.rate:g} seed {r.seed} {r.status}" for r in missing)
+        waiting.append(f"{title}: {states}; the same command tries again")
+    return None
+
+
+def _report(searches: dict[Method, list[Trial]], chosen: dict[Method, Trial], finals: dict[Method, list[Trial]]) -> str:
+    by = next(iter(chosen.values())).summary["selected"]["by"]
+    keys = dict.fromkeys(
+        k for runs in finals.values() for r in runs if r.status == "finished" for k in r.summary["last"]
+    )
+    header = ["strategy", "rate", "diverged", by, "seeds"]
+    for key in keys:
+        header += [key.removeprefix("test/"), "(last)"]
+    body, notes = [], []
+    for method, runs in finals.items():
+        best, finished = chosen[method], [r.summary for r in runs if r.status == "finished"]
+        rates = [run.rate for run in searches[method]]
+        diverged = sum(run.status == "diverged" for run in searches[method])
+        row = [method.spec, f"{best.rate:g}", str(diverged), f"{objective(best.path):.4g}", str(len(finished))]
+        for key in keys:
+            row += [_spread([s[at][key] for s in finished if key in s[at]]) for at in ("selected", "last")]
+        body.append(row)
+        if len(rates) > 1 and best.rate in (rates[0], rates[-1]):
+            end = "smallest" if best.rate == rates[0] else "largest"
+            notes.append(f"{method.spec}: {best.rate:g} is the {end} rate tried; the best may lie beyond it (--rates)")
+    commands = [shlex.join([*program(), *method.command(runs)]) for method, runs in finals.items()]
+    title = f"\ntest set at the epoch with the best {by} and at the last epoch, mean ± std over seeds; rate by {by}\n"
+    return "\n".join([title + table(header, body), *notes, "", *commands])
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    mean = statistics.fmean(values)
+    digits = 2 if abs(mean) >= 10 else 4
+    return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def _higher(run: Trial) -> bool:
+    summary = run.summary
+    return summary["higher_is_better"][summary["selected"]["by"].replace("val/", "test/", 1)]
+
+
+def _numbers(kind: type) -> Callable[[str], list]:
+    def numbers(text: str) -> list:
+        return sorted({kind(word) for word in text.split(",")})
+
+    return numbers
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mtl.studies.tuned_rates",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("words", nargs="+", metavar="METHOD|KEY=VALUE", help="methods, and options of train.py")
+    parser.add_argument(
+        "--rates", type=_numbers(float), default=RATES, metavar="R,R,…", help="learning rates; default: ten, 0.001 to 1"
+    )
+    parser.add_argument("--chooser", type=int, default=0, metavar="SEED", help="seed of stage 1; default: 0")
+    parser.add_argument(
+        "--seeds", type=_numbers(int), default=[1, 2, 3], metavar="S,S,…", help="of stage 2; default: 1,2,3"
+    )
+    parser.add_argument("--config-dir", type=Path, metavar="DIR", help="your own methods: DIR/loss/NAME.yaml")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        specs, changes = [], []
+        for word in options.words:
+            (specs if METHOD.match(word) else changes).append(word)
+        folders = [CONF]
+        if options.config_dir is not None:
+            if not options.config_dir.is_dir():
+                raise ConfigError(f"--config-dir {options.config_dir}: is not a folder")
+            folders.append(options.config_dir.absolute())
+            changes.append(f"hydra.searchpath=[{folders[-1]}]")  # what --config-dir does, as an option of each run
+        known = sorted(file.stem for folder in folders for file in (folder / "loss").glob("*.yaml"))
+        for name in (spec.partition(":")[0] for spec in specs):
+            if name not in known:
+                raise ConfigError(f"{name}: no such method; one of {', '.join(known)}{suggest(name, known)}")
+            refuse_second("loss", name, folders)
+        if not specs:
+            raise ConfigError("no method; e.g. python -m mtl.studies.tuned_rates equal pcgrad")
+        for key, option in (("loss", "METHOD"), ("optimizer.lr", "--rates"), ("seed", "--seeds and --chooser")):
+            if any(word.lstrip("+").partition("=")[0] == key for word in changes):
+                raise ConfigError(f"{key}: is the protocol's to set; use {option}")
+        if options.chooser in options.seeds:
+            raise ConfigError(
+                f"--seeds: {options.chooser} chose the rate (--chooser); the seeds on test are fresh ones"
+            )
+        if not any(word.lstrip("+").startswith("data.val_fraction=") for word in changes):
+            changes.append("data.val_fraction=0.1")
+        methods = [Method(spec, tuple(changes)) for spec in dict.fromkeys(specs)]
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return protocol(methods, options.rates, options.chooser, options.seeds)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,6 @@
+"""Tasks: what a prediction is compared with, and how."""
+
+from mtl.tasks.base import Task
+from mtl.tasks.labels import Classification, Regression
+
+__all__ = ["Classification", "Regression", "Task"]
