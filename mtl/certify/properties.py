@@ -207,8 +207,7 @@ def permutation(name: str, history: int) -> bool | None:
 
 
 def exact_absence(name: str, history: int) -> bool | None:
-    """a task without labels leaves the others' steps as they would be without it, with weights that add up to a number
-    renormalised over the others"""
+    """removing an unlabelled task gives the same step as never having had it; weights of a fixed sum are rescaled"""
     old = experienced(name, steps=history)
     if old.tasks == 1:
         return True

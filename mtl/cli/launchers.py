@@ -140,8 +140,10 @@ def _take_gpu(folder: Path) -> None:
 
 
 def when_free(start: Callable[[], T], seconds: float = 1.0) -> T:
-    """Run a cell, after the process that is at work on it: a cell of the same grid that is the same run, or needs the
-    same single-task baseline; or, after a preemption on a network disk, the dead job whose lock is not yet gone.
+    """Wait until no other process holds the run's lock, then run it.
+
+    The lock is held in three cases. Another cell of the grid is the same run. Another cell needs the same single-task
+    baseline. Or a preempted job has died on a network disk, and its lock is not gone yet.
 
     Args:
         start: raises Busy as long as another process is at work.

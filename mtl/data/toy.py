@@ -36,8 +36,8 @@ SIGNS = (1.0, -1.0)  # s_1 and s_2
 def toy_loss(points: Tensor, sign: float) -> Tensor:
     """(…) the loss with s_i = `sign` at points (…, 2), in their dtype, before any scale; differentiable twice.
 
-    At x₂ = 0, where both gates have a kink, both count with their slope from inside, as the derivative of torch.clamp
-    did when the papers were written; with that of torch 2.15, 0, every method stays at Nash-MTL's start (0, 0).
+    At x₂ = 0 both gates have a kink. We use their one-sided derivatives there, as older torch.clamp did. torch 2.15
+    uses 0, which would freeze every method at Nash-MTL's start (0, 0).
     """
     x1, x2 = points.unbind(-1)
     half = torch.tanh(x2 / 2)

@@ -24,10 +24,15 @@ class Switches:
         transform: log runs the strategy on log-losses, which makes any of them blind to the losses' scales.
         heads: what the heads receive under a gradient method: the gradient of their own loss, that gradient times
             the task's weight, or whichever of the two the method's paper says.
-        scale: of the step. sum: the weights (without their signs, where a method has negative ones) add up to the
-            number of tasks, as equal weighting's do; norm: the shared gradient is as long as equal weighting's, and
-            the heads' gradients stay as they are; paper: as published. With gradients of features, lengths are those
-            of the features' gradients.
+        scale: how long the step is.
+
+            ======  ==========================================================================================
+            paper   as published
+            sum     the absolute values of the weights add up to the number of tasks, as with equal weighting
+            norm    the shared gradient is as long as with equal weighting; the heads' gradients stay
+            ======  ==========================================================================================
+
+            With gradients=features, the lengths of the features' gradients count.
     """
 
     gradients: Literal["paper", "parameters", "features"] = "paper"
@@ -101,8 +106,8 @@ class Info:
     """What one backward pass did; tensors stay on the device, nothing is synchronised.
 
     Attributes:
-        weights: (T,) weight of each task's shared gradient, after scaling and clipping, neither of which a head's
-            gradient goes through (but for scale=sum); None for an aggregator, which has none.
+        weights: (T,) the weights applied to the shared gradients, after scaling and clipping. Heads get the unscaled
+            weights, except with scale=sum. None if the method has no weights.
         norm: () norm of the shared parameters' gradient as this call left it.
         ratio: () norm relative to equal weighting's on the same batch (for gradients=features, of the features'
             gradients); None where no per-task gradients were taken.

@@ -7,26 +7,27 @@ the first two):
 
     cosine         aᵀb / (‖a‖ ‖b‖)
     magnitude      2 ‖a‖ ‖b‖ / (‖a‖² + ‖b‖²)
-    sign_conflict  share of the elements with opposite signs; an element that is 0 in either conflicts with nothing (one
-                   that is 0 but for rounding, such as the bias of a convolution before batch norm, has a random sign)
+    sign_conflict  share of the elements with opposite signs. Zeros never count as conflicts. An element that is zero
+                   up to rounding has a random sign, such as the bias of a convolution before batch norm.
 
 each the mean over the pairs. A pair with a gradient of exactly 0 counts as 0 in all three, as in `mtl.backward`.
 The pairs are
 
-    tasks              of tasks, each gradient that of the task's loss on the whole batch (their figure A4)
-    tasks_per_sample   of tasks at one sample, over all samples looked at (the paper's "inter-task")
-    samples/<task>     of samples, for one task (the paper's "inter-sample")
-    samples/combined   of samples, for the sum of the task losses under the weights of this very step; under 1 where
-                       the method has no weights
+    tasks              two tasks, each with the gradient of its loss on the whole batch (their figure A4)
+    tasks_per_sample   two tasks at one sample, over all observed samples (the paper's "inter-task")
+    samples/<task>     two samples, for one task (the paper's "inter-sample")
+    samples/combined   two samples, for the weighted sum of the task losses. The weights are this step's, or 1 if the
+                       method has none.
 
 Tasks without a label in the batch and samples without the task's label are left out. The samples are the first ones of
 the batch, which is in random order. The paper takes eight of them, every five steps.
 
-The paper does not say what a sample's gradient is under batch norm. Here it is that of the sample's own loss in the
-batch's own forward pass, through the batch statistics: the mean over all samples is then the gradient of the task's
-loss. So every (task, sample) costs one backward pass of the whole batch. Nothing here draws random numbers, makes a
-second forward pass (but for optimizer=mtl_io, whose tasks take turns) or touches `.grad`: a run ends in the same bits
-with and without it.
+The paper does not define a sample's gradient under batch norm. We take the gradient of the sample's own loss in the
+batch's forward pass, through the batch statistics. The mean over all samples is then the gradient of the task's loss.
+Every pair of task and sample costs one backward pass of the whole batch.
+
+A run ends in the same bits with and without the microscope. It draws no random numbers and does not touch `.grad`. It
+makes no second forward pass, except with optimizer=mtl_io, whose tasks take turns.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ whole term or only its precision e^{−s}. The gates:
 
 - calibrated: the ratio of the mean losses, main to auxiliary, of the first `calibration` batches (1 until then);
 - boosted: (1 + ¼ L_main/L_main(0)) · 2ρ_aux/(ρ_main + ρ_aux), with ρ = L / its moving average (decay 0.95) before the
-  step. The benchmark says no more of the second factor than that it comes from normalised losses; this form averages 1;
+  step. The benchmark does not define the second factor; it only says that it comes from normalised losses. We chose a
+  form whose mean is 1;
 - guarded: exp(−3 max(0, ρ_main − 1, ρ_aux − 1)), which cuts the auxiliary at a spike of either loss; the main task's
   weight is then 2 − the auxiliaries' mean, and 2 without an auxiliary.
 

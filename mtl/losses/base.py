@@ -316,9 +316,9 @@ class GramianWeighting(Strategy):
         """Weigh the tasks.
 
         Args:
-            gramian: (T, T) inner products of the task gradients, J Jᵀ; an absent task's row and column are 0. For a
-                method with `samples` > 1 it is J₁ J₂ᵀ of the first two batches; what is weighed then is the mean of the
-                two gradients, or the third batch's.
+            gramian: (T, T) inner products of the task gradients, J Jᵀ. An absent task's row and column are 0. With
+                `samples` > 1 it is J₁ J₂ᵀ of the first two batches. The weights are then applied to the mean of both
+                Jacobians (2 batches), or to the third Jacobian (3 batches).
             present: (T,) bool as in `LossWeighting.forward`.
             losses: (T,) values, without a graph; a few methods read them, and say so when they are missing.
 

@@ -5,10 +5,10 @@ with R_i a rotation. With g_i the gradient of the features z,
 
     d = C Σ_i g_i/‖g_i‖,   C = Σ_i α_i ‖g_i‖,   α_i ∝ ‖g_i‖ / ‖g_i⁰‖,
 
-‖g_i⁰‖ being that of the first step, taken anew after `burn_in` = 20 steps; and R_i descends on Σ_n ‖R_i v_n − R_i⁻
-g_in‖² (R_i⁻ held constant), v the mean of the gradients at equal lengths: the authors' code, which equals the paper's
-inner product up to a factor since R_i keeps lengths. R_i = exp(A_i − A_iᵀ) starts at the identity. The rotations
-should learn more slowly than the network (`lr`). They are part of the network: predictions need them, and they are in
+where ‖g_i⁰‖ is the length in the first step, taken anew after `burn_in` = 20 steps. R_i descends on Σ_n ‖R_i v_n − R_i⁻
+g_in‖² (R_i⁻ is constant), where v is the mean of the gradients at equal lengths. We follow the authors' code here. The
+paper's objective, an inner product, differs by a constant, because R_i keeps lengths. R_i = exp(A_i − A_iᵀ) starts at
+the identity. The rotations should learn more slowly than the network (`lr`). Predictions need them, and they are in
 the strategy's state. Heads get their own gradient.
 """
 

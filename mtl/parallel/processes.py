@@ -211,11 +211,12 @@ class Processes:
 
     @contextmanager
     def guard(self, last_words: Callable[[str, str], None] | None = None) -> Iterator[None]:
-        """Training: what leaves this block by an exception has the reason that all processes end for.
+        """The block in which the processes train; if one fails, all end with its reason.
 
-        A signal is noted, and ends training before the next forward pass. When another process has ended while this
-        one waits in vain for its device (a GPU's collective has no partner any more), a thread calls
-        `last_words(status, message)` and ends this process.
+        1. A signal is noted. It ends training before the next forward pass.
+        2. An exception that leaves this block is replaced by the reason for which all processes end.
+        3. A collective on a GPU waits for ever if another process has ended. A thread then calls
+           `last_words(status, message)` and ends this process.
         """
         handlers = {s: signal.signal(s, lambda number, _: self._signals.append(number)) for s in ending()}
         left = threading.Event()

@@ -122,7 +122,8 @@ class Scores:
     def wins(self, metric: str, at: str) -> tuple[dict[str, int], int]:
         """({label: seeds in which it is the best}, number of seeds); ties count for each.
 
-        Of the seeds that every strategy with as many seeds as most was run with; none without two such strategies.
+        Only seeds that all strategies with the usual number of seeds share count. Empty if fewer than two strategies
+        qualify.
         """
         rivals = [g for g in self.groups if self.complete(g)]
         if len(rivals) < 2:

@@ -38,7 +38,7 @@ TASKS = ("L1", "L2")
 def problem(x1: float, x2: float, scale: float = 1.0) -> tuple[Point, tuple[Point, Point]]:
     """The two losses at x, and their gradients. `scale` multiplies the first.
 
-    At x₂ = 0 both gates count with their slope from inside, as in `mtl.data.toy.toy_loss`, which see.
+    At x₂ = 0 both gates have their one-sided derivatives; `mtl.data.toy.toy_loss` says why.
     """
     tanh, half, depth = math.tanh(x2), math.tanh(x2 / 2), x2 + 8
     up, down, slope = max(half, 0.0), max(-half, 0.0), (1 - half * half) / 2
