@@ -20,7 +20,7 @@ from scipy.stats import chisquare
 
 from mtl.data import batches, cifar100
 from mtl.data.base import Benchmark, Split
-from mtl.data.batches import EvaluationBatches, TrainingBatches, draw
+from mtl.data.batches import EvaluationBatches, TrainingBatches, draw, resident_bytes
 from mtl.data.cifar100 import CIFAR100
 from mtl.data.digits import Digits
 from mtl.data.synthetic import Synthetic
@@ -118,6 +118,86 @@ def test_residency_does_not_change_a_bit(workers, mapped, tmp_path):
     evaluation = list(EvaluationBatches(split, resident, CPU))
     assert_same(list(EvaluationBatches(elsewhere, host, CPU)), evaluation)
     assert Numbered.read(evaluation) == (list(range(501)),) * 2
+
+
+@pytest.mark.parametrize("residency, workers", RESIDENCES)
+@pytest.mark.parametrize("padding", [0, 4])
+def test_selected_rows_give_the_batches_of_a_copy(residency, workers, padding, monkeypatch):
+    """A selection of a selection, in training and evaluation, wherever the data lives and whether it is padded."""
+    monkeypatch.setattr(Numbered, "crop_padding", padding)
+    benchmark = Numbered(size=300, batch_size=32, residency=residency, workers=workers)
+    split, rows = benchmark.load()[0], torch.randperm(300, generator=torch.Generator().manual_seed(3))
+    even = torch.arange(250) % 2 == 0
+    chosen, copy = split.select(rows).select(slice(250)).select(even), split.take(rows[:250][even])
+    assert chosen.all_images is split.images and len(chosen) == len(copy) == 125
+    assert torch.equal(chosen.images, copy.images) and torch.equal(chosen.labels("number"), copy.targets["number"])
+    assert torch.equal(chosen.take(slice(3, 9)).images, copy.images[3:9])
+    assert_same(benchmark.epoch(1, chosen), benchmark.epoch(1, copy))
+    assert_same(list(EvaluationBatches(chosen, benchmark, CPU)), list(EvaluationBatches(copy, benchmark, CPU)))
+
+
+def test_labels_of_selected_rows_cannot_be_replaced_unnoticed():
+    part = Numbered().load()[0].select(torch.arange(5))
+    with pytest.raises(AttributeError):
+        part.targets.update(number=torch.zeros(5))
+    with pytest.raises(TypeError):
+        part.targets["number"] = torch.zeros(5)
+
+
+def test_residency_counts_padding_and_labels_of_selected_rows():
+    """On the host's own 4 GiB: 2^18 images of 10 KB fit, and neither do the float maps beside them."""
+    images, numbers = torch.zeros(10, 8, 6, 3, dtype=torch.uint8), torch.zeros(10).long()
+    split = Split(images, {"number": numbers, "map": torch.zeros(10, 5, 5)}).select(torch.tensor([7, 1, 2, 2]))
+    assert resident_bytes(split, 0) == 4 * (8 * 6 * 3 + 8 + 4 * 25)
+    assert resident_bytes(split, 4) == 4 * (16 * 14 * 3 + 8 + 4 * 25)
+    many = torch.zeros(1, 100, 100, 1, dtype=torch.uint8).expand(2**18, -1, -1, -1)
+    maps = torch.zeros(1, 100, 100).expand(2**18, -1, -1)
+    with_maps = Split(many, {"map": maps})
+    few = with_maps.select(torch.arange(1000))
+    assert [EvaluationBatches(s, Numbered(), CPU).resident for s in (Split(many, {}), with_maps, few)] == [1, 0, 1]
+
+
+def resident_memory() -> int:
+    """Bytes of this process in memory, mapped pages of files included."""
+    return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+@dataclass
+class Mapped(Numbered):
+    """Large images in a file: blank, since nobody looks at them."""
+
+    file: Path | None = None
+
+    image_shape, crop_padding = (3, 100, 100), 0
+
+    def load(self):
+        shape = (self.size, 100, 100, 3)
+        split = Split(
+            torch.from_numpy(np.memmap(self.file, np.uint8, "r+", shape=shape)), {"number": torch.arange(self.size)}
+        )
+        return split, split
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux counts memory there")
+@pytest.mark.parametrize("residency", ["host", "auto"])
+def test_mapped_images_are_not_copied(residency, tmp_path, monkeypatch):
+    """Neither by limits and hold-out nor by batches: memory grows by less than a twentieth of 60 MB."""
+    monkeypatch.setattr(EvaluationBatches, "batch_size", 4)
+
+    def read(size: int) -> int:
+        benchmark = Mapped(batch_size=4, limit_train=size - 1, val_fraction=0.1, residency=residency, workers=0)
+        benchmark.size, benchmark.file = size, tmp_path / f"{size}"
+        with benchmark.file.open("wb") as file:
+            file.truncate(size * 30_000)
+        before, splits = resident_memory(), benchmark.splits()
+        train = TrainingBatches(splits["train"], benchmark, CPU, seed=0)
+        held_out = [EvaluationBatches(splits[name], benchmark, CPU) for name in ("val", "test")]
+        for part in (train.epoch(0), *held_out):
+            next(iter(part))
+        return resident_memory() - before
+
+    read(100)  # what the first use of everything allocates
+    assert read(2000) < 2000 * 30_000 / 20
 
 
 # --------------------------------------------------------------------------------------------------------------- draws

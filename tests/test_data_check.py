@@ -115,6 +115,30 @@ def test_labels_of_no_task_are_left_out():
     assert set(loaded({"c": [1, 2]})["train"].targets) == {"a", "b"}
 
 
+@pytest.mark.parametrize("rows, message", [
+    ([0, 1], "a list; an int64 tensor .* from 0 to 5 is needed"), (torch.ones(6).bool(), r"torch.bool of shape \(6,\)"),
+    (torch.tensor([[0]]), r"int64 of shape \(1, 1\)"), (torch.tensor([0, 6]), "the position 6; "),
+    (torch.tensor([-1]), "the position -1; "),
+])  # fmt: skip
+def test_rows_are_checked(rows, message):
+    benchmark = declared()
+    part = Split(IMAGES, {"a": torch.arange(6) % 3, "b": torch.zeros(6)}, rows)
+    benchmark.load = lambda: (part, part)
+    with pytest.raises(SetupError, match=f"train split: rows: .*{message}"):
+        benchmark.splits()
+
+
+def test_only_selected_labels_are_checked_but_each_column_is_whole():
+    """Wrong labels may be left out by selection; a column of another length does not belong to the images."""
+    benchmark, rows = declared(), torch.tensor([4, 0])
+    part = Split(IMAGES, {"a": torch.tensor([0, 9, 9, 9, 2, 9]), "b": torch.arange(6.0)}, rows)
+    benchmark.load = lambda: (part, part)
+    assert benchmark.splits()["test"].targets["a"].tolist() == [2, 0]
+    part.all_targets["b"] = torch.zeros(7)
+    with pytest.raises(SetupError, match=r"task 'b': shape .*7.*each of the 6 images"):
+        benchmark.splits()
+
+
 @pytest.mark.parametrize("returned", [None, (1, 2), (Split(IMAGES, {}),), {"train": Split(IMAGES, {})}])
 def test_load_returns_two_splits(returned):
     benchmark = declared()

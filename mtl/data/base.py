@@ -29,8 +29,9 @@ class Benchmark(ABC):
         limit_test: use only the first so many test samples.
         val_fraction: share of the training samples held out for validation (after limit_train); the same samples
             for every seed, so that seeds differ in training only.
-        residency: where the images live. auto: on the training device when they fit into half of its free memory.
-        workers: DataLoader processes when the images stay on the host.
+        residency: where images and labels live. auto: on the training device when they fit into half of its free
+            memory.
+        workers: DataLoader processes when the data stays on the host.
 
     Attributes:
         tasks: the tasks; the first one's first metric chooses the best epoch.
@@ -62,7 +63,7 @@ class Benchmark(ABC):
         """
 
     def splits(self) -> dict[str, Split]:
-        """`train`, `test` and, with a val_fraction, `val`, limited as the fields say.
+        """`train`, `test` and, with a val_fraction, `val`, limited as the fields say; they share what `load` returned.
 
         Raises:
             mtl.config.SetupError: `load` fails, or what it returned does not fit the tasks or image_shape.
@@ -78,16 +79,18 @@ class Benchmark(ABC):
             raise SetupError(f"data: {what}{blame(error)}") from error
         check_loaded(self, loaded)
         # Labels of no task, as a subclass with fewer tasks leaves them, go no further.
-        train, test = (Split(part.images, {t.name: part.targets[t.name] for t in self.tasks}) for part in loaded)
-        train, test = train.take(slice(self.limit_train)), test.take(slice(self.limit_test))
+        train, test = (
+            Split(part.all_images, {t.name: part.all_targets[t.name] for t in self.tasks}, part.rows) for part in loaded
+        )
+        train, test = train.select(slice(self.limit_train)), test.select(slice(self.limit_test))
         if not self.val_fraction:
             return {"train": train, "test": test}
         held_out = max(1, round(len(train) * self.val_fraction))
         order = torch.randperm(len(train), generator=stream(0, "val_split"))
         # Sorted, so that memory-mapped images are read in file order.
         return {
-            "train": train.take(order[held_out:].sort().values),
-            "val": train.take(order[:held_out].sort().values),
+            "train": train.select(order[held_out:].sort().values),
+            "val": train.select(order[:held_out].sort().values),
             "test": test,
         }
 

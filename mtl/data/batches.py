@@ -1,7 +1,7 @@
-"""Batches for training and evaluation, from images on the device or, when too large for it, through a DataLoader.
+"""Batches for training and evaluation, from data on the device or, when too large for it, through a DataLoader.
 
 Both paths share the draws (made on the CPU, once an epoch, for all samples) and the arithmetic, so a run's numbers do
-not depend on where its images live.
+not depend on where its data lives.
 """
 
 from __future__ import annotations
@@ -107,14 +107,14 @@ class TrainingBatches:
     def __init__(self, split: Split, benchmark: Benchmark, device: torch.device, seed: int, smallest: int = 2):
         self.benchmark, self.device, self.seed, self.size = benchmark, device, seed, len(split)
         self.partial = frozenset(
-            t.name for t in benchmark.tasks if (y := split.targets.get(t.name)) is not None and t.count(y) < len(y)
+            t.name for t in benchmark.tasks if t.name in split.all_targets and t.count(split.labels(t.name)) < self.size
         )
         self.normalise = Normalise(benchmark.mean, benchmark.std, device)
         self.padding = benchmark.crop_padding
-        self.resident = _resident(split, benchmark, device)
+        self.resident = _resident(split, benchmark, device, self.padding)
         self.split = split
         if self.resident:
-            self.split = move(Split(pad(split.images, self.padding), split.targets), device)
+            self.split = move(_padded(split, self.padding), device)
         full, rest = divmod(self.size, benchmark.batch_size)
         self.steps = full + (rest >= smallest)
 
@@ -132,7 +132,8 @@ class TrainingBatches:
 
     def _gathered(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
         for index in order.split(self.benchmark.batch_size):
-            yield self.split.images, index, {name: t[index] for name, t in self.split.targets.items()}
+            rows = self.split.positions(index)
+            yield self.split.all_images, rows, {name: t[rows] for name, t in self.split.all_targets.items()}
 
     def _streamed(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
         chunks = order.split(self.benchmark.batch_size)[: self.steps]
@@ -168,17 +169,33 @@ class EvaluationBatches:
             yield self.normalise(images), targets
 
 
-def _resident(split: Split, benchmark: Benchmark, device: torch.device) -> bool:
+def _resident(split: Split, benchmark: Benchmark, device: torch.device, padding: int = 0) -> bool:
     if benchmark.residency != "auto":
         return benchmark.residency == "device"
-    size = split.images.numel()
+    size = resident_bytes(split, padding)
     if device.type == "cuda":
         return size < torch.cuda.mem_get_info(device)[0] // 2
     return size < 4 * 2**30  # the host's own memory: beyond this, memory-mapped images are read as they are needed
 
 
+def resident_bytes(split: Split, padding: int) -> int:
+    """Bytes of the split's samples on a device: images with `padding` pixels on all four sides, and all labels."""
+    height, width, channels = split.all_images.shape[1:]
+    image = (height + 2 * padding) * (width + 2 * padding) * channels
+    labels = sum(t.shape[1:].numel() * t.element_size() for t in split.all_targets.values())
+    return len(split) * (image + labels)
+
+
+def _padded(split: Split, padding: int) -> Split:
+    """The split with padded images; its rows are gathered where padding copies anyway."""
+    return Split(pad(split.images, padding), dict(split.targets)) if padding else split
+
+
 def move(split: Split, device: torch.device) -> Split:
-    """Images and labels on `device`."""
+    """The selected images and labels on `device`; nothing is copied when the columns are there already."""
+    columns = [split.all_images, *split.all_targets.values(), *([] if split.rows is None else [split.rows])]
+    if all(column.device == device for column in columns):
+        return split
     return Split(split.images.to(device), {name: t.to(device) for name, t in split.targets.items()})
 
 

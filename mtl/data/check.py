@@ -60,7 +60,8 @@ def check_loaded(benchmark: Any, loaded: Any) -> None:
         raise SetupError(f"{where} returned {returned}; two Splits are needed, of training and of test data")
     for name, split in zip(("train", "test"), loaded, strict=True):
         try:
-            _check_images(split.images, benchmark.image_shape)
+            _check_images(split.all_images, benchmark.image_shape)
+            _check_rows(split)
             _check_labels(split, benchmark.tasks)
         except ValueError as error:
             raise SetupError(f"{where}: {name} split: {error}") from error
@@ -70,7 +71,7 @@ def few(split: Split, tasks: Sequence[Task]) -> Split:
     """At most two samples and, for each task, the first one without a label."""
     chosen = set(range(min(2, len(split))))
     for task in tasks:
-        missing = ~task.labelled(split.targets[task.name])
+        missing = ~task.labelled(split.labels(task.name))
         chosen |= set(missing.nonzero()[:1].flatten().tolist())
     return split.take(torch.tensor(sorted(chosen)))
 
@@ -153,12 +154,24 @@ def _check_images(images: Any, image_shape: Sequence[int]) -> None:
         hints.append(".permute(0, 2, 3, 1) moves the channels to the end")
     if hints or shape[1:] != (height, width, channels):
         raise ValueError(f"images: {dtype} of shape {shape}; {'; '.join([needed, *hints])}")
-    if not len(images):
+
+
+def _check_rows(split: Split) -> None:
+    rows, size = split.rows, len(split.all_images)
+    if rows is not None:
+        needed = f"an int64 tensor of shape (N,) on the cpu with positions from 0 to {size - 1} is needed"
+        if not isinstance(rows, Tensor):
+            raise ValueError(f"rows: a {type(rows).__name__}; {needed}")
+        if rows.dtype != torch.int64 or rows.ndim != 1 or rows.device.type != "cpu":
+            raise ValueError(f"rows: {rows.dtype} of shape {tuple(rows.shape)} on {rows.device}; {needed}")
+        if (wrong := rows[(rows < 0) | (rows >= size)]).numel():
+            raise ValueError(f"rows: the position {wrong[0].item()}; {needed}")
+    if not len(split):
         raise ValueError("images: there are none")
 
 
 def _check_labels(split: Split, tasks: Sequence[Task]) -> None:
-    targets, size = split.targets, len(split)
+    targets, size = split.all_targets, len(split.all_images)
     names = [task.name for task in tasks]
     if not isinstance(targets, dict):
         raise ValueError(f"targets: a {type(targets).__name__}; a dict from the tasks' names to labels is needed")
@@ -175,7 +188,7 @@ def _check_labels(split: Split, tasks: Sequence[Task]) -> None:
                 raise ValueError(f"layout {target.layout}; convert with to_dense()")
             if target.ndim == 0 or len(target) != size:
                 raise ValueError(f"shape {tuple(target.shape)}; one label for each of the {size} images is needed")
-            task.check(target)
+            task.check(split.labels(task.name))
         except Exception as error:  # whatever a user's own task raises
             raise ValueError(f"labels of task {task.name!r}: {_message(error)}") from error
 
@@ -197,4 +210,4 @@ def _is_sequence(value: Any) -> bool:
 
 
 def _is_split(value: Any) -> bool:
-    return hasattr(value, "images") and hasattr(value, "targets")
+    return isinstance(value, Split)

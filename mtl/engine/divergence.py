@@ -43,7 +43,7 @@ def _has_labels(task: Task, batches: EvaluationBatches | None, partial: Collecti
     if batches is None:
         # Nobody knows which samples the epoch's last, incomplete batch left out. The weights tell: `finite`.
         return task.name not in partial
-    return bool(task.count(batches.split.targets[task.name]) > 0)
+    return bool(task.count(batches.split.labels(task.name)) > 0)
 
 
 def finite(learner: Learner) -> bool:
