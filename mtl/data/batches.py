@@ -158,7 +158,7 @@ class EvaluationBatches:
     def __iter__(self) -> Iterator[Batch]:
         if self.resident:
             samples = (
-                (part.images, part.targets)
+                (part.images, dict(part.targets))
                 for start in range(0, self.size, self.batch_size)
                 for part in [self.split.take(slice(start, start + self.batch_size))]
             )

@@ -43,7 +43,7 @@ class Split:
         """(N, …) labels of one task; a copy when rows are selected."""
         return self.all_targets[task] if self.rows is None else self.all_targets[task][self.rows]
 
-    def positions(self, index: Tensor | slice) -> Tensor | slice:
+    def positions(self, index: Tensor) -> Tensor:
         """Where the samples at `index` lie in the columns."""
         return index if self.rows is None else self.rows[index]
 
@@ -56,5 +56,5 @@ class Split:
 
     def take(self, index: Tensor | slice) -> Split:
         """The samples at `index`, gathered; a slice of whole columns gives views."""
-        rows = self.positions(index)
+        rows = index if self.rows is None else self.rows[index]
         return Split(self.all_images[rows], {name: t[rows] for name, t in self.all_targets.items()})

@@ -27,7 +27,7 @@ from mtl.engine.learner import Learner
 from mtl.engine.replay import inspect, repeat
 from mtl.engine.resume import mend_best, resume, state
 from mtl.engine.summary import best, metrics, owned, peak_memory, selector, speed, summarise
-from mtl.errors import Diverged, Terminated, one_line
+from mtl.errors import Diverged, SetupError, Terminated, one_line
 from mtl.parallel.processes import Processes
 from mtl.parallel.signals import deferred
 from mtl.tracking import RunInfo, Tracker, flatten
@@ -159,6 +159,8 @@ class Job:
             self._close("failed", rows, message)
             return Outcome("failed", error.exit_code, path, message)
         except Exception as error:
+            if not begun and isinstance(error, SetupError):
+                raise
             log.debug(traceback.format_exc())  # into train.log only
             where = f"{own}; " if (own := place(error)) and own not in str(error) else ""
             message = f"{type(error).__name__}: {one_line(error)} ({where}traceback in {path}/train.log)"
