@@ -298,6 +298,16 @@ def test_a_loss_that_reaches_no_total_is_mentioned_once(build, caplog):
     assert re.search(r"my_loss\.py:7: the total never depends on the loss of odd, ink", said), said
 
 
+def test_a_resumed_run_does_not_complain_of_losses_before_its_first_batch(build, caplog):
+    learner, batches = build(body := "    def forward(self, a, b, c, epoch, total): return a + b + c")
+    epochs(learner, batches, range(1))
+    checkpoint, (learner, batches) = saved(learner, 1), build(body)
+    learner.load_state(checkpoint)
+    with caplog.at_level("INFO", "mtl"):
+        epochs(learner, batches, range(1, 3))
+    assert not [r.getMessage() for r in caplog.records if "never depends" in r.getMessage()]
+
+
 @pytest.mark.parametrize(
     ("body", "where"),
     [

@@ -101,6 +101,26 @@ def test_an_optimizer_that_cannot_work_with_the_method_is_refused(optimizer, nam
         step_of(loop)
 
 
+def test_an_optimizer_without_the_trunk_or_a_head_is_refused():
+    for part in ("trunk", "heads"):
+        loop = Loop("pcgrad")
+        step = step_of(loop)
+        step.optimizer = torch.optim.SGD(getattr(loop.net, part).parameters(), lr=0.1)
+        other = {"trunk": "heads", "heads": "shared"}[part]
+        with pytest.raises(
+            ValueError, match=rf"^optimizer: lacks \d+ trainable parameters of {other}, .*requires_grad_"
+        ):
+            step(forward_of(loop, *batch(0)), 12)
+    loop.net.trunk.requires_grad_(False)
+    step(forward_of(loop, *batch(0)), 12)
+
+
+def test_losses_in_place_of_a_function_are_refused():
+    loop = Loop("equal")
+    with pytest.raises(TypeError, match=r"^forward: a list, not a function of a part of the batch: step"):
+        step_of(loop)(list(forward_of(loop, *batch(0))(slice(0, 12)).values), 12)
+
+
 @pytest.mark.parametrize("name", ["pcgrad", "dwa", "uncertainty"])
 def test_an_absent_task_is_as_in_the_loop_by_hand(name):
     """What it would have returned does not matter, and the method's parameters of it rest."""

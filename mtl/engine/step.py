@@ -99,6 +99,7 @@ class Step:
         self._per_task = getattr(optimizer, "per_task", False)
         self._alternates = getattr(optimizer, "alternates", False)
         self._sums: list[Tensor] | None = None
+        self._checked = False  # whether the optimizer holds the model; groups may be added until the first step
         switches.check(strategy)
         if self._alternates and (type(strategy).__name__ != "Equal" or switches != PAPER):
             raise ValueError(
@@ -131,6 +132,11 @@ class Step:
             ValueError, TypeError, RuntimeError: as `mtl.backward`; or the batch is too small to be divided.
         """
         strategy, whole = self.strategy, slice(0, size)
+        if not callable(forward):
+            example = "step(lambda part: losses(model(x[part]), y[part]), size=len(x))"
+            raise TypeError(f"forward: a {type(forward).__name__}, not a function of a part of the batch: {example}")
+        if not self._checked:
+            self._check_optimizer()
         if defines(strategy, "look_ahead"):
             self._look_ahead(forward, size, labelled)
         if self._alternates:
@@ -207,6 +213,18 @@ class Step:
 
     def _scalars(self, found: Losses) -> list[Tensor]:
         return arguments.scalars("losses", found.values, self.strategy.names)
+
+    def _check_optimizer(self) -> None:
+        known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        known.update(id(p) for p in self.strategy.parameters())
+        for name, owner in (("shared", self._shared), ("heads", [] if self._heads is None else self._heads)):
+            left = sum(p.requires_grad and id(p) not in known for p in arguments.parameters(name, owner))
+            if left:
+                raise ValueError(
+                    f"optimizer: lacks {left} trainable parameters of {name}, which would never be trained; "
+                    "add them to it, or freeze them with requires_grad_(False)"
+                )
+        self._checked = True
 
     def _update(self) -> None:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -70,6 +70,7 @@ class Custom(LossWeighting):
                 f"({', '.join(self.names)}), epoch and total_epochs: {error}"
             ) from error
         self._unused: set[int] | None = set(range(self.tasks))  # losses that no total has depended on; None: said so
+        self._asked = False  # whether this process, which may have resumed a run, has made a total
 
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
         # Copies: the user may add to a loss in place, and the losses themselves must stay as they are.
@@ -84,7 +85,7 @@ class Custom(LossWeighting):
             wrong = f"a number that does not depend on the losses{self._cut()}"
         else:
             if losses.requires_grad and self._unused:
-                self._unused -= found
+                self._unused, self._asked = self._unused - found, True
             return total.reshape(())
         where = definition(type(self.module).forward)
         name = type(self.module).__name__
@@ -92,7 +93,7 @@ class Custom(LossWeighting):
 
     def epoch_start(self, epoch: int, epochs: int, seed: int | None = None) -> None:
         super().epoch_start(epoch, epochs, seed)
-        if self.calls.epoch_starts > 1:
+        if self.calls.epoch_starts > 1 and self._asked:
             self._warn()
 
     def _warn(self) -> None:
