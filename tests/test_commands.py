@@ -236,6 +236,9 @@ def test_a_class_of_ours_has_moved_since(own, monkeypatch):
     assert again == config and identify(again, chosen) == identify(config, choices) == identify(saved, choices)
     with pytest.raises(ConfigError, match=r"loss\._target_=mtl\.losses\.elsewhere\.DWA: is mtl\.losses\.DWA now"):
         schema.locate("mtl.losses.elsewhere.DWA", "loss._target_")
+    for name in ([], {}, ["a"], 1):
+        with pytest.raises(ConfigError, match=r"loss\._target_="):
+            schema.locate(name, "loss._target_")
 
 
 FILES = {  # a module, and what it consists of

@@ -94,8 +94,9 @@ def build(node: Mapping, path: str, **supplied: Any) -> Any:
 
 def locate(name: Any, path: str) -> Callable:
     """Import the class or function that a `_target_` names."""
-    if now := {old: new for new, old in identity.MOVED.items()}.get(name):
-        raise ConfigError(f"{path}={name}: is {now} now")
+    now = {old: new for new, old in identity.MOVED.items()}
+    if isinstance(name, str) and name in now:
+        raise ConfigError(f"{path}={name}: is {now[name]} now")
     try:
         target = pkgutil.resolve_name(name)
     except Exception as error:  # a user's module can raise anything

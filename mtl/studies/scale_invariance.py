@@ -91,9 +91,9 @@ def run(
         own: a folder with more losses, own/loss/*.yaml.
     """
     strategy, network = _strategy(pair, own).double(), copy.deepcopy(network)
-    modules = [*network.heads, network.backbone] if free else list(network.heads)
+    rate = {} if free else {"lr": 0.0}  # a fixed backbone has gradients, which the study shows, and rests
     strategy.prepare(WIDTH)
-    groups = [{"params": [p for module in modules for p in module.parameters()]}]
+    groups = [{"params": list(network.heads.parameters())}, {"params": list(network.backbone.parameters()), **rate}]
     if own := list(strategy.parameters()):
         groups.append({"params": own, **({} if strategy.lr is None else {"lr": strategy.lr})})
     optimizer = OPTIMIZERS[pair.rpartition("/")[2]](groups, eps)
