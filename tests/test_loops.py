@@ -1201,3 +1201,29 @@ def test_an_optimizer_in_the_backward_pass_is_refused_where_it_would_not_run():
     mtl.backward(errors(body(x), heads), fresh("Equal"), body)
     with pytest.raises(ValueError, match=r"shared: .*hook"):
         mtl.backward(errors(body(x), heads), fresh("PCGrad"), body, heads)
+
+
+@pytest.mark.parametrize("how", ["before the step", "after it", "by hand", "skipped at times"])
+def test_after_step_before_the_step_is_an_error(how):
+    """FAMO would see the old losses, and its weights would stand still in silence."""
+    loop = Loop("famo")
+    loop.strategy.epoch_start(0, 4)
+
+    def steps():
+        for step in range(40):
+            loop.fill(step)
+            if how == "before the step":
+                loop.look_back(step)
+            if how == "by hand":
+                for p in loop.net.parameters():
+                    p.data.sub_(0.05 * p.grad)
+            elif how != "skipped at times" or step % 20 == 0:
+                loop.optimizer.step()
+            if how != "before the step":
+                loop.look_back(step)
+
+    if how == "before the step":
+        with pytest.raises(RuntimeError, match=r"FAMO .* call it after optimizer\.step\(\)"):
+            steps()
+    else:
+        steps()

@@ -20,6 +20,9 @@ class Movement:
         self._still: dict[str, tuple[Parameter, int, Tensor]] = {}  # got a gradient, and have not moved since
         self._moves: dict[str, int] = {}  # how often the model's parameters have moved in that time
         self._settled: set[str] = set()  # the method's parameters that were seen to move
+        self._model: Sequence[Parameter] = ()
+        self._rests = 0  # calls of after_step in a row before which the model had not moved
+        self._values: list[Tensor] = []  # the model's parameters, once such calls are many
 
     def look(self, strategy: Strategy, parameters: Sequence[Parameter]) -> bool | None:
         """Before a backward pass.
@@ -57,10 +60,28 @@ class Movement:
 
     def note(self, strategy: Strategy, parameters: Sequence[Parameter]) -> None:
         """After a backward pass that has filled `parameters`."""
-        self._versions = _versions(parameters)
+        self._versions, self._model = _versions(parameters), parameters
+        if self._rests == PATIENCE - 1:
+            self._values = [p.detach().clone() for p in parameters]
         for name, p in strategy.named_parameters():
             if p.requires_grad and p.grad is not None and name not in self._settled and name not in self._still:
                 self._still[name], self._moves[name] = (p, p._version, p.detach().clone()), 0
+
+    def after_step(self, strategy: Strategy) -> None:
+        """When `after_step` is called. A GradScaler may skip a step, so one without movement is no fault.
+
+        Raises:
+            RuntimeError: the model has not moved before `PATIENCE` calls in a row.
+        """
+        self._rests = self._rests + 1 if _versions(self._model) == self._versions else 0
+        if self._rests < PATIENCE:
+            return
+        self._rests = 0  # a loop that writes to p.data leaves the versions alone
+        if all(torch.equal(p, old) for p, old in zip(self._model, self._values, strict=False)):
+            raise RuntimeError(
+                f"{type(strategy).__name__} learns from what a step did, and no parameter had moved before "
+                f"{PATIENCE} calls of after_step: call it after optimizer.step()"
+            )
 
     def _settle(self, name: str) -> None:
         self._settled.add(name)

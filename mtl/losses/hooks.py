@@ -87,6 +87,8 @@ def noted(hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
             strategy.across = _known(strategy, hook)
         if strategy.across is not None and hook in AVERAGED:
             _average(call.arguments, strategy, hook)
+        if hook == "after_step" and strategy.movement is not None:
+            strategy.movement.after_step(strategy)
         result = function(*call.args, **call.kwargs)
         strategy.calls.note(hook)
         return result
