@@ -160,10 +160,13 @@ def test_fractions_are_not_taken_for_percents(name):
 
 
 def test_some_scores_below_one_are_no_fractions():
-    for scores in ((0.5, 60.0, 70.0), (0.0, 0.0, 0.0), (NAN, NAN, NAN)):
-        m.DTP(3).epoch_end(told(scores=scores))
-    m.AMTL(3, [0.5, 0.8, 0.9]).epoch_end(told(scores=(0.1, 0.2, 0.3)))  # both are fractions
-    m.AMTL(3, [60.0, 0.8, 0.9]).epoch_end(told(scores=(0.9, 0.2, 0.3), higher=~UP))  # errors have any unit
+    cases = [(m.DTP(3), told(scores=scores)) for scores in ((0.5, 60.0, 70.0), (0.0, 0.0, 0.0), (NAN, NAN, NAN))]
+    cases.append((m.AMTL(3, [0.5, 0.8, 0.9]), told(scores=(0.1, 0.2, 0.3))))  # both are fractions
+    # Errors have any unit.
+    cases.append((m.AMTL(3, [60.0, 0.8, 0.9]), told(scores=(0.9, 0.2, 0.3), higher=~UP)))
+    for strategy, statistics in cases:
+        strategy.epoch_end(statistics)
+        assert strategy.calls.epoch_ends == 1
 
 
 @pytest.mark.parametrize("build", [lambda: m.AMTL(3, [0.6, 0.7, 0.8]), lambda: m.PIVRG(3, [0.6, 0.7, 0.8])])

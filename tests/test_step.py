@@ -162,6 +162,7 @@ def test_the_epochs_mean_losses_count_labelled_samples():
 
     weight = nn.Parameter(torch.ones(()))
     step = mtl.Step(Listens(3), torch.optim.SGD([weight], lr=0.0), [weight])
+    step.start_epoch(0, 1)
     for values, size, here in (((2.0, 4.0, 0.0), 6, (6, 6, 0)), ((5.0, 9.0, 0.0), 2, (2, 0, 0))):
         labelled = torch.stack([torch.arange(size) < count for count in here], 1)
         step(lambda part, values=values: [weight * v for v in values], size, labelled)

@@ -21,7 +21,7 @@ from mtl.engine.backward import PAPER, Info, Owners, backward
 from mtl.engine.gradients import norm as gradient_norm
 from mtl.engine.replicas import Group
 from mtl.engine.switches import Switches
-from mtl.losses import Statistics, Strategy
+from mtl.losses import Equal, Statistics, Strategy
 from mtl.losses.hooks import defines
 from mtl.random import derive
 
@@ -99,9 +99,10 @@ class Step:
         self._per_task = getattr(optimizer, "per_task", False)
         self._alternates = getattr(optimizer, "alternates", False)
         self._sums: list[Tensor] | None = None
+        self._epoch = False  # whether the caller tells us of epochs; the engine has the mean losses already
         self._checked = False  # whether the optimizer holds the model; groups may be added until the first step
         switches.check(strategy)
-        if self._alternates and (type(strategy).__name__ != "Equal" or switches != PAPER):
+        if self._alternates and (type(strategy) is not Equal or switches != PAPER):
             raise ValueError(
                 f"optimizer: with {type(optimizer).__name__} the tasks take turns and nothing is left to weigh; "
                 "use the strategy Equal and no switches"
@@ -171,7 +172,7 @@ class Step:
     def start_epoch(self, epoch: int, epochs: int, seed: int | None = None) -> None:
         """Tell the method that epoch number `epoch` of `epochs`, counted from 0, begins."""
         self.strategy.epoch_start(epoch, epochs, seed)
-        self._sums = None
+        self._sums, self._epoch = None, True
 
     def end_epoch(self, scores: Tensor | None = None, higher_is_better: Tensor | None = None) -> None:
         """Tell the method how the epoch went.
@@ -183,12 +184,12 @@ class Step:
             higher_is_better: (T,) bool, the direction of the scores.
 
         Raises:
-            RuntimeError: no step was made since the epoch began.
+            RuntimeError: no step was made since `start_epoch`.
         """
         if not defines(self.strategy, "epoch_end"):
             return
         if self._sums is None:
-            raise RuntimeError("end_epoch: no step was made since the epoch began")
+            raise RuntimeError("end_epoch: no step was made since start_epoch")
         total, counts = self._sums
         means = torch.where(counts > 0, total / counts, torch.nan)  # NaN: no label all epoch
         self._sums = None
@@ -197,7 +198,7 @@ class Step:
     @torch.no_grad()
     def _add_up(self, passes: Sequence[Losses], size: int, labelled: Tensor | None) -> None:
         """Add the losses to the epoch's sums, each as often as it has labelled samples."""
-        if not defines(self.strategy, "epoch_end"):
+        if not self._epoch or not defines(self.strategy, "epoch_end"):
             return
         parts = [slice(0, size)] * len(passes) if self._alternates else _parts(size, len(passes))
         for one, part in zip(passes, parts, strict=True):
