@@ -1,97 +1,150 @@
-"""A user's own backbone, tried out before training: what would train nothing, or something else, is refused."""
+"""A user's own network, tried out before training. What would train nothing, or something else, is refused."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-
-class ArchError(ValueError):
-    """A backbone, or a task's head, is not what can be trained."""
-
-
-def check_features(backbone: nn.Module, features: Any, images: Tensor) -> None:
-    """Raises:
-    ArchError: `features` are not (N, out_features) numbers of the images' dtype.
-    """
-    name, needed = type(backbone).__name__, (len(images), int(backbone.out_features))
-    if not isinstance(features, Tensor):
-        raise ArchError(f"{name} returned a {type(features).__name__}; one tensor of features {needed} is needed")
-    if features.shape != needed:
-        hint = "; average over height and width with .mean((2, 3))" if features.ndim == 4 else ""
-        raise ArchError(
-            f"{name} returned features of shape {tuple(features.shape)} for a batch of {len(images)}, with "
-            f"out_features={backbone.out_features}; {needed} is needed{hint}"
-        )
-    if features.dtype != images.dtype:
-        given, wanted = (str(t.dtype).removeprefix("torch.") for t in (features, images))
-        raise ArchError(f"{name} returned {given} features for {wanted} images; convert them to {wanted}")
+from mtl.archs.model import ArchError, Model, Outputs
+from mtl.archs.restore import as_before
+from mtl.data.columns import Batch
 
 
-def check_model(model: nn.Module, images: Tensor) -> None:
-    """Send a small batch twice through the model, in training mode; the model and all generators stay as they were.
+def check_model(model: Model, batch: Batch, tasks: Sequence[str]) -> Outputs:
+    """Send a small batch through the model; the model and all generators stay as they were.
 
     Args:
-        images: (N, C, H, W) float32, in the memory layout of training.
+        batch: float32 inputs of a few samples, in the memory layout of training.
+        tasks: names of the tasks.
+
+    Returns:
+        what a pass in training mode returned.
 
     Raises:
-        ArchError: a head's prediction has no row for each image, no loss reaches the backbone's parameters or one
-            reaches a weight that is not registered, a parameter is never made, or the passes differ.
+        ArchError: a prediction has no row for each sample, a parameter's owner is not the declared one, a weight is not
+            registered or never made, the inputs are changed in place, or two equal passes differ.
     """
-    name, kept = type(model.backbone).__name__, images.clone(memory_format=torch.preserve_format)
+    name = type(model.trunk).__name__
+    kept = {key: value.clone(memory_format=torch.preserve_format) for key, value in batch.items()}
+    with as_before(model):
+        outputs = _pass(model, batch, tasks, training=True)
+    # Only now, because the first forward pass makes the parameters of lazy modules.
     if unmade := [key for key, p in model.named_parameters() if is_lazy(p)]:
         raise ArchError(f"the parameter {unmade[0]} has no shape yet after a forward pass; does {name} use it?")
+    check_owners(model, batch, tasks)
+    if not all(torch.equal(batch[key], kept[key]) for key in kept):
+        raise ArchError(f"{name} changes its inputs in place, and some methods use them twice; work on a copy")
     with as_before(model):
-        model.train()
-        features = model.backbone(images)
-        check_features(model.backbone, features, images)
-        predictions = model.predict([features] * len(model.heads))
-        for task, prediction in zip(model.heads, predictions, strict=True):
-            if not isinstance(prediction, Tensor) or prediction.shape[:1] != images.shape[:1]:
-                shown = tuple(prediction.shape) if isinstance(prediction, Tensor) else type(prediction).__name__
-                raise ArchError(f"the head of task {task!r} returned {shown} for {len(images)} images")
-        _check_reach(model, predictions)
-    if not torch.equal(images, kept):
-        raise ArchError(f"{name} changes its images in place, and some methods use them twice; work on a copy")
-    with as_before(model):
-        model.train()
-        again = model.backbone(images)
-    if not torch.allclose(features, again, rtol=1e-4, atol=1e-5, equal_nan=True):
+        again = _pass(model, batch, tasks, training=True)
+    pairs = zip(_tensors([outputs.features, outputs.predictions]), _tensors([again.features, again.predictions]),
+                strict=True)  # fmt: skip
+    if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True) for a, b in pairs):
         raise ArchError(
-            f"{name} returns other features for the same images, weights and random numbers when it is called again; "
+            f"{name} returns other features for the same inputs, weights and random numbers when it is called again; "
             "what it remembers belongs into buffers (self.register_buffer), and random numbers come from torch's own "
             "generator, or a resumed run would differ"
         )
+    return outputs
 
 
-def _check_reach(model: nn.Module, predictions: list[Tensor]) -> None:
-    parameters = [p for p in model.backbone.parameters() if p.requires_grad]
-    reached = [p for p in predictions if p.requires_grad]
-    if reached:
-        total = sum(p.sum() for p in reached)
-        known = set(map(id, model.parameters()))
-        if strange := [leaf for leaf in _leaves(total) if id(leaf) not in known]:
-            raise ArchError(
-                f"{len(strange)} weights of {type(model.backbone).__name__} or a head are not among its parameters, "
-                f"such as one of shape {tuple(strange[0].shape)}, and would never be trained; use nn.Parameter for a "
-                "tensor and nn.ModuleList for a list of modules"
-            )
-        # Not autograd.grad, which re-entrant checkpoints do not bear.
-        total.backward()
-    gradients = [p.grad for p in parameters]
-    for p in model.parameters():
-        p.grad = None
-    if parameters and all(g is None for g in gradients):
+def check_owners(model: Model, batch: Batch, tasks: Sequence[str]) -> None:
+    """Compare the declared owner of each trainable parameter with the tasks whose predictions depend on it.
+
+    A shared parameter needs at least two tasks (one where there is only one task), an own parameter its task alone.
+
+    Raises:
+        ArchError: a declaration is wrong or missing, or no task uses a parameter.
+    """
+    users: dict[int, set[str]] = {}
+    # In both modes: some networks drop whole layers at random in training, others use some in training only.
+    for training in (True, False):
+        with as_before(model):
+            outputs = _pass(model, batch, tasks, training)
+            _refuse_strangers(model, outputs.predictions)
+            for task, prediction in zip(tasks, outputs.predictions, strict=True):
+                for p in _reached(model, prediction):
+                    users.setdefault(id(p), set()).add(task)
+    shared = {id(p) for p in model.shared_parameters()}
+    owner = {id(p): task for task in tasks for p in model.own_parameters(task)}
+    trainable = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    if any(id(p) in shared for p in trainable.values()) and not any(users.get(k) for k in shared):
         raise ArchError(
-            f"no loss reaches a parameter of {type(model.backbone).__name__}: are its features detached or made under "
+            f"no loss reaches a parameter of {type(model.trunk).__name__}: are its features detached or made under "
             "torch.no_grad()? A backbone that is not to learn says so with requires_grad_(False)"
+        )
+    unused = [key for key, p in trainable.items() if not users.get(id(p))]
+    if unused:
+        more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+        raise ArchError(
+            f"no task uses the parameter {unused[0]}{more}; remove it (nn.Identity() in the place of its layer), or "
+            "freeze it with requires_grad_(False)"
+        )
+    for key, p in trainable.items():
+        found, task = users[id(p)], owner.get(id(p))
+        if id(p) in shared and task is not None:
+            continue  # tied weights; each backward pass finds out whose they are
+        if id(p) not in shared and task is None:
+            raise ArchError(f"{key} is neither a shared parameter nor a task's own, and would not be balanced")
+        if id(p) in shared and len(found) < min(2, len(tasks)):
+            raise ArchError(
+                f"{key} is declared shared, but only task {min(found)!r} uses it; declare it that task's own"
+            )
+        if id(p) not in shared and found != {task}:
+            other = min(found - {task})
+            raise ArchError(f"{key} is declared task {task!r}'s own, but task {other!r} uses it; declare it shared")
+
+
+def _pass(model: Model, batch: Batch, tasks: Sequence[str], training: bool) -> Outputs:
+    outputs = model.train(training)(batch)
+    kind, size = type(model).__name__, len(next(iter(batch.values())))
+    predictions = getattr(outputs, "predictions", None)
+    if not isinstance(predictions, Sequence) or len(predictions) != len(tasks):
+        shown = type(outputs).__name__ if predictions is None else f"{len(predictions)} predictions"
+        raise ArchError(
+            f"{kind} returned {shown}; Outputs with one prediction for each of {len(tasks)} tasks are needed"
+        )
+    for task, prediction in zip(tasks, predictions, strict=True):
+        if not _tensors(prediction) or (isinstance(prediction, Tensor) and prediction.shape[:1] != (size,)):
+            shown = tuple(prediction.shape) if isinstance(prediction, Tensor) else type(prediction).__name__
+            raise ArchError(f"the head of task {task!r} returned {shown} for {size} samples")
+    return outputs
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """All floating tensors in a prediction, which may be nested lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def _reached(model: Model, prediction: Any) -> list[nn.Parameter]:
+    """The parameters that a prediction depends on."""
+    tensors = [t for t in _tensors(prediction) if t.requires_grad]
+    if not tensors:
+        return []
+    # Not autograd.grad, which re-entrant checkpoints do not bear.
+    sum(t.sum() for t in tensors).backward(retain_graph=True)
+    found = [p for p in model.parameters() if p.grad is not None]
+    for p in found:
+        p.grad = None
+    return found
+
+
+def _refuse_strangers(model: Model, predictions: Sequence[Any]) -> None:
+    tensors = [t for t in _tensors(list(predictions)) if t.requires_grad]
+    if not tensors:
+        return
+    known = set(map(id, model.parameters()))
+    if strange := [leaf for leaf in _leaves(sum(t.sum() for t in tensors)) if id(leaf) not in known]:
+        raise ArchError(
+            f"{len(strange)} weights of {type(model.trunk).__name__} or a head are not among its parameters, "
+            f"such as one of shape {tuple(strange[0].shape)}, and would never be trained; use nn.Parameter for a "
+            "tensor and nn.ModuleList for a list of modules"
         )
 
 
@@ -105,30 +158,3 @@ def _leaves(total: Tensor) -> list[Tensor]:
         found += [node.variable] if hasattr(node, "variable") else []
         todo += [parent for parent, _ in node.next_functions]
     return found
-
-
-@contextmanager
-def as_before(model: nn.Module) -> Iterator[None]:
-    """Afterwards the modes, parameters, buffers and all generators of the CPU are as they were.
-
-    Only parameters and buffers of lazy modules, which the first forward pass makes, stay.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(module, dict(module._buffers)) for module in model.modules()]
-    tensors = [*model.parameters(), *(b for _, named in buffers for b in named.values() if b is not None)]
-    values = [(t, t.detach().clone()) for t in tensors if not is_lazy(t)]
-    states = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        for module, training in modes:
-            module.training = training
-        for module, named in buffers:
-            module._buffers.clear()
-            module._buffers.update(named)
-        with torch.no_grad():
-            for tensor, value in values:
-                tensor.copy_(value)

@@ -78,13 +78,13 @@ def _measure(config: Mapping[str, Any]) -> float:
     train, size = splits.pop("train"), benchmark.batch_size
 
     def train_on(steps: int) -> float:
-        part = TrainingBatches(train.take(slice(steps * size)), benchmark, learner.device, learner.seed, 2)
+        part = TrainingBatches(train.select(slice(steps * size)), benchmark, learner.device, learner.seed, 2)
         return learner.train_epoch(part, 0)["time/seconds"] / len(part)
 
     train_on(1)  # the first step pays for allocations and for the choice of algorithms
     seconds = train_on(STEPS) * max(1, len(train) / size)
     for name, split in splits.items():
-        batches = EvaluationBatches(split.take(slice(EvaluationBatches.batch_size)), benchmark, learner.device)
+        batches = EvaluationBatches(split.select(slice(EvaluationBatches.batch_size)), benchmark, learner.device)
         since = time.perf_counter()
         learner.evaluate(batches, name)
         seconds += (time.perf_counter() - since) * len(split) / batches.size

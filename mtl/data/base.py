@@ -1,4 +1,4 @@
-"""What a benchmark is: tasks, splits of uint8 images, and the augmentation of its protocol."""
+"""What a benchmark is: tasks, inputs, the augmentation of its protocol, and the splits that it loads."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from annotated_types import Ge, Lt
 from mtl.config import schema
 from mtl.config.source import blame
 from mtl.data.check import check_declared, check_loaded
-from mtl.data.columns import Split
+from mtl.data.columns import Batch, Split
+from mtl.data.inputs import Input
 from mtl.errors import ConfigError, SetupError, UserError, one_line, out_of_memory
 from mtl.random import stream
 from mtl.tasks import Task
+from mtl.views import Augment
 
 
 @dataclass
@@ -29,15 +31,14 @@ class Benchmark(ABC):
         limit_test: use only the first so many test samples.
         val_fraction: share of the training samples held out for validation (after limit_train); the same samples
             for every seed, so that seeds differ in training only.
-        residency: where images and labels live. auto: on the training device when they fit into half of its free
+        residency: where inputs and labels live. auto: on the training device when they fit into half of its free
             memory.
         workers: DataLoader processes when the data stays on the host.
 
     Attributes:
-        tasks: the tasks; the first one's first metric chooses the best epoch.
-        mean, std: per channel, of images scaled to [0, 1].
-        crop_padding: zero padding of the random crop; 0 is no crop.
-        flip: whether images are flipped left-right at random.
+        tasks: the tasks; the first one's main score chooses the best epoch.
+        inputs: what the network reads, by column. Images are called "image".
+        augment: random views of the training images, in this order. All pictures of a sample follow: image and maps.
     """
 
     batch_size: Annotated[int, Ge(1)] = 128
@@ -48,25 +49,37 @@ class Benchmark(ABC):
     workers: Annotated[int, Ge(0)] = 2
 
     tasks: ClassVar[Sequence[Task]]
-    image_shape: ClassVar[tuple[int, int, int]]  # (C, H, W)
-    mean: ClassVar[Sequence[float]]
-    std: ClassVar[Sequence[float]]
-    crop_padding: ClassVar[int] = 0
-    flip: ClassVar[bool] = False
+    inputs: ClassVar[Mapping[str, Input]]
+    augment: ClassVar[Sequence[Augment]] = ()
 
     @abstractmethod
-    def load(self) -> tuple[Split, Split]:
-        """Read the training and the test split; called once, after all checks of the config.
+    def load(self) -> Mapping[str, Split]:
+        """Read {"train": …, "test": …}, and "val" where the data set has validation data of its own.
+
+        Called once, after all checks of the config.
 
         Raises:
-            mtl.config.SetupError: the data is missing, damaged or cannot be downloaded.
+            mtl.errors.SetupError: the data is missing, damaged or cannot be downloaded.
         """
 
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns that inputs and tasks read."""
+        return list(dict.fromkeys([*self.inputs, *(task.column for task in self.tasks)]))
+
+    def example(self, size: int, generator: torch.Generator) -> Batch:
+        """Random inputs of `size` samples, to try a network out before the data is loaded."""
+        return {name: one.example(size, generator) for name, one in self.inputs.items()}
+
+    def one(self) -> Batch:
+        """Random inputs of one sample, always the same, to count what a network computes."""
+        return self.example(1, torch.Generator().manual_seed(0))
+
     def splits(self) -> dict[str, Split]:
-        """`train`, `test` and, with a val_fraction, `val`, limited as the fields say; they share what `load` returned.
+        """`train`, `test` and maybe `val`, limited as the fields say; they share what `load` returned.
 
         Raises:
-            mtl.config.SetupError: `load` fails, or what it returned does not fit the tasks or image_shape.
+            mtl.errors.SetupError: `load` fails, or what it returned does not fit the tasks or inputs.
         """
         try:
             loaded = self.load()
@@ -78,21 +91,22 @@ class Benchmark(ABC):
             what = f"{type(self).__name__}.load(): {type(error).__name__}: {one_line(error)}"
             raise SetupError(f"data: {what}{blame(error)}") from error
         check_loaded(self, loaded)
-        # Labels of no task, as a subclass with fewer tasks leaves them, go no further.
-        train, test = (
-            Split(part.all_images, {t.name: part.all_targets[t.name] for t in self.tasks}, part.rows) for part in loaded
-        )
-        train, test = train.select(slice(self.limit_train)), test.select(slice(self.limit_test))
-        if not self.val_fraction:
-            return {"train": train, "test": test}
+        # Other columns go no further, such as the labels of tasks that a subclass has dropped.
+        splits = {name: split.only(self.columns) for name, split in loaded.items()}
+        splits["train"] = splits["train"].select(slice(self.limit_train))
+        splits["test"] = splits["test"].select(slice(self.limit_test))
+        return self._hold_out(splits) if self.val_fraction else splits
+
+    def _hold_out(self, splits: dict[str, Split]) -> dict[str, Split]:
+        if "val" in splits:
+            name = type(self).__name__
+            raise ConfigError(f"data.val_fraction={self.val_fraction}: {name} has validation data of its own; use 0")
+        train, test = splits["train"], splits["test"]
         held_out = max(1, round(len(train) * self.val_fraction))
         order = torch.randperm(len(train), generator=stream(0, "val_split"))
         # Sorted, so that memory-mapped images are read in file order.
-        return {
-            "train": train.select(order[held_out:].sort().values),
-            "val": train.select(order[:held_out].sort().values),
-            "test": test,
-        }
+        val = train.select(order[:held_out].sort().values)
+        return {"train": train.select(order[held_out:].sort().values), "val": val, "test": test}
 
 
 def build_benchmark(node: Mapping[str, Any]) -> Benchmark:

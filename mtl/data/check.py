@@ -6,9 +6,8 @@ be memory-mapped, only type and shape.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -16,12 +15,16 @@ import torch
 from torch import Tensor
 
 from mtl.config.source import blame
-from mtl.data.columns import Split
+from mtl.data.columns import Batch, Split
+from mtl.data.inputs import Input
 from mtl.errors import SetupError, one_line, suggest
-from mtl.metrics.task import Metric
+from mtl.metrics.base import Metric, Score
+from mtl.metrics.tally import Tally
 from mtl.tasks import Task
+from mtl.views import Augment
 
 NAME = re.compile(r"\w[\w-]*")  # becomes a part of metric names, of the checkpoint's keys and of config keys
+PIECE = 2**26  # bytes of a column that are looked at together
 
 
 def check_declared(benchmark: Any) -> None:
@@ -30,81 +33,109 @@ def check_declared(benchmark: Any) -> None:
     Raises:
         ValueError: one is missing or wrong; the message begins with its name.
     """
-    for name in ("tasks", "image_shape", "mean", "std"):
+    for name in ("tasks", "inputs"):
         if not hasattr(type(benchmark), name) and not hasattr(benchmark, name):
-            raise ValueError(f"{name}: missing; a Benchmark needs tasks, image_shape, mean and std")
+            raise ValueError(f"{name}: missing; a Benchmark needs tasks and inputs")
     _check_names(benchmark.tasks)
-    shape = benchmark.image_shape
-    if not (_is_sequence(shape) and len(shape) == 3 and all(isinstance(n, Integral) and n > 0 for n in shape)):
-        raise ValueError(f"image_shape: {shape!r}; three whole numbers are needed: (channels, height, width)")
-    for name in ("mean", "std"):
-        values = _numbers(getattr(benchmark, name))
-        if len(values) != shape[0] or not all(map(math.isfinite, values)):
-            shown = repr(getattr(benchmark, name))
-            raise ValueError(f"{name}: {shown}; one finite number for each of the {shape[0]} channels is needed")
-    if min(_numbers(benchmark.std)) <= 0:
-        raise ValueError(f"std: {benchmark.std!r}; images are divided by it, so it must be greater than 0")
-    if not isinstance(benchmark.crop_padding, Integral) or benchmark.crop_padding < 0:
-        raise ValueError(f"crop_padding: {benchmark.crop_padding!r}; a whole number of pixels is needed, 0 for no crop")
+    inputs, augment = benchmark.inputs, benchmark.augment
+    if not isinstance(inputs, Mapping) or not inputs or not all(isinstance(one, Input) for one in inputs.values()):
+        example = '{"image": mtl.data.inputs.Image((3, 32, 32), mean, std)}'
+        raise ValueError(f"inputs: {inputs!r:.80}; a dict is needed, such as {example}")
+    for task in benchmark.tasks:
+        if task.column in inputs:
+            raise ValueError(f"tasks: {task.name} has its labels in the column {task.column!r}, which is an input")
+    if not _is_sequence(augment) or not all(isinstance(one, Augment) for one in augment):
+        raise ValueError(f"augment: {augment!r:.80}; a tuple is needed, such as (mtl.views.Flip(),)")
+    if augment and not any(len(one.shape) == 3 for one in inputs.values()):
+        raise ValueError("augment: no input is an image; use ()")
 
 
 def check_loaded(benchmark: Any, loaded: Any) -> None:
     """Look at what the `load()` of a Benchmark returned, before it is limited or divided.
 
     Raises:
-        SetupError: it is not a training and a test split, or one does not fit the tasks or the image_shape.
+        SetupError: it has no training or test split, or one does not fit the tasks or the inputs.
     """
     where = f"data: {type(benchmark).__name__}.load()"
-    if not (isinstance(loaded, tuple | list) and len(loaded) == 2 and all(_is_split(part) for part in loaded)):
-        returned = [type(x).__name__ for x in loaded] if isinstance(loaded, tuple | list) else type(loaded).__name__
-        raise SetupError(f"{where} returned {returned}; two Splits are needed, of training and of test data")
-    for name, split in zip(("train", "test"), loaded, strict=True):
+    if not isinstance(loaded, Mapping) or not all(isinstance(part, Split) for part in loaded.values()):
+        kinds = [type(x).__name__ for x in loaded] if isinstance(loaded, tuple | list) else type(loaded).__name__
+        raise SetupError(f'{where} returned {kinds}; {{"train": Split(…), "test": Split(…)}} is needed')
+    if not {"train", "test"} <= set(loaded) <= {"train", "val", "test"}:
+        raise SetupError(
+            f"{where} returned the splits {_listed(loaded)}; needed are train, test, and val if there is one"
+        )
+    for name, split in loaded.items():
         try:
-            _check_images(split.all_images, benchmark.image_shape)
+            _check_columns(split, benchmark)
             _check_rows(split)
-            _check_labels(split, benchmark.tasks)
+            for task in benchmark.tasks:
+                _check_labels(split, task, benchmark)
         except ValueError as error:
             raise SetupError(f"{where}: {name} split: {error}") from error
 
 
-def few(split: Split, tasks: Sequence[Task]) -> Split:
+def few(split: Split, tasks: Sequence[Task]) -> Batch:
     """At most two samples and, for each task, the first one without a label."""
     chosen = set(range(min(2, len(split))))
     for task in tasks:
-        missing = ~task.labelled(split.labels(task.name))
-        chosen |= set(missing.nonzero()[:1].flatten().tolist())
-    return split.take(torch.tensor(sorted(chosen)))
+        start = 0
+        for part in pieces(split, task.column):
+            missing = (~task.labelled(part)).nonzero()[:1].flatten()
+            if len(missing):
+                chosen.add(start + int(missing))
+                break
+            start += len(part)
+    return split.batch(torch.tensor(sorted(chosen)))
 
 
-def check_tasks(tasks: Sequence[Task], predictions: Sequence[Tensor], targets: Mapping[str, Tensor]) -> None:
+def pieces(split: Split, column: str) -> Iterator[Tensor]:
+    """One column's rows, in pieces of at most 64 MiB: a memory-mapped column is never copied as a whole."""
+    values = split.columns[column]
+    size = max(1, PIECE // max(1, values.shape[1:].numel() * values.element_size()))
+    for start in range(0, len(split), size):
+        part = slice(start, start + size)
+        yield values[part] if split.rows is None else values[split.rows[part]]
+
+
+def check_tasks(tasks: Sequence[Task], predictions: Sequence[Any], batch: Batch) -> None:
     """Try loss and metrics of each task on the samples that `few` chose.
 
     Args:
-        predictions: each task's (N, …), in the order of the tasks.
-        targets: by task name, (N, …).
+        predictions: each task's, in the order of the tasks.
+        batch: the same samples as the tasks get them.
 
     Raises:
         SetupError: a loss or metric fails, or is not what training adds up.
     """
     for task, prediction in zip(tasks, predictions, strict=True):
         try:
-            target = targets[task.name]
-            loss, count, unlabelled = task.loss(prediction, target), task.count(target), ~task.labelled(target)
-            if (wrong := task.criterion(prediction, target)[unlabelled]).any():
-                raise ValueError(f"its loss of a sample without a label is {wrong[0].item()}; it must be 0")
-            if loss.shape != () or count.shape != ():
-                shapes = f"{tuple(loss.shape)} and {tuple(count.shape)}"
-                raise ValueError(f"loss and count have the shapes {shapes}, not ()")
-            for metric in task.metrics:
-                if not isinstance(state := metric.update(prediction, target), Tensor):
-                    kind = type(state).__name__
-                    raise ValueError(f"update of metric {metric.name!r} returned a {kind}, not a tensor")
-                if unlabelled.any() and (wrong := metric.update(prediction[unlabelled], target[unlabelled])).any():
-                    shown = f"{wrong.flatten().tolist()} of samples without a label"
-                    raise ValueError(f"update of metric {metric.name!r} returned {shown}; these must add nothing, 0")
-                metric.compute(state.flatten().tolist(), max(1, int(count)))
+            _check_task(task, prediction, batch[task.column])
         except Exception as error:  # whatever a user's own task raises
             raise SetupError(f"data: task {task.name!r}: {_message(error)}") from error
+
+
+def _check_task(task: Task, prediction: Any, target: Tensor) -> None:
+    loss, missing = task.loss(prediction, target), ~task.labelled(target)
+    if (wrong := task.criterion(prediction, target)[missing]).any():
+        raise ValueError(f"its loss of a sample without a label is {wrong[0].item()}; it must be 0")
+    if loss.shape != () or task.count(target).shape != ():
+        shapes = f"{tuple(loss.shape)} and {tuple(task.count(target).shape)}"
+        raise ValueError(f"loss and count have the shapes {shapes}, not ()")
+    for metric in task.metrics:
+        name, tally = f"metric {type(metric).__name__}", Tally(target.device)
+        zero = metric.zero()
+        if not isinstance(zero, Tensor) or zero.dtype not in (torch.int64, torch.float64) or zero.any():
+            raise ValueError(f"zero of {name} must be a tensor of zeros, int64 or float64, not {zero!r:.60}")
+        tally.update("whole", metric, prediction, target)
+        if missing.any() and isinstance(prediction, Tensor):
+            tally.update("missing", metric, prediction[missing], target[missing])
+        read = tally.read()
+        if (added := read.get("missing", zero)).any():
+            shown = added.flatten()[:8].tolist()
+            raise ValueError(f"update of {name} added {shown} for samples without a label; these must add nothing, 0")
+        values, needed = metric.compute(read["whole"]), [score.name for score in metric.scores]
+        if not isinstance(values, Mapping) or sorted(values) != sorted(needed):
+            raise ValueError(f"compute of {name} returned {values!r:.60}; a dict with {', '.join(needed)} is needed")
 
 
 def _message(error: Exception) -> str:
@@ -131,7 +162,14 @@ def _check_names(tasks: Any) -> None:
         metrics = task.metrics
         if not _is_sequence(metrics) or not len(metrics) or not all(isinstance(m, Metric) for m in metrics):
             raise ValueError(f"tasks: {task.name} has the metrics {metrics!r:.80}; a tuple of at least one is needed")
-        for name in ("loss", *(getattr(m, "name", None) for m in metrics)):
+        for metric in metrics:
+            scores = getattr(metric, "scores", None)
+            if not _is_sequence(scores) or not len(scores) or not all(isinstance(one, Score) for one in scores):
+                kind = type(metric).__name__
+                raise ValueError(
+                    f"tasks: {task.name}: {kind}.scores is {scores!r:.60}, not a tuple such as (Score('f1'),)"
+                )
+        for name in ("loss", *(score.name for score in task.scores)):
             if not isinstance(name, str) or not NAME.fullmatch(name):
                 raise ValueError(f"tasks: {task.name} has a metric with the name {name!r}; letters, digits, _ and -")
             key, what = f"{task.name}_{name}", "its loss" if name == "loss" else f"its metric {name!r}"
@@ -141,23 +179,31 @@ def _check_names(tasks: Any) -> None:
             keys[key] = what
 
 
-def _check_images(images: Any, image_shape: Sequence[int]) -> None:
-    channels, height, width = image_shape
-    needed = f"uint8 images of shape (N, {height}, {width}, {channels}) are needed"
-    if not isinstance(images, Tensor):
-        raise ValueError(f"images: a {type(images).__name__}; {needed} (torch.from_numpy makes a tensor of an array)")
-    shape, dtype = tuple(images.shape), str(images.dtype).removeprefix("torch.")
-    hints = []
-    if images.dtype != torch.uint8:
-        hints.append(".mul(255).round().to(torch.uint8) converts floats in [0, 1]")
-    if shape[1:] == (channels, height, width) != (height, width, channels):
-        hints.append(".permute(0, 2, 3, 1) moves the channels to the end")
-    if hints or shape[1:] != (height, width, channels):
-        raise ValueError(f"images: {dtype} of shape {shape}; {'; '.join([needed, *hints])}")
+def _check_columns(split: Split, benchmark: Any) -> None:
+    """All columns are there, as tensors of one length, and the inputs are what the network reads."""
+    columns = split.columns
+    if not isinstance(columns, Mapping):
+        raise ValueError(f"columns: a {type(columns).__name__}; a dict from names to tensors is needed")
+    known = {str(name) for name in columns}
+    for name in benchmark.inputs:
+        if name not in columns:
+            hint = suggest(name, known)
+            raise ValueError(f"{name}: there is no such column, only {_listed(columns)}; inputs reads it{hint}")
+        if not isinstance(columns[name], Tensor):
+            kind = type(columns[name]).__name__
+            raise ValueError(f"{name}: a {kind}; a tensor is needed (torch.from_numpy makes a tensor of an array)")
+        try:
+            benchmark.inputs[name].check(columns[name])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    first = next(iter(benchmark.inputs))
+    for name in benchmark.inputs:
+        if len(columns[name]) != len(columns[first]):
+            raise ValueError(f"{name}: {len(columns[name])} rows, and {len(columns[first])} of {first}")
 
 
 def _check_rows(split: Split) -> None:
-    rows, size = split.rows, len(split.all_images)
+    rows, size = split.rows, len(next(iter(split.columns.values())))
     if rows is not None:
         needed = f"an int64 tensor of shape (N,) on the cpu with positions from 0 to {size - 1} is needed"
         if not isinstance(rows, Tensor):
@@ -167,47 +213,68 @@ def _check_rows(split: Split) -> None:
         if (wrong := rows[(rows < 0) | (rows >= size)]).numel():
             raise ValueError(f"rows: the position {wrong[0].item()}; {needed}")
     if not len(split):
-        raise ValueError("images: there are none")
+        raise ValueError("there are no samples")
 
 
-def _check_labels(split: Split, tasks: Sequence[Task]) -> None:
-    targets, size = split.all_targets, len(split.all_images)
-    names = [task.name for task in tasks]
-    if not isinstance(targets, dict):
-        raise ValueError(f"targets: a {type(targets).__name__}; a dict from the tasks' names to labels is needed")
-    for name in names:
-        if name not in targets:
-            hint = suggest(name, [key for key in map(str, targets) if key not in names])
-            raise ValueError(f"no labels for task {name!r}; there are labels for {_listed(targets)}{hint}")
-    for task in tasks:
-        target = targets[task.name]
-        try:
-            if not isinstance(target, Tensor):
-                raise ValueError(f"a {type(target).__name__}; a tensor is needed (torch.as_tensor makes one)")
-            if target.layout != torch.strided:
-                raise ValueError(f"layout {target.layout}; convert with to_dense()")
-            if target.ndim == 0 or len(target) != size:
-                raise ValueError(f"shape {tuple(target.shape)}; one label for each of the {size} images is needed")
-            task.check(split.labels(task.name))
-        except Exception as error:  # whatever a user's own task raises
-            raise ValueError(f"labels of task {task.name!r}: {_message(error)}") from error
+def _check_labels(split: Split, task: Task, benchmark: Any) -> None:
+    columns, inputs = split.columns, benchmark.inputs
+    size, name = len(columns[next(iter(inputs))]), task.column
+    if name not in columns:
+        read = {*inputs, *(other.column for other in benchmark.tasks)}
+        others = [key for key in map(str, columns) if key not in inputs]
+        hint = suggest(name, [key for key in others if key not in read])
+        raise ValueError(f"no labels for task {task.name!r}; there are labels for {_listed(others)}{hint}")
+    target = columns[name]
+    try:
+        if not isinstance(target, Tensor):
+            raise ValueError(f"a {type(target).__name__}; a tensor is needed (torch.as_tensor makes one)")
+        if target.layout != torch.strided:
+            raise ValueError(f"layout {target.layout}; convert with to_dense()")
+        if target.ndim == 0 or len(target) != size:
+            raise ValueError(f"shape {tuple(target.shape)}; one label for each of the {size} samples is needed")
+        if target.is_complex():
+            raise ValueError(f"dtype {str(target.dtype).removeprefix('torch.')}; {task.allowed}")
+        start, count, first = 0, 0, None
+        for part in pieces(split, name):
+            wrong = _wrong(task, part)
+            if found := int(wrong.sum()):
+                if first is None:
+                    where = tuple(wrong.nonzero()[0].tolist())
+                    first = start + where[0], part[where].item()
+                count += found
+            start += len(part)
+        if first is not None:
+            others = f" ({count} labels are wrong)" if count > 1 else ""
+            raise ValueError(f"sample {first[0]} has the label {first[1]}{others}; {task.allowed}")
+    except Exception as error:  # whatever a user's own task raises
+        raise ValueError(f"labels of task {task.name!r}: {_message(error)}") from error
+
+
+def _wrong(task: Task, target: Tensor) -> Tensor:
+    """Which labels the task cannot be trained on.
+
+    Raises:
+        ValueError: it cannot tell, or its `units` are not one number for each sample.
+    """
+    try:
+        wrong = task.wrong(target)
+    except ValueError as error:
+        raise ValueError(f"{one_line(error)}; {task.allowed}{blame(error)}") from error
+    units, kind = task.units(target), type(task).__name__
+    if not isinstance(units, Tensor) or units.is_floating_point() or units.shape != target.shape[:1]:
+        shown = f"{units.dtype} of shape {tuple(units.shape)}" if isinstance(units, Tensor) else repr(units)[:60]
+        hint = "; drop the second dimension of the labels with squeeze(1)" if target.shape[1:] == (1,) else ""
+        raise ValueError(
+            f"{kind}.units returned {shown}; an integer for each sample, ({len(target)},), is needed{hint}"
+        )
+    if wrong.shape != target.shape or wrong.dtype != torch.bool:
+        raise ValueError(f"{kind}.wrong must return a bool for each label, of the shape {tuple(target.shape)}")
+    return wrong
 
 
 def _listed(names: Any) -> str:
     return ", ".join(map(repr, names)) or "nothing"
 
 
-def _numbers(values: Any) -> list[float]:
-    """The numbers of a list, an array or a tensor; empty where it is none of them."""
-    try:
-        return [float(value) for value in values]
-    except (TypeError, ValueError):
-        return []
-
-
 def _is_sequence(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def _is_split(value: Any) -> bool:
-    return isinstance(value, Split)

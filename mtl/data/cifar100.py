@@ -18,8 +18,10 @@ from torchvision.datasets import CIFAR100 as torchvision_CIFAR100
 from torchvision.datasets.utils import calculate_md5, download_and_extract_archive
 
 from mtl.data.base import Benchmark, Split
+from mtl.data.inputs import Image
 from mtl.errors import SetupError, one_line, remove_empty
 from mtl.tasks import Classification
+from mtl.views import Crop, Flip
 
 FOLDER = torchvision_CIFAR100.base_folder
 MD5 = dict([*torchvision_CIFAR100.train_list, *torchvision_CIFAR100.test_list])
@@ -38,11 +40,10 @@ class CIFAR100(Benchmark):
     download: bool = True
 
     tasks = (Classification("fine", 100), Classification("coarse", 20))
-    image_shape = (3, 32, 32)
-    mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
-    crop_padding, flip = 4, True
+    inputs = {"image": Image((3, 32, 32), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))}
+    augment = (Crop(padding=4), Flip())
 
-    def load(self) -> tuple[Split, Split]:
+    def load(self) -> dict[str, Split]:
         folder = Path(self.root) / FOLDER
         if not _complete(folder):
             if not self.download:
@@ -51,7 +52,7 @@ class CIFAR100(Benchmark):
                     "set data.root (or the environment variable MTL_DATA) to the folder that holds it"
                 )
             _download(Path(self.root))
-        return _read(folder / "train"), _read(folder / "test")
+        return {name: _read(folder / name) for name in ("train", "test")}
 
 
 def _complete(folder: Path) -> bool:
@@ -104,4 +105,5 @@ def _read(file: Path) -> Split:
     with file.open("rb") as f:
         content = pickle.load(f, encoding="bytes")
     images = torch.from_numpy(content[b"data"]).view(-1, 3, 32, 32).permute(0, 2, 3, 1).contiguous()
-    return Split(images, {t: torch.tensor(content[f"{t}_labels".encode()]) for t in ("fine", "coarse")})
+    labels = {name: torch.tensor(content[f"{name}_labels".encode()]) for name in ("fine", "coarse")}
+    return Split({"image": images, **labels})

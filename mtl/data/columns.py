@@ -1,47 +1,40 @@
-"""What a part of a data set holds: images, and a label of each for every task."""
+"""What a part of a data set holds: named columns, and which of their rows belong to the part."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+Batch = dict[str, Tensor]  # rows of the columns by name, for B samples
 
+
+@dataclass(frozen=True)
 class Split:
-    """Labelled images on the host: whole columns, and which of their rows belong to this part.
+    """Named columns of equal length; a selection of rows copies no column.
+
+    Example: ``Split({"image": images, "fine": fine, "coarse": coarse})``.
 
     Args:
-        images: (M, H, W, C) uint8; may be memory-mapped when larger than memory.
-        targets: for each task by name, (M, …); −100 (classes) or NaN (numbers) where a sample carries no label.
+        columns: by name, (M, …): images (M, H, W, C) uint8, and labels. They may be memory-mapped.
         rows: (N,) int64 positions in the columns, in the order of the samples; None for all M rows.
-
-    Attributes:
-        all_images, all_targets, rows: the arguments as given; no row of them is left out.
     """
 
-    def __init__(self, images: Tensor, targets: dict[str, Tensor], rows: Tensor | None = None):
-        self.all_images, self.all_targets, self.rows = images, targets, rows
+    columns: Mapping[str, Tensor]
+    rows: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.all_images if self.rows is None else self.rows)
+        return len(next(iter(self.columns.values()))) if self.rows is None else len(self.rows)
 
-    @property
-    def images(self) -> Tensor:
-        """(N, H, W, C) the samples' images; a copy when rows are selected."""
-        return self.all_images if self.rows is None else self.all_images[self.rows]
+    def column(self, name: str) -> Tensor:
+        """(N, …) the samples' rows of one column; a copy when rows are selected."""
+        return self.columns[name] if self.rows is None else self.columns[name][self.rows]
 
-    @property
-    def targets(self) -> Mapping[str, Tensor]:
-        """(N, …) labels by task name; copies, which nobody can replace, when rows are selected."""
-        if self.rows is None:
-            return self.all_targets
-        return MappingProxyType({name: self.labels(name) for name in self.all_targets})
-
-    def labels(self, task: str) -> Tensor:
-        """(N, …) labels of one task; a copy when rows are selected."""
-        return self.all_targets[task] if self.rows is None else self.all_targets[task][self.rows]
+    def only(self, names: Iterable[str]) -> Split:
+        """The same samples with these columns."""
+        return Split({name: self.columns[name] for name in names}, self.rows)
 
     def positions(self, index: Tensor) -> Tensor:
         """Where the samples at `index` lie in the columns."""
@@ -50,11 +43,23 @@ class Split:
     def select(self, index: Tensor | slice) -> Split:
         """The samples at `index`, an int64 or bool tensor or a slice; no column is copied."""
         if self.rows is None and isinstance(index, slice):
-            return self.take(index)  # views
+            return Split(self.batch(index))  # views
         rows = torch.arange(len(self)) if self.rows is None else self.rows
-        return Split(self.all_images, self.all_targets, rows[index])
+        return Split(self.columns, rows[index])
 
-    def take(self, index: Tensor | slice) -> Split:
-        """The samples at `index`, gathered; a slice of whole columns gives views."""
+    def batch(self, index: Tensor | slice) -> Batch:
+        """The samples' rows at `index`, gathered; a slice of whole columns gives views."""
         rows = index if self.rows is None else self.rows[index]
-        return Split(self.all_images[rows], {name: t[rows] for name, t in self.all_targets.items()})
+        return {name: column[rows] for name, column in self.columns.items()}
+
+    def to(self, device: torch.device) -> Split:
+        """The samples on `device`; nothing is copied when the columns are there already."""
+        tensors = [*self.columns.values(), *([] if self.rows is None else [self.rows])]
+        if all(t.device == device for t in tensors):
+            return self
+        return Split({name: self.column(name).to(device) for name in self.columns})
+
+    @property
+    def bytes(self) -> int:
+        """Of the samples' rows of all columns."""
+        return len(self) * sum(c.shape[1:].numel() * c.element_size() for c in self.columns.values())

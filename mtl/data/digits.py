@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from mtl.data.base import Benchmark, Split
+from mtl.data.inputs import Image
 from mtl.random import stream
 from mtl.tasks import Classification, Regression
 
@@ -18,10 +19,9 @@ class Digits(Benchmark):
     """Three tasks on 1,297 training and 500 test images, without augmentation."""
 
     tasks = (Classification("digit", 10), Classification("odd", 2), Regression("ink"))
-    image_shape = (1, 8, 8)
-    mean, std = (0.305,), (0.376,)
+    inputs = {"image": Image((1, 8, 8), mean=(0.305,), std=(0.376,))}
 
-    def load(self) -> tuple[Split, Split]:
+    def load(self) -> dict[str, Split]:
         from sklearn.datasets import load_digits  # here, because it is slow to import and no other benchmark needs it
 
         data = load_digits()
@@ -29,7 +29,7 @@ class Digits(Benchmark):
         digit = torch.from_numpy(data.target).long()
         ink = torch.from_numpy(data.images).float().mean((1, 2))
         ink = (ink - ink.mean()) / ink.std()
-        both = Split(images, {"digit": digit, "odd": digit % 2, "ink": ink})
+        both = Split({"image": images, "digit": digit, "odd": digit % 2, "ink": ink})
         # The file lists one group of writers after another: mixed once, the same way for every run.
-        both = both.take(torch.randperm(len(both), generator=stream(0, "digits_split")))
-        return both.take(slice(500, None)), both.take(slice(500))
+        both = Split(both.batch(torch.randperm(len(both), generator=stream(0, "digits_split"))))
+        return {"train": both.select(slice(500, None)), "test": both.select(slice(500))}

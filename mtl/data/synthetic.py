@@ -13,8 +13,10 @@ from annotated_types import Ge
 from torch import Tensor
 
 from mtl.data.base import Benchmark, Split
+from mtl.data.inputs import Image
 from mtl.random import stream
 from mtl.tasks import Classification
+from mtl.views import Crop
 
 
 @dataclass
@@ -29,15 +31,15 @@ class Synthetic(Benchmark):
     test_size: Annotated[int, Ge(1)] = 1000
 
     tasks = (Classification("fine", 100), Classification("coarse", 20))
-    image_shape = (3, 32, 32)
-    mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-    crop_padding, flip = 4, False
+    inputs = {"image": Image((3, 32, 32), mean=(0.5,), std=(0.25,))}
+    augment = (Crop(padding=4),)
 
-    def load(self) -> tuple[Split, Split]:
+    def load(self) -> dict[str, Split]:
         patterns = stream(0, "synthetic", "patterns")
         groups, classes = _smooth(20, patterns), _smooth(100, patterns)
         prototypes = groups.repeat_interleave(5, 0) + 0.7 * classes
-        return _sample(prototypes, self.train_size, "train"), _sample(prototypes, self.test_size, "test")
+        sizes = {"train": self.train_size, "test": self.test_size}
+        return {name: _sample(prototypes, size, name) for name, size in sizes.items()}
 
 
 def _smooth(count: int, generator: torch.Generator) -> Tensor:
@@ -58,4 +60,4 @@ def _sample(prototypes: Tensor, size: int, name: str) -> Split:
         x = 0.5 + 0.18 * (gain * prototypes[labels] + 0.8 * noise)
         images[chunk] = x.clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
         fine[chunk] = labels
-    return Split(images, {"fine": fine, "coarse": fine // 5})
+    return Split({"image": images, "fine": fine, "coarse": fine // 5})

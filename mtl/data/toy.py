@@ -8,25 +8,25 @@ with s = (1, −1) and u_i = −x₁/2 + s_i (tanh x₂ − 7/2),
 narrow valleys above x₂ = 0 and two bowls below. Pareto set: x₂ = −8.3552, |x₁| ≤ 7; least average loss −15.09 in its
 middle. Nash-MTL (Navon et al., ICML 2022) multiplies L_1 by 0.1, which moves that minimum to x₁ = −5.7.
 
-Images are blank and all alike; the features of `arch=point` are x, and each task's head computes its loss there. What a
-strategy sees are the losses above their lower bounds, −21 · scale and −21, as in FAMO's code: logarithms and ratios of
+Images are blank and all alike. `arch=point` predicts x for every task, and each task's criterion is its loss there.
+A strategy sees the losses above their lower bounds, −21 · scale and −21, as in FAMO's code: logarithms and ratios of
 negative losses mean nothing, and a constant changes no gradient. The metric `value` is the loss itself.
 `mtl.studies.toy_descent` follows the same trajectories in plain float64 numbers.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 from annotated_types import Ge, Gt
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtl.data.base import Benchmark, Split
-from mtl.metrics.task import Metric
+from mtl.data.inputs import Image
+from mtl.metrics.base import Mean, Metric, Score
 from mtl.tasks import Task
 
 FLOOR, LOWER = 5e-6, -21.0
@@ -54,61 +54,54 @@ def toy_losses(points: Tensor, scale: float = 1.0) -> Tensor:
     return torch.stack([scale * first, second], -1)
 
 
-class ToyLoss(nn.Module):
-    """Points (N, 2) → (N, 1) one of the two losses there: the head of a task, without parameters.
+class Value(Mean):
+    """The toy's loss itself: how far its criterion is from the loss's lower bound, moved back.
 
     Args:
-        sign: s_i.
-        scale: of the loss.
+        task: whose loss it is.
     """
 
-    def __init__(self, sign: float, scale: float):
-        super().__init__()
-        self.sign, self.scale = sign, scale
+    scores = (Score("value", higher_is_better=False),)
 
-    def forward(self, points: Tensor) -> Tensor:
-        return (self.scale * toy_loss(points, self.sign))[:, None]
+    def __init__(self, task: ToyTask):
+        self.task = task
 
-
-class Value(Metric):
-    """The toy's loss itself."""
-
-    name, higher_is_better = "value", False
-
-    def update(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return prediction.sum()[None]
-
-    def compute(self, state: list[float], count: float) -> float:
-        return state[0] / count if count else math.nan
+    def add(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        return self.task.at(prediction).sum(), self.task.count(target)
 
 
 @dataclass(frozen=True)
 class ToyTask(Task):
-    """One of the two losses: its head computes it, its criterion is how far it is above its lower bound.
+    """One of the two losses. Its predictions are points (N, 2), and its criterion is the loss above its lower bound.
 
     Args:
-        name, outputs, partial: as in `Task`.
-        sign, scale: as in `ToyLoss`.
+        name, outputs, target: as in `Task`.
+        sign: s_i.
+        scale: of the loss.
     """
 
-    outputs: int = 1
     sign: float = 1.0
     scale: float = 1.0
 
     @property
-    def metrics(self) -> tuple[Metric, ...]:
-        return (Value(),)
+    def metrics(self) -> Sequence[Metric]:
+        return (Value(self),)
 
-    def head(self, features: int) -> nn.Module:
-        if features != 2:
-            raise ValueError(f"{self.name} is a loss of a point in the plane, not of {features} features; arch=point")
-        return ToyLoss(self.sign, self.scale)
+    def at(self, points: Tensor) -> Tensor:
+        """(N,) the scaled loss at points (N, 2).
 
-    def labelled(self, target: Tensor) -> Tensor:
-        return torch.ones_like(target, dtype=torch.bool)
+        Raises:
+            ValueError: these are no points of the plane.
+        """
+        if points.shape[1:] != (2,):
+            raise ValueError(f"a loss of a point in the plane, not of {tuple(points.shape[1:])}; use arch=point")
+        return self.scale * toy_loss(points, self.sign)
+
+    def units(self, target: Tensor) -> Tensor:
+        return torch.ones_like(target, dtype=torch.int64)
 
     def criterion(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return prediction.squeeze(1) - self.scale * LOWER
+        return self.at(prediction) - self.scale * LOWER
 
 
 @dataclass
@@ -126,16 +119,16 @@ class Toy(Benchmark):
     scale: Annotated[float, Gt(0)] = 1.0
     steps: Annotated[int, Ge(1)] = 100
 
-    image_shape = (1, 1, 1)
-    mean, std = (0.0,), (1.0,)
+    inputs = {"image": Image((1, 1, 1))}
 
     @property
     def tasks(self) -> Sequence[Task]:
         first, second = SIGNS
         return ToyTask("L1", sign=first, scale=self.scale), ToyTask("L2", sign=second)
 
-    def load(self) -> tuple[Split, Split]:
+    def load(self) -> dict[str, Split]:
         def blank(size: int) -> Split:
-            return Split(torch.zeros(size, 1, 1, 1, dtype=torch.uint8), {t.name: torch.zeros(size) for t in self.tasks})
+            labels = {task.name: torch.zeros(size) for task in self.tasks}
+            return Split({"image": torch.zeros(size, 1, 1, 1, dtype=torch.uint8), **labels})
 
-        return blank(self.steps * self.batch_size), blank(1)
+        return {"train": blank(self.steps * self.batch_size), "test": blank(1)}

@@ -39,7 +39,7 @@ def header(config: Mapping[str, Any], identity: Identity, benchmark: Benchmark, 
         "run": identity.name,
         "data": f"{identity.data}: {samples}; tasks {', '.join(f'{t.name} ({t.outputs})' for t in learner.tasks)}",
         "model": f"{identity.arch}: {count_parameters(learner.model):,} parameters, "
-        f"{count_macs(learner.model, benchmark.image_shape) / 1e6:,.1f} MMAC an image",
+        f"{count_macs(learner.model, benchmark.one()) / 1e6:,.1f} MMAC an image",
         "strategy": f"{identity.loss} ({strategy.family}{heads}{f', {own} own parameters' if own else ''})",
         "training": f"{trainer.epochs} epochs of {steps} steps, batch {benchmark.batch_size}, "
         f"{optimizer['_target_'].rpartition('.')[2]} lr {optimizer.get('lr', 'default')}, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any
@@ -9,12 +10,13 @@ from typing import Annotated, Any
 import torch
 from annotated_types import Ge
 
-from mtl.archs.check import ArchError, as_before, check_model
-from mtl.archs.model import MultiTaskModel, count_macs
+from mtl.archs.check import check_model
+from mtl.archs.model import ArchError, HardSharing, Model, Outputs, count_macs
+from mtl.archs.restore import as_before
 from mtl.config import schema
 from mtl.config.source import blame
 from mtl.data.base import Benchmark, build_benchmark
-from mtl.data.batches import EvaluationBatches, TrainingBatches, move
+from mtl.data.batches import EvaluationBatches, TrainingBatches, ready
 from mtl.data.check import check_tasks, few
 from mtl.engine.backward import Switches
 from mtl.engine.device import Execution
@@ -30,7 +32,7 @@ from mtl.tasks import Task
 # The nodes of a config, and what the engine adds to each when it builds it.
 NODES: dict[str, tuple[str, ...]] = {
     "data": (),
-    "arch": ("in_channels",),
+    "arch": ("in_channels", "tasks"),
     "loss": ("tasks",),
     "optimizer": ("params",),
     "schedule": (),
@@ -92,8 +94,11 @@ def assemble(config: Mapping[str, Any], processes: Processes | None = None) -> t
     device = trainer.open_device()
     learner = build_learner(config, benchmark, tasks, strategy, trainer, device, switches)
     if processes is not None:
-        images = torch.randn(2, *benchmark.image_shape, generator=torch.Generator().manual_seed(0))
-        processes.check(learner.model.backbone, images.to(device))
+        if not isinstance(learner.model, HardSharing):
+            kind = type(learner.model).__name__
+            raise ConfigError(f"arch: {kind} cannot be divided among processes yet; train it without torchrun")
+        batch = benchmark.example(2, torch.Generator().manual_seed(0))
+        processes.check(learner.model.backbone, [batch[name].to(device) for name in learner.model.inputs])
         learner.processes = processes
     return benchmark, learner
 
@@ -111,10 +116,11 @@ def open_batches(benchmark: Benchmark, learner: Learner) -> tuple[TrainingBatche
         raise ConfigError(f"data: {len(splits['train'])} training samples; batch norm needs at least {smallest}")
     train = TrainingBatches(splits["train"], benchmark, learner.device, learner.seed, smallest)
     for split in splits.values():
-        samples = move(few(split, learner.tasks), learner.device)
+        columns = {name: column.to(learner.device) for name, column in few(split, learner.tasks).items()}
         with as_before(learner.model), torch.no_grad():
-            predictions = learner.model.eval()(train.normalise(samples.images))
-            check_tasks(learner.tasks, predictions, samples.targets)
+            batch = ready(benchmark, columns)
+            outputs = learner.model.eval()(batch)
+            check_tasks(learner.tasks, outputs.predictions, batch)
     evaluations = {n: EvaluationBatches(s, benchmark, learner.device) for n, s in splits.items() if n != "train"}
     return train, evaluations
 
@@ -147,11 +153,11 @@ def build_learner(
         raise ConfigError(f"microscope.{error}") from error
     seed, schedule = config["seed"], schema.build(config["schedule"], "schedule")
     with seeded(seed, "init"):
-        model = _build_model(config, benchmark, tasks, trainer, max(1, min(2, benchmark.batch_size // parts(strategy))))
-        if defines(strategy, "views") and not all(list(model.head_parameters(t.name)) for t in tasks):
-            name = type(strategy).__name__
-            raise ConfigError(f"loss: {name} turns what the heads see, and these have no parameters to follow it with")
-        strategy.prepare(model.backbone.out_features)
+        size = max(1, min(2, benchmark.batch_size // parts(strategy)))
+        model, outputs = _build_model(config, benchmark, tasks, trainer, size)
+        _check_features(model, outputs, strategy, tasks, switches or Switches())
+        if outputs.features is not None:
+            strategy.prepare(outputs.features[0].numel())
     if not any(p.requires_grad for p in model.parameters()):
         raise SetupError("arch: every parameter of the model is frozen (requires_grad=False); nothing would be trained")
     model, strategy = trainer.place(model, device), strategy.to(device)
@@ -177,18 +183,48 @@ def build_learner(
     return Learner(trainer, model, tasks, strategy, optimizer, schedule, device, seed, switches, microscope)
 
 
-def _build_model(config, benchmark: Benchmark, tasks: list[Task], trainer: Execution, size: int) -> MultiTaskModel:
-    """The model, tried out on `size` random images."""
-    backbone = schema.build(config["arch"], "arch", in_channels=benchmark.image_shape[0])
-    images = torch.randn(size, *benchmark.image_shape, generator=stream(0, "arch_check"))
+def _build_model(
+    config: Mapping[str, Any], benchmark: Benchmark, tasks: list[Task], trainer: Execution, size: int
+) -> tuple[Model, Outputs]:
+    """The model, tried out on `size` random samples, and what it returned for them."""
+    node, first = config["arch"], next(iter(benchmark.inputs.values()))
+    parameters = inspect.signature(schema.locate(node[schema.TARGET], f"arch.{schema.TARGET}")).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    supplied: dict[str, Any] = {}
+    if takes_all or "in_channels" in parameters:
+        supplied["in_channels"] = first.shape[0]
+    if "tasks" in parameters:
+        supplied["tasks"] = tasks
+    built = schema.build(node, "arch", **supplied)
+    batch = benchmark.example(size, stream(0, "arch_check"))
     try:
-        model = MultiTaskModel(backbone, tasks)
-        count_macs(model, benchmark.image_shape)
-        check_model(model, trainer.images(images.contiguous(memory_format=torch.channels_last)))
+        model = built if isinstance(built, Model) else HardSharing(built, tasks)
+        if missing := [name for name in model.inputs if name not in batch]:
+            raise ArchError(f"{type(model.trunk).__name__} reads {missing[0]}; the data has {', '.join(batch)}")
+        count_macs(model, benchmark.one())
+        return model, check_model(model, trainer.laid_out(batch), [task.name for task in tasks])
     except ArchError as error:
         raise ConfigError(f"arch: {error}") from error
     except Exception as error:  # whatever a user's own module raises
-        shape, kind = "x".join(map(str, benchmark.image_shape)), type(error).__name__
-        what = one_line(error) if isinstance(error, ValueError | RuntimeError) else f"{kind}: {one_line(error)}"
-        raise ConfigError(f"arch: does not fit the images of data ({shape}): {what}{blame(error)}") from error
-    return model
+        shape = "; ".join("x".join(map(str, one.shape)) for one in benchmark.inputs.values())
+        kind, known = type(error).__name__, isinstance(error, ValueError | RuntimeError)
+        what = one_line(error) if known else f"{kind}: {one_line(error)}"
+        raise ConfigError(f"arch: does not fit the inputs of data ({shape}): {what}{blame(error)}") from error
+
+
+def _check_features(model: Model, outputs: Outputs, strategy: Strategy, tasks: list[Task], switches: Switches) -> None:
+    """Whether the model has the features that the method needs.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    name, kind = type(strategy).__name__, type(model.trunk).__name__
+    if not (strategy.flat or defines(strategy, "views") or switches.of_features(strategy)):
+        return
+    if outputs.features is None or "views" not in inspect.signature(model.forward).parameters:
+        raise ConfigError(f"loss: {name} works on the features at which sharing ends, and {kind} has no such place")
+    if strategy.flat and outputs.features.ndim != 2:
+        shown = ", ".join(map(str, outputs.features.shape[1:]))
+        raise ConfigError(f"loss: {name} needs features (N, F), a vector for each sample; {kind} has (N, {shown})")
+    if defines(strategy, "views") and not all(list(model.own_parameters(t.name)) for t in tasks):
+        raise ConfigError(f"loss: {name} turns what the heads see, and these have no parameters to follow it with")

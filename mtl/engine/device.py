@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 
 import torch
 from annotated_types import Ge
-from torch import Tensor
+from torch import nn
 
-from mtl.archs.model import MultiTaskModel
+from mtl.data.columns import Batch
 from mtl.errors import SetupError
 
 
@@ -60,7 +60,7 @@ class Execution:
         torch.backends.cudnn.benchmark = not self.deterministic
         return device
 
-    def place(self, model: MultiTaskModel, device: torch.device) -> MultiTaskModel:
+    def place(self, model: nn.Module, device: torch.device) -> nn.Module:
         """Move the model to the device, in the memory layout of this trainer."""
         return model.to(device, memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
 
@@ -72,7 +72,7 @@ class Execution:
         """The context of the forward pass."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def images(self, images: Tensor) -> Tensor:
-        """The batch (N, C, H, W) in the memory layout of this trainer."""
-        # Batches come in channels_last order by construction; the other layout is the one that costs a copy.
-        return images if self.channels_last else images.contiguous()
+    def laid_out(self, batch: Batch) -> Batch:
+        """The batch, with its images (N, C, H, W) in the memory layout of this trainer."""
+        # Images come in channels_last order by construction; the other layout is the one that costs a copy.
+        return batch if self.channels_last else {name: value.contiguous() for name, value in batch.items()}

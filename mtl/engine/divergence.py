@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 
 from mtl.data.batches import EvaluationBatches
+from mtl.data.check import pieces
 from mtl.engine.learner import Learner
 from mtl.tasks import Task
 
@@ -32,7 +33,7 @@ def find(
     for split in ("train", *evaluations):
         where = "" if split == "train" else f" on {split} data"
         for task in tasks:
-            for name in ("loss", *(m.name for m in task.metrics)):
+            for name in ("loss", *(score.name for score in task.scores)):
                 value = wrong.get(f"{split}/{task.name}_{name}", 0.0)
                 if math.isinf(value) or (math.isnan(value) and _has_labels(task, evaluations.get(split), partial)):
                     return f"{task.name} {name.replace('_', ' ')}{where} became {value}"
@@ -43,7 +44,7 @@ def _has_labels(task: Task, batches: EvaluationBatches | None, partial: Collecti
     if batches is None:
         # Nobody knows which samples the epoch's last, incomplete batch left out. The weights tell: `finite`.
         return task.name not in partial
-    return bool(task.count(batches.split.labels(task.name)) > 0)
+    return any(bool(task.labelled(part).any()) for part in pieces(batches.split, task.column))
 
 
 def finite(learner: Learner) -> bool:

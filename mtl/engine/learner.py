@@ -5,23 +5,26 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mtl.archs.model import MultiTaskModel
+from mtl.archs.model import Model, Outputs
 from mtl.data.batches import TrainingBatches
+from mtl.data.columns import Batch
 from mtl.engine.device import Execution
 from mtl.engine.pystate import PythonState, Unsavable
 from mtl.engine.step import Losses, Step
-from mtl.engine.switches import Switches
+from mtl.engine.switches import Info, Switches
 from mtl.engine.trained import Idle, Watch
 from mtl.errors import SetupError, one_line
 from mtl.inspect.microscope import GradientObserver, Microscope
 from mtl.losses import Statistics, Strategy
-from mtl.metrics.tally import Sums
+from mtl.losses.hooks import defines
+from mtl.metrics.tally import Tally
 from mtl.optim.schedules import Schedule
 from mtl.parallel.processes import Processes
 from mtl.random import seeded
@@ -37,10 +40,10 @@ class Pass(Losses):
     """A forward pass of the learner.
 
     Attributes:
-        predictions: each task's (N, …), in fp32.
+        predictions: what each task's decoder returned, in fp32.
     """
 
-    predictions: Sequence[Tensor] = ()
+    predictions: Sequence[Any] = ()
 
 
 @dataclass
@@ -49,11 +52,11 @@ class Look:
 
     observer: GradientObserver
     learner: Learner
-    targets: dict[str, Tensor]
+    batch: Batch
 
     def before(self, passes: Sequence[Pass]) -> None:
-        predictions, losses = self.learner._whole(passes, self.targets)
-        self.observer.before(predictions, losses, self.targets)
+        predictions, losses = self.learner._whole(passes, self.batch)
+        self.observer.before(predictions, losses, self.batch)
 
     def jacobian(self, jacobian: Tensor) -> None:
         self.observer.jacobian(jacobian)
@@ -69,7 +72,7 @@ class Learner:
     Attributes:
         trainer: precision, layout, number of epochs.
         model: on the device.
-        tasks: in the order of the model's heads and of the strategy.
+        tasks: in the order of the model's predictions and of the strategy.
         strategy: combines the losses or gradients.
         optimizer: over the parameters of model and strategy; each group holds its full rate as "initial_lr".
         schedule: multiplies the groups' rates.
@@ -81,7 +84,7 @@ class Learner:
     """
 
     trainer: Execution
-    model: MultiTaskModel
+    model: Model
     tasks: list[Task]
     strategy: Strategy
     optimizer: torch.optim.Optimizer
@@ -132,110 +135,125 @@ class Learner:
         """
         # Dropout and a user's own code draw from the global streams: reseeded, they too are functions of (seed, epoch).
         with seeded(self.seed, "dropout", epoch, device=self.device):
-            return self._train_epoch(batches, epoch)
-
-    def _train_epoch(self, batches: TrainingBatches, epoch: int) -> dict[str, float]:
-        trainer, started = self.trainer, time.perf_counter()
-        if epoch == 0:
-            self._python_state()  # says now if there is none to be saved
-        self.strategy.epoch_start(epoch, trainer.epochs, self.seed)
-        self.model.train()
-        self.strategy.train()
-        step = self.step()
-        partial = any(task.name in batches.partial for task in self.tasks)
-        sums = Sums()  # names with a slash are the engine's: no task's name holds one
-        log_losses = self.switches.transform == "log"
-        observer = GradientObserver(
-            self.microscope.samples, self.tasks, self.model, log_losses, self.one_jacobian, sums
-        )
-        watch = None if self._trained else Watch(self.model, self.optimizer, sums)
-        progress = Progress(len(batches), f"epoch {epoch + 1}/{trainer.epochs}")
-        progress.live &= self.processes is None or self.processes.leads
-
-        for i, (images, targets) in enumerate(batches.epoch(epoch)):
-            if i == 0 or self.schedule.interval == "step":
-                self._set_rate(epoch + i / len(batches))
-            counts = torch.stack([t.count(targets[t.name]) for t in self.tasks])
-            # As one tensor, because a step may divide its batch into parts.
-            labelled = torch.stack([t.labelled(targets[t.name]) for t in self.tasks], 1) if partial else None
-            look = Look(observer, self, targets) if self.microscope.looks(i) else None
-            info = step(self.forward(images, targets), len(images), labelled, look)
-
-            with torch.no_grad():
-                predictions, losses = self._whole(info.passes, targets)
-                sums.add("count", counts)
-                for t, p, loss, count in zip(self.tasks, predictions, losses, counts, strict=True):
-                    sums.add(f"{t.name}_loss", loss * count)
-                    for m in t.metrics:
-                        sums.add(f"{t.name}_{m.name}", m.update(p, targets[t.name]))
-                for name in ("weights", *STATISTICS):
-                    if (value := getattr(info, name)) is not None:
-                        sums.add(f"step/{name}", value)
+            started, epochs, steps = time.perf_counter(), self.trainer.epochs, len(batches)
+            if epoch == 0:
+                self._python_state()  # says now if there is none to be saved
+            self.strategy.epoch_start(epoch, epochs, self.seed)
+            self.model.train()
+            self.strategy.train()
+            step, tally, partial = self.step(), Tally(self.device), any(t.name in batches.partial for t in self.tasks)
+            observer = GradientObserver(self.microscope.samples, self.tasks, self.model,
+                                        self.switches.transform == "log", self.one_jacobian, tally)  # fmt: skip
+            watch = None if self._trained else Watch(self.model, self.optimizer, tally)
+            progress = Progress(steps, f"epoch {epoch + 1}/{epochs}")
+            progress.live &= self.processes is None or self.processes.leads
+            for i, batch in enumerate(batches.epoch(epoch)):
+                if i == 0 or self.schedule.interval == "step":
+                    self._set_rate(epoch + i / steps)
+                # As one tensor, because a step may divide its batch into parts.
+                labelled = torch.stack([t.labelled(batch[t.column]) for t in self.tasks], 1) if partial else None
+                look = Look(observer, self, batch) if self.microscope.looks(i) else None
+                info = step(self.forward(batch), _size(batch), labelled, look)
+                self._add_up(info, batch, tally)
+                if watch is not None:
+                    watch.step()
+                progress.update(i + 1)
             if watch is not None:
-                watch.step()
-            progress.update(i + 1)
+                watch.finish()
+            read = tally.read()
+            progress.clear()
+            if self.processes is not None:
+                self.processes.compare(read, self.device)
+            if watch is not None:
+                self._idle = watch.cause(read)
+                self._trained = self._idle is None
+            seconds = time.perf_counter() - started
+            return {
+                **self._row("train", read),
+                **self._of_steps(read, steps),
+                **observer.figures(read),
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "time/seconds": seconds,
+                "time/images_per_second": batches.size / seconds,
+            }
 
-        if watch is not None:
-            watch.finish()
-        read = sums.read()
-        progress.clear()
-        if self.processes is not None:
-            self.processes.compare(read, self.device)
-        if watch is not None:
-            self._idle = watch.cause(read)
-            self._trained = self._idle is None
-        seconds = time.perf_counter() - started
-        row = self._figures("train", read)
-        for task, weight in zip(self.tasks, read.get("step/weights", ()), strict=False):
-            row[f"weights/{task.name}"] = weight / len(batches)
+    @torch.no_grad()
+    def _add_up(self, info: Info, batch: Batch, tally: Tally) -> None:
+        """Add one step to the epoch's sums. Names with a slash are the engine's: no task's name holds one."""
+        predictions, losses = self._whole(info.passes, batch)
+        counts = self._add_tasks(predictions, batch, tally)
+        for task, loss, count in zip(self.tasks, losses, counts, strict=True):
+            tally.add(f"{task.name}_loss", loss * count)
+        for name in ("weights", *STATISTICS):
+            if (value := getattr(info, name)) is not None:
+                tally.add(f"step/{name}", value)
+
+    def _add_tasks(self, predictions: Sequence[Any], batch: Batch, tally: Tally) -> list[Tensor]:
+        """Add a batch to the metrics of all tasks; returns how many labelled units each task has in it."""
+        counts = [t.count(batch[t.column]) for t in self.tasks]
+        tally.add("count", torch.stack(counts))
+        for task, prediction in zip(self.tasks, predictions, strict=True):
+            for i, metric in enumerate(task.metrics):
+                tally.update(f"{task.name}/{i}", metric, prediction, batch[task.column])
+        return counts
+
+    def _of_steps(self, read: Mapping[str, Tensor], steps: int) -> dict[str, float]:
+        """Means over the epoch's steps: the tasks' weights and the gradients' statistics."""
+        row = {}
+        if "step/weights" in read:
+            for task, weight in zip(self.tasks, read["step/weights"].tolist(), strict=True):
+                row[f"weights/{task.name}"] = weight / steps
         for name in STATISTICS:
             if f"step/{name}" in read:
-                row[f"grad/{name}"] = read[f"step/{name}"][0] / len(batches)
-        row.update(observer.figures(read))
-        row["lr"] = self.optimizer.param_groups[0]["lr"]
-        row["time/seconds"] = seconds
-        row["time/images_per_second"] = batches.size / seconds
+                row[f"grad/{name}"] = read[f"step/{name}"].item() / steps
         return row
 
     def step(self) -> Step:
         """The update of this learner's parameters."""
-        heads = [list(self.model.head_parameters(task.name)) for task in self.tasks]
+        heads = [list(self.model.own_parameters(task.name)) for task in self.tasks]
         return Step(
             self.strategy, self.optimizer, list(self.model.shared_parameters()), heads,
             switches=self.switches, model=self.model, group=None,
         )  # fmt: skip
 
-    def _whole(self, passes: Sequence[Pass], targets: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def _whole(self, passes: Sequence[Pass], batch: Batch) -> tuple[Sequence[Any], Sequence[Tensor]]:
         """Each task's predictions and loss on the whole batch, from the forward passes that a step was made of."""
         if len(passes) == 1:
             return passes[0].predictions, passes[0].values
         if getattr(self.optimizer, "alternates", False):  # each task's own turn
             return [p.predictions[k] for k, p in enumerate(passes)], [p.values[k] for k, p in enumerate(passes)]
         predictions = [torch.cat(parts) for parts in zip(*(p.predictions for p in passes), strict=True)]
-        return predictions, self._losses(predictions, targets)
+        return predictions, self._losses(predictions, batch)
 
-    def forward(self, images: Tensor, targets: dict[str, Tensor]) -> Callable[[slice], Pass]:
+    def forward(self, batch: Batch) -> Callable[[slice], Pass]:
         """The function that computes the losses of a part of this batch."""
 
         def forward(part: slice) -> Pass:
-            predictions, features = self.predict(images[part])
-            losses = self._losses(predictions, {name: y[part] for name, y in targets.items()})
-            return Pass(losses, features, predictions)
+            piece = {name: column[part] for name, column in batch.items()}
+            outputs = self.predict(piece)
+            return Pass(self._losses(outputs.predictions, piece), outputs.features, outputs.predictions)
 
         return forward
 
-    def predict(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Each task's prediction in fp32, and the features (N, F) that the heads started from."""
+    def predict(self, batch: Batch) -> Outputs:
+        """Each task's prediction in fp32, and the features at which sharing ends."""
+        options: dict[str, Any] = {}
+        if defines(self.strategy, "views") or self.switches.of_features(self.strategy):
+            options["views"] = self._views
+        if self.processes is not None:
+            options["run"] = self.processes.forward
         with self.trainer.autocast(self.device):
-            images, backbone = self.trainer.images(images), self.model.backbone
-            features = backbone(images) if self.processes is None else self.processes.forward(backbone, images)
-            if torch.is_grad_enabled() and not features.requires_grad and self.switches.of_features(self.strategy):
-                features.requires_grad_()  # a frozen backbone; the method still weighs by the features' gradients
-            predictions = self.model.predict(self.strategy.views(features))
-        return [p.float() for p in predictions], features
+            outputs = self.model(self.trainer.laid_out(batch), **options)
+        return Outputs([_single(p) for p in outputs.predictions], outputs.features)
 
-    def _losses(self, predictions: list[Tensor], targets: dict[str, Tensor]) -> list[Tensor]:
-        return [t.loss(p, targets[t.name]) for t, p in zip(self.tasks, predictions, strict=True)]
+    def _views(self, features: Tensor) -> Sequence[Tensor]:
+        """What each decoder sees of the features."""
+        if torch.is_grad_enabled() and not features.requires_grad and self.switches.of_features(self.strategy):
+            features.requires_grad_()  # a frozen backbone; the method still weighs by the features' gradients
+        return self.strategy.views(features)
+
+    def _losses(self, predictions: Sequence[Any], batch: Batch) -> list[Tensor]:
+        return [t.loss(p, batch[t.column]) for t, p in zip(self.tasks, predictions, strict=True)]
 
     def epoch_end(self, row: dict[str, float]) -> None:
         """Tell the strategy how the epoch went: training losses, and scores on validation data where there is some.
@@ -249,11 +267,11 @@ class Learner:
             self._epoch_end(row)
 
     def _epoch_end(self, row: dict[str, float]) -> None:
-        keys = [f"{t.name}_{t.metrics[0].name}" for t in self.tasks]
+        keys = [f"{t.name}_{t.scores[0].name}" for t in self.tasks]
         split = "val" if f"val/{keys[0]}" in row else "train"
         losses = torch.tensor([row[f"train/{t.name}_loss"] for t in self.tasks])
         scores = torch.tensor([row[f"{split}/{key}"] for key in keys])
-        higher = torch.tensor([t.metrics[0].higher_is_better for t in self.tasks])
+        higher = torch.tensor([t.scores[0].higher_is_better for t in self.tasks])
         self.strategy.epoch_end(Statistics(losses, scores, higher, percent=True))
 
     def evaluate(self, batches: Iterable, name: str) -> dict[str, float]:
@@ -262,25 +280,26 @@ class Learner:
             return self._evaluate(batches, name)
 
     @torch.inference_mode()
-    def _evaluate(self, batches: Iterable, name: str) -> dict[str, float]:
+    def _evaluate(self, batches: Iterable[Batch], name: str) -> dict[str, float]:
         self.model.eval()
-        sums = Sums()
-        for images, targets in batches:
-            predictions, _ = self.predict(images)
-            sums.add("count", torch.stack([t.count(targets[t.name]) for t in self.tasks]))
-            for t, p in zip(self.tasks, predictions, strict=True):
-                sums.add(f"{t.name}_loss", t.criterion(p, targets[t.name]).sum())
-                for m in t.metrics:
-                    sums.add(f"{t.name}_{m.name}", m.update(p, targets[t.name]))
-        return self._figures(name, sums.read())
+        tally = Tally(self.device)
+        for batch in batches:
+            predictions = self.predict(batch).predictions
+            self._add_tasks(predictions, batch, tally)
+            for task, prediction in zip(self.tasks, predictions, strict=True):
+                tally.add(f"{task.name}_loss", task.criterion(prediction, batch[task.column]).sum())
+        return self._row(name, tally.read())
 
-    def _figures(self, name: str, read: dict[str, list[float]]) -> dict[str, float]:
+    def _row(self, split: str, read: Mapping[str, Tensor]) -> dict[str, float]:
+        """{"test/fine_loss": …, "test/fine_accuracy": …} from an epoch's sums; NaN where no sample had a label."""
         row = {}
-        for task, count in zip(self.tasks, read["count"], strict=True):
-            row[f"{name}/{task.name}_loss"] = read[f"{task.name}_loss"][0] / count if count else math.nan
-            for m in task.metrics:
-                key = f"{task.name}_{m.name}"
-                row[f"{name}/{key}"] = m.compute(read[key], count) if count else math.nan
+        for task, count in zip(self.tasks, read["count"].tolist(), strict=True):
+            total = read[f"{task.name}_loss"].item()
+            row[f"{split}/{task.name}_loss"] = total / count if count else math.nan
+            for i, metric in enumerate(task.metrics):
+                values = metric.compute(read[f"{task.name}/{i}"])
+                for score in metric.scores:
+                    row[f"{split}/{task.name}_{score.name}"] = values[score.name]
         return row
 
     def _set_rate(self, progress: float) -> None:
@@ -336,3 +355,12 @@ class Learner:
                 self._unsavable = str(error)
                 log.info(f"WARNING   {error}: this run cannot be resumed after an interruption")
             return None
+
+
+def _size(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
+
+
+def _single(prediction: Any) -> Any:
+    """In single precision, in which losses are computed; a decoder may return something else than one tensor."""
+    return prediction.float() if isinstance(prediction, Tensor) else prediction

@@ -49,7 +49,7 @@ def inspect(directory: RunDirectory, name: str, epochs: int, build: Callable[[],
                 raise Damaged(f"{directory.metrics} is damaged: a row lacks {error}; {CURE}") from error
             content["parameters"] = count_parameters(learner.model)
             content["tasks"] = owned(learner.tasks)
-            content["macs"] = count_macs(learner.model, benchmark.image_shape)
+            content["macs"] = count_macs(learner.model, benchmark.one())
             write_json(directory.summary, content)
         log.info(f"{name}: summary.json was damaged; written anew from metrics.jsonl, without the peak memory")
     for problem in (problem_of(directory.last, name, epochs), _best(directory, name, rows)):

@@ -230,7 +230,7 @@ class Job:
             **summarise(rows, metrics(self.learner.tasks, "test"), *self._selector),
             "tasks": owned(self.learner.tasks),
             "parameters": count_parameters(self.learner.model),
-            "macs": count_macs(self.learner.model, self.benchmark.image_shape),
+            "macs": count_macs(self.learner.model, self.benchmark.one()),
             **speed(rows),
             "peak_memory_gib": peak_memory(self.learner.device),
         }
@@ -270,4 +270,4 @@ class Job:
         return RunInfo(self.identity, self.directory.path, root, flatten(self.config), best, tuple(rows))
 
     def _units(self) -> dict[str, tuple[str, str]]:
-        return {t.name: (t.metrics[0].name, t.metrics[0].unit) for t in self.learner.tasks}
+        return {t.name: (t.scores[0].name, t.scores[0].unit) for t in self.learner.tasks}

@@ -17,12 +17,12 @@ Row = Mapping[str, float]
 
 def metrics(tasks: Iterable[Task], split: str) -> dict[str, bool]:
     """{"test/fine_accuracy": higher is better, …}, the main one first."""
-    return {f"{split}/{t.name}_{m.name}": m.higher_is_better for t in tasks for m in t.metrics}
+    return {f"{split}/{t.name}_{score.name}": score.higher_is_better for t in tasks for score in t.scores}
 
 
 def owned(tasks: Iterable[Task]) -> dict[str, list[str]]:
     """{"fine": ["fine_accuracy"], …}: which metrics are whose; one task's name may begin with another's."""
-    return {t.name: [f"{t.name}_{m.name}" for m in t.metrics] for t in tasks}
+    return {t.name: [f"{t.name}_{score.name}" for score in t.scores] for t in tasks}
 
 
 def selector(tasks: Iterable[Task], validated: bool) -> tuple[str, bool]:

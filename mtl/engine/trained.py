@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mtl.errors import UserError
-from mtl.metrics.tally import Sums
+from mtl.metrics.tally import Tally
 
 log = logging.getLogger("mtl")
 
@@ -27,13 +27,13 @@ class Watch:
     Args:
         model: whose parameters are to learn.
         optimizer: its first group holds them.
-        sums: where the gradients' sizes add up; the host reads them with the epoch's other sums.
+        tally: where the gradients' sizes add up; the host reads them with the epoch's other sums.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, sums: Sums):
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, tally: Tally):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.before = [p.detach().clone() for p in self.parameters]
-        self.optimizer, self.sums, self.rate = optimizer, sums, 0.0
+        self.optimizer, self.tally, self.rate = optimizer, tally, 0.0
 
     @torch.no_grad()
     def step(self) -> None:
@@ -42,32 +42,32 @@ class Watch:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if gradients:  # the largest element: squares of tiny gradients would underflow
             values = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-            self.sums.add("watch/gradient", torch.nn.utils.get_total_norm(values, norm_type=torch.inf))
+            self.tally.add("watch/gradient", torch.nn.utils.get_total_norm(values, norm_type=torch.inf))
 
     @torch.no_grad()
     def finish(self) -> None:
         """After the last step, before the sums are read."""
         changed = [(p != old).any() for p, old in zip(self.parameters, self.before, strict=True)]
-        self.sums.add("watch/changed", torch.stack(changed).any())
+        self.tally.add("watch/changed", torch.stack(changed).any())
 
-    def cause(self, read: Mapping[str, Sequence[float]]) -> Idle | None:
+    def cause(self, read: Mapping[str, Tensor]) -> Idle | None:
         """Why this epoch has trained nothing; None if it has trained.
 
         Args:
             read: the epoch's sums.
         """
         full = self.optimizer.param_groups[0].get("initial_lr", self.rate)
-        if not any(read["count"]):
+        if not read["count"].any():
             return Idle("no training sample has a label of any task", certain=True)
         if "watch/gradient" not in read:
             return Idle("no gradient reaches it, the losses or their total do not depend on it", certain=True)
-        if not read["watch/gradient"][0]:
+        if not read["watch/gradient"]:
             return Idle("all its gradients are 0; look at the weights that the loss gives, and at the network")
         if full == 0:
             return Idle("optimizer.lr=0", certain=True)
         if self.rate == 0:
             return Idle("the schedule's rate is 0", expected=True)
-        if not read["watch/changed"][0]:
+        if not read["watch/changed"]:
             return Idle(f"the steps are too small to change a parameter (optimizer.lr={full:g})")
         return None
 

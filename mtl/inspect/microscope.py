@@ -33,7 +33,7 @@ makes no second forward pass, except with optimizer=mtl_io, whose tasks take tur
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -41,10 +41,11 @@ import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 
-from mtl.archs.model import MultiTaskModel
+from mtl.archs.model import Model
+from mtl.data.columns import Batch
 from mtl.losses.base import FLOOR, masked
 from mtl.losses.solvers import double
-from mtl.metrics.tally import Sums
+from mtl.metrics.tally import Tally
 from mtl.tasks import Task
 
 STATISTICS = ("cosine", "magnitude", "sign_conflict")
@@ -107,18 +108,18 @@ class GradientObserver:
         model: whose gradients are compared.
         log: whether the step's losses are log-losses.
         reuses: whether the step's own Jacobian is that of the task losses on the whole batch, and can be taken.
-        sums: where the figures add up, on the device.
+        tally: where the figures add up, on the device.
 
     Attributes:
         reuses: whether the step's own Jacobian is exactly that of the task losses for the shared parameters, on the
             whole batch; `jacobian` must then be given it.
     """
 
-    def __init__(self, samples: int, tasks: Sequence[Task], model: MultiTaskModel, log: bool, reuses: bool, sums: Sums):
-        self.tasks, self.samples, self.sums = tasks, samples, sums
+    def __init__(self, samples: int, tasks: Sequence[Task], model: Model, log: bool, reuses: bool, tally: Tally):
+        self.tasks, self.samples, self.tally = tasks, samples, tally
         self.log, self.several = log, len(tasks) > 1
         self.reuses = self.several and reuses
-        groups = layer_groups(model.backbone)
+        groups = layer_groups(model)
         self.parameters = [p for group in groups.values() for p in group]
         self.group_of = [i for i, group in enumerate(groups.values()) for _ in group]
         self.groups = [*groups, WHOLE]
@@ -135,16 +136,16 @@ class GradientObserver:
                 start[p], ends = ends, ends + p.numel()
         self.columns = [slice(start[p], start[p] + p.numel()) for p in self.parameters]
 
-    def before(self, predictions: Sequence[Tensor], losses: Sequence[Tensor], targets: dict[str, Tensor]) -> None:
+    def before(self, predictions: Sequence[Tensor], losses: Sequence[Tensor], batch: Batch) -> None:
         """Take the gradients, on the weights before the update; the graph stays for the step itself.
 
         Args:
             predictions: each task's (N, …), with their graph.
             losses: T scalars, means over the labelled samples.
-            targets: by task name.
+            batch: with the labels.
         """
         size = min(self.samples, len(predictions[0]))
-        labelled = torch.stack([t.labelled(targets[t.name]) for t in self.tasks])  # (T, N)
+        labelled = torch.stack([t.labelled(batch[t.column]) for t in self.tasks])  # (T, N)
         self.present, self.labelled = labelled.any(1), labelled[:, :size]
         self.losses = torch.stack([loss.detach() for loss in losses])
         self.between_tasks = None
@@ -153,7 +154,7 @@ class GradientObserver:
             self.between_tasks = self._moments(torch.stack(row)[None] for row in zip(*rows, strict=True))
         self.rows = []  # T x S lists of the parameters' gradients
         for t, p in zip(self.tasks, predictions, strict=True):
-            values = t.criterion(p[:size], targets[t.name][:size]) if size else []
+            values = t.criterion(p[:size], batch[t.column][:size]) if size else []
             self.rows.append([self._gradients(value) for value in values])
 
     def jacobian(self, jacobian: Tensor) -> None:
@@ -176,13 +177,15 @@ class GradientObserver:
         self.rows, self.between_tasks = [], None  # as large as many networks
         if found:
             totals, pairs = (torch.cat(parts) for parts in zip(*found, strict=True))
-            self.sums.add("micro", totals / pairs.clamp(min=1)[:, None, None])
-            self.sums.add("micro/steps", pairs > 0)
+            self.tally.add("micro", totals / pairs.clamp(min=1)[:, None, None])
+            self.tally.add("micro/steps", pairs > 0)
 
-    def figures(self, read: dict[str, list[float]]) -> dict[str, float]:
+    def figures(self, read: Mapping[str, Tensor]) -> dict[str, float]:
         """{"micro/tasks/cosine/layer1": …}: means over the observed steps that had such a pair, out of read sums."""
-        row, values = {}, iter(read.get("micro", ()))
-        for name, steps in zip(self.names, read.get("micro/steps", ()), strict=False):
+        if "micro" not in read:
+            return {}
+        row, values = {}, iter(read["micro"].flatten().tolist())
+        for name, steps in zip(self.names, read["micro/steps"].tolist(), strict=True):
             for statistic in STATISTICS:
                 for group in self.groups:
                     value = next(values)
@@ -266,13 +269,17 @@ class _Moments:
         return torch.cat([groups, groups.sum(0, keepdim=True)])
 
 
-def layer_groups(backbone: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The trainable parameters by layer group: by the backbone's top-level children, which are the first part of a
-    parameter's name, unless its attribute `layer_groups` = {group: [prefixes of parameter names]} says otherwise."""
-    declared = [(f"{p}.", name) for name, parts in getattr(backbone, "layer_groups", {}).items() for p in parts]
+def layer_groups(model: Model) -> dict[str, list[nn.Parameter]]:
+    """The trainable shared parameters by layer group.
+
+    A group is a child of the model's trunk (the backbone), so the first part of a parameter's name, unless the trunk's
+    attribute `layer_groups` = {group: [prefixes of parameter names]} says otherwise.
+    """
+    declared = [(f"{p}.", name) for name, parts in getattr(model.trunk, "layer_groups", {}).items() for p in parts]
+    shared = {id(p) for p in model.shared_parameters()}
     groups: dict[str, list[nn.Parameter]] = {}
-    for key, parameter in backbone.named_parameters():
-        if parameter.requires_grad:
+    for key, parameter in model.trunk.named_parameters():
+        if parameter.requires_grad and id(parameter) in shared:
             name = next((n for prefix, n in declared if f"{key}.".startswith(prefix)), key.partition(".")[0])
             groups.setdefault(name, []).append(parameter)
     return groups

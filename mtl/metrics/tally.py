@@ -5,25 +5,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mtl.metrics.base import Metric
 
-class Sums:
-    """Named sums on the device, read by the host in a single transfer."""
 
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+class Tally:
+    """Named sums and metric states on one device, read by the host in a single transfer.
+
+    Args:
+        device: of all that is added.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device
+        self._states: dict[str, Tensor] = {}
 
     def add(self, name: str, value: Tensor) -> None:
-        """Add `value` (any shape, the same at every call) to the sum called `name`."""
-        value = value.detach().float()
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        """Add `value` (any shape, the same at every call) to the sum called `name`; counts stay exact integers."""
+        value = value.detach()
+        value = value.float() if value.is_floating_point() else value.long()
+        if name in self._states:
+            self._states[name] += value
+        else:
+            self._states[name] = value.clone()
 
-    def read(self) -> dict[str, list[float]]:
-        """All sums as flat lists; the only point at which the host waits for the device."""
-        if not self._sums:
+    def update(self, name: str, metric: Metric, prediction: object, target: object) -> None:
+        """Add a batch to the state of a metric."""
+        if name not in self._states:
+            self._states[name] = metric.zero().to(self.device)
+        metric.update(self._states[name], prediction, target)
+
+    def read(self) -> dict[str, Tensor]:
+        """All sums and states, float64 on the host. Only here does the host wait for the device."""
+        if not self._states:
             return {}
-        numbers = torch.cat([t.flatten() for t in self._sums.values()]).tolist()
-        result, offset = {}, 0
-        for name, t in self._sums.items():
-            result[name] = numbers[offset : offset + t.numel()]
-            offset += t.numel()
-        return result
+        numbers = torch.cat([t.flatten().double() for t in self._states.values()]).cpu()
+        sizes = [t.numel() for t in self._states.values()]
+        return {
+            name: part.view(t.shape) for (name, t), part in zip(self._states.items(), numbers.split(sizes), strict=True)
+        }

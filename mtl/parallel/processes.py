@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -129,14 +129,14 @@ class Processes:
             raise SetupError(f"trainer.device={name}: {started} {count} CUDA devices; one is needed for each")
         return f"cuda:{self.local_rank}"
 
-    def check(self, backbone: nn.Module, images: Tensor) -> None:
+    def check(self, backbone: nn.Module, inputs: Sequence[Tensor]) -> None:
         """Args:
-            images: a few, on the backbone's device.
+            inputs: of a few samples, on the backbone's device.
 
         Raises:
             ConfigError: the backbone draws numbers that cannot be divided among processes.
         """
-        if (name := drawing(backbone, images)) is not None:
+        if (name := drawing(backbone, inputs)) is not None:
             raise ConfigError(
                 f"arch: {name} would draw other random numbers in each process (dropout in attention or in a recurrent "
                 "layer, say); train it in a single one, without torchrun"
@@ -186,11 +186,11 @@ class Processes:
 
     # -- training -----------------------------------------------------------------------------------------------------
 
-    def forward(self, backbone: nn.Module, images: Tensor) -> Tensor:
-        """The features (N, F) of all images (N, C, H, W), of which each process computes a part."""
+    def forward(self, backbone: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
+        """The features (N, …) of all samples, of which each process computes a part."""
         if self._signals:
             raise Terminated  # `guard` knows which signal it was
-        return forward(backbone, images, self.rank, self.size, self.sum_)
+        return forward(backbone, inputs, self.rank, self.size, self.sum_)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """`tensor`, after adding to it in place those of the other processes; the same bits in all of them."""
@@ -198,11 +198,11 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
-    def compare(self, figures: Mapping[str, list[float]], device: torch.device) -> None:
+    def compare(self, figures: Mapping[str, Tensor], device: torch.device) -> None:
         """Raises:
         RuntimeError: the processes do not compute the same, and so they do not train one network.
         """
-        ours = torch.tensor([x for numbers in figures.values() for x in numbers], dtype=torch.float32, device=device)
+        ours = torch.cat([numbers.flatten() for numbers in figures.values()]).to(device, torch.float32)
         mean = self.sum_(ours / self.size)
         if not torch.allclose(mean, ours, rtol=1e-3, atol=1e-3, equal_nan=True):
             raise RuntimeError("the processes arrive at different figures: something draws numbers without the seed")

@@ -16,7 +16,7 @@ second order stop at the features: those of the heads (ConsMTL, Rep-MTL) are rig
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,42 +29,43 @@ Sum = Callable[[Tensor], Tensor]  # adds, in place, the same tensor of the other
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 
 
-def forward(backbone: nn.Module, images: Tensor, rank: int, size: int, sum_: Sum) -> Tensor:
-    """The features of all images, of which this process computes the part that falls to it.
+def forward(backbone: nn.Module, inputs: Sequence[Tensor], rank: int, size: int, sum_: Sum) -> Tensor:
+    """The features of all samples, of which this process computes the part that falls to it.
 
     Args:
-        backbone: with the same parameters in all processes; images (n, …) → features (n, F).
-        images: (N, …), the same in all; N need not be a multiple of `size`, and may be less.
+        backbone: with the same parameters in all processes; inputs (n, …) → features (n, …).
+        inputs: (N, …) each, the same in all; N need not be a multiple of `size`, and may be less.
         rank, size: this process's number and how many there are.
         sum_: an all_reduce.
 
     Returns:
-        (N, F), the same bits in all processes. Its gradient must be the same in all, too; then so are the parameters'.
+        (N, …), the same bits in all processes. Its gradient must be the same in all, too; then so are the parameters'.
     """
-    total = len(images)
+    total = len(inputs[0])
     start, stop = (total * r // size for r in (rank, rank + 1))
+    part = tuple(one[start:stop] for one in inputs)
     with _Part(rank, size, sum_, slice(start, stop), total, backbone.training):
         if torch.is_grad_enabled():
             named = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
             ours = dict(zip(named, _Replicate.apply(sum_, *named.values()), strict=True))
-            features = functional_call(backbone, ours, (images[start:stop],))
+            features = functional_call(backbone, ours, part)
         else:
-            features = backbone(images[start:stop])
+            features = backbone(*part)
     return _Gather.apply(features, sum_, start, total)
 
 
-def drawing(backbone: nn.Module, images: Tensor) -> str | None:
-    """The first function in a training pass over `images` that draws random numbers which cannot be divided.
+def drawing(backbone: nn.Module, inputs: Sequence[Tensor]) -> str | None:
+    """The first function in a training pass over `inputs` that draws random numbers which cannot be divided.
 
     Attention and recurrent layers draw their dropout inside of one call, and own code may call torch.rand: each process
     would draw for its own part, and the results would not be those of a single process. Parameters, buffers and the
     random stream stay as they were.
     """
     copies = {name: b.clone() for name, b in backbone.named_buffers()}  # batch norm's averages would move
-    training, devices = backbone.training, [images.device] if images.is_cuda else []
-    with torch.no_grad(), torch.random.fork_rng(devices), _Draws(images.device) as watch:
+    training, devices = backbone.training, [inputs[0].device] if inputs[0].is_cuda else []
+    with torch.no_grad(), torch.random.fork_rng(devices), _Draws(inputs[0].device) as watch:
         backbone.train()
-        functional_call(backbone, copies, (images,))
+        functional_call(backbone, copies, tuple(inputs))
     backbone.train(training)
     return watch.found
 

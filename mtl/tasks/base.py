@@ -1,104 +1,93 @@
-"""A task: a name, a head width, a criterion, metrics, and the rule that tells which samples carry its label."""
+"""A task: a name, a loss, metrics, and the rule that tells how many labels a sample carries."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mtl.metrics.task import Metric
+from mtl.metrics.base import Metric, Score
+from mtl.views import Fixed, Moves
 
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """Base of every task.
+    """Base of every task. A subclass writes `criterion`, `units` and `metrics`.
 
     Args:
         name: key in configs, logs and tables.
-        outputs: width of the task's head.
-        partial: has no effect any more, and is accepted for the sake of older code: samples without a label are found
-            in every batch, and every mean is over the labelled samples only.
+        outputs: numbers that the decoder predicts for each labelled unit: classes, or 1, or 3 for a direction.
+        target: the column that holds the labels; empty for the column of the task's name.
+
+    Attributes:
+        moves: how a label follows its image when the image is cropped, flipped or scaled.
+        allowed: what a label may be, for messages.
     """
 
     name: str
-    outputs: int
-    partial: bool = False
+    outputs: int = 1
+    target: str = ""
+
+    moves: ClassVar[Moves] = Fixed()
+    allowed: ClassVar[str] = "a label must be a finite number"
 
     @property
     @abstractmethod
-    def metrics(self) -> tuple[Metric, ...]:
-        """The first one is the task's main figure."""
+    def metrics(self) -> Sequence[Metric]:
+        """The first score of the first metric is the task's main score."""
 
-    def head(self, features: int) -> nn.Module:
-        """What turns features (N, F) into this task's prediction (N, outputs); may have no parameters.
+    @abstractmethod
+    def criterion(self, prediction: Any, target: Any) -> Tensor:
+        """(N,) loss of each sample, summed over the sample's labelled units; 0 where there is no label."""
 
-        Raises:
-            ValueError: no prediction of this task can be made from so many features.
-        """
-        return nn.Linear(features, self.outputs)
+    @abstractmethod
+    def units(self, target: Any) -> Tensor:
+        """(N,) int64, how many labelled units each sample has: 1 or 0 for a class, the labelled pixels of a map."""
 
-    @property
-    def allowed(self) -> str:
-        """What a label may be, in the words of a message."""
-        return "a label must be a finite number"
-
-    def check(self, target: Tensor) -> None:
-        """Look once, when the data is loaded, at all labels (N, …) of a split.
-
-        Raises:
-            ValueError: this task cannot be trained on them; the message names the first wrong sample and its value.
-        """
-        labelled = self.labelled(target)
-        if target.is_complex():
-            raise ValueError(f"dtype {_name(target.dtype)}; {self.allowed}")
-        if not isinstance(labelled, Tensor) or labelled.dtype != torch.bool:
-            raise ValueError(f"{type(self).__name__}.labelled must return a bool for each sample, not {labelled!r:.60}")
-        if labelled.shape != target.shape[:1]:
-            size, shape = len(target), tuple(target.shape)
-            hint = "; drop the second dimension with squeeze(1)" if shape[1:] == (1,) else ""
-            raise ValueError(f"shape {shape}; one label for each sample has the shape ({size},){hint}")
+    def wrong(self, target: Tensor) -> Tensor:
+        """Bool, of the shape of `target`: labels that the task cannot be trained on. Asked once, at loading."""
         if target.ndim == 1 and target.is_floating_point():
             # As float32, in which losses are computed: 1e300 is infinite there.
-            self.refuse(labelled & ~target.float().isfinite(), target)
+            return self.labelled(target) & ~target.float().isfinite()
+        return torch.zeros_like(target, dtype=torch.bool)
 
-    def refuse(self, wrong: Tensor, target: Tensor) -> None:
-        """Raises:
-        ValueError: `wrong` (bool, the shape of `target`) marks some label.
-        """
-        if count := int(wrong.sum()):
-            first = tuple(wrong.nonzero()[0].tolist())
-            others = f" ({count} labels are wrong)" if count > 1 else ""
-            raise ValueError(f"sample {first[0]} has the label {target[first].item()}{others}; {self.allowed}")
+    @property
+    def column(self) -> str:
+        """Name of the column with the labels."""
+        return self.target or self.name
 
-    @abstractmethod
-    def labelled(self, target: Tensor) -> Tensor:
-        """(N,) bool: which samples carry this task's label."""
+    @property
+    def scores(self) -> list[Score]:
+        """Of all metrics; the first one is the main one."""
+        return [score for metric in self.metrics for score in metric.scores]
 
-    @abstractmethod
-    def criterion(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """(N,) loss of each sample; 0 where there is no label."""
+    def labelled(self, target: Any) -> Tensor:
+        """(N,) bool: which samples carry a label of this task."""
+        return self.units(target) > 0
 
-    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """() mean loss over the labelled samples; a differentiable 0 when there is none.
+    def count(self, target: Any) -> Tensor:
+        """() number of labelled units, on the device."""
+        return self.units(target).sum()
+
+    def loss(self, prediction: Any, target: Any) -> Tensor:
+        """() mean loss over the labelled units; a differentiable 0 when there is none.
 
         Raises:
             ValueError: the criterion does not return one loss for each sample.
         """
-        losses = self.criterion(prediction, target)
-        if losses.shape != target.shape[:1]:
+        losses, units = self.criterion(prediction, target), self.units(target)
+        if losses.shape != units.shape:
             raise ValueError(
                 f"{type(self).__name__}.criterion returned the shape {tuple(losses.shape)} for a "
-                f"prediction {tuple(prediction.shape)}; one loss for each sample has the shape ({len(target)},)"
+                f"prediction {_shape(prediction)}; one loss for each sample has the shape {tuple(units.shape)}"
             )
-        # A factor of exactly 1 where all samples are labelled: then this is losses.mean(), bit for bit.
-        return losses.mean() * (len(target) / self.count(target).clamp(min=1).to(losses.dtype))
-
-    def count(self, target: Tensor) -> Tensor:
-        """() number of labelled samples, on the device."""
-        return self.labelled(target).sum()
+        # A factor of exactly 1 where each sample has one label: then this is losses.mean(), bit for bit.
+        return losses.mean() * (len(losses) / units.sum().clamp(min=1).to(losses.dtype))
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _shape(value: Any) -> object:
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

@@ -24,11 +24,12 @@ class Missing(Digits):
     """Every third label is missing, and nearly all of `odd`, so that some batches have none of it."""
 
     def load(self):
-        train, test = super().load()
-        train.targets["digit"][::3], train.targets["ink"][1::3] = -100, float("nan")
-        train.targets["odd"][:22] = -100
-        test.targets["digit"][::3], test.targets["odd"][1::3], test.targets["ink"][2::3] = -100, -100, float("nan")
-        return train, test
+        splits = super().load()
+        train, test = (dict(splits[name].columns) for name in ("train", "test"))
+        train["digit"][::3], train["ink"][1::3] = -100, float("nan")
+        train["odd"][:22] = -100
+        test["digit"][::3], test["odd"][1::3], test["ink"][2::3] = -100, -100, float("nan")
+        return splits
 
 
 class Classes(Missing):

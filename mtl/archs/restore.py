@@ -1,0 +1,39 @@
+"""Try a network out, and leave no trace."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+
+@contextmanager
+def as_before(model: nn.Module) -> Iterator[None]:
+    """Afterwards the modes, parameters, buffers and all generators of the CPU are as they were.
+
+    Only parameters and buffers of lazy modules, which the first forward pass makes, stay.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    tensors = [*model.parameters(), *(b for _, named in buffers for b in named.values() if b is not None)]
+    values = [(t, t.detach().clone()) for t in tensors if not is_lazy(t)]
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        for module, training in modes:
+            module.training = training
+        for module, named in buffers:
+            module._buffers.clear()
+            module._buffers.update(named)
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)

@@ -1,0 +1,128 @@
+"""What a network is fed with: a column of the data set, made ready on the device."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cache
+from numbers import Integral, Real
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mtl.views import Fixed, Moves, Picture
+
+
+class Input(ABC):
+    """A column that the network reads.
+
+    Args:
+        shape: of one sample as the network gets it; channels first.
+
+    Attributes:
+        moves: how the column follows the view of its sample.
+    """
+
+    moves: ClassVar[Moves] = Fixed()
+
+    def __init__(self, shape: Sequence[int]):
+        if not (_is_sequence(shape) and len(shape) and all(isinstance(n, Integral) and n > 0 for n in shape)):
+            raise ValueError(f"shape: {shape!r}; whole numbers from 1 are needed")
+        self.shape = tuple(int(n) for n in shape)
+
+    @abstractmethod
+    def check(self, column: Tensor) -> None:
+        """Raises:
+        ValueError: the column's dtype or shape is not what this input reads.
+        """
+
+    def ready(self, gathered: Tensor) -> Tensor:
+        """(B, …) rows of the column, on the device → (B, *shape) as the network gets them."""
+        return gathered
+
+    def example(self, size: int, generator: torch.Generator) -> Tensor:
+        """(size, *shape) random numbers, to try a network out before the data is loaded."""
+        return torch.randn(size, *self.shape, generator=generator)
+
+
+class Image(Input):
+    """Images (M, H, W, C) uint8, given to the network as float32 (B, C, H, W): (x / 255 − mean) / std.
+
+    Args:
+        shape: (channels, height, width).
+        mean, std: of each channel, of images scaled to [0, 1].
+
+    Raises:
+        ValueError: the message begins with the name of the argument.
+    """
+
+    moves = Picture()
+
+    def __init__(self, shape: tuple[int, int, int], mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)):
+        if not (_is_sequence(shape) and len(shape) == 3 and all(isinstance(n, Integral) and n > 0 for n in shape)):
+            raise ValueError(f"shape: {shape!r}; three whole numbers are needed: (channels, height, width)")
+        super().__init__(shape)
+        self.mean, self.std = (_numbers(n, v, shape[0]) for n, v in (("mean", mean), ("std", std)))
+        if min(self.std) <= 0:
+            raise ValueError(f"std: {std!r}; images are divided by it, so it must be greater than 0")
+
+    def check(self, column: Tensor) -> None:
+        channels, height, width = self.shape
+        shape, dtype = tuple(column.shape), str(column.dtype).removeprefix("torch.")
+        hints = []
+        if column.dtype != torch.uint8:
+            hints.append(".mul(255).round().to(torch.uint8) converts floats in [0, 1]")
+        if shape[1:] == (channels, height, width) != (height, width, channels):
+            hints.append(".permute(0, 2, 3, 1) moves the channels to the end")
+        if hints or shape[1:] != (height, width, channels):
+            needed = f"uint8 images of shape (N, {height}, {width}, {channels}) are needed"
+            raise ValueError(f"{dtype} of shape {shape}; {'; '.join([needed, *hints])}")
+
+    def ready(self, gathered: Tensor) -> Tensor:
+        """The result is a view in channels_last order, which is what the fast convolutions want."""
+        mean, std = _constants(self.mean, gathered.device), _constants(self.std, gathered.device)
+        # In place, except where bilinear augmentation has already made floats of other memory.
+        return gathered.float().div_(255).sub_(mean).div_(std).permute(0, 3, 1, 2)
+
+    def example(self, size: int, generator: torch.Generator) -> Tensor:
+        return super().example(size, generator).contiguous(memory_format=torch.channels_last)
+
+
+class Numbers(Input):
+    """Numbers (M, *shape) of any float dtype, given to the network as float32: a table's row, a series, a signal.
+
+    Args:
+        shape: of one sample.
+    """
+
+    def check(self, column: Tensor) -> None:
+        shape, dtype = tuple(column.shape), str(column.dtype).removeprefix("torch.")
+        if not column.is_floating_point() or shape[1:] != self.shape:
+            needed = f"floats of shape (N, {', '.join(map(str, self.shape))}) are needed"
+            raise ValueError(f"{dtype} of shape {shape}; {needed}")
+
+    def ready(self, gathered: Tensor) -> Tensor:
+        return gathered.float()
+
+
+@cache
+def _constants(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def _numbers(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """One finite number for each channel; a single number serves all channels."""
+    try:
+        found = tuple(float(v) for v in ([values] if isinstance(values, Real) else values))
+    except (TypeError, ValueError):
+        found = ()
+    found = found * channels if len(found) == 1 else found
+    if len(found) != channels or not all(map(math.isfinite, found)):
+        raise ValueError(f"{name}: {values!r}; one finite number for each of the {channels} channels is needed")
+    return found
+
+
+def _is_sequence(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)

@@ -1,0 +1,28 @@
+"""Metrics of tasks with one label a sample."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mtl.metrics.base import Mean, Score
+
+
+class Accuracy(Mean):
+    """Share of samples whose highest score is the label, in percent. Predictions (N, C), targets (N,), −100: none."""
+
+    scores = (Score("accuracy", "%"),)
+
+    def add(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        target = target.long()  # −100 as uint8 is class 156
+        return (prediction.argmax(1) == target).sum(), (target != -100).sum()
+
+
+class MeanAbsoluteError(Mean):
+    """Mean |prediction − target|, in the target's unit. Predictions (N, 1), targets (N,), NaN: none."""
+
+    scores = (Score("mae", higher_is_better=False),)
+
+    def add(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        known = ~target.isnan()
+        error = (prediction.squeeze(1) - target.to(prediction.dtype)).abs()
+        return error.masked_fill(~known, 0.0).sum(), known.sum()

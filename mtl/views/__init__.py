@@ -1,0 +1,8 @@
+"""Joint augmentation: random views of images, and how label maps follow them."""
+
+from mtl.views.moves import Directions, Fixed, Metres, Moves, Picture, Pixels
+from mtl.views.view import Augment, Crop, Flip, ScaleCrop, View
+
+__all__ = [
+    "Augment", "Crop", "Directions", "Fixed", "Flip", "Metres", "Moves", "Picture", "Pixels", "ScaleCrop", "View",
+]  # fmt: skip
