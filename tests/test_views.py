@@ -10,9 +10,9 @@ import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mtl.random import stream
 from mtl.views.moves import Directions, Fixed, Metres, Picture, Pixels, see
 from mtl.views.view import Crop, Flip, ScaleCrop, View
-from mtl.random import stream
 
 SEED, EPOCH = 3, 5
 CHAINS = [
@@ -21,7 +21,7 @@ CHAINS = [
     (Crop(2), Flip()),
     (Flip(), Crop(2)),
     (ScaleCrop((1.0, 1.2, 1.5)), Flip()),
-    (Flip(), ScaleCrop((1.7,)), Crop(3)),
+    (Flip(), ScaleCrop((1.6,)), Crop(3)),
 ]
 
 
@@ -286,6 +286,13 @@ def test_depth_is_divided_by_the_scale_and_normals_stay(scale):
     assert seen[0, 0].isnan().all() and torch.equal(seen[0, 8:], normals[8:])
 
 
+def test_a_mirrored_scaled_depth_is_positive():
+    view = scaled([1.5], [(2, 3)]).then(FLIPPED)
+    torch.testing.assert_close(
+        Metres()(torch.full((1, 12, 9), 3.0), torch.tensor([0]), view), torch.full((1, 12, 9), 2.0)
+    )
+
+
 def test_millimetres_of_integers_become_floating():
     column = torch.full((1, 4, 4), 3000, dtype=torch.int32)
     seen = Metres()(column, torch.tensor([0]), scaled([1.5], [(0, 3)]))
@@ -346,13 +353,24 @@ def largest(work) -> int:
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             made = func(*args, **(kwargs or {}))
             known = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
-            if made.untyped_storage().data_ptr() not in known:
+            if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in known:
                 sizes.append(made.untyped_storage().nbytes())
             return made
 
     with Watch():
         work()
     return max(sizes)
+
+
+@pytest.mark.parametrize("augments", CHAINS)
+@pytest.mark.parametrize("moves, column", MOVED[:4])
+def test_no_number_is_read_on_the_host(augments, moves, column):
+    """A tensor on the device "meta" has no numbers, so whatever reads one fails."""
+    meta, column = torch.device("meta"), column().repeat(8, *[1] * (column().dim() - 1))
+    view = drawn(augments, 8, (12, 9)).to(meta)
+    rows = torch.arange(8, device=meta)
+    seen = moves(column.to(meta), rows, view.take(rows))
+    assert seen.device == meta and seen.shape == column.shape
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from mtl.data.base import Benchmark
 from mtl.data.check import pieces
 from mtl.data.columns import Batch, Split
+from mtl.data.inputs import Image
 from mtl.random import stream
 from mtl.views import View
 
@@ -120,7 +121,7 @@ def ready(
 
 def picture(benchmark: Benchmark) -> tuple[int, int]:
     """(height, width) of the images, which a random view is drawn for."""
-    return next(one.shape[1:] for one in benchmark.inputs.values() if len(one.shape) == 3)
+    return next(one.shape[1:] for one in benchmark.inputs.values() if isinstance(one, Image))
 
 
 def _resident(split: Split, benchmark: Benchmark, device: torch.device) -> bool:

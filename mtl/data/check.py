@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mtl.config.source import blame
 from mtl.data.columns import Batch, Split
-from mtl.data.inputs import Input
+from mtl.data.inputs import Image, Input
 from mtl.errors import SetupError, one_line, suggest
 from mtl.metrics.base import Metric, Score
 from mtl.metrics.tally import Tally
@@ -46,7 +46,9 @@ def check_declared(benchmark: Any) -> None:
             raise ValueError(f"tasks: {task.name} has its labels in the column {task.column!r}, which is an input")
     if not _is_sequence(augment) or not all(isinstance(one, Augment) for one in augment):
         raise ValueError(f"augment: {augment!r:.80}; a tuple is needed, such as (mtl.views.Flip(),)")
-    if augment and not any(len(one.shape) == 3 for one in inputs.values()):
+    if len({type(one) for one in augment}) < len(augment):  # they would draw the same numbers
+        raise ValueError(f"augment: {augment!r:.80}; each kind of view can occur once")
+    if augment and not any(isinstance(one, Image) for one in inputs.values()):
         raise ValueError("augment: no input is an image; use ()")
 
 
@@ -232,6 +234,9 @@ def _check_labels(split: Split, task: Task, benchmark: Any) -> None:
             raise ValueError(f"layout {target.layout}; convert with to_dense()")
         if target.ndim == 0 or len(target) != size:
             raise ValueError(f"shape {tuple(target.shape)}; one label for each of the {size} samples is needed")
+        shapes = [one.shape[1:] for one in inputs.values() if isinstance(one, Image)]
+        if benchmark.augment and (problem := task.moves.fits(tuple(target.shape[1:]), shapes[0])):
+            raise ValueError(f"shape {tuple(target.shape)}: {problem}")
         if target.is_complex():
             raise ValueError(f"dtype {str(target.dtype).removeprefix('torch.')}; {task.allowed}")
         start, count, first = 0, 0, None

@@ -34,6 +34,10 @@ class Moves(ABC):
             ValueError: the column's shape is none that moves like this.
         """
 
+    def fits(self, shape: tuple[int, ...], picture: tuple[int, int]) -> str:
+        """Why a sample's row of this shape cannot follow the views of a picture (height, width); empty if it can."""
+        return "" if shape[:2] == picture else f"a map of {picture[0]}x{picture[1]} pixels, as the image has, is needed"
+
 
 @dataclass(frozen=True)
 class Fixed(Moves):
@@ -41,6 +45,11 @@ class Fixed(Moves):
 
     def __call__(self, column: Tensor, rows: Tensor | None, view: View | None) -> Tensor:
         return column if rows is None else column[rows]
+
+    def fits(self, shape: tuple[int, ...], picture: tuple[int, int]) -> str:
+        if shape[:2] != picture:
+            return ""
+        return "a map of the image, which this task would not crop and flip with it; set its moves, as in mtl.views"
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,7 @@ def see(
         (B, H, W, …); the column itself where nothing is selected or moved.
     """
     if view is None:
-        return (column if rows is None else column[rows]).to(dtype)
+        return (column if rows is None else column[rows]).to(dtype).contiguous()
     (down, above), (across, beside) = (_nearest(*axis) for axis in _centres(column, view))
     return _fill(_gather(column, rows, down, across).to(dtype), above, beside, fill)
 
