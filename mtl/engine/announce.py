@@ -13,6 +13,7 @@ from mtl.config.identity import Identity
 from mtl.data.base import Benchmark
 from mtl.engine.directory import RunDirectory
 from mtl.engine.learner import Learner
+from mtl.engine.stages import Stage
 from mtl.losses import LossWeighting
 from mtl.tracking.console import duration, table
 
@@ -44,6 +45,7 @@ def header(config: Mapping[str, Any], identity: Identity, benchmark: Benchmark, 
         "training": f"{trainer.epochs} epochs of {steps} steps, batch {benchmark.batch_size}, "
         f"{optimizer['_target_'].rpartition('.')[2]} lr {optimizer.get('lr', 'default')}, "
         f"{config['schedule']['_target_'].rpartition('.')[2].lower()} schedule",
+        "stages": "; ".join(map(_stage, trainer.plan)) if trainer.stages else "",
         "micro": learner.microscope.describe(
             len(learner.tasks), learner.passes, learner.one_jacobian, learner.alternates, steps, benchmark.batch_size
         ),
@@ -93,3 +95,9 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({torch.get_num_threads()} threads)"
+
+
+def _stage(stage: Stage) -> str:
+    tasks = "" if stage.tasks is None else f" of {', '.join(stage.tasks)}"
+    rate = "" if stage.lr is None else f" at lr {stage.lr:g}"
+    return f"{stage.epochs} epochs{tasks}, {' and '.join(stage.train)} learn{rate}"

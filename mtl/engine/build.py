@@ -21,6 +21,7 @@ from mtl.data.check import check_tasks, few
 from mtl.engine.backward import Switches
 from mtl.engine.device import Execution
 from mtl.engine.learner import Learner
+from mtl.engine.stages import check_stages
 from mtl.errors import ConfigError, SetupError, one_line
 from mtl.inspect.microscope import Microscope
 from mtl.losses import Equal, Strategy
@@ -89,6 +90,8 @@ def assemble(config: Mapping[str, Any], processes: Processes | None = None) -> t
         raise ConfigError(f"step.{error}") from error
     if (warmup := config["schedule"].get("warmup_epochs", 0)) >= trainer.epochs:
         raise ConfigError(f"schedule.warmup_epochs={warmup}: must be less than trainer.epochs={trainer.epochs}")
+    keeps = type(strategy).__name__ if strategy.lazy else None
+    check_stages(trainer.plan, [task.name for task in tasks], warmup, keeps)
     if processes is not None:
         trainer = replace(trainer, device=processes.device(trainer.device))
     device = trainer.open_device()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge
 from torch import nn
 
 from mtl.data.columns import Batch
+from mtl.engine.stages import read_stages
 from mtl.errors import SetupError
 
 
@@ -25,6 +27,11 @@ class Execution:
         precision: fp32, or bf16 autocast (parameters, gradients and losses stay fp32).
         channels_last: the memory layout of images and convolutions.
         deterministic: only deterministic GPU kernels; a CPU run is bit-reproducible anyway.
+        stages: for how long which tasks count and which parameters learn, as in `mtl.engine.stages`; empty for one
+            stage of all epochs.
+
+    Attributes:
+        plan: the stages.
     """
 
     epochs: Annotated[int, Ge(1)] = 200
@@ -32,11 +39,13 @@ class Execution:
     precision: Literal["fp32", "bf16"] = "fp32"
     channels_last: bool = True
     deterministic: bool = False
+    stages: Sequence[Any] = ()
 
     def __post_init__(self) -> None:
         name, _, index = self.device.partition(":")
         if name not in ("auto", "cpu", "cuda", "mps") or (index and not (name == "cuda" and index.isdigit())):
             raise ValueError(f"device: {self.device!r} is none of auto, cpu, cuda, cuda:N, mps")
+        self.plan = read_stages(self.stages, self.epochs)
 
     def open_device(self) -> torch.device:
         """The device to train on.

@@ -6,11 +6,61 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
+from torch import Tensor, nn
 
 from mtl.data.batches import EvaluationBatches
 from mtl.data.check import pieces
-from mtl.engine.learner import Learner
+from mtl.errors import Diverged
+from mtl.losses.delayed import Delayed
 from mtl.tasks import Task
+
+
+class Alarm:
+    """Notices within an epoch that a loss or the gradient is no longer a finite number.
+
+    The device notes the first such step. The host learns of it without waiting: at once on a CPU, and on a GPU at most
+    `mtl.losses.delayed.LATE` + 1 steps later. So a run that has diverged does not train to the end of its epoch.
+
+    Args:
+        names: of the T tasks.
+        epoch: counted from 0.
+        strategy: name of the method, for the message.
+    """
+
+    def __init__(self, names: Sequence[str], epoch: int, strategy: str):
+        self.names, self.epoch, self.strategy = [*(f"{name} loss" for name in names), "gradient norm"], epoch, strategy
+        self._steps, self._delayed = 0, Delayed()
+        self._first: Tensor | None = None  # (2, T + 1) the step and value of the first number that was not finite
+
+    @torch.no_grad()
+    def see(self, losses: Sequence[Tensor], norm: Tensor, counts: Tensor | None = None) -> None:
+        """Look at one step.
+
+        Args:
+            losses: T scalars.
+            norm: () of the gradient.
+            counts: (T,) bool, the tasks whose losses count; None for all.
+
+        Raises:
+            Diverged: one of the steps so far has left the finite numbers; the message names task, step and method.
+        """
+        self._steps += 1
+        values = torch.stack([*losses, norm.to(losses[0])])
+        if counts is not None:
+            values = torch.where(torch.cat([counts, counts.new_ones(1)]), values, 0.0)
+        wrong = ~values.isfinite()
+        if values.device.type == "cpu" and not wrong.any():
+            return
+        if self._first is None:
+            self._first = torch.zeros(2, len(values), dtype=torch.float64, device=values.device)
+        now = torch.stack([torch.full_like(values, self._steps), values]).double()
+        self._first = torch.where(wrong & (self._first[0] == 0), now, self._first)
+        if (known := self._delayed.read(self._first)) is None or not any(known[0]):
+            return
+        step, i = min((int(step), i) for i, step in enumerate(known[0]) if step)
+        raise Diverged(
+            f"{self.names[i]} became {known[1][i]} in epoch {self.epoch + 1}, at step {step} with {self.strategy}"
+        )
 
 
 def find(
@@ -47,7 +97,7 @@ def _has_labels(task: Task, batches: EvaluationBatches | None, partial: Collecti
     return any(bool(task.labelled(part).any()) for part in pieces(batches.split, task.column))
 
 
-def finite(learner: Learner) -> bool:
-    """Whether all parameters are finite numbers, of the model and of the method; the host waits once."""
-    parameters = [*learner.model.parameters(), *learner.strategy.parameters()]
+def finite(*modules: nn.Module) -> bool:
+    """Whether all parameters of the model and the method are finite numbers; the host waits once."""
+    parameters = [p for module in modules for p in module.parameters()]
     return not parameters or bool(torch.stack([p.detach().isfinite().all() for p in parameters]).all())

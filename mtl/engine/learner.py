@@ -16,7 +16,9 @@ from mtl.archs.model import Model, Outputs
 from mtl.data.batches import TrainingBatches
 from mtl.data.columns import Batch
 from mtl.engine.device import Execution
+from mtl.engine.divergence import Alarm
 from mtl.engine.pystate import PythonState, Unsavable
+from mtl.engine.stages import Stage, stage_at
 from mtl.engine.step import Losses, Step
 from mtl.engine.switches import Info, Switches
 from mtl.engine.trained import Idle, Watch
@@ -100,6 +102,8 @@ class Learner:
         self._unsavable: str | None = None
         self._trained = False  # whether an epoch has moved the model
         self._idle: Idle | None = None  # why the latest one has not
+        self._trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self._rates = [group["lr"] for group in self.optimizer.param_groups]
 
     @property
     def alternates(self) -> bool:
@@ -141,20 +145,22 @@ class Learner:
             self.strategy.epoch_start(epoch, epochs, self.seed)
             self.model.train()
             self.strategy.train()
+            stage, first = stage_at(self.trainer.plan, epoch)
+            counts = self._enter(stage, begins=0 < epoch == first)
             step, tally, partial = self.step(), Tally(self.device), any(t.name in batches.partial for t in self.tasks)
             observer = GradientObserver(self.microscope.samples, self.tasks, self.model,
                                         self.switches.transform == "log", self.one_jacobian, tally)  # fmt: skip
             watch = None if self._trained else Watch(self.model, self.optimizer, tally)
             progress = Progress(steps, f"epoch {epoch + 1}/{epochs}")
             progress.live &= self.processes is None or self.processes.leads
+            alarm = Alarm([task.name for task in self.tasks], epoch, type(self.strategy).__name__)
             for i, batch in enumerate(batches.epoch(epoch)):
                 if i == 0 or self.schedule.interval == "step":
-                    self._set_rate(epoch + i / steps)
-                # As one tensor, because a step may divide its batch into parts.
-                labelled = torch.stack([t.labelled(batch[t.column]) for t in self.tasks], 1) if partial else None
-                look = Look(observer, self, batch) if self.microscope.looks(i) else None
+                    self._set_rate(epoch - first + i / steps, stage.epochs)
+                labelled = self._labelled(batch, counts) if partial or counts is not None else None
+                look = Look(observer, self, batch) if self.microscope.looks(i) and observer.parameters else None
                 info = step(self.forward(batch), _size(batch), labelled, look)
-                self._add_up(info, batch, tally)
+                alarm.see(self._add_up(info, batch, tally), info.norm, counts)
                 if watch is not None:
                     watch.step()
                 progress.update(i + 1)
@@ -178,8 +184,11 @@ class Learner:
             }
 
     @torch.no_grad()
-    def _add_up(self, info: Info, batch: Batch, tally: Tally) -> None:
-        """Add one step to the epoch's sums. Names with a slash are the engine's: no task's name holds one."""
+    def _add_up(self, info: Info, batch: Batch, tally: Tally) -> Sequence[Tensor]:
+        """Add one step to the epoch's sums; returns its losses.
+
+        Names with a slash are the engine's: no task's name holds one.
+        """
         predictions, losses = self._whole(info.passes, batch)
         counts = self._add_tasks(predictions, batch, tally)
         for task, loss, count in zip(self.tasks, losses, counts, strict=True):
@@ -187,6 +196,7 @@ class Learner:
         for name in ("weights", *STATISTICS):
             if (value := getattr(info, name)) is not None:
                 tally.add(f"step/{name}", value)
+        return losses
 
     def _add_tasks(self, predictions: Sequence[Any], batch: Batch, tally: Tally) -> list[Tensor]:
         """Add a batch to the metrics of all tasks; returns how many labelled units each task has in it."""
@@ -207,6 +217,36 @@ class Learner:
             if f"step/{name}" in read:
                 row[f"grad/{name}"] = read[f"step/{name}"].item() / steps
         return row
+
+    def _enter(self, stage: Stage, begins: bool) -> Tensor | None:
+        """Let the stage's parameters learn; returns (T,) bool, the tasks that count, or None where all do.
+
+        Args:
+            begins: this is the stage's first epoch, and not the run's.
+        """
+        if len(self.trainer.plan) == 1 and stage == Stage(stage.epochs):
+            return None
+        learns = {id(p) for task in self.tasks if stage.learns(task.name) for p in self.model.own_parameters(task.name)}
+        learns |= {id(p) for p in self.model.shared_parameters()} if stage.learns(None) else set()
+        for p in self._trainable:
+            p.requires_grad_(id(p) in learns)
+        known = {id(p) for p in self._trainable}
+        for module in self.model.modules():  # a frozen batch norm keeps its averages as well
+            own = list(module.parameters(recurse=False))
+            if hasattr(module, "track_running_stats") and own and all(id(p) in known - learns for p in own):
+                module.eval()
+        if begins:
+            self.optimizer.state.clear()
+        for i, (group, rate) in enumerate(zip(self.optimizer.param_groups, self._rates, strict=True)):
+            group["initial_lr"] = stage.lr if stage.lr is not None and i == 0 else rate
+        counts = [stage.counts(task.name) for task in self.tasks]
+        return None if all(counts) else torch.tensor(counts, device=self.device)
+
+    def _labelled(self, batch: Batch, counts: Tensor | None) -> Tensor:
+        """(N, T) bool: which samples have a label of which task that counts."""
+        # As one tensor, because a step may divide its batch into parts.
+        labelled = torch.stack([t.labelled(batch[t.column]) for t in self.tasks], 1)
+        return labelled if counts is None else labelled & counts
 
     def step(self) -> Step:
         """The update of this learner's parameters."""
@@ -271,6 +311,9 @@ class Learner:
         split = "val" if f"val/{keys[0]}" in row else "train"
         losses = torch.tensor([row[f"train/{t.name}_loss"] for t in self.tasks])
         scores = torch.tensor([row[f"{split}/{key}"] for key in keys])
+        stage, _ = stage_at(self.trainer.plan, self.strategy.epoch)
+        if absent := [i for i, task in enumerate(self.tasks) if not stage.counts(task.name)]:
+            losses[absent], scores[absent] = math.nan, math.nan  # as for a task without any label
         higher = torch.tensor([t.scores[0].higher_is_better for t in self.tasks])
         self.strategy.epoch_end(Statistics(losses, scores, higher, percent=True))
 
@@ -302,8 +345,8 @@ class Learner:
                     row[f"{split}/{task.name}_{score.name}"] = values[score.name]
         return row
 
-    def _set_rate(self, progress: float) -> None:
-        factor = self.schedule(progress, self.trainer.epochs)
+    def _set_rate(self, progress: float, epochs: int) -> None:
+        factor = self.schedule(progress, epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 

@@ -210,7 +210,7 @@ class Job:
             name: b for name, b in self.evaluations.items() if f"{name}/{self.learner.tasks[0].name}_loss" in row
         }
         what = find(row, self.learner.tasks, evaluated, self.train.partial)
-        if what is None and (not evaluated or finite(self.learner)):
+        if what is None and (not evaluated or finite(self.learner.model, self.learner.strategy)):
             return
         kept = " (last.pt holds the epoch before)" if row["epoch"] > 1 else ""
         raise Diverged(

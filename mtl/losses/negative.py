@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from mtl.losses.delayed import Delayed
 
 
 def host(flags: Tensor) -> list[bool] | None:
@@ -13,39 +14,19 @@ def host(flags: Tensor) -> list[bool] | None:
     return flags.tolist() if flags.device.type == "cpu" else None
 
 
-class DelayedFlags:
-    """Reads flags from a GPU without waiting for it: what a step raised is known some steps later."""
+class DelayedFlags(Delayed):
+    """Flags of many steps: what any step so far has raised."""
 
     def __init__(self) -> None:
-        self._raised: Tensor | None = None  # on the device: what any step so far has raised
-        self._copy: tuple[Tensor, Any] | None = None  # on its way to the host, and the event of its arrival
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> DelayedFlags:
-        return DelayedFlags()
-
-    def __reduce__(self) -> tuple[type[DelayedFlags], tuple[()]]:
-        return DelayedFlags, ()
+        super().__init__()
+        self._raised: Tensor | None = None  # on the device
 
     def see(self, flags: Tensor) -> list[bool]:
         """Add (T,) bool `flags`; return those that are known to have been raised up to now."""
         if (known := host(flags)) is not None:
             return known
-        none = [False] * len(flags)
-        if flags.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-            return none
         self._raised = flags.clone() if self._raised is None else self._raised.logical_or_(flags)
-        if self._copy is None:
-            copy = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
-            copy.copy_(self._raised, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._copy = copy, event
-            return none
-        copy, event = self._copy
-        if not event.query():
-            return none
-        self._copy = None
-        return copy.tolist()
+        return self.read(self._raised) or [False] * len(flags)
 
 
 def refuse_negative(strategy: Any, losses: Tensor, present: Tensor | None, why: str) -> None:
