@@ -90,7 +90,8 @@ def assemble(config: Mapping[str, Any], processes: Processes | None = None) -> t
     if processes is not None:
         trainer = replace(trainer, device=processes.device(trainer.device))
     device = trainer.open_device()
-    learner = build_learner(config, benchmark, tasks, strategy, trainer, device, switches)
+    with trainer.flags():  # what a deterministic run refuses, the trial passes find
+        learner = build_learner(config, benchmark, tasks, strategy, trainer, device, switches)
     if processes is not None:
         images = torch.randn(2, *benchmark.image_shape, generator=torch.Generator().manual_seed(0))
         processes.check(learner.model.backbone, images.to(device))
@@ -112,7 +113,7 @@ def open_batches(benchmark: Benchmark, learner: Learner) -> tuple[TrainingBatche
     train = TrainingBatches(splits["train"], benchmark, learner.device, learner.seed, smallest)
     for split in splits.values():
         samples = move(few(split, learner.tasks), learner.device)
-        with as_before(learner.model), torch.no_grad():
+        with as_before(learner.model), learner.trainer.flags(), torch.no_grad():
             predictions = learner.model.eval()(train.normalise(samples.images))
             check_tasks(learner.tasks, predictions, samples.targets)
     evaluations = {n: EvaluationBatches(s, benchmark, learner.device) for n, s in splits.items() if n != "train"}
@@ -145,7 +146,9 @@ def build_learner(
         microscope.check(benchmark.batch_size, [t.name for t in tasks])
     except ValueError as error:
         raise ConfigError(f"microscope.{error}") from error
-    seed, schedule = config["seed"], schema.build(config["schedule"], "schedule")
+    seed = config["seed"]
+    with seeded(seed, "schedule"):
+        schedule = schema.build(config["schedule"], "schedule")
     with seeded(seed, "init"):
         model = _build_model(config, benchmark, tasks, trainer, max(1, min(2, benchmark.batch_size // parts(strategy))))
         if defines(strategy, "views") and not all(list(model.head_parameters(t.name)) for t in tasks):

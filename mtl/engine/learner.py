@@ -131,7 +131,7 @@ class Learner:
             passed, mean task weights, gradient statistics, learning rate, speed.
         """
         # Dropout and a user's own code draw from the global streams: reseeded, they too are functions of (seed, epoch).
-        with seeded(self.seed, "dropout", epoch, device=self.device):
+        with seeded(self.seed, "dropout", epoch), self.trainer.flags():
             return self._train_epoch(batches, epoch)
 
     def _train_epoch(self, batches: TrainingBatches, epoch: int) -> dict[str, float]:
@@ -245,7 +245,7 @@ class Learner:
         """
         if self._idle is not None:
             self._idle.judge(self.strategy.epoch, self.trainer.epochs)
-        with seeded(self.seed, "epoch_end", self.strategy.epoch, device=self.device):
+        with seeded(self.seed, "epoch_end", self.strategy.epoch), self.trainer.flags():
             self._epoch_end(row)
 
     def _epoch_end(self, row: dict[str, float]) -> None:
@@ -258,7 +258,7 @@ class Learner:
 
     def evaluate(self, batches: Iterable, name: str) -> dict[str, float]:
         """Losses and metrics over all samples, as {"<name>/<task>_loss": …, "<name>/<task>_<metric>": …}."""
-        with seeded(self.seed, "evaluate", name, device=self.device):
+        with seeded(self.seed, "evaluate", name), self.trainer.flags():
             return self._evaluate(batches, name)
 
     @torch.inference_mode()
