@@ -18,9 +18,11 @@ from torch import nn
 import mtl.random
 from mtl.cli.command import CONF
 from mtl.config.identity import identify
-from mtl.engine import checkpoint, run
+from mtl.engine import checkpoint
 from mtl.engine.device import Execution
 from mtl.engine.learner import Learner
+from mtl.engine.outcome import Outcome
+from mtl.engine.run import prepare
 from mtl.optim.schedules import Constant
 from mtl.tracking import Tracker
 from mtl.tracking.runlog import RunLog
@@ -113,8 +115,9 @@ def compose_config(words: str, root) -> tuple:
     return plain, choices, identify(plain, choices), f"python train.py {words}"
 
 
-def execute(config: tuple) -> "run.Outcome":
-    return run.run(*config)
+def execute(config: tuple) -> Outcome:
+    with prepare(*config) as job:
+        return job.execute()
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +189,13 @@ def test_a_run_gives_back_what_belongs_to_the_process(tmp_path, monkeypatch):
     assert seen == {2: {(True, False)}, 1: {(False, True)}}
     after = (flags(), *generators())
     assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_later_command_in_the_process_begins_with_nothing(smoke):
+    """Neither with the exit codes of the command before, nor with its grid."""
+    assert smoke("-m", "logger=none", "trainer.epochs=1", "seed=0,-1").code == 2
+    again = smoke("logger=none", "trainer.epochs=1", "seed=0")
+    assert again.code == 0 and "finished" in again.out and "runs finished" not in again.out
 
 
 def flags() -> tuple[bool, bool]:
