@@ -5,6 +5,7 @@ import logging
 import random
 import re
 import threading
+import weakref
 from contextlib import contextmanager
 
 import numpy as np
@@ -18,11 +19,10 @@ from torch import nn
 import mtl.random
 from mtl.cli.command import CONF
 from mtl.config.identity import identify
-from mtl.engine import checkpoint
+from mtl.engine import checkpoint, run
 from mtl.engine.device import Execution
 from mtl.engine.learner import Learner
 from mtl.engine.outcome import Outcome
-from mtl.engine.run import prepare
 from mtl.optim.schedules import Constant
 from mtl.tracking import Tracker
 from mtl.tracking.runlog import RunLog
@@ -116,7 +116,7 @@ def compose_config(words: str, root) -> tuple:
 
 
 def execute(config: tuple) -> Outcome:
-    with prepare(*config) as job:
+    with run.prepare(*config) as job:
         return job.execute()
 
 
@@ -196,6 +196,21 @@ def test_a_later_command_in_the_process_begins_with_nothing(smoke):
     assert smoke("-m", "logger=none", "trainer.epochs=1", "seed=0,-1").code == 2
     again = smoke("logger=none", "trainer.epochs=1", "seed=0")
     assert again.code == 0 and "finished" in again.out and "runs finished" not in again.out
+
+
+def test_a_run_has_left_the_memory_when_the_next_one_begins(smoke, monkeypatch):
+    """The single-task baselines of a command, too, are never in memory together."""
+    learners, build = [], run.assemble
+
+    def assemble(*arguments):
+        assert not [r for r in learners if r() is not None]
+        found = build(*arguments)
+        learners.append(weakref.ref(found[1]))
+        return found
+
+    monkeypatch.setattr(run, "assemble", assemble)
+    assert smoke("logger=none", "trainer.epochs=1", "study.baselines=auto").code == 0
+    assert len(learners) == 3
 
 
 def flags() -> tuple[bool, bool]:

@@ -62,6 +62,7 @@ def run_from_hydra(config: DictConfig) -> float | None:
     away = hydra.mode == RunMode.MULTIRUN and launched.directory is None  # in a process that a launcher started
     _open_console(hydra, away)
     for cell in _cells(config, hydra, away):
+        job = None  # the network and the data of the run before make room for the next one's
         cell.begin()
         with launchers.at_work() if away else nullcontext(), cell, ExitStack() as stack:
             start = partial(cell.prepare, stack, launched.measured)
