@@ -39,7 +39,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 import train
-from mtl.cli.command import CONF, GROUPS, Grid, launch, translate
+from mtl.cli.command import CONF, GROUPS, launch, translate
 from mtl.config.identity import identify
 from mtl.engine import checkpoint
 from mtl.engine.build import assemble, check, open_batches
@@ -132,7 +132,6 @@ class Faults:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             logging.getLogger("mtl").handlers = []
             sys.argv = ["train.py", *SMALL, *options.split()]
-            Grid.directory, Grid.codes = None, []
             before()
             return launch(train.main)
 

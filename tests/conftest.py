@@ -23,7 +23,7 @@ needs_real_data = pytest.mark.skipif(
 def cli(tmp_path, monkeypatch, capfd):
     """`cli("loss=dwa", "seed=0")` runs train.py in an empty folder; returns .code, .out, .err."""
     import train
-    from mtl.cli.command import Grid, launch
+    from mtl.cli.command import launch
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -33,7 +33,6 @@ def cli(tmp_path, monkeypatch, capfd):
     def call(*arguments: str):
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         GlobalHydra.instance().clear()
-        Grid.directory, Grid.codes = None, []
         log.handlers, log.propagate = [], True  # the console's handler holds the stdout of the call before
         capfd.readouterr()
         code = launch(train.main)

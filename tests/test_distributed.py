@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -336,10 +337,10 @@ def test_a_grid_is_refused(cli, started, tmp_path):
 def test_only_the_first_process_reads_the_finished_files(cli, started, monkeypatch):
     """The others are done before it has written them."""
     from mtl.cli import cell
-    from mtl.engine.run import Outcome
+    from mtl.engine.outcome import Outcome
 
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(cell, "execute", lambda *_: Outcome("finished", 0, "not/there/yet"))
+    monkeypatch.setattr(cell, "prepared", lambda *_: nullcontext(Outcome("finished", 0, "not/there/yet")))
     assert cli(*SMALL).code == 0
     monkeypatch.setenv("RANK", "0")
     assert cli(*SMALL).code != 0  # else nothing would be tested
@@ -452,10 +453,7 @@ def test_a_deterministic_run_tells_cublas(monkeypatch):
         monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", value or "")
         if value is None:
             monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-        try:
-            Execution(device="cpu", deterministic=True).open_device()
-        finally:
-            torch.use_deterministic_algorithms(False)
+        Execution(device="cpu", deterministic=True).open_device()
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == (value or ":4096:8")
 
 

@@ -24,7 +24,7 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mtl.cli.command import Grid, launch
+from mtl.cli.command import launch
 from mtl.config.identity import Identity
 from mtl.data.digits import Digits
 from mtl.engine import checkpoint, files
@@ -62,7 +62,6 @@ def made(tmp_path_factory):
             patch.setattr(Learner, "train_epoch", lambda *a, last=epochs: real(*a) if a[2] < last else 1 / 0)
             patch.setattr(sys, "argv", ["train.py", *SMALL, f"output_root={name}", f"seed={seed}"])
             GlobalHydra.instance().clear()
-            Grid.directory, Grid.codes = None, []
             logging.getLogger("mtl").handlers = []
             assert launch(train.main) == (0 if epochs == 3 else 1)
     return folder

@@ -20,7 +20,7 @@ from conftest import ROOT
 from filelock import FileLock
 
 from mtl.cli import grid
-from mtl.cli.command import Grid
+from mtl.cli.command import Launch
 from mtl.engine.learner import Learner
 
 
@@ -213,15 +213,13 @@ def test_folders_that_were_there_stay_though_empty(cli, tmp_path):
     assert contents(tmp_path) == {"outputs": None, "outputs/multirun": None}
 
 
-def test_jobs_in_the_queue_keep_their_files(tmp_path, monkeypatch):
+def test_jobs_in_the_queue_keep_their_files(tmp_path):
     """Ctrl-C leaves Slurm's jobs in the queue, none of which may have begun."""
     made = tmp_path / "grid"
     for interrupted in (True, False):
         (made / ".submitit" / "7").mkdir(parents=True, exist_ok=True)
         (made / ".submitit" / "7" / "7_submitted.pkl").touch()
-        monkeypatch.setattr(Grid, "directory", made)
-        monkeypatch.setattr(Grid, "_made", [made])
-        assert Grid.close(interrupted) == 0
+        assert Launch(directory=made, made=[made]).close(interrupted) == 0
         assert made.exists() == interrupted
     assert tmp_path.exists()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import traceback
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
@@ -92,3 +93,15 @@ def test_no_torch_where_help_must_be_instant(what):
 
 def test_every_module_says_what_it_is():
     assert not [name for name, (_, tree) in modules().items() if not ast.get_docstring(tree)]
+
+
+def test_from_the_command_to_an_epoch_there_is_a_straight_line(smoke, monkeypatch):
+    frames = []
+
+    def train_epoch(*_):
+        frames.extend(f.name for f in traceback.extract_stack()[:-1] if f.filename.startswith(str(ROOT / "mtl")))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mtl.engine.learner.Learner.train_epoch", train_epoch)
+    assert smoke("logger=none").code == 130
+    assert frames[frames.index("main") :] == ["main", "run_from_hydra", "execute"]

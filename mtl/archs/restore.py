@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from mtl.random import kept
+
 
 @contextmanager
 def as_before(model: nn.Module) -> Iterator[None]:
-    """Afterwards the modes, parameters, buffers and all generators of the CPU are as they were.
+    """Afterwards the modes, parameters, buffers and all global generators are as they were.
 
     Only parameters and buffers of lazy modules, which the first forward pass makes, stay.
     """
@@ -22,13 +22,10 @@ def as_before(model: nn.Module) -> Iterator[None]:
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     tensors = [*model.parameters(), *(b for _, named in buffers for b in named.values() if b is not None)]
     values = [(t, t.detach().clone()) for t in tensors if not is_lazy(t)]
-    states = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with kept():
             yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
         for module, training in modes:
             module.training = training
         for module, named in buffers:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mtl.cli import launchers
 from mtl.cli.baselines import Command, fill, single_tasks
-from mtl.cli.command import Grid, translate
+from mtl.cli.command import translate, under_way
 from mtl.cli.grid import progress
 from mtl.cli.overrides import refuse_hidden, repeat
 from mtl.cli.plan import plan, plan_table
@@ -27,13 +27,16 @@ from mtl.config import schema, source, torchrun
 from mtl.config.identity import identify, own_code
 from mtl.engine.build import check
 from mtl.engine.directory import write_json
+from mtl.engine.follow import Follower
+from mtl.engine.outcome import Outcome
 from mtl.engine.replay import objective
-from mtl.engine.run import Outcome, run
+from mtl.engine.run import Job, prepare
 from mtl.errors import Busy, ConfigError, UserError, one_line, out_of_memory
 from mtl.parallel.processes import together
 from mtl.report.runs import load
 
 log = logging.getLogger("mtl")
+RUNNING = Outcome("running", 0)
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,23 @@ def run_from_hydra(config: DictConfig) -> float | None:
     Returns:
         what a Hydra sweeper searches by: the best validation figure; None where there is none (a failed trial).
     """
-    hydra = HydraConfig.get()
-    grid = hydra.mode == RunMode.MULTIRUN
-    away = grid and Grid.directory is None  # in a process that a launcher started
+    hydra, launched = HydraConfig.get(), under_way()
+    away = hydra.mode == RunMode.MULTIRUN and launched.directory is None  # in a process that a launcher started
+    _open_console(hydra, away)
+    for cell in _cells(config, hydra, away):
+        job = None  # the network and the data of the run before make room for the next one's
+        cell.begin()
+        with launchers.at_work() if away else nullcontext(), cell, ExitStack() as stack:
+            start = partial(cell.prepare, stack, launched.measured)
+            job = launchers.when_free(start) if away else start()
+            cell.outcome = job if isinstance(job, Outcome) else job.execute()
+        found = cell.end()
+        launched.codes.append(cell.outcome.code)
+    return found
+
+
+def _open_console(hydra: DictConfig, away: bool) -> None:
+    """Print the log of this process's runs, from its first run on."""
     if not log.handlers:
         console = logging.StreamHandler(sys.stdout)
         console.setLevel(logging.INFO)
@@ -66,43 +83,114 @@ def run_from_hydra(config: DictConfig) -> float | None:
         log.propagate = False
         if away:
             launchers.enter(hydra, console)
-    # As typed: resolving would trip over an interpolation that leads nowhere.
-    words, choices = OmegaConf.to_container(hydra.overrides.task, resolve=False), dict(hydra.runtime.choices)
-    try:
-        refuse_hidden(hydra)
-        cells = _cells(config, choices, words)
-    except UserError as error:
-        cells = [(None, choices, words)]
-        refused = Outcome("refused", error.exit_code, message=str(error))
-    for i, (plain, chosen, typed) in enumerate(cells):
-        command, since = repeat(hydra, typed), time.perf_counter()
-        if grid:
-            suffix = f"-{i}" if i < len(cells) - 1 else ""  # the baselines of a cell stand before it
-            file = Path(hydra.sweep.dir) / f"cell-{hydra.job.num:05d}{suffix}.json"
-            write_json(file, {"command": command, **asdict(Outcome("running", 0))})
-        if away:
-            launchers.note(hydra.job.num, f"started: {command}")
-        with launchers.at_work() if away else nullcontext():
-            if plain is None:
-                outcome = refused
-            elif away:
-                outcome = launchers.when_free(partial(execute, plain, chosen, command, away))
-            else:
-                outcome = execute(plain, chosen, command)
-        outcome, found = _objective(outcome)
+
+
+@dataclass
+class Cell:
+    """One run of a command, and the note of how it went. In a grid the note is a file beside the other cells'.
+
+    It is a context manager for the run's work: whatever goes wrong in the block becomes the outcome. A signal passes.
+
+    Attributes:
+        config: resolved, as plain Python objects.
+        choices: the option chosen in each config group.
+        command: the command line that describes it.
+        number: of the grid's cell.
+        note: the file in the grid's record; None for a single run.
+        away: this process was started by a launcher.
+        last: it is the run that was asked for, not one of its single-task baselines.
+        refused: why there is no config to run.
+        outcome: how the run ended.
+    """
+
+    config: Mapping[str, Any]
+    choices: Mapping[str, str]
+    command: str
+    number: int = 0
+    note: Path | None = None
+    away: bool = False
+    last: bool = True
+    refused: UserError | None = None
+    outcome: Outcome = RUNNING
+
+    def begin(self) -> None:
+        """Note that the cell is at work."""
+        self.since = time.perf_counter()
+        if self.note is not None:
+            write_json(self.note, {"command": self.command, **asdict(self.outcome)})
+        if self.away:
+            launchers.note(self.number, f"started: {self.command}")
+
+    def prepare(self, stack: ExitStack, measured: dict[str, float]) -> Job | Follower | Outcome:
+        """What to execute, until `stack` closes; or the outcome, where nothing is left to do.
+
+        Raises:
+            UserError: the run cannot begin, or there is no config to run.
+        """
+        if self.refused is not None:
+            raise self.refused
+        return stack.enter_context(prepared(self.config, self.choices, self.command, measured))
+
+    def __enter__(self) -> Cell:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, Busy):
+            self.outcome = Outcome("running elsewhere", error.exit_code, message=str(error))
+        elif isinstance(error, UserError):
+            # Where the engine has put an error of the user's own code into its words, the place is still missing.
+            self.outcome = Outcome("refused", error.exit_code, message=f"{error}{source.blame(error)}")
+        elif isinstance(error, Exception):  # a user's own code, or a bug of ours, before the run had a log for it
+            reason = "not enough memory" if out_of_memory(error) else type(error).__name__
+            self.outcome = Outcome("failed", 1, message=f"{reason}: {one_line(error)}{_told(error)}")
+        return isinstance(error, Exception)
+
+    def end(self) -> float | None:
+        """Note and print how it ended; return what a sweeper searches by."""
+        outcome, found = _objective(self.outcome)
+        self.outcome = outcome
         if outcome.message and torchrun.rank() == 0:
             print(f"error: {outcome.message}", file=sys.stderr)
-        if away:
+        if self.away:
             where = f", in {outcome.directory}" if outcome.directory else ""
-            launchers.note(hydra.job.num, f"{outcome.status}{where}")
-        if grid:
-            write_json(file, {"command": command, "seconds": time.perf_counter() - since, **asdict(outcome)})
-            if outcome.plan is None and not suffix:
-                log.info(progress(file.parent))
+            launchers.note(self.number, f"{outcome.status}{where}")
+        if self.note is not None:
+            seconds = time.perf_counter() - self.since
+            write_json(self.note, {"command": self.command, "seconds": seconds, **asdict(outcome)})
+            if outcome.plan is None and self.last:
+                log.info(progress(self.note.parent))
         elif outcome.plan:
             log.info(plan_table([outcome.plan]))
-        Grid.codes.append(outcome.code)
-    return found
+        return found
+
+
+@contextmanager
+def prepared(
+    config: Mapping[str, Any], choices: Mapping[str, str], command: str, measured: dict[str, float]
+) -> Iterator[Job | Follower | Outcome]:
+    """Check one config and build its run, whose `execute` then trains it inside this block; or plan it.
+
+    Args:
+        config: resolved, as plain Python objects.
+        choices: the option chosen in each config group.
+        command: the command line that describes it.
+        measured: as in `mtl.cli.plan.plan`.
+
+    Raises:
+        Busy: another process is at work on this run.
+        UserError: the run cannot begin.
+    """
+    filled = fill(config, choices)
+    check(filled)
+    # By the config as typed: single-task results that were filled in differ from seed to seed.
+    identity = identify(config, choices)
+    if module := source.changed(own_code(config)):
+        raise ConfigError(f"{module} was changed while this command ran; the same command again runs the new code")
+    if config["study"]["plan"]:
+        yield plan(filled, identity, measured)
+        return
+    with together() as processes, prepare(filled, choices, identity, command, processes) as job:
+        yield job
 
 
 def _objective(outcome: Outcome) -> tuple[Outcome, float | None]:
@@ -121,8 +209,27 @@ def _objective(outcome: Outcome) -> tuple[Outcome, float | None]:
     return outcome, found
 
 
-def _cells(config: DictConfig, choices: dict[str, str], words: list[str]) -> list[Command]:
-    """The run that a command describes, after those of its single-task baselines where they are asked for.
+def _cells(config: DictConfig, hydra: DictConfig, away: bool) -> list[Cell]:
+    """The run that a command describes, after those of its single-task baselines where they are asked for."""
+    # As typed: resolving would trip over an interpolation that leads nowhere.
+    words, choices = OmegaConf.to_container(hydra.overrides.task, resolve=False), dict(hydra.runtime.choices)
+    refused = None
+    try:
+        refuse_hidden(hydra)
+        commands = _commands(config, choices, words)
+    except UserError as error:
+        commands, refused = [({}, choices, words)], error
+    grid, cells = hydra.mode == RunMode.MULTIRUN, []
+    for i, (plain, chosen, typed) in enumerate(commands):
+        last = i == len(commands) - 1
+        number = hydra.job.num if grid else 0
+        note = Path(hydra.sweep.dir) / f"cell-{number:05d}{'' if last else f'-{i}'}.json" if grid else None
+        cells.append(Cell(plain, chosen, repeat(hydra, typed), number, note, away, last, refused))
+    return cells
+
+
+def _commands(config: DictConfig, choices: dict[str, str], words: list[str]) -> list[Command]:
+    """The command of each run.
 
     Raises:
         UserError: an interpolation leads nowhere, or the study or data node is wrong.
@@ -132,45 +239,10 @@ def _cells(config: DictConfig, choices: dict[str, str], words: list[str]) -> lis
     except OmegaConfBaseException as error:
         raise translate(error) from error
     schema.check(plain.get("study"), "study")
-    cells, study = [(plain, choices, words)], schema.build(plain["study"], "study")
+    commands, study = [(plain, choices, words)], schema.build(plain["study"], "study")
     if torchrun.size() > 1 and study != Study():
         raise ConfigError("study: torchrun starts one run at a time; plan and train baselines without it")
-    return [*single_tasks(plain, choices, words), *cells] if study.baselines == "auto" else cells
-
-
-def execute(config: Mapping[str, Any], choices: Mapping[str, str], command: str, patient: bool = False) -> Outcome:
-    """Train or plan one config; whatever goes wrong becomes the outcome.
-
-    Args:
-        config: resolved, as plain Python objects.
-        choices: the option chosen in each config group.
-        command: the command line that describes it.
-        patient: the caller waits for another process that is at work on it.
-
-    Raises:
-        Busy: where the caller is patient.
-    """
-    try:
-        filled = fill(config, choices)
-        check(filled)
-        # By the config as typed: single-task results that were filled in differ from seed to seed.
-        identity = identify(config, choices)
-        if module := source.changed(own_code(config)):
-            raise ConfigError(f"{module} was changed while this command ran; the same command again runs the new code")
-        if config["study"]["plan"]:
-            return plan(filled, identity)
-        with together() as processes:
-            return run(filled, choices, identity, command, processes)
-    except Busy as error:
-        if patient:
-            raise
-        return Outcome("running elsewhere", error.exit_code, message=str(error))
-    except UserError as error:
-        # Where the engine has put an error of the user's own code into its words, the place is still missing.
-        return Outcome("refused", error.exit_code, message=f"{error}{source.blame(error)}")
-    except Exception as error:  # a user's own code, or a bug of ours, before the run had a log to put it into
-        reason = "not enough memory" if out_of_memory(error) else type(error).__name__
-        return Outcome("failed", 1, message=f"{reason}: {one_line(error)}{_told(error)}")
+    return [*single_tasks(plain, choices, words), *commands] if study.baselines == "auto" else commands
 
 
 def _told(error: Exception) -> str:

@@ -14,6 +14,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -52,31 +54,93 @@ PATIENCE = 2.0  # seconds after a signal in which further ones are not heard: a 
 RECORDLESS = "mtl-grid-"  # the start of the temporary folder's name where no record can be kept
 
 
+@dataclass
+class Launch:
+    """What one call of `launch` knows of its runs. A later call in the same process begins with nothing.
+
+    Attributes:
+        codes: the exit code of each run so far.
+        directory: the folder of the grid; None for a single run, and in a process that a launcher started.
+        made: the folders that were made for it, the innermost first.
+        measured: seconds of an epoch of each group of runs that `study.plan` has timed.
+    """
+
+    codes: list[int] = field(default_factory=list)
+    directory: Path | None = None
+    made: list[Path] = field(default_factory=list)
+    measured: dict[str, float] = field(default_factory=dict)
+
+    def close(self, interrupted: bool = False) -> int:
+        """Print the table of all runs of the grid; return 1 if one of them failed.
+
+        Args:
+            interrupted: by a signal. Slurm's jobs may then still be in the queue: they need their files.
+        """
+        if self.directory is None or not self.directory.exists():
+            return 0
+        if not any(self.directory.glob("cell-*.json")):  # refused before the first run began: leave nothing behind
+            if not (interrupted and (self.directory / ".submitit").exists()):
+                self._discard()
+            return 0
+        from mtl.cli.grid import summarise  # late: it needs the plotting library
+
+        code, empty = summarise(self.directory, kept=not _temporary(self.directory))
+        if empty:
+            self._discard()
+        return code
+
+    def _discard(self) -> None:
+        """Remove the grid's record: the files that it is made of, and the folders that were made for it."""
+        folders = [f for f in self.directory.glob(".submitit/**/") if f.is_dir()]
+        files = [file for folder in folders for file in folder.iterdir() if file.is_file()]
+        for pattern in RECORD:
+            files += self.directory.glob(pattern)
+        for file in files:
+            file.unlink(missing_ok=True)
+        for folder in sorted(folders, reverse=True):
+            remove_empty([folder])
+        remove_empty(self.made)
+
+
+_under_way: ContextVar[Launch | None] = ContextVar("launch", default=None)  # Hydra calls our code without it
+
+
+def under_way() -> Launch:
+    """The launch that this thread is at work on; a new one in a process that a launcher started."""
+    found = _under_way.get()
+    if found is None:
+        _under_way.set(found := Launch())
+    return found
+
+
 def launch(main: Callable[[], None]) -> int:
     """Run a `@hydra.main` function; return the process's exit code.
 
     0: all runs finished. 1: a run failed, or the machine is at fault. 2: the command or config is wrong.
     129 / 130 / 143: interrupted by a closed terminal, Ctrl-C or SIGTERM; the same command resumes.
     """
+    # The process's, not a run's: the command line has the process for itself.
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand the exceptions to us instead of printing them over many lines
+    logging.raiseExceptions = False  # a run goes on, without tracebacks, when whoever read its output (| head) is gone
+    token = _under_way.set(launched := Launch())
     before = _listen(_first_stops())
     try:
-        code, interrupted = _run(main)
-        return max(code, Grid.close(interrupted))
+        code, interrupted = _run(main, launched)
+        return max(code, launched.close(interrupted))
     except (KeyboardInterrupt, Terminated) as error:  # during the closing table
         return _code(error)
     finally:
+        _under_way.reset(token)
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _run(main: Callable[[], None]) -> tuple[int, bool]:
+def _run(main: Callable[[], None], launched: Launch) -> tuple[int, bool]:
     """The exit code of `main`, and whether a signal ended it."""
-    logging.raiseExceptions = False  # a run goes on, without tracebacks, when whoever read its output (| head) is gone
     try:
         _read_command()
         main()
-        code = max(Grid.codes, default=0)
+        code = max(launched.codes, default=0)
     except UserError as error:
         code = _say(error)
     except MissingConfigException as error:  # an OSError by inheritance, but not about the disk
@@ -129,64 +193,29 @@ def _listen(handler: Callable) -> dict[int, Any]:
 
 
 class Grid(Callback):
-    """The multirun of this process: its folder, and the outcome of its runs, for the closing table.
+    """What Hydra calls when a multirun begins: it makes the folder for the grid's record.
 
     The folder is always a new one. Where `hydra.sweep.dir` exists already, it is a folder in it: whatever lies there,
     another grid's record or a user's results, is neither overwritten nor counted nor removed.
     """
 
-    directory: Path | None = None
-    codes: list[int] = []
-    _made: list[Path] = []  # the folders that this process has made, the innermost first
-
     def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
         try:
-            Grid.directory, Grid._made = _new_folder(Path(config.hydra.sweep.dir), Path(str(config.get("output_root"))))
+            folder, made = _new_folder(Path(config.hydra.sweep.dir), Path(str(config.get("output_root"))))
         except OSError:  # Hydra makes a warning of what a callback raises; it fails there next, with an error
             return
+        launched = under_way()
+        launched.directory, launched.made = folder, made
         # The sweeper and the launcher, and through the overrides the cells in other processes, write there as well.
         with open_dict(config):
-            config.hydra.sweep.dir = str(Grid.directory)
+            config.hydra.sweep.dir = str(folder)
             kept = [w for w in config.hydra.overrides.hydra if not w.lstrip("+").startswith("hydra.sweep.dir=")]
-            config.hydra.overrides.hydra = [*kept, f"hydra.sweep.dir={spell(str(Grid.directory))}"]
+            config.hydra.overrides.hydra = [*kept, f"hydra.sweep.dir={spell(str(folder))}"]
         note = {"started": time.time(), "cells": _count(config.hydra)}
         with suppress(OSError):  # a full disk: as above
-            (Grid.directory / "grid.json").write_text(json.dumps(note) + "\n")
+            (folder / "grid.json").write_text(json.dumps(note) + "\n")
         if line := launchers.announce(config.hydra):
             print(line, flush=True)
-
-    @classmethod
-    def close(cls, interrupted: bool = False) -> int:
-        """Print the table of all runs of the grid; return 1 if one of them failed.
-
-        Args:
-            interrupted: by a signal. Slurm's jobs may then still be in the queue: they need their files.
-        """
-        if cls.directory is None or not cls.directory.exists():
-            return 0
-        if not any(cls.directory.glob("cell-*.json")):  # refused before the first run began: leave nothing behind
-            if not (interrupted and (cls.directory / ".submitit").exists()):
-                cls._discard()
-            return 0
-        from mtl.cli.grid import summarise  # late: it needs the plotting library
-
-        code, empty = summarise(cls.directory, kept=not _temporary(cls.directory))
-        if empty:
-            cls._discard()
-        return code
-
-    @classmethod
-    def _discard(cls) -> None:
-        """Remove the grid's record: the files that it is made of, and the folders that this process made for it."""
-        folders = [f for f in cls.directory.glob(".submitit/**/") if f.is_dir()]
-        files = [file for folder in folders for file in folder.iterdir() if file.is_file()]
-        for pattern in RECORD:
-            files += cls.directory.glob(pattern)
-        for file in files:
-            file.unlink(missing_ok=True)
-        for folder in sorted(folders, reverse=True):
-            remove_empty([folder])
-        remove_empty(cls._made)
 
 
 def _new_folder(wanted: Path, output_root: Path) -> tuple[Path, list[Path]]:

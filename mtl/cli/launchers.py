@@ -33,8 +33,9 @@ T = TypeVar("T")
 # The options of hydra/launcher that our presets build on, and the plugin that has them: hydra-…-launcher.
 PLUGINS = {"joblib": "joblib", "submitit_slurm": "submitit", "submitit_local": "submitit", "ray": "ray"}
 
-_slots: list[FileLock] = []  # held for as long as this process lives
-_at_work = threading.Event()  # whether this worker process runs a cell now
+# Both belong to a process that a launcher started, whatever runs it works on.
+_slots: list[FileLock] = []  # of its GPU: held for as long as this process lives
+_at_work = threading.Event()  # whether it runs a cell now: its signal handler must know
 POLL, PATIENCE = 1.0, 60.0  # seconds between two looks at the parent; for a cell to note that it was interrupted
 
 
@@ -49,7 +50,7 @@ def announce(hydra: DictConfig) -> str:
 
 
 def enter(hydra: DictConfig, console: logging.Handler) -> None:
-    """Prepare this process, which a launcher started, for the cells that it will run.
+    """Prepare this process, which a launcher started, for the cells that it will run: its threads, GPU and signals.
 
     Args:
         hydra: Hydra's config.

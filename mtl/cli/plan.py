@@ -14,17 +14,20 @@ from mtl.config.identity import Identity
 from mtl.data.batches import EvaluationBatches, TrainingBatches
 from mtl.engine.build import assemble
 from mtl.engine.directory import RunDirectory
-from mtl.engine.run import Outcome
+from mtl.engine.outcome import Outcome
 from mtl.tracking.console import duration, table
 
 log = logging.getLogger("mtl")
 STEPS = 3  # timed, after one that is not
 
-measured: dict[str, float] = {}  # group: seconds of an epoch
 
-
-def plan(config: Mapping[str, Any], identity: Identity) -> Outcome:
+def plan(config: Mapping[str, Any], identity: Identity, measured: dict[str, float]) -> Outcome:
     """Look, do not train.
+
+    Args:
+        config: resolved and checked, as plain Python objects.
+        identity: of the run.
+        measured: seconds of an epoch of each group that was timed before; a new group is added.
 
     Returns:
         an outcome with status "planned" and a plan: state (finished, running, interrupted, failed, …, new), epochs and
@@ -41,7 +44,7 @@ def plan(config: Mapping[str, Any], identity: Identity) -> Outcome:
     left = 0 if status == "finished" else epochs - len(directory.rows())
     seconds, source = 0.0, ""
     if left:
-        seconds, source = _epoch_seconds(config, identity, path)
+        seconds, source = _epoch_seconds(config, identity, path, measured)
     found = {"name": identity.name, "state": status, "epochs": left, "seconds": left * seconds, "source": source}
     return Outcome("planned", 0, str(path), plan=found)
 
@@ -60,7 +63,9 @@ def plan_table(plans: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _epoch_seconds(config: Mapping[str, Any], identity: Identity, path: Path) -> tuple[float, str]:
+def _epoch_seconds(
+    config: Mapping[str, Any], identity: Identity, path: Path, measured: dict[str, float]
+) -> tuple[float, str]:
     """Seconds of one epoch: as this run or another seed of it took, or else measured now."""
     for other in [path, *sorted(path.parent.glob("seed*"))]:
         if rows := RunDirectory(other).rows():

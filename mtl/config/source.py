@@ -35,7 +35,8 @@ def _installed_folders() -> tuple[str, ...]:
 
 
 _INSTALLED, _SCRIPT = _installed_folders(), str(PACKAGE.parent / "train.py")
-_loaded: dict[str, tuple[ModuleType, str]] = {}  # own modules as this process has imported them
+# Own modules as this process has imported them: like `sys.modules`, and so the process's, not a run's.
+_loaded: dict[str, tuple[ModuleType, str]] = {}
 
 
 def is_own(file: str | Path) -> bool:

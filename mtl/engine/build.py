@@ -95,7 +95,8 @@ def assemble(config: Mapping[str, Any], processes: Processes | None = None) -> t
     if processes is not None:
         trainer = replace(trainer, device=processes.device(trainer.device))
     device = trainer.open_device()
-    learner = build_learner(config, benchmark, tasks, strategy, trainer, device, switches)
+    with trainer.flags():  # what a deterministic run refuses, the trial passes find
+        learner = build_learner(config, benchmark, tasks, strategy, trainer, device, switches)
     if processes is not None:
         if not isinstance(learner.model, HardSharing):
             kind = type(learner.model).__name__
@@ -120,7 +121,7 @@ def open_batches(benchmark: Benchmark, learner: Learner) -> tuple[TrainingBatche
     train = TrainingBatches(splits["train"], benchmark, learner.device, learner.seed, smallest)
     for split in splits.values():
         columns = {name: column.to(learner.device) for name, column in few(split, learner.tasks).items()}
-        with as_before(learner.model), torch.no_grad():
+        with as_before(learner.model), learner.trainer.flags(), torch.no_grad():
             batch = ready(benchmark, columns)
             outputs = learner.model.eval()(batch)
             check_tasks(learner.tasks, outputs.predictions, batch)
@@ -154,7 +155,9 @@ def build_learner(
         microscope.check(benchmark.batch_size, [t.name for t in tasks])
     except ValueError as error:
         raise ConfigError(f"microscope.{error}") from error
-    seed, schedule = config["seed"], schema.build(config["schedule"], "schedule")
+    seed = config["seed"]
+    with seeded(seed, "schedule"):
+        schedule = schema.build(config["schedule"], "schedule")
     with seeded(seed, "init"):
         size = max(1, min(2, benchmark.batch_size // parts(strategy)))
         model, outputs = _build_model(config, benchmark, tasks, trainer, size)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -15,6 +15,7 @@ from torch import nn
 from mtl.data.columns import Batch
 from mtl.engine.stages import read_stages
 from mtl.errors import SetupError
+from mtl.random import alone
 
 
 @dataclass
@@ -63,11 +64,25 @@ class Execution:
             raise SetupError(f"trainer.device={self.device}: {shown}; use trainer.device=auto or cpu")
         if device.type == "mps" and not torch.backends.mps.is_available():
             raise SetupError("trainer.device=mps: not available on this machine; use trainer.device=auto or cpu")
-        if self.deterministic:  # cuBLAS reads this at its first use; without it, torch refuses every product
+        if self.deterministic:
+            # cuBLAS reads this once, at its first use in the process. So it cannot be a run's own, and stays.
+            # Without it, torch refuses every matrix product in a deterministic run.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(self.deterministic)
-        torch.backends.cudnn.benchmark = not self.deterministic
         return device
+
+    @contextmanager
+    def flags(self) -> Iterator[None]:
+        """Torch's global flags as this run needs them. After the block they are as before: another run has its own."""
+        with alone():
+            deterministic = torch.are_deterministic_algorithms_enabled()
+            warns, benchmark = torch.is_deterministic_algorithms_warn_only_enabled(), torch.backends.cudnn.benchmark
+            torch.use_deterministic_algorithms(self.deterministic)
+            torch.backends.cudnn.benchmark = not self.deterministic
+            try:
+                yield
+            finally:
+                torch.use_deterministic_algorithms(deterministic, warn_only=warns)
+                torch.backends.cudnn.benchmark = benchmark
 
     def place(self, model: nn.Module, device: torch.device) -> nn.Module:
         """Move the model to the device, in the memory layout of this trainer."""

@@ -138,7 +138,7 @@ class Learner:
             passed, mean task weights, gradient statistics, learning rate, speed.
         """
         # Dropout and a user's own code draw from the global streams: reseeded, they too are functions of (seed, epoch).
-        with seeded(self.seed, "dropout", epoch, device=self.device):
+        with seeded(self.seed, "dropout", epoch), self.trainer.flags():
             started, epochs, steps = time.perf_counter(), self.trainer.epochs, len(batches)
             if epoch == 0:
                 self._python_state()  # says now if there is none to be saved
@@ -303,7 +303,7 @@ class Learner:
         """
         if self._idle is not None:
             self._idle.judge(self.strategy.epoch, self.trainer.epochs)
-        with seeded(self.seed, "epoch_end", self.strategy.epoch, device=self.device):
+        with seeded(self.seed, "epoch_end", self.strategy.epoch), self.trainer.flags():
             self._epoch_end(row)
 
     def _epoch_end(self, row: dict[str, float]) -> None:
@@ -319,7 +319,7 @@ class Learner:
 
     def evaluate(self, batches: Iterable, name: str) -> dict[str, float]:
         """Losses and metrics over all samples, as {"<name>/<task>_loss": …, "<name>/<task>_<metric>": …}."""
-        with seeded(self.seed, "evaluate", name, device=self.device):
+        with seeded(self.seed, "evaluate", name), self.trainer.flags():
             return self._evaluate(batches, name)
 
     @torch.inference_mode()

@@ -71,8 +71,14 @@ def speed(rows: Sequence[Row]) -> dict[str, float]:
     }
 
 
+def forget_peak_memory(device: torch.device) -> None:
+    """From here on the peak of a GPU is this run's, not that of an earlier run in this process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device: torch.device) -> float:
-    """GiB at most in use so far: of the GPU, or of this whole process on a CPU."""
+    """GiB at most in use so far: of the GPU, or of this whole process on a CPU, earlier runs in it included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB

@@ -56,7 +56,8 @@ def epoch_line(row: Mapping[str, float], tasks: Mapping[str, tuple[str, str]], e
 class Progress:
     """One live line on a terminal, nothing elsewhere (a log file would fill with it)."""
 
-    allowed = True  # not where several processes share the terminal
+    # The process's own, not a run's: `mtl.cli.launchers.enter` forbids it where several processes share the terminal.
+    allowed = True
 
     def __init__(self, total: int, label: str):
         self.total, self.label = total, label

@@ -1,0 +1,25 @@
+"""How a run ended, for the exit code and the grid's closing table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        status: finished, failed, diverged; or, where nothing was started: refused, running elsewhere, planned.
+        code: exit code.
+        directory: of the run; empty when refused.
+        message: the error, if any.
+        plan: what a run would be (mtl.cli.plan), where nothing was to be trained.
+    """
+
+    status: str
+    code: int
+    directory: str = ""
+    message: str = ""
+    plan: dict[str, Any] | None = None
