@@ -1,18 +1,23 @@
 # make quickstart   a real comparison in a minute or two: 3 strategies x 2 seeds on handwritten digits
 # make test         the test suite
 # make lint         style and types
+# make lists        everything that lists methods and architectures: pages, tables, missing golden traces
 # make bench        speed, side by side with plain PyTorch
 # make wheel        dist/mtl-….whl, which pip installs anywhere: the command mtl-train, with conf/ inside
 # All of them create .venv on first use and are safe to repeat. PYTHON=python3.12 chooses the interpreter (3.10 to 3.13).
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: quickstart test bench wheel lint
+.PHONY: quickstart test bench wheel lint lists
 quickstart: .venv/installed
 	$(VENV)/python train.py -m experiment=quickstart loss=equal,uncertainty,pcgrad seed=0,1
 
 test: .venv/installed-test
 	OMP_NUM_THREADS=1 $(VENV)/python -m pytest -n 2 --dist loadfile
+
+lists: .venv/installed-test
+	$(VENV)/python -m mtl.certify
+	GOLDEN=missing OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q tests/test_golden.py tests/test_golden_variants.py
 
 bench: .venv/installed
 	$(VENV)/python benchmarks/throughput.py

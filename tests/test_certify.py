@@ -11,7 +11,7 @@ from mtl.certify.problem import ANCHOR, HISTORY, TASKS, CertificateNetwork, expe
 from mtl.errors import UserError
 from mtl.losses import MOML, AutoLambda, CAGrad, PCGrad, RepMTL, Static, UPGrad
 
-REGENERATE = "missing or out of date; run: python -m mtl.certify"
+REGENERATE = "missing or out of date; run: make lists"
 
 
 @pytest.fixture(autouse=True)

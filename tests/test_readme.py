@@ -85,8 +85,9 @@ def test_the_number_of_methods_that_need_two_lines_only():
         except (RuntimeError, ValueError):
             continue
         enough.append(name)
-    assert f"**Methods:** {len(enough)} of the {len(names)} need no more" in TEXT[README], enough
-    assert f"any of {len(names)} methods" in TEXT[README]
+    # A round number, so that a new method leaves README as it is.
+    assert f"any of {len(names) // 10 * 10} methods" in TEXT[README] or f"any of {len(names)} methods" in TEXT[README]
+    assert "**Methods:** most need no more than this" in TEXT[README] and len(enough) > len(names) / 2, enough
 
 
 def test_the_strategy_is_what_its_docstring_says():
