@@ -1,4 +1,7 @@
-"""Named random streams: every draw in a run is a function of (seed, name, epoch), never of what was drawn before."""
+"""Named random streams: every draw in a run is a function of (seed, name, epoch), never of earlier draws.
+
+So a resumed run needs no saved generator state, and a new consumer of random numbers shifts no other one.
+"""
 
 import hashlib
 import random
@@ -10,32 +13,36 @@ import torch
 
 
 def derive(seed: int, *names: str | int) -> int:
-    """A 63-bit seed for the stream `names` of a run; streams of different names or seeds are independent."""
+    """A 63-bit seed for the stream `names` of a run. Streams with different names or seeds are independent.
+
+    Example: `derive(42, "method", 3)` is the seed of the loss strategy in epoch 3 of a run with seed 42.
+    """
     digest = hashlib.blake2b("/".join(map(str, (seed, *names))).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    return int.from_bytes(digest, "big") >> 1  # 63 bits: a seed must fit into a signed int64
 
 
 def stream(seed: int, *names: str | int) -> torch.Generator:
-    """A generator on the CPU for the stream `names`: the same draws whatever device trains."""
+    """A CPU generator for the stream `names`, so that the draws are the same on every device."""
     return torch.Generator().manual_seed(derive(seed, *names))
 
 
 @contextmanager
 def seeded(seed: int, *names: str | int, device: torch.device | None = None) -> Iterator[None]:
-    """Seed the global generators of torch, NumPy and `random` with the stream `names`, and give them back afterwards.
+    """Seed the global generators of torch, NumPy and `random` for a block, and restore their states afterwards.
 
-    A user's own code draws from these. So its draws are a function of the seed, and two runs that take turns in one
-    process do not see each other's.
+    A user's own code draws from the global generators. In this block its draws are a function of the seed. Two runs
+    that take turns in one process do not disturb each other.
 
     Args:
-        device: a GPU whose generator is given back as well.
+        seed, names: as in `derive`.
+        device: a GPU whose generator is seeded and restored as well.
     """
     gpu = device is not None and device.type == "cuda"
     ours, numbers = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if gpu else []):
         value = derive(seed, *names)
         torch.manual_seed(value)
-        np.random.seed(value % 2**32)
+        np.random.seed(value % 2**32)  # NumPy takes 32 bits only
         random.seed(value)
         try:
             yield
