@@ -17,6 +17,7 @@ def derive(seed: int, *names: str | int) -> int:
 
     Example: `derive(42, "method", 3)` is the seed of the loss strategy in epoch 3 of a run with seed 42.
     """
+    # Not Python's hash(): that one differs in every process.
     digest = hashlib.blake2b("/".join(map(str, (seed, *names))).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1  # 63 bits: a seed must fit into a signed int64
 

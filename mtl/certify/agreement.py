@@ -58,6 +58,7 @@ def oracle_error(name: str) -> float | None:
     steps = oracles()
     if steps is None or name not in steps.STEPS:
         return None
+    # Both start from the same arguments, seed and features, and then see the same problems.
     strategy, peer = _unclipped(make(name)), steps.Peer(name, TASKS, arguments(name), ANCHOR.numpy(), RATE)
     peer.begin(0, EPOCHS, seed=0)
     errors = []
@@ -66,6 +67,7 @@ def oracle_error(name: str) -> float | None:
         tasks = problem(MEASURED + k, dimensions=4 if k % 3 == 2 else ANCHOR.numel())
         expected = peer.step({key: field.numpy() for key, field in vars(tasks).items()})
         update = step(strategy, tasks)
+        # Some oracles give the shared gradient only; `strict=False` then skips the heads.
         for found, right in zip((update.shared, update.heads), expected, strict=False):
             right = torch.as_tensor(right)
             errors.append(float((found - right).norm() / right.norm()))

@@ -148,6 +148,7 @@ def _answer(certificate: Certificate, key: str) -> str:
         return f"not measured: it takes {certificate.strategy.tasks} losses, no fewer"
     if later is None:
         return f"{'yes' if first else 'no'}; measured in the first step only, as nobody can reorder a module's state"
+    # Drawing random numbers once is enough for a yes.
     if key == "random":
         return "yes" if first or later else "no"
     if first and later:
@@ -282,6 +283,7 @@ def main(arguments: list[str]) -> int:
     pages = {f"{c.name}.md": page(c) for c in certificates} | {"README.md": index(certificates)}
     if check:
         stale = [f for f, text in pages.items() if not (DOCS / f).exists() or (DOCS / f).read_text() != text]
+        # A page without a method is stale, too.
         stale += sorted(f.name for f in DOCS.glob("*.md") if f.name not in pages)
         for file in stale:
             print(f"stale: docs/methods/{file}; run python -m mtl.certify", file=sys.stderr)

@@ -82,6 +82,7 @@ def selected(name: str, strategy: Strategy, index: Sequence[int]) -> Strategy:
         for dimension, size in enumerate(value.shape):
             if size == strategy.tasks:
                 value = value.index_select(dimension, torch.tensor(index))
+        # Only weights with such a sum are rescaled. Other state, such as an average loss, stays as it is.
         for whole, left in ((strategy.tasks, len(index)), (1, 1)):
             if abs(total - whole) < 1e-6:
                 value = value * (left / value.sum()) if value.any() else torch.full_like(value, left / len(value))
@@ -132,6 +133,7 @@ def task_scale_free(name: str, history: int) -> bool:
     """scaling each loss by another factor does not change the directions of the shared parameters and the heads"""
     plain = copies(name, experienced(name, steps=history))
     for factors in torch.tensor([[10.0, 0.1, 3.0], [3.0, 10.0, 0.1], [0.1, 3.0, 10.0]], dtype=torch.float64):
+        # The history is scaled as well: a method that adapts to the scale has seen no other.
         scaled = copies(name, experienced(name, lambda t, c=factors: t.scaled(c), history))
         for seed in range(3):
             tasks = problem(MEASURED + seed, dimensions=4)
@@ -176,6 +178,7 @@ def stationary(name: str, history: int) -> bool:
     for seed in range(6):
         tasks = problem(MEASURED + seed).taken(range(count(name)))
         for rows in (tasks.slopes, tasks.noise):
+            # The last gradient makes ½ g_1 + 2 g_2 + g_3 = 0, on the batch and on each half of it.
             rows[-1] = -sum(factor * row for factor, row in zip((0.5, 2.0), rows[:-1], strict=False))
         if not step(new(), tasks).shared.norm() <= SMALL * tasks.slopes.norm():
             return False
@@ -216,6 +219,7 @@ def exact_absence(name: str, history: int) -> bool | None:
     old = experienced(name, steps=history)
     if old.tasks == 1:
         return True
+    # A loss with a fixed number of arguments cannot be called without a task.
     if fixed(name) or (isinstance(old, Custom) and history):
         return None
     for absent in (1, 2):
@@ -228,6 +232,7 @@ def exact_absence(name: str, history: int) -> bool | None:
             with drawn_for(left, TASKS):
                 b = step(theirs, tasks.taken(left))
             weights = None if a.weights is None else a.weights[left]
+            # An absent task's head must get no gradient, not even from a regulariser.
             if a.heads[absent].any() or not equal(Update(a.shared, a.heads[left], weights), b):
                 return False
     return True

@@ -97,6 +97,7 @@ def identify(config: Mapping[str, Any], choices: Mapping[str, str]) -> Identity:
         loss = f"{loss}-{file.stem}"
     if own := own_code(config):
         content["source"] = own
+    # Sorted keys, so that the order of options on the command line does not matter.
     text = json.dumps(canonical(_as_before(content)), sort_keys=True)
     return Identity(
         data=safe(data),
@@ -121,6 +122,7 @@ def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
         *parents, key = path.split(".")
         node = content
         for parent in parents:
+            # A missing parent gives a new empty dict, and removing a key from it changes nothing.
             node = node.get(parent, {})
         node.pop(key, None)
     if own_data and isinstance(root := content["data"].get("root"), str):

@@ -65,6 +65,7 @@ def check_arguments(target: Callable, arguments: Mapping, path: str, supplied: C
     hints = hints_of(target)
     prefix = f"{path}." if path else ""
     for key, value in arguments.items():
+        # A constructor with **kwargs may take any key, so it cannot be checked.
         if key not in ours and not open_ended:
             raise ConfigError(f"{prefix}{key}: unknown key; allowed: {', '.join(ours) or 'none'}{suggest(key, ours)}")
         if isinstance(value, Mapping) and TARGET in value:
@@ -104,6 +105,7 @@ def locate(name: Any, path: str) -> Callable:
         ConfigError: it has another name today, cannot be imported, or is not callable.
     """
     now = {old: new for new, old in identity.MOVED.items()}
+    # A config that was saved before a class was moved: name the new path.
     if isinstance(name, str) and name in now:
         raise ConfigError(f"{path}={name}: is {now[name]} now")
     try:

@@ -78,6 +78,7 @@ def changed(own: dict[str, str]) -> str:
         module = sys.modules.get(name)
         if module is None:
             continue
+        # First sight of this module object, or it was imported anew: its file is taken as it is now.
         if name not in _loaded or _loaded[name][0] is not module:
             _loaded[name] = module, digest
         elif _loaded[name][1] != digest:
@@ -107,6 +108,7 @@ def _imports(module: str, file: Path, beside: Path | None) -> Iterator[tuple[str
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
+            # A relative import: one dot is the package itself, each further dot its parent.
             start = package[: len(package) - node.level + 1] if node.level else []
             origin = ".".join([*start, *(node.module.split(".") if node.module else [])])
             names = [f"{origin}.{alias.name}" if origin else alias.name for alias in node.names]

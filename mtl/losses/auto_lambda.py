@@ -71,6 +71,7 @@ class AutoLambda(LossWeighting):
             move(parameters, before, step, -lr)
             # d = ∇L_P(θ'), on the second half.
             (direction,) = gradients((masked(self.goal, present) * losses_of(1)).sum()[None], parameters)
+            # The step θ ± ε d has the length 0.01, whatever the gradient's scale.
             epsilon = 0.01 / torch.nn.utils.get_total_norm(direction).clamp(min=1e-12)
             # The finite difference needs forward passes only, so no second derivative is computed.
             with torch.no_grad():

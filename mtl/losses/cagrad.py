@@ -39,5 +39,6 @@ class CAGrad(GramianWeighting):
         mean = uniform(present, double(gramian)[0])
         slopes = double(gramian) @ mean  # g_i·g₀
         length = (mean @ slopes).clamp(min=0).sqrt()  # ‖g₀‖; rounding can make its square slightly negative
+        # d = g₀ plus the best displacement in the ball of radius c‖g₀‖.
         weights = mean + steepest_worst_case(gramian, slopes, self.c * length, present)
         return masked(weights / (1 + self.c**2) if self.rescale else weights, present)

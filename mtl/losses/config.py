@@ -32,5 +32,6 @@ class ConFIG(GramianWeighting):
         a = torch.linalg.pinv(matrix, hermitian=True, rtol=rtol) @ live.to(G)
         reached = matrix @ a  # the products u_i·x; all are 1 if a common direction exists
         nobody = reached.norm() <= rtol * len(G) ** 0.5  # no common direction: x holds rounding errors only
+        # ‖x‖²; infinite without a common direction, so that all weights become 0.
         square = torch.where(nobody, torch.inf, (a @ reached).clamp(min=torch.finfo(G.dtype).tiny))
         return masked((norms @ reached) / square * a / safe, present)

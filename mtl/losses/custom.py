@@ -120,6 +120,7 @@ class Custom(LossWeighting):
 def _reached(total: Tensor, marks: Sequence[Any]) -> set[int]:
     """The indices of the graph's nodes `marks` that the total depends on. No kernel runs for this search."""
     places = {mark: i for i, mark in enumerate(marks) if mark is not None}
+    # A search over the graph, from the total backwards. Behind a mark nothing is searched: a loss's own graph is large.
     found, seen, waiting = set(), set(), [total.grad_fn]
     while waiting:
         node = waiting.pop()
@@ -148,6 +149,7 @@ def _load_class(file: Path, name: str) -> type[nn.Module]:
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
+    # A script may end with sys.exit(); that must not end the training command.
     except (Exception, SystemExit) as error:
         raise ValueError(f"file: {file} does not load: {_named(error)}") from error
     cls = getattr(module, name, None)

@@ -53,6 +53,7 @@ class DTP(LossWeighting):
             ValueError: there are no scores, or a score is not an accuracy in percent.
         """
         scores = finite_scores(self, statistics)
+        # An error of 0.3 cannot be read as a share of right answers, and no formula of the paper converts it.
         if statistics.higher_is_better is not None and not statistics.higher_is_better.all():
             name = self.names[int(statistics.higher_is_better.int().argmin())]
             raise ValueError(
@@ -63,7 +64,7 @@ class DTP(LossWeighting):
                 refuse_score(self, i, value, "is an accuracy in percent, from 0 to 100")
         check_unit(self, statistics)
         self.average.copy_(moving_average(self.average, scores.to(self.average), self.ema))
-        kappa = (self.average / 100).clamp(FLOOR, 1)
+        kappa = (self.average / 100).clamp(FLOOR, 1)  # log 0 would be infinite
         weights = (1 - kappa) ** self.gamma * -kappa.log()
         self.weights.copy_(torch.where(self.average.isnan(), self.weights, weights))  # NaN: no accuracy yet
 

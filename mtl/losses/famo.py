@@ -54,6 +54,7 @@ class FAMO(LossWeighting):
         z = softmax(self.logits.to(losses), present)
         self.before.copy_(gaps.detach() if present is None else torch.where(present, gaps.detach(), torch.nan))
         # If no task is present, all z are 0 and the total is 0. The clamp avoids a division by 0.
+        # c is constant: it scales the step and has no gradient.
         scale = 1 / (z / gaps.detach()).sum().clamp(min=torch.finfo(z.dtype).tiny)
         return scale * (z * gaps.log()).sum()
 
@@ -65,10 +66,12 @@ class FAMO(LossWeighting):
         """
         losses = losses.detach()
         refuse_negative(self, losses, present, "takes their logarithms after each step")
+        # On a GPU the error of a negative loss comes late, so its logarithm must be kept out here.
         known = ~self.before.isnan() & losses.isfinite() & (losses >= 0)
         present = known if present is None else present & known
         fall = masked(self.before.log() - (losses.to(self.before) + EPS).log(), present)
         z = softmax(self.logits, present)
+        # (diag z − z zᵀ) fall + γ ξ, without the T×T matrix.
         gradient = z * (fall - z @ fall) + self.gamma * self.logits
         self.logits.copy_(self.adam(self.logits, gradient, present))
         self.before.fill_(torch.nan)  # if a GradScaler skips the next step, this one must not be used twice

@@ -24,4 +24,5 @@ class GLS(LossWeighting):
     needs_positive = True
 
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
+        # `combine` divides the weights by the number of present tasks.
         return combine(losses, torch.ones_like(losses), present, "geometric")

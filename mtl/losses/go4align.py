@@ -57,6 +57,7 @@ class GO4Align(LossWeighting):
 
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
         values = losses.detach()
+        # A loss of 0 would give an infinite indicator, so its task does not take part.
         active = values > FLOOR if present is None else present & (values > FLOOR)
         values = masked(values, active)
         # The mean is subtracted for two reasons. log_p does not drift out of float32's precision, and an absent task,

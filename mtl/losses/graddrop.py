@@ -48,6 +48,7 @@ class GradDrop(JacobianAggregation):
         # An element whose gradients are all 0 has no sign; its purity ½ changes nothing.
         purity = torch.where(magnitude > 0, 0.5 * (1 + total / magnitude), torch.full_like(total, 0.5))
         draw = torch.rand(total.shape, generator=self.generator(total.device), device=total.device, dtype=total.dtype)
+        # Keep the positive gradients with probability P, otherwise the negative ones.
         kept = torch.where(purity > draw, votes > 0, votes < 0).to(jacobian)
         if features is not None:
             kept = kept.unsqueeze(1)

@@ -56,12 +56,14 @@ class GradNorm(GramianWeighting):
             raise ValueError("GradNorm needs the losses of the step")
         on = torch.ones_like(losses, dtype=torch.bool) if present is None else present
         norms, losses = double(gramian).diagonal().clamp(min=0).sqrt(), double(losses)
+        # L(0) of a task is its loss in the first step in which it has labels.
         self.initial.copy_(torch.where(self.initial.isnan() & on, losses, self.initial))
         old = renormalised(self.task_weights, present).clone()
         number = count(present, old)
         progress = torch.where(on, losses / self.initial.clamp(min=1e-12), 0.0)
         rate = progress / (progress.sum() / number).clamp(min=1e-12)
         target = (old * norms).sum() / number * rate**self.alpha
+        # The target is constant, so the gradient of |w n − target| for w is n times a sign. The lower bound is ours.
         moved = (old - self.step_size * norms * (old * norms - target).sign()).clamp(min=1e-4)
         # Absent tasks keep their weight. The weights of the present tasks keep their sum.
         moved = moved * (self.task_weights * on).sum() / (moved * on).sum().clamp(min=1e-12)

@@ -35,6 +35,7 @@ class Adam(nn.Module):
         first = torch.lerp(self.first, gradient.to(self.first), 0.1)
         second = torch.lerp(self.second, gradient.to(self.second).square(), 0.001)
         step = first / (1 - 0.9**steps) / ((second / (1 - 0.999**steps)).sqrt() + 1e-8)
+        # In place: the buffers must stay the same tensors, because a captured CUDA graph reads them.
         for old, new in ((self.first, first), (self.second, second), (self.steps, steps)):
             old.copy_(torch.where(present, new, old))
         return torch.where(present, value - self.lr * step.to(value), value)

@@ -71,6 +71,7 @@ class MoCo(JacobianAggregation):
         if present is not None:  # an absent task keeps its tracker
             rate = torch.where(present, rate, 0.0)
         trackers.lerp_(jacobian, rate[:, None])
+        # The T×T part is computed in double precision: the projection compares small differences.
         G, old = double(trackers @ trackers.T), double(self.mixture)
         # Absent tasks keep their part of λ. The present tasks are projected among themselves, and keep their sum.
         share = old if present is None else torch.where(present, old, 0.0)

@@ -48,6 +48,7 @@ class RLW(LossWeighting):
     def _draw(self, losses: Tensor, present: Tensor | None) -> Tensor:
         """(T,) weights that add up to 1 over the present tasks."""
         draw = torch.randn if self.distribution == "normal" else torch.rand
+        # All tasks are drawn, also absent ones. So the draws of a step do not depend on the labels.
         z = draw(self.tasks, generator=self.generator(losses.device), device=losses.device, dtype=losses.dtype)
         if self.distribution in ("normal", "uniform"):
             return softmax(z, present)

@@ -79,11 +79,13 @@ class RotoGrad(JacobianAggregation):
         features: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         norms = jacobian.norm(dim=1)
+        # The reference length of a task: from its first step, and once more after `burn_in` steps.
         fresh = (self.reference.isnan() | (self.steps == self.burn_in)) & (norms > 0)
         self.reference.copy_(torch.where(fresh, norms, self.reference))
         self.steps += 1
         safe = torch.where(norms > 0, norms, 1.0)
         unit = jacobian / safe[:, None]
+        # `pace` is α before its normalisation, and `length` is C.
         pace = masked((norms / self.reference).nan_to_num(0.0), present)
         length = (pace * norms).sum() / pace.sum().clamp(min=1e-12)
 
@@ -91,6 +93,7 @@ class RotoGrad(JacobianAggregation):
         share = on / on.sum().clamp(min=1)
         mean = (share @ jacobian).norm() * (share @ unit)  # v: the gradients at the length of their mean, averaged
         v, own = (x.to(self.generators) for x in (mean.view_as(features), jacobian.view(self.tasks, *features.shape)))
+        # Gradient methods run without a graph. The rotations have their own small objective, which needs one.
         with torch.enable_grad():
             rotations = self.rotations()
             gap = v @ rotations.mT - own @ rotations.detach().mT

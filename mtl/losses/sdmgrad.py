@@ -51,11 +51,13 @@ class SDMGrad(GramianWeighting):
         roots = (G.diagonal().clamp(min=0) + 1e-4).sqrt()  # J₁ J₂ᵀ of two batches may have a negative diagonal
         mean = uniform(present, G[0])
         scale = (roots * mean).sum()
+        # Without this, the step size β would have to fit the scale of the losses.
         G = G / scale**2
         pull = self.regularisation * (G @ mean)
         w = masked(self.mixture, present)
         share = w.sum()  # absent tasks keep their part of w; the present ones keep this sum
         w = torch.where(share > 0, w / share, mean)
+        # Momentum acts within the S steps of one update only.
         velocity = None
         for _ in range(self.steps):
             gradient = torch.addmv(pull, G, w)

@@ -53,6 +53,7 @@ def shortest(gramian: Tensor, present: Tensor | None = None) -> Tensor:
     """
     matrix, norms = cosines(gramian)
     zero = gramian.diagonal() <= 0
+    # In units of the unit gradients, where u∘norms takes the place of u, the vector of ones becomes 1/‖g_i‖.
     goal = 1 / norms
     if present is not None:  # a negative goal keeps the weight of an absent task at 0
         goal, zero = torch.where(present, goal, 0.0), zero & present
@@ -255,6 +256,7 @@ def _lowest_level(matrix: Tensor, p: Tensor, q: Tensor, on: Tensor) -> Tensor:
     passes it.
     """
     kept = on.to(matrix)
+    # Absent tasks get the identity, so that the matrix stays positive definite.
     matrix = matrix * kept * kept[:, None] + torch.diag(1 - kept)
     level = torch.where(on, (q + 1) / p, torch.inf).min()  # an upper bound: no d of length 1 lifts a task higher
     for _ in range(50 if p.is_cpu else 6):
@@ -300,6 +302,7 @@ def fair_weights(gramian: Tensor, alpha: float, targets: Tensor | None = None, i
         residual = pull - x * (matrix @ x)
         if residual.is_cpu and residual.abs().max() <= 1e-14 * pull.abs().max():
             break
+        # The Hessian for log x, which belongs to multiplicative steps.
         hessian = matrix * x * x[:, None]
         hessian.diagonal().add_(pull / alpha)
         factor, _ = torch.linalg.cholesky_ex(hessian)

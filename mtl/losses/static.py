@@ -34,6 +34,7 @@ class Static(LossWeighting):
                 )
             if unknown := set(weights) - set(self.names):
                 raise ValueError(f"weights: {sorted(unknown)[0]!r} is no task; the tasks are {', '.join(self.names)}")
+            # A task that is left out weighs 1, not 0: leaving it out must not switch it off.
             weights = [weights.get(name, 1.0) for name in self.names]
         if len(weights) != self.tasks:
             raise ValueError(f"weights: {len(weights)} given for {self.tasks} tasks ({', '.join(self.names)})")

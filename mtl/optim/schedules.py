@@ -47,6 +47,7 @@ class Schedule(ABC):
             raise ValueError(f"progress: {progress}; epochs are counted from 0")
         if epochs <= self.warmup_epochs:
             raise ValueError(f"epochs: {epochs}; must be more than warmup_epochs={self.warmup_epochs}")
+        # A training may go on after its planned end; the formulas hold up to that end only.
         progress = min(progress, epochs)
         if progress < self.warmup_epochs:
             offset = 1 if self.interval == "epoch" else 0  # otherwise the whole first epoch would train at rate 0

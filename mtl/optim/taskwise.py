@@ -188,6 +188,7 @@ class AdaTask(torch.optim.Optimizer):
             state["m"] = torch.zeros(shape, dtype=p.dtype, device=p.device)
             state["v"] = torch.zeros_like(state["m"])
             state["t"] = torch.zeros((tasks, *[1] * p.dim()), dtype=p.dtype, device=p.device)
+        # A forgotten per_task=True would merge all tasks into one accumulator. That must be an error.
         if len(state["m"]) != tasks:
             raise RuntimeError(
                 f"{type(self).__name__}: a parameter of shape {tuple(p.shape)} has the gradients of {tasks} tasks, and "
@@ -205,6 +206,7 @@ class AdaTask(torch.optim.Optimizer):
         if base == "sgd":
             m.lerp_(first * m + rows, acts)
             return m * acts
+        # With acts = 0 the accumulators of an absent task stay as they are.
         v.lerp_(rows * rows, (1 - second) * acts)
         if base == "rmsprop":
             return rows / (v.sqrt() + eps)

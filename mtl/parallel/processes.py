@@ -68,8 +68,10 @@ def together() -> Iterator[Processes | None]:
         yield None
         return
     store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    # torchrun's own keys lie in the same store; the prefix keeps ours apart.
     processes = Processes(rank, size, int(os.environ["LOCAL_RANK"]), dist.PrefixStore("mtl", store))
     if rank:
+        # Only the leader prints.
         logging.getLogger("mtl").setLevel(logging.ERROR)
     try:
         yield processes
@@ -211,6 +213,7 @@ class Processes:
             RuntimeError: they differ, so the processes do not train the same network.
         """
         ours = torch.tensor([x for numbers in figures.values() for x in numbers], dtype=torch.float32, device=device)
+        # All processes get the same mean. So if one of them differs from it, at least one process raises.
         mean = self.sum_(ours / self.size)
         if not torch.allclose(mean, ours, rtol=1e-3, atol=1e-3, equal_nan=True):
             raise RuntimeError("the processes get different metrics: something draws random numbers without the seed")
@@ -268,6 +271,7 @@ class Processes:
 
     def _watch(self, left: threading.Event, last_words: Callable[[str, str], None] | None) -> None:
         """Runs in a thread: end this process if another has ended and this one does not leave its block (`left`)."""
+        # Every second: has another process ended? The grace gives this one time to leave by itself.
         while not left.wait(1.0):
             if (news := self._news()) is None or _code(news) == 0 or left.wait(2 * GRACE):
                 continue
@@ -305,6 +309,7 @@ class Processes:
             news = json.loads(self.store.get("end"))
         except dist.DistError:  # torchrun holds the store and is gone
             return None
+        # Its own announcement is no news.
         if news["rank"] == self.rank:
             return None
         if news["code"] in [128 + number for number in ENDING]:

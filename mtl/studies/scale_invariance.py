@@ -97,6 +97,7 @@ def run(
     strategy.prepare(WIDTH)
     groups = [{"params": list(network.heads.parameters())}, {"params": list(network.backbone.parameters()), **rate}]
     if own := list(strategy.parameters()):
+        # As in the engine: the strategy's own parameters form a group with their own rate.
         groups.append({"params": own, **({} if strategy.lr is None else {"lr": strategy.lr})})
     optimizer = OPTIMIZERS[pair.rpartition("/")[2]](groups, eps)
     record = Record()
@@ -118,6 +119,7 @@ def run(
             record.gradients[part].append(_vector(p.grad for p in module.parameters()))
             record.updates[part].append(_vector(module.parameters()) - before[part])
         losses = torch.stack(info.passes[0].values).detach()
+        # Methods such as AMTL need scores. This study has none but the losses.
         step.end_epoch(scores=losses, higher_is_better=torch.zeros(2, dtype=torch.bool))
     return record
 

@@ -79,7 +79,7 @@ def trajectories(
         length = steps or setting.steps
         for spec in specs:
             since = time.perf_counter()
-            every = max(1, length // 700)
+            every = max(1, length // 700)  # about 700 points per trajectory are enough for a figure
             runs[spec] = [descend(spec, s, length, setting.scale, every=every, own=own) for s in setting.starts]
             ends = [run.x[0] if on_front(*run.x) else None for run in runs[spec]]
             middle = [end is not None and abs(end - setting.middle) < 1 for end in ends]
@@ -87,6 +87,7 @@ def trajectories(
                 numbers = [f"{a:.4f}" for a in (*run.x, *problem(*run.x, scale=setting.scale)[0])]
                 rows.append([name, spec, *start, run.steps, run.why, *numbers, int(end is not None), int(best)])
             found = sum(end is not None for end in ends)
+            # Adding 0.0 turns −0.0 into 0.0.
             where = " ".join("–" if end is None else f"{round(end, 1) + 0.0:.1f}" for end in ends)
             summary[spec] += [f"{found} of {len(ends)}", f"{sum(middle)} of {len(ends)}", where]
             print(f"{name} {spec}: {where}  ({duration(time.perf_counter() - since)})", flush=True)
@@ -230,6 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("outputs/toy-study"), help="folder; default: %(default)s")
     parser.add_argument("--config-dir", type=Path, metavar="DIR", help="your own losses: DIR/loss/NAME.yaml")
     options = parser.parse_args(arguments)
+    # All tensors here are tiny; more threads would only cost time.
     torch.set_num_threads(1)
     since = time.perf_counter()
     try:

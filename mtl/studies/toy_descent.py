@@ -47,6 +47,7 @@ def problem(x1: float, x2: float, scale: float = 1.0) -> tuple[Point, tuple[Poin
         u, gap = sign * (tanh - 3.5) - x1 / 2, x1 - 7 * sign
         valley = math.log(max(abs(u), FLOOR)) + 6
         bowl = (gap * gap + 0.1 * depth * depth) / 10 - 20
+        # Below FLOOR the logarithm is clamped, so its derivative is 0.
         steep = up / u if abs(u) > FLOOR else 0.0
         gates = slope * ((valley if x2 >= 0 else 0.0) - (bowl if x2 <= 0 else 0.0))
         losses.append(factor * (up * valley + down * bowl))
@@ -134,6 +135,7 @@ class Guide:
     def __call__(self, x1: float, x2: float, losses: Point, gradients: tuple[Point, Point]) -> Point:
         """The direction d at x; the step moves against it."""
         strategy = self.strategy
+        # Methods that take logarithms need positive losses, and the toy's are negative.
         above = [losses[0] - LOWER * self.scale, losses[1] - LOWER]
         above, (a, b) = [above[k] for k in self.tasks], gradients
         if self.tries and self.steps:  # the losses here are the losses after the last step
@@ -156,6 +158,7 @@ class Guide:
             found = dict(zip(self.tasks, weights.tolist(), strict=True))
             v, w = found.get(0, 0.0), found.get(1, 0.0)
             return v * a[0] + w * b[0], v * a[1] + w * b[1]
+        # Inference mode is faster. But its tensors cannot become gradients of the strategy's own parameters.
         with torch.no_grad() if self.parameters else torch.inference_mode():
             values = torch.tensor(above, dtype=torch.float64)
             if isinstance(strategy, GramianWeighting):
@@ -232,6 +235,7 @@ def descend(
         own: as in `named`.
     """
     guide = Guide(spec, scale, lr, adam, steps, own)
+    # Adam has a state of its own, so a point that is met twice proves nothing.
     can_cycle = guide.stateless and not adam
     (x1, x2), path, why, t = start, [], "cap", 0
     m1 = m2 = v1 = v2 = 0.0

@@ -47,6 +47,7 @@ from mtl.errors import ConfigError, UserError, suggest
 from mtl.tracking.console import table
 
 RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+# A method is a name, perhaps with settings after a colon. A word with "=" before any colon is an option of train.py.
 METHOD = re.compile(r"\w+(:.*)?$")
 
 
@@ -125,6 +126,7 @@ class Method:
         if not finished:
             raise UserError(f"{self.spec}: diverged at every rate; try smaller ones with --rates")
         sign = 1 if _higher(finished[0]) else -1
+        # A metric that is not finite can never win.
         return max(finished, key=lambda r: (sign * f if math.isfinite(f := objective(r.path)) else -math.inf, -r.rate))
 
 
@@ -190,6 +192,7 @@ def _complete(title: str, method: Method, runs: Sequence[Trial], waiting: list[s
     if missing := [run for run in runs if not run.settled]:
         print(f"\n{title}: {len(missing)} of {len(runs)} runs to go", flush=True)
         code = grid(method.command(missing))
+        # The exit codes of Ctrl-C and SIGTERM: the user wants to stop, so the other methods are not started.
         if code in (130, 143):
             print("stopped; the same command goes on from here")
             return code
@@ -216,6 +219,7 @@ def _report(searches: dict[Method, list[Trial]], chosen: dict[Method, Trial], fi
         for key in keys:
             row += [_spread([s[at][key] for s in finished if key in s[at]]) for at in ("selected", "last")]
         body.append(row)
+        # A rate at the end of the range tells that the range was too small.
         if len(rates) > 1 and best.rate in (rates[0], rates[-1]):
             end = "smallest" if best.rate == rates[0] else "largest"
             notes.append(f"{method.spec}: {best.rate:g} is the {end} rate tried; the best may lie beyond it (--rates)")
