@@ -1,4 +1,4 @@
-"""Images per second of several trainings at a time on one device, added up: how many should share a GPU?
+"""How many trainings should share a GPU? Measures the summed images per second of several trainings at a time.
 
     python benchmarks/at_once.py --counts 1 2 4 8 --seconds 3
 
@@ -29,10 +29,10 @@ def choose(speeds: Mapping[int, float]) -> int:
 
 
 def worker(pipe: Connection, arch: str, loss: str, precision: str, steps: int, batch: int, device: str) -> None:
-    """Train whenever the pipe brings a number of seconds; answer with the images per second."""
+    """Wait for a number of seconds on the pipe, train that long, and answer with the images per second. 0 ends it."""
     images = steps * batch
     epoch = ours(arch, loss, precision, images, device, batch=batch)
-    epoch()  # warm up
+    epoch()  # warm up: the first steps of a process are slower
     pipe.send("ready")
     while seconds := pipe.recv():
         started, trained = time.monotonic(), 0
@@ -61,7 +61,7 @@ def main() -> None:
     for _ in range(max(options.counts)):
         mine, theirs = context.Pipe()
         context.Process(target=worker, args=(theirs, *arguments), daemon=True).start()
-        theirs.close()  # a worker that dies then ends the wait for its answer
+        theirs.close()  # if a worker dies, recv() then raises EOFError instead of waiting forever
         pipes.append(mine)
     for pipe in pipes:
         pipe.recv()

@@ -1,4 +1,4 @@
-"""What can happen to a file: the damage that benchmarks/faults.py does."""
+"""Kinds of damage to a file, for benchmarks/faults.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILES = ("last.pt", "best.pt", "metrics.jsonl", "run.json", "summary.json", "con
 
 
 def alone(path: Path) -> bytes:
-    """The bytes of a file, which is no hard link of another any more."""
+    """The bytes of a file, after separating it from its hard links. The damage then hits this name only."""
     data = path.read_bytes()
     path.unlink()
     path.write_bytes(data)
@@ -37,7 +37,7 @@ def zeros(path: Path, other: Path, rng: random.Random) -> None:
 
 
 def instead(make: Callable[[Path, Path], Any]) -> Callable[[Path, Path, random.Random], None]:
-    """Damage that puts something else into a file's place."""
+    """A damage that replaces a file by something else."""
 
     def damage(path: Path, other: Path, rng: random.Random) -> None:
         path.rename(path.with_name("old"))
@@ -57,7 +57,7 @@ def cut(path: Path, other: Path, rng: random.Random) -> None:
 
 
 def change_field(path: Path, other: Path, rng: random.Random) -> str:
-    """One field of a YAML or JSON file gets an odd value."""
+    """Give one field of a YAML or JSON file an odd value."""
     if path.suffix not in (".json", ".yaml"):
         return flip(path, other, rng) or "bit"
     tree = yaml.safe_load(path.read_text())

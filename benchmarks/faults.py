@@ -1,10 +1,11 @@
-"""Faults on purpose: kills, signals, damaged files, full disks, odd options, odd run folders – and what survived them.
+"""Faults on purpose: kills, signals, damaged files, full disks, odd options, odd run folders. Does every run survive?
 
     python benchmarks/faults.py                       all campaigns, 20 cases each (options: 500)
     python benchmarks/faults.py kills files --cases 200 --seconds 600
 
-Every case is a forked process on the digits. A run survives a fault when it ends in the numbers of an undisturbed run,
-bit for bit, or in one line that names the trouble with every file as it was. Exit code 1 when a case failed.
+Every case is a forked process on the digits. A run survives a fault in two ways. It ends with the numbers of an
+undisturbed run, bit for bit. Or it ends with one line that names the fault, and all files stay as they were. The exit
+code is 1 if a case failed.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ VARIANTS = ("loss=equal", "loss=uncertainty optimizer=adam", "loss=pcgrad", "los
 
 @dataclass
 class Ended:
-    """How a process ended: its exit code (None: it had to be killed for taking too long) and what it wrote."""
+    """How a process ended: its exit code and its output. The code is None if it took too long and was killed."""
 
     code: int | None
     out: str
@@ -66,7 +67,7 @@ class Ended:
 
     @property
     def one_line(self) -> bool:
-        """Whether it refused in one line of its own."""
+        """Whether it ended with one error line of ours."""
         return self.code in (1, 2) and self.err.startswith("error: ") and self.err.count("\n") == 1
 
     @property
@@ -75,11 +76,11 @@ class Ended:
 
 
 class Faults:
-    """Cases of every campaign; each yields what failed, or an empty string.
+    """The cases of all campaigns. Each case yields what failed, or an empty string.
 
     Args:
-        folder: to work in.
-        rng: decides every case.
+        folder: the folder for all runs.
+        rng: random generator that decides every case.
     """
 
     def __init__(self, folder: Path, rng: random.Random):
@@ -89,7 +90,13 @@ class Faults:
     # -- processes ----------------------------------------------------------------------------------------------------
 
     def fork(self, folder: Path, action: Callable[[], int], signals: list[tuple[float, int]] = ()) -> Ended:
-        """Run `action` in a child whose working directory is `folder`; send it `signals` after so many seconds."""
+        """Run `action` in a child process in `folder`.
+
+        Args:
+            folder: working directory of the child; its output goes there as well.
+            action: returns the exit code.
+            signals: (seconds, signal) pairs; each signal is sent to the child after that many seconds.
+        """
         outputs = [folder / f"{name}.txt" for name in ("out", "err")]
         sys.stdout.flush()
         if (child := os.fork()) == 0:
@@ -126,7 +133,7 @@ class Faults:
         return Ended(status, *(file.read_text(errors="replace") for file in outputs))
 
     def run(self, folder: Path, options: str, signals=(), before: Callable[[], None] = lambda: None) -> Ended:
-        """The command with SMALL and `options`, in a process of its own."""
+        """Run train.py with SMALL and `options` in a process of its own."""
 
         def action() -> int:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -145,7 +152,7 @@ class Faults:
         return folder
 
     def undisturbed(self, options: str) -> tuple[Path, float]:
-        """The folder of an undisturbed run, and its seconds."""
+        """The folder of an undisturbed run, and the seconds that it took."""
         if options not in self.whole:
             folder, since = self.new(), time.monotonic()
             ended = self.run(folder, options)
@@ -176,7 +183,7 @@ class Faults:
         return copy
 
     def difference(self, folder: Path, options: str, without: str = "") -> str:
-        """What distinguishes a finished run from the undisturbed one; an empty string when nothing does."""
+        """The difference between a finished run and the undisturbed one; empty if there is none."""
         try:
             ours, theirs = (content(only(f), without) for f in (folder, self.undisturbed(options)[0]))
         except (UserError, OSError, ValueError, KeyError) as error:
@@ -189,7 +196,7 @@ class Faults:
     # -- campaigns ----------------------------------------------------------------------------------------------------
 
     def kills(self) -> Iterator[str]:
-        """One to three deaths at random moments by random signals, then the same command to its end."""
+        """Kill a run one to three times, at random moments by random signals. Then let the same command finish."""
         while True:
             options = self.rng.choice(VARIANTS)
             seconds, folder = self.undisturbed(options)[1], self.new()
@@ -204,7 +211,7 @@ class Faults:
             yield failure or self.goes_on(folder, options)
 
     def signals(self) -> Iterator[str]:
-        """Two to four SIGINT and SIGTERM in a row, then the same command to its end."""
+        """Send two to four SIGINT and SIGTERM in a row. Then let the same command finish."""
         while True:
             options = self.rng.choice(VARIANTS[:3])
             seconds, folder = self.undisturbed(options)[1], self.new()
@@ -215,7 +222,7 @@ class Faults:
             yield stopped_well(ended, folder, set(numbers)) or self.goes_on(folder, options)
 
     def files(self) -> Iterator[str]:
-        """Each kind of damage to each file of an interrupted and of a finished run, then the same command."""
+        """Do each kind of damage to each file of an interrupted and of a finished run. Then run the same command."""
         options = "loss=equal"
         cases = [(file, damage, done) for file in FILES for damage in DAMAGE for done in (False, True)]
         self.rng.shuffle(cases)
@@ -244,7 +251,7 @@ class Faults:
             yield failure and f"{name}: {failure}"
 
     def disk(self) -> Iterator[str]:
-        """The nth write fails, for a full disk or a folder that is gone; then the same command to its end."""
+        """Let the nth write fail: the disk is full, or a folder is gone. Then let the same command finish."""
         options = "loss=equal"
         while True:
             folder, code = self.new(), self.rng.choice([errno.ENOSPC, errno.EROFS, errno.EIO, errno.ENOENT])
@@ -279,7 +286,7 @@ class Faults:
             yield f"{where}: {failure}" if failure else self.goes_on(folder, options)
 
     def options(self) -> Iterator[str]:
-        """A key of the real config groups takes an odd value: built, or refused in one line."""
+        """Give an option of the real config groups an odd value. It must be built, or refused in one line."""
         pairs = [(group, key) for group, keys in config_keys().items() for key in keys]
         while True:
             chunk = [(*self.rng.choice(pairs), self.rng.choice(VALUES)) for _ in range(25)]
@@ -301,7 +308,7 @@ class Faults:
                 yield f"{group} {key}={value}: the process ended (code {ended.code})"
 
     def report(self) -> Iterator[str]:
-        """One random damage to one file of a tree of six runs, then the report."""
+        """Do one random damage to one file of a tree of six runs. Then write the report."""
         tree = self.new()
         for seed in range(3):
             for loss in ("equal", "dwa"):
@@ -336,7 +343,7 @@ def only(folder: Path) -> Path:
 
 
 def content(directory: Path, without: str = "") -> dict[str, Any]:
-    """All that must not differ between two runs of one command; one checkpoint can be left out."""
+    """The results that must be equal in two runs of one command; one checkpoint can be left out."""
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((directory / "summary.json").read_text())
     return {
@@ -363,7 +370,7 @@ def snapshot(directory: Path) -> dict[str, Any]:
 
 
 def stopped_well(ended: Ended, folder: Path, numbers: set[int]) -> str:
-    """Whether signals ended a run as promised: exit code, status, no traceback."""
+    """Whether signals ended a run as documented: exit code, status, no traceback."""
     codes = {signal.SIGINT: (130, -2), signal.SIGTERM: (143, -15), signal.SIGKILL: (-9,)}
     allowed = {0, *(code for number in numbers for code in codes[number])}
     if ended.code not in allowed or ended.traceback:
@@ -387,7 +394,7 @@ VALUES = ("0", "-1", "1", "2", "3.5", "1e-9", "1e30", "nan", "inf", "-inf", "nul
 
 
 def config_keys() -> dict[str, list[str]]:
-    """{"loss=dwa": ["loss.temperature", …], …}: the keys that each option of each group sets, and the top level's."""
+    """The keys that each option of each config group sets: {"loss=dwa": ["loss.temperature", …], …}."""
     found = {"": ["seed", "output_root", *GROUPS]}
     for group in GROUPS:
         for file in sorted((CONF / group).glob("*.yaml")):
@@ -398,7 +405,7 @@ def config_keys() -> dict[str, list[str]]:
 
 
 def try_option(group: str, option: str) -> str:
-    """Compose, check and build one config; an empty string when that works or is refused in one line."""
+    """Compose, check and build one config. Empty if it works or is refused in one line; otherwise the fault."""
     # A group's option before its key; where the key decides the data or network, the small one stands before that.
     words = [w for w in SMALL if not group or not w.startswith(group.partition("=")[0])]
     try:

@@ -1,4 +1,4 @@
-"""JSON files that a process replaces while it works, and that others read even after it was killed."""
+"""JSON files that a process replaces while it works, and that others can read even after it was killed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def write(file: Path, content: Any) -> None:
-    """Replace a JSON file in one step."""
+    """Replace a JSON file in one step: a reader sees the old or the new content, never a part."""
     write_text(file, json.dumps(content, indent=1) + "\n")
 
 
@@ -21,7 +21,7 @@ def write_text(file: Path, text: str) -> None:
 
 
 def read(file: Path) -> Any:
-    """The value of a .json file, or None where there is nothing to read."""
+    """The value of a .json file; None if it is missing or damaged."""
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError):
@@ -29,7 +29,7 @@ def read(file: Path) -> Any:
 
 
 def read_lines(file: Path) -> list[Any]:
-    """The values of a file with one JSON value a line, up to a line that a killed process left half-written."""
+    """The values of a file with one JSON value per line, up to a line that a killed process left half-written."""
     result = []
     try:
         for line in file.read_text().splitlines():

@@ -5,9 +5,10 @@
     python benchmarks/gpu_day.py --minutes 3 --out /tmp/day --device cpu --tiny  try all of it without a GPU
 
 DIR/gpu_day.md is the page, DIR/gpu_day.json its content. Both are replaced after every phase. The same command on a
-later day goes on with interrupted runs. FOLDER holds cifar-100-python/. The machine needs torch, torchvision and scipy.
+later day resumes interrupted runs. FOLDER holds cifar-100-python/. The machine needs torch, torchvision and scipy.
 
-A machine without a network gets the rest as wheels. Prepare them in the repository's folder, where there is a network:
+A machine without a network gets the other packages as wheels. Prepare them on a machine with a network, in the
+repository's folder:
     python -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp -d .whl \
         --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
         hydra-core==1.3.8 omegaconf==2.3.1 wandb==0.31.0 pydantic==2.14.4 pydantic-core==2.50.5 annotated-types \
@@ -45,10 +46,10 @@ from gpu_day_page import plan, render
 ROOT = Path(__file__).parents[1]
 HERE = Path(__file__).parent
 GRACE = 12.0  # seconds that the runs get to end themselves after SIGTERM
-RESERVE = 3.0  # seconds at the end for the page
+RESERVE = 3.0  # seconds that are kept at the end to write the page
 PHASES = ("tests", "steps", "at-once", "runs")
-STEPS = {"resnet56": 10}  # of a round; 20 for the others
-STEP_LOSSES = ("equal", "uncertainty", "pcgrad", "cagrad", "graddrop")  # all families
+STEPS = {"resnet56": 10}  # steps per round; 20 for the other architectures
+STEP_LOSSES = ("equal", "uncertainty", "pcgrad", "cagrad", "graddrop")  # each of the three families
 PROTOCOL = ("experiment=cifar100", "trainer.precision=bf16")
 TINY_TIMES = ("--steps", "1", "--rounds", "1", "--batch", "8", "--precisions", "fp32")
 TINY_COUNT = ("--steps", "1", "--seconds", "1", "--batch", "8", "--counts", "1", "2")
@@ -61,15 +62,15 @@ class Phase:
 
     Attributes:
         name: tests, steps resnet20, …
-        share: of the whole time, at most. An earlier phase that ends early leaves its time to the last.
-        command: a function of the seconds that the phase has.
-        result: the JSON file that the process replaces as it goes.
-        grace: seconds between SIGTERM and SIGKILL, a part of the budget.
+        share: largest share of the whole time. The last phase also gets the time that earlier ones did not use.
+        command: a function that returns the command line, from the number of seconds that the phase has.
+        result: the JSON file that the process replaces while it works.
+        grace: seconds between SIGTERM and SIGKILL; they are part of the budget.
         status: not reached, skipped, done, failed (its exit code was not 0) or cut (killed at its budget).
-        seconds, budget: what it took and what it had.
+        seconds, budget: the time that it took and the time that it was allowed.
         error: why it failed or was not reached.
         typed: the command line.
-        found: content of the result.
+        found: the content of the result file.
     """
 
     name: str
@@ -85,18 +86,18 @@ class Phase:
     found: Any = None
 
     def note(self) -> dict[str, Any]:
-        """What gpu_day.json holds of it."""
+        """The entry of this phase in gpu_day.json."""
         keys = ("status", "seconds", "budget", "error", "found")
         return {"command": self.typed, **{key: getattr(self, key) for key in keys}}
 
 
 @dataclass
 class Clock:
-    """The time that a day has.
+    """The time of a day.
 
     Args:
-        total: seconds, from now.
-        now: the clock, for tests.
+        total: length in seconds, from now on.
+        now: the clock; tests replace it.
     """
 
     total: float
@@ -111,19 +112,19 @@ class Clock:
         return self.now() - self.began
 
     def budget(self, share: float) -> float:
-        """Seconds that a phase may take, the grace after SIGTERM included; never more than is left."""
+        """Seconds that a phase may take, including the grace after SIGTERM. It is never more than the time left."""
         return max(0.0, min(share * self.total, self.total - RESERVE - self.elapsed()))
 
 
 class Stopped(Exception):
-    """SIGTERM or Ctrl-C reached this process."""
+    """Raised when SIGTERM or Ctrl-C reaches this process."""
 
 
 def execute(phase: Phase, clock: Clock, env: dict[str, str]) -> None:
-    """Run a phase's process within its budget and read what it found. Its output goes into a log beside its result.
+    """Run the process of a phase within its budget and read its result. Its output goes into a log beside the result.
 
     Raises:
-        Stopped: this process was told to end; the phase's processes have ended.
+        Stopped: a signal stopped this process; the processes of the phase have ended.
     """
     phase.budget = clock.budget(phase.share)
     if phase.budget <= phase.grace + 1:
@@ -159,7 +160,7 @@ def execute(phase: Phase, clock: Clock, env: dict[str, str]) -> None:
 
 
 def _end(process: subprocess.Popen, grace: float) -> None:
-    """SIGTERM to the process, then SIGKILL to all that it started."""
+    """Send SIGTERM to the process, then SIGKILL to all processes that it started."""
     if process.poll() is None:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
@@ -170,7 +171,7 @@ def _end(process: subprocess.Popen, grace: float) -> None:
 
 
 def phases(options: argparse.Namespace) -> list[Phase]:
-    """The day's phases in their order; those that `--phases` leaves out are marked."""
+    """The phases of the day in their order. Phases that `--phases` leaves out are marked as skipped."""
     python, logs, tiny = sys.executable, options.out / "logs", options.tiny
     result = []
     if options.wheels:
@@ -184,7 +185,7 @@ def phases(options: argparse.Namespace) -> list[Phase]:
         times = [python, str(HERE / "throughput.py"), "--arch", arch, "--device", options.device, "--in-memory",
                  "--losses", *STEP_LOSSES[: 2 if tiny else None], "--layouts", "channels_last", "contiguous",
                  *(TINY_TIMES if tiny else ("--steps", str(STEPS.get(arch, 20)))), "--json", str(file)]  # fmt: skip
-        # Its clock starts after its imports, so it stops itself early.
+        # The process starts its clock after its imports, so it gets less time than the phase has.
         result.append(Phase(f"steps {arch}", 0.125, lambda s, t=times: [*t, "--seconds", f"{s - 10:.0f}"], file))
     file = logs / "at-once.json"
     count = [python, str(HERE / "at_once.py"), "--arch", options.arch, "--device", options.device,
@@ -207,7 +208,7 @@ def phases(options: argparse.Namespace) -> list[Phase]:
 
 
 def words(options: argparse.Namespace) -> list[str]:
-    """What follows train.py in every run, except loss, seed and folder."""
+    """The options of train.py in every run, except loss, seed and folder."""
     result = [*(TINY if options.tiny else PROTOCOL), f"arch={options.arch}", f"trainer.device={options.device}"]
     if options.data and not options.tiny:
         result += [f"data.root={options.data}", "data.download=false"]
@@ -215,7 +216,7 @@ def words(options: argparse.Namespace) -> list[str]:
 
 
 def about(options: argparse.Namespace) -> dict[str, Any]:
-    """Command, commit, machine and versions; what cannot be found out is None."""
+    """Command, commit, machine and versions. Unknown values are None."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     smi = _output(query) if options.device != "cpu" else None
     name, driver, memory = (smi.splitlines()[0].split(", ") + [None] * 3)[:3] if smi else (None, None, None)
@@ -281,7 +282,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--data: {options.data} holds no cifar-100-python/")
     if options.wheels and not any(options.wheels.glob("*.whl")):
         parser.error(f"--wheels: {options.wheels} holds no wheels")
-    options.site = str(Path(tempfile.gettempdir()) / f"gpu-day-{os.getpid()}")  # where the wheels go
+    options.site = str(Path(tempfile.gettempdir()) / f"gpu-day-{os.getpid()}")  # the wheels are installed here
     return options
 
 

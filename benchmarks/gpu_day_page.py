@@ -1,4 +1,4 @@
-"""The page of a GPU day: Markdown from what gpu_day.json holds, also when phases failed or were cut."""
+"""The page of a GPU day: Markdown from gpu_day.json, also if phases failed or were cut off."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gpu_day import Phase
 
-ASSUMED = 40.0  # epochs a minute of all runs together, where no earlier day has measured it
+ASSUMED = 40.0  # epochs per minute of all runs together, if no earlier day has measured it
 
 
 def render(day: dict[str, Any]) -> str:
     """The whole page.
 
     Args:
-        day: as gpu_day.py writes it; phases may lack their findings.
+        day: the content of gpu_day.json; a phase may have no result yet.
     """
     parts = [_head(day), _phases(day["phases"])]
     for name, phase in day["phases"].items():
@@ -122,17 +122,17 @@ def _runs(found: dict[str, Any]) -> str:
 
 
 def _trained(found: dict[str, Any]) -> int:
-    """Epochs of this day, of all runs."""
+    """Number of epochs that this day has trained, over all runs."""
     return sum(run["reached"] - run["before"] for run in found["runs"])
 
 
 def _pace(found: dict[str, Any]) -> float:
-    """Epochs a minute of all runs together."""
+    """Epochs per minute of all runs together."""
     return 60 * _trained(found) / found["seconds"] if found["seconds"] else 0.0
 
 
 def _left(found: dict[str, Any]) -> int:
-    """Epochs that are still to be trained."""
+    """Number of epochs that are still to be trained."""
     return sum(run["epochs"] - run["reached"] for run in found["runs"])
 
 

@@ -3,8 +3,8 @@
     python benchmarks/gpu_day_runs.py --out DIR --until $(($(date +%s) + 300)) --at-once 4 --losses dwa equal \
         --seeds 42 123 456 -- experiment=cifar100 arch=resnet20 trainer.precision=bf16
 
-Every run is `train.py` in a process of its own, so the same command goes on with what was interrupted. What is known of
-the runs is in DIR/logs/runs.json, which is replaced every few seconds.
+Every run is `train.py` in a process of its own, so the same command resumes interrupted runs. DIR/logs/runs.json holds
+the state of all runs. It is replaced every few seconds.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from mtl.cli.command import CONF
 from mtl.config.identity import identify
 
 ROOT = Path(__file__).parents[1]
-GRACE = 10.0  # seconds that interrupted runs get to note what they did
-LEAST = 20.0  # seconds below which no further run starts: it would not finish an epoch
-PAUSE = 0.5  # seconds between two looks at the processes
+GRACE = 10.0  # seconds that interrupted runs get to write their state
+LEAST = 20.0  # no run starts in the last 20 seconds: it would not finish an epoch
+PAUSE = 0.5  # seconds between two checks of the processes
 
 
 @dataclass
@@ -39,13 +39,13 @@ class Run:
     """One run of the queue.
 
     Attributes:
-        loss, seed: of the run.
+        loss, seed: its loss strategy and its seed.
         words: its whole command line after train.py.
-        directory: where it writes.
-        epochs: that its config wants.
-        before: epochs that were done when the day began.
-        process: while it trains.
-        error: why its process failed, if it did.
+        directory: the folder into which it writes.
+        epochs: number of epochs in its config.
+        before: number of epochs that were finished when the day began.
+        process: its process while it trains; otherwise None.
+        error: why its process failed; None if it did not.
     """
 
     loss: str
@@ -67,7 +67,7 @@ class Run:
         return read_lines(self.directory / "metrics.jsonl")
 
     def state(self) -> dict[str, Any]:
-        """What the page shows of this run: plain Python values."""
+        """The values of this run that the page shows, as plain Python values."""
         rows = self.rows()
         keys = [key for key in (rows[-1] if rows else {}) if key.startswith("test/") and key.endswith("_accuracy")]
         today = rows[self.before :]
@@ -101,8 +101,8 @@ def queue(out: Path, losses: Sequence[str], seeds: Sequence[int], words: Sequenc
 
     Args:
         out: folder of the day. Runs go into out/runs, their output into out/logs.
-        losses, seeds: of the runs.
-        words: of every run's command line.
+        losses, seeds: the loss strategies and seeds; every combination is a run.
+        words: the part of the command line that all runs have in common.
     """
     runs = []
     for loss in losses:
@@ -125,9 +125,9 @@ class Pool:
     """Keeps `at_once` processes at work until the time is over.
 
     Args:
-        runs: in their order. Finished ones are left alone.
-        at_once: processes at a time.
-        until: on the clock of time.time; by then all processes have ended.
+        runs: the runs in the order of their start. Finished runs are skipped.
+        at_once: number of processes at a time.
+        until: the end, on the clock of time.time. All processes have ended by then.
     """
 
     def __init__(self, runs: Sequence[Run], at_once: int, until: float):
@@ -137,11 +137,11 @@ class Pool:
         self.stopped = False
 
     def left(self) -> float:
-        """Seconds of training that are left."""
+        """Seconds that are left for training."""
         return 0.0 if self.stopped else self.until - GRACE - time.time()
 
     def turn(self) -> bool:
-        """Note which processes ended and start others; return whether any is at work."""
+        """Note which processes have ended and start others; return whether any process is running."""
         for run in [r for r in self.active if r.process.poll() is not None]:
             self._ended(run)
         while self.waiting and len(self.active) < self.at_once and self.left() > LEAST:
@@ -149,7 +149,7 @@ class Pool:
         return bool(self.active)
 
     def close(self) -> None:
-        """Interrupt the processes; end those that take longer than the grace."""
+        """Interrupt all processes; kill those that take longer than the grace."""
         for run in self.active:
             run.process.send_signal(signal.SIGTERM)
         end = time.time() + GRACE

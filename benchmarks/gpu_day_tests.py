@@ -1,6 +1,6 @@
-"""A plugin of pytest (`-p gpu_day_tests`): each test's outcome as soon as it is known, as a line of $GPU_DAY_TESTS.
+"""A plugin of pytest (`-p gpu_day_tests`). It appends the outcome of each test to the file $GPU_DAY_TESTS at once.
 
-pytest itself says which tests failed, and why, only at its end. A process killed before then would say nothing.
+pytest itself reports the failures at its end only. If it is killed before, nothing would be known.
 """
 
 import json
@@ -8,7 +8,7 @@ import os
 
 
 def pytest_runtest_logreport(report) -> None:
-    """One line per test, and one per error in setting it up or taking it down."""
+    """Append one line per test, and one per error in its setup or teardown."""
     if report.when != "call" and report.passed:
         return
     reason = ""

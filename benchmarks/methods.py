@@ -3,8 +3,8 @@
     python benchmarks/methods.py                          all, ResNet-20, batch 128; writes results/step-time/steps.csv
     python benchmarks/methods.py --losses mgda cagrad     some, printed only
 
-Every round times one short epoch of each method in turn, equal weighting first, on the same synthetic images with a
-fine and a coarse head; the multiple is that of the same round, and the table gives the median and the range over the
+Every round times one short epoch of each method, equal weighting first. All use the same synthetic images with a fine
+and a coarse head. The multiple compares the times within a round. The table gives the median and the range over the
 rounds.
 """
 

@@ -3,10 +3,10 @@
     python benchmarks/microscope.py                      ResNet-20, batch 128: two minutes on two CPU cores
     python benchmarks/microscope.py --losses equal pcgrad --every 50 --rounds 10          on a GPU
 
-Off and on take turns in every round of one run, so that a change of the machine's pace hits all alike: an epoch of
-`--every` steps without the microscope, one in which it looks once, and short ones in which it looks at every step. The
-multiple is that of the time a step of the same round; the last column is what the run's header announces. On a CPU the
-time is this process's own, so that other processes on the machine count less.
+Every round has four epochs: `--every` steps without the microscope, the same with one observed step, and two short
+epochs in which every step is observed. The epochs alternate, so that a change of the machine's pace affects all of
+them. The multiple compares the times per step within a round. The last column is the cost that the run's header
+announces. On a CPU the time is the processor time of this process, so that other processes disturb less.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mtl.tracking.console import table
 
 
 def spent(run: Callable[[], float], on_cpu: bool) -> float:
-    """Seconds that `run` takes: its own report, or the processor time of this process."""
+    """Seconds that `run` takes: the wall time that it returns, or on a CPU the processor time of this process."""
     started = time.process_time()
     wall = run()
     return time.process_time() - started if on_cpu else wall
@@ -45,7 +45,7 @@ def main() -> None:
     announced: list[str] = []
     train_epoch = Learner.train_epoch
 
-    def noting(learner, batches, epoch):  # `ours` hands out no learner, which the announcement needs
+    def noting(learner, batches, epoch):  # the announcement needs the learner, which `ours` does not return
         announced.append(learner.microscope.describe(learner, len(batches), BATCH))
         return train_epoch(learner, batches, epoch)
 
@@ -58,7 +58,7 @@ def main() -> None:
         for every, samples, steps in looks:
             more = [f"microscope.every={every}", f"microscope.samples={samples}"]
             runs.append(ours(options.arch, loss, "fp32", steps * BATCH, options.device, more))
-        runs[-1]()  # warm up
+        runs[-1]()  # warm up: the first steps of a process are slower
         multiples: list[list[float]] = [[] for _ in runs]
         for _ in range(options.rounds):
             announced.clear()

@@ -3,7 +3,7 @@
     python benchmarks/report.py                2,000 runs of 200 epochs, a few damaged or half-written
     python benchmarks/report.py --runs 200
 
-The runs are written into a temporary folder, 0.3 GB for 2,000 of them.
+The runs are written into a temporary folder; 2,000 runs take 0.3 GB.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TASKS = ("fine", "coarse")
 
 
 def write(root: Path, runs: int, epochs: int) -> None:
-    """Strategies x architectures x ten seeds, until there are enough."""
+    """Write strategies x architectures x ten seeds, until there are `runs` runs."""
     names = sorted(f.stem for f in (ROOT / "conf" / "loss").glob("*.yaml") if f.stem not in ("single", "custom"))
     losses = [("single", {"task": t}) for t in TASKS] + [(n, {"variant": v}) for v in range(9) for n in names]
     cells = ((arch, *loss, seed) for loss in losses for arch in ARCHS for seed in range(10))
@@ -40,13 +40,14 @@ def write(root: Path, runs: int, epochs: int) -> None:
         rows = [_row(e, epochs, tasks, draw) for e in range(1, epochs + 1)]
         kind = "diverged" if number % 199 == 7 else "running" if number % 199 == 17 else "finished"
         _files(folder, arch, loss, arguments, digest, seed, rows, kind, tasks)
-        if number % 199 == 27:  # a power cut
+        if number % 199 == 27:  # a power cut in the middle of a row
             (folder / "metrics.jsonl").write_bytes((folder / "metrics.jsonl").read_bytes()[:-300])
-        if number % 199 == 37:
+        if number % 199 == 37:  # a half-written summary
             (folder / "summary.json").write_text('{"status": "fini')
 
 
 def _row(epoch: int, epochs: int, tasks: tuple[str, ...], draw: random.Random) -> dict[str, float]:
+    """A row of metrics.jsonl with plausible losses and accuracies."""
     row = {"epoch": epoch}
     for split in ("train", "val", "test"):
         for task in tasks:
@@ -60,6 +61,7 @@ def _row(epoch: int, epochs: int, tasks: tuple[str, ...], draw: random.Random) -
 
 
 def _files(folder, arch, loss, arguments, digest, seed, rows, status, tasks) -> None:
+    """The files of one run. An unfinished run has no summary."""
     keys = [f"test/{task}_accuracy" for task in tasks]
     best = {k: max(rows, key=lambda r: r[k]) for k in keys}
     chosen = max(rows, key=lambda r: r[f"val/{tasks[0]}_accuracy"])

@@ -1,14 +1,14 @@
-"""Do two commits train the same numbers, bit for bit, on this machine? For a refactoring that is to change none.
+"""Do two commits train the same numbers, bit for bit, on this machine? For a refactoring that must not change any.
 
     python benchmarks/same_bits.py main              the working tree beside the commit `main`: all runs, 10 minutes
     python benchmarks/same_bits.py v1 v2 --quick     two commits; each loss on digits, with and without all labels
     python benchmarks/same_bits.py HEAD --losses dwa mgda --only synthetic
 
-Each run is three epochs (in the third DWA begins to weigh) of the commit's own train.py, in a process of its own: every
-loss on digits and synthetic images, from memory and through a DataLoader, with one task, and with missing labels; and
-all other golden runs (tests/golden). Compared are the exit code, the run's folder (its identity), all columns of
-metrics.jsonl but times, and the bytes of the model's tensors in last.pt. One line is printed for each difference; the
-exit code is 1 if there is one.
+Each run has three epochs of the commit's own train.py, in a process of its own. In the third epoch DWA begins to
+weigh. Every loss runs on digits and synthetic images, from memory and through a DataLoader, with one task, and with
+missing labels. All other golden runs (tests/golden) follow. These parts are compared: the exit code, the run's folder
+(its identity), all columns of metrics.jsonl except times, and the bytes of the model's tensors in last.pt. Each
+difference is one line. The exit code is 1 if there is a difference.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ HOST = ("data.residency=host", "data.workers=0")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="a commit")
-    parser.add_argument("head", nargs="?", default=".", help="another; the working tree unless given")
+    parser.add_argument("head", nargs="?", default=".", help="another commit; default: the working tree")
     parser.add_argument("--losses", nargs="+", help="these losses only, and no other golden runs")
     parser.add_argument(
         "--only", metavar="PREFIX", help="runs whose name starts like that, such as archs or missing/mgda"
@@ -68,7 +68,7 @@ def _cases(losses: list[str] | None, quick: bool) -> dict[str, list[str]]:
     if not quick:
         cases |= {f"host/{n}": (*case, *HOST) for n, case in FAMILIES["losses"].items()}
         cases |= {f"host-missing/{n}": (*case, *HOST) for n, case in FAMILIES["missing"].items()}
-        for name in FAMILIES["losses"].keys() - {"custom"}:  # whose class is written for three tasks
+        for name in FAMILIES["losses"].keys() - {"custom"}:  # the class of `custom` takes three tasks only
             cases[f"alone/{name}"] = (*NET, *ALONE, f"loss={name}", *_needed(name, "digit"))
             cases[f"synthetic/{name}"] = (*NET, *SYNTHETIC, f"loss={name}", *_needed(name, "fine", "coarse"))
             cases[f"host-synthetic/{name}"] = (*cases[f"synthetic/{name}"], *HOST)
@@ -81,7 +81,7 @@ def _cases(losses: list[str] | None, quick: bool) -> dict[str, list[str]]:
 
 
 def _needed(loss: str, *tasks: str) -> list[str]:
-    """The arguments without which a loss does not run."""
+    """Example values for the required arguments of a loss."""
     numbers = "{" + ", ".join(f"{task}: {50 + 20 * i}" for i, task in enumerate(tasks)) + "}"
     arguments = {"amtl": f"potentials={numbers}", "pivrg": f"baselines={numbers}", "static": f"weights={numbers}"}
     arguments["single"] = f"task={tasks[0]}"
@@ -90,7 +90,7 @@ def _needed(loss: str, *tasks: str) -> list[str]:
 
 @contextmanager
 def _tree(commit: str, folder: Path):
-    """A checkout of `commit`; the working tree itself for `.`."""
+    """Yield the folder of a checkout of `commit`. For `.` it is the working tree itself."""
     if commit == ".":
         yield ROOT
         return
@@ -115,12 +115,13 @@ def _start(tree: Path, cases: Path, out: Path) -> subprocess.Popen:
 
 
 def _train(tree: Path, cases: Path, out: Path) -> None:
-    import sklearn.datasets  # noqa: F401  once, for all children
-    import torch._dynamo  # noqa: F401  which an optimizer imports
+    # Imported once, before the forks, so that no child spends seconds on it.
+    import sklearn.datasets  # noqa: F401
+    import torch._dynamo  # noqa: F401  optimizers import it
 
-    with suppress(ImportError):
+    with suppress(ImportError):  # an older commit may not have this module
         import mtl.cli.cell  # noqa: F401
-    os.fsync = lambda file: None  # a power cut may take these files
+    os.fsync = lambda file: None  # faster; these files need not survive a power cut
     for i, overrides in enumerate(json.loads(cases.read_text()).values()):
         (out / str(i)).mkdir(parents=True)
         if (child := os.fork()) == 0:
@@ -130,7 +131,7 @@ def _train(tree: Path, cases: Path, out: Path) -> None:
 
 
 def _run(tree: Path, overrides: list[str], out: Path) -> None:
-    """A child: train.py as if it were called with these arguments; never returns."""
+    """Run train.py in this child process as if it were called with these arguments. It never returns."""
     os.chdir(out)
     with open("log", "w") as log:
         os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
@@ -149,7 +150,7 @@ def _run(tree: Path, overrides: list[str], out: Path) -> None:
 
 
 def _outcome(folder: Path) -> dict:
-    """What a run left: code, error, identity, columns and tensors."""
+    """The result of a run: exit code, error, identity, columns and hashes of the tensors."""
     import torch
 
     log = (folder / "log").read_text().strip().splitlines()
@@ -172,7 +173,7 @@ def _sha(tensor) -> str:
 
 
 def _compare(names: list[str], before: list[dict], after: list[dict]) -> int:
-    """Print a line for each difference, then a count; return the exit code."""
+    """Print a line for each difference, then the counts; return the exit code."""
     counts = Counter()
     for name, old, new in zip(names, before, after, strict=True):
         lines = _differences(old, new)

@@ -4,16 +4,16 @@
     python benchmarks/throughput.py --arch resnet56 --steps 10
     python benchmarks/throughput.py --in-memory --layouts channels_last contiguous --seconds 60 --json times.json
 
-The plain loop is what a tutorial writes: PIL images through torchvision's RandomCrop, flip, ToTensor and Normalize in a
-DataLoader with two workers, an eager fp32 model in the default layout, SGD, equal weighting. Ours is
-`Learner.train_epoch`, as train.py runs it. Rounds alternate between the contenders, so that a change of the machine's
-pace hits all alike; the table gives medians, of the speeds and of the ratios to the plain loop of the same round.
+The plain loop is the one of a tutorial. PIL images go through torchvision's RandomCrop, flip, ToTensor and Normalize
+in a DataLoader with two workers. The model is eager fp32 in the default layout, with SGD and equal weighting. Our loop
+is `Learner.train_epoch`, as train.py runs it. The loops alternate within a round, so that a change of the machine's
+pace affects all of them. The table gives medians of the speeds, and of the ratios to the plain loop of the same round.
 
 `--in-memory` adds a plain loop for each precision and layout. Its normalised images lie on the device and are not
 augmented. It shows what our step costs, because a fast GPU waits for the tutorial's loader.
 
-The last row is the bound that the libraries set: nothing but the network's convolutions, forward and backward, layer by
-layer in the layout of our loop. No loop in fp32 that calls the same kernels can be faster.
+The last row is an upper bound: only the network's convolutions, forward and backward, layer by layer in the layout of
+our loop. No fp32 loop that calls the same kernels can be faster.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ from mtl.tracking.console import table
 
 BATCH = 128
 REFERENCE = "plain PyTorch loop, fp32"
-Epoch = Callable[[], float]  # trains once over its images and returns the seconds it took
+Epoch = Callable[[], float]  # trains one epoch and returns the seconds that it took
 
 
 def ours(
     arch: str, loss: str, precision: str, images: int, device: str, more: Sequence[str] = (), batch: int = BATCH
 ) -> Epoch:
-    """A function that trains one epoch of `images` images and returns the seconds it took."""
+    """A function that trains one epoch of `images` images with our loop and returns the seconds that it took."""
     overrides = ["data=synthetic", f"data.train_size={images}", "data.test_size=1", f"arch={arch}", f"loss={loss}"]
     overrides += [f"trainer.precision={precision}", f"trainer.device={device}", f"data.batch_size={batch}"]
     overrides += more
@@ -89,7 +89,7 @@ def backbone(arch: str) -> torch.nn.Module:
 
 
 def plain(arch: str, images: int, device: str, batch: int = BATCH) -> Epoch:
-    """The same for the tutorial's loop."""
+    """As `ours`, for the tutorial's loop."""
     model = MultiTaskModel(backbone(arch), Synthetic.tasks).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     loader = DataLoader(Pictures(images), batch, shuffle=True, num_workers=2, persistent_workers=True)
@@ -109,7 +109,7 @@ def plain(arch: str, images: int, device: str, batch: int = BATCH) -> Epoch:
 
 
 def in_memory(arch: str, precision: str, layout: str, images: int, device: str, batch: int = BATCH) -> Epoch:
-    """The same for a plain loop whose normalised images lie on the device."""
+    """As `ours`, for a plain loop whose normalised images are on the device."""
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     model = MultiTaskModel(backbone(arch), Synthetic.tasks).to(device, memory_format=memory_format)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
@@ -134,7 +134,7 @@ def in_memory(arch: str, precision: str, layout: str, images: int, device: str, 
 
 
 def convolutions(arch: str, images: int, device: str, batch: int = BATCH) -> Epoch:
-    """The same for the backbone's convolutions alone."""
+    """As `ours`, for the backbone's convolutions only."""
     network = backbone(arch).to(device, memory_format=torch.channels_last)
     layers = []
     for module in network.modules():
@@ -142,7 +142,7 @@ def convolutions(arch: str, images: int, device: str, batch: int = BATCH) -> Epo
             module.register_forward_hook(lambda m, inputs, y: layers.append((m, inputs[0].detach(), y.detach())))
     first = torch.randn(batch, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     network(first)
-    # The images need no gradient, the inputs of all other layers do.
+    # The inputs of all layers need a gradient, except those of the first layer, which are the images.
     layers = [(m.forward, x.requires_grad_(x.shape[1] > 3), m.weight, torch.randn_like(y)) for m, x, y in layers]
 
     def epoch() -> float:
@@ -163,11 +163,11 @@ class Loop:
     """One contender.
 
     Attributes:
-        name: of its row.
-        epoch: trains once and returns the seconds it took.
+        name: name of its row.
+        epoch: trains one epoch and returns the seconds that it took.
         bare: name of the plain loop in memory with the same precision and layout, if there is one.
-        seconds: of each round, without the warm-up.
-        memory: bytes on the GPU that an epoch needed at most, beyond those in use before it.
+        seconds: seconds of each round, without the warm-up.
+        memory: peak bytes on the GPU during an epoch, minus those in use before it.
     """
 
     name: str
@@ -178,7 +178,7 @@ class Loop:
 
 
 def contenders(options: argparse.Namespace, images: int) -> list[Loop]:
-    """The tutorial's loop first, then the other loops; bf16 is left out where the CPU emulates it."""
+    """The tutorial's loop, then the other loops. bf16 is left out if the CPU only emulates it."""
     arch, device, batch = options.arch, options.device, options.batch
     slow = Execution(precision="bf16").slow_precision(torch.device(device))
     precisions = [p for p in options.precisions if not (slow and p == "bf16")]
@@ -199,14 +199,14 @@ def contenders(options: argparse.Namespace, images: int) -> list[Loop]:
 
 
 def measure(loops: Sequence[Loop], rounds: int, device: str, until: float, note: Callable[[], None]) -> None:
-    """Time the loops in alternating rounds, the first of which warms up.
+    """Time the loops in alternating rounds. The first round warms up.
 
     Args:
-        loops: whose times and memory are filled in.
-        rounds: at most, beside the first.
+        loops: the loops; their times and memory are filled in.
+        rounds: largest number of rounds, without the first.
         device: cpu, cuda or cuda:N.
         until: on the clock of time.monotonic; no loop starts after it.
-        note: called after every time that is taken.
+        note: called after every measured time.
     """
     on_gpu = torch.device(device).type == "cuda"
     for number in range(rounds + 1):
@@ -225,13 +225,13 @@ def measure(loops: Sequence[Loop], rounds: int, device: str, until: float, note:
 
 
 def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, float] | None:
-    """Median and range of the ratios of the rounds that both have; None where there is no such round."""
+    """Median and range of the ratios, over the rounds that both loops have; None if there is no such round."""
     each = [n / d for n, d in zip(numerator, denominator, strict=False)]
     return {"median": statistics.median(each), "lowest": min(each), "highest": max(each)} if each else None
 
 
 def rows(loops: Sequence[Loop], images: int, batch: int) -> list[dict[str, Any]]:
-    """What the rounds so far say of each loop: plain Python values; None where there is nothing to say yet."""
+    """The results of each loop so far, as plain Python values; None for a value that is not measured yet."""
     named = {loop.name: loop for loop in loops}
     result = []
     for loop in loops:

@@ -3,10 +3,10 @@
     python benchmarks/weights.py                      T = 2, 10, 40; CPU, one thread
     python benchmarks/weights.py --device cuda
 
-The Gramian is of T random float32 gradients of 1,000 parameters, half of whose pairs conflict: harder than training,
-where most do not. Calls alternate between the contenders; the table gives medians over the rounds. TorchJD runs with
-its defaults (Frank-Wolfe to 1e-3, norm_eps 1e-4), so its answers are the less exact ones. A dash: it has no such
-method, or not on the Gramian.
+The Gramian is that of T random float32 gradients of 1,000 parameters. Half of their pairs conflict. This is harder
+than training, where most pairs do not. The calls of both libraries alternate; the table gives medians over the rounds.
+TorchJD runs with its defaults (Frank-Wolfe to 1e-3, norm_eps 1e-4), so its answers are less exact than ours. A dash:
+TorchJD has no such method, or not on the Gramian.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ OURS = {
 
 
 def theirs() -> dict:
-    """TorchJD's methods by our name, as functions of T; empty where it is not installed."""
+    """TorchJD's methods by our names, as functions of T; empty if TorchJD is not installed."""
     try:
         import torchjd.aggregation as jd
     except ImportError:
@@ -56,7 +56,7 @@ def theirs() -> dict:
         def __init__(self, T: int):
             self.nash = jd.NashMTL(T)
 
-        def __call__(self, gramian):  # it works on a Jacobian: a root of the Gramian has the same one
+        def __call__(self, gramian):  # TorchJD wants a Jacobian: a matrix root of the Gramian has the same Gramian
             return self.nash(torch.linalg.cholesky(gramian + 1e-6 * gramian.trace() * torch.eye(len(gramian))))
 
     return {

@@ -1,4 +1,7 @@
-"""Errors that are the user's to mend: one line, no traceback, and an exit code that tells whose move it is."""
+"""Errors that the user can mend: one line, no traceback, and an exit code.
+
+Exit code 2 means that the command or the config is wrong. 1 means that a run failed or the machine is at fault.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """One line: what, where, allowed values, nearest match."""
+    """Base class. The message is one line: what is wrong, where, which values are allowed, and the nearest of them."""
 
     exit_code = 1
 
@@ -20,19 +23,24 @@ class ConfigError(UserError):
 
 
 class SetupError(UserError):
-    """The machine is: missing or damaged data, a folder that cannot be written, a device that is not there. Code 1."""
+    """The machine is at fault: missing or damaged data, a read-only folder, no such device. Exit code 1."""
 
 
 class Diverged(UserError):
-    """Training left the finite numbers: exit code 1, status "diverged"."""
+    """A loss or metric became NaN or infinite: exit code 1, status "diverged"."""
 
 
 class Busy(UserError):
-    """Another process works on this very run: exit code 1."""
+    """Another process is training this run already: exit code 1."""
 
 
+# A BaseException, like KeyboardInterrupt: `except Exception` in a user's code must not swallow it.
 class Terminated(BaseException):
-    """SIGTERM, or SIGHUP of a closed terminal: the run in progress notes that it was interrupted, the grid stops."""
+    """SIGTERM, or SIGHUP of a closed terminal. The current run notes that it was interrupted, and the grid stops.
+
+    Args:
+        code: exit code, 128 plus the number of the signal.
+    """
 
     def __init__(self, code: int = 143):
         super().__init__(code)
@@ -40,7 +48,7 @@ class Terminated(BaseException):
 
 
 def remove_empty(folders: Iterable[Path]) -> None:
-    """Remove `folders`, innermost first, up to the first that holds something: a refused run leaves nothing behind."""
+    """Remove empty `folders`, innermost first, up to the first that is not empty. A refused run leaves no trace."""
     for folder in folders:
         try:
             folder.rmdir()
@@ -49,17 +57,21 @@ def remove_empty(folders: Iterable[Path]) -> None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether the machine has too little memory; PyTorch says so in a RuntimeError."""
+    """Whether the machine has too little memory."""
+    # PyTorch raises a plain RuntimeError on a CPU; only its text says that memory ran out.
     return isinstance(error, MemoryError) or "allocate memory" in str(error)
 
 
 def one_line(text: object) -> str:
-    """`text` on one line."""
+    """`text` with all line breaks and runs of spaces replaced by one space."""
     return " ".join(str(text).split())
 
 
 def suggest(word: str, allowed: Iterable[str]) -> str:
-    """'; did you mean X?' for the allowed word nearest to `word`, 'X or Y' for equally near ones, or nothing."""
+    """The end of an error message: "; did you mean X?", where X is the allowed word nearest to `word`.
+
+    Equally near words give "X or Y". If no word is near, the result is empty.
+    """
     if not word:
         return ""
     matches = difflib.get_close_matches(str(word), list(allowed), n=3, cutoff=0.6)

@@ -1,6 +1,6 @@
-"""Named random streams: every draw in a run is a function of (seed, name, epoch), never of what was drawn before.
+"""Named random streams: every draw in a run is a function of (seed, name, epoch), never of earlier draws.
 
-The global generators and flags of torch are one for the whole process. A run has them to itself in `seeded`, for an
+So a resumed run needs no saved generator state, and a new consumer of random numbers shifts no other one. The global generators and flags of torch are one for the whole process. A run has them to itself in `seeded`, for an
 epoch at most, and gives them back. So two runs in one process may take turns between those blocks, or work in two
 threads: each draws what it draws alone. A thread waits while the other one is in such a block.
 """
@@ -19,13 +19,17 @@ _process = threading.RLock()
 
 
 def derive(seed: int, *names: str | int) -> int:
-    """A 63-bit seed for the stream `names` of a run; streams of different names or seeds are independent."""
+    """A 63-bit seed for the stream `names` of a run. Streams with different names or seeds are independent.
+
+    Example: `derive(42, "method", 3)` is the seed of the loss strategy in epoch 3 of a run with seed 42.
+    """
+    # Not Python's hash(): that one differs in every process.
     digest = hashlib.blake2b("/".join(map(str, (seed, *names))).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    return int.from_bytes(digest, "big") >> 1  # 63 bits: a seed must fit into a signed int64
 
 
 def stream(seed: int, *names: str | int) -> torch.Generator:
-    """A generator on the CPU for the stream `names`: the same draws whatever device trains."""
+    """A CPU generator for the stream `names`, so that the draws are the same on every device."""
     return torch.Generator().manual_seed(derive(seed, *names))
 
 

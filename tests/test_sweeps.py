@@ -178,7 +178,7 @@ def test_the_protocol_tries_methods_of_ones_own_config_folder(train, tmp_path, c
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["equl"], "did you mean equal?"), (["equal", "loss=dwa"], "loss: is the protocol's to set"),
+    [(["equl"], "did you mean equal?"), (["equal", "loss=dwa"], "loss: the protocol sets it"),
      (["equal", "data.val_fraction=0"], "chosen on validation data"), (["dwa:temp=1"], "unknown key"),
      (["equal", "--seeds", "0,1"], "fresh ones"), (["equal", "trainer.epoch=1"], "did you mean epochs?"),
      (["equal", "--config-dir", "nope"], "nope: is not a folder")],

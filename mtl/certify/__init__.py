@@ -1,4 +1,4 @@
-"""Certificates: what a method is, and what was measured of it, on one generated page.
+"""Certificates: one generated page per method, with its equation and the properties measured on a small network.
 
     python -m mtl.certify                    all methods: docs/methods/*.md and the index
     python -m mtl.certify loss=cagrad        one method, printed
@@ -6,11 +6,15 @@
     python -m mtl.certify loss=mine --config-dir my_configs      your own strategy, or loss._target_=my_package.Mine
     python -m mtl.certify check              compare the pages on disk with new ones; exit code 1 if any differs
 
-`problem` has the small network and the histories on which all is measured, `properties` what is measured there,
-`agreement` and `optimality` the comparison with the oracles of the tests and with the problem that a method states
-(the oracles are in the repository only: an installed package measures all but them),
-`pages` what is written. A method's class may name properties that its paper claims (`claims`); one that does not hold
-makes the run fail. What is printed does not depend on the machine.
+- `problem`: the small network, and the histories of steps after which a method is measured.
+- `properties`: the measured properties, such as scale invariance.
+- `agreement`: the error against the oracles, independent NumPy implementations in tests/oracles. An installed package
+  has no oracles and leaves this part out.
+- `optimality`: the distance from the optimum of the problem that the paper states.
+- `pages`: the text of the pages.
+
+A method's class may name properties that its paper claims (`claims`). If a claim does not hold, the command fails. The
+printed numbers do not depend on the machine.
 """
 
 from mtl.certify.pages import Certificate, certify, main

@@ -1,7 +1,7 @@
-"""Numbers of a certificate that compare a method's steps with what they should be: oracles and optimality conditions.
+"""The two errors on a certificate: the difference from the oracle, and the residual of the optimality conditions.
 
-The oracles are the independent NumPy implementations in tests/oracles. They are no part of the installed package:
-outside a checkout a certificate has none, and says so. tests/oracles/steps.py plays each of them step by step.
+The oracles are independent NumPy implementations in tests/oracles. The installed package does not contain them. Outside
+a checkout the certificate says that this error was not measured. tests/oracles/steps.py runs each oracle step by step.
 """
 
 from __future__ import annotations
@@ -39,29 +39,35 @@ STEPS, PER_EPOCH = 10, 2
 
 @cache
 def oracles() -> ModuleType | None:
-    """tests/oracles/steps.py of the checkout, under a name of its own; None where there is no checkout."""
+    """The module tests/oracles/steps.py of the checkout; None if there is no checkout."""
     root = checkout()
     package = root and root / "tests" / "oracles" / "__init__.py"
     if not package or not package.exists():
         return None
+    # Loaded under a name of its own: the package must not depend on a folder "tests" that is on sys.path.
     spec = importlib.util.spec_from_file_location("mtl_oracles", package)
     sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     return importlib.import_module("mtl_oracles.steps")
 
 
 def oracle_error(name: str) -> float | None:
-    """Largest relative error of the step over a history of several epochs, and no less than the oracle's own; None
-    without an oracle."""
+    """Largest relative error of the step over several epochs; None if the method has no oracle.
+
+    Some oracles are themselves inexact, such as an iterative one. The result is then at least the oracle's own error.
+    """
     steps = oracles()
     if steps is None or name not in steps.STEPS:
         return None
+    # Both start from the same arguments, seed and features, and then see the same problems.
     strategy, peer = _unclipped(make(name)), steps.Peer(name, TASKS, arguments(name), ANCHOR.numpy(), RATE)
     peer.begin(0, EPOCHS, seed=0)
     errors = []
     for k in range(STEPS):
+        # In every third step the gradients span four dimensions only, so that conflicts are frequent.
         tasks = problem(MEASURED + k, dimensions=4 if k % 3 == 2 else ANCHOR.numel())
         expected = peer.step({key: field.numpy() for key, field in vars(tasks).items()})
         update = step(strategy, tasks)
+        # Some oracles give the shared gradient only; `strict=False` then skips the heads.
         for found, right in zip((update.shared, update.heads), expected, strict=False):
             right = torch.as_tensor(right)
             errors.append(float((found - right).norm() / right.norm()))
@@ -74,7 +80,7 @@ def oracle_error(name: str) -> float | None:
 
 
 def optimality(name: str) -> float | None:
-    """Largest residual of the method's own optimality conditions over 40 problems; None if it solves none."""
+    """Largest residual of the method's optimality conditions over 40 problems; None if it solves no problem."""
     if name not in CONDITIONS:
         return None
     new, residuals = copies(name, experienced(name)), []
@@ -87,13 +93,16 @@ def optimality(name: str) -> float | None:
 
 
 def _unclipped(strategy: Strategy) -> Strategy:
-    """The same without the clip of the gradient's norm, which is no part of the equations."""
+    """The strategy without its clip of the gradient's norm, because the equations do not contain the clip."""
     strategy.max_norm = None
     return strategy
 
 
 def bound(error: float | None) -> str:
-    """Up to the next power of ten, and no finer than 1e-9: what is printed must not depend on a machine's rounding."""
+    """`error` rounded up to a power of ten, such as "below 1e-9"; never finer than that.
+
+    A page must not depend on the rounding of the machine that wrote it.
+    """
     if error is None:
         return "–"
     return f"below 1e{math.ceil(math.log10(max(error, 1e-9)))}" if error < np.inf else "no number"

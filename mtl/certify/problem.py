@@ -1,12 +1,13 @@
 """The problem on which methods are measured: a network so small that every loss and gradient in it can be set.
 
-Features z = a + θ of N samples, one head h_i a task, and with x_i what head i sees of z (z itself, but for RotoGrad)
+The features are z = a + θ for N samples. Task i has a head h_i. x_i are the features that head i receives: z itself,
+except with RotoGrad.
 
     L_i = v_i + ⟨g_i, x_i − a⟩ + ½ ⟨b_i, (x_i − a)²⟩ + Σ_n r_in h_i·x_in.
 
-At θ = h = 0 task i has the loss v_i, the shared gradient g_i, curvature b_i, and a head whose gradient depends on the
-features: second derivatives, look-ahead steps and terms of the heads have something to act on. All is linear in the
-row (v, g, b, r)_i, so that scaling, reordering and leaving out tasks are matrices. Everything is in float64.
+At θ = h = 0 task i has the loss v_i, the shared gradient g_i and the curvature b_i. The gradient of its head depends on
+the features. So second derivatives, look-ahead steps and terms of the heads all have an effect. L_i is linear in
+(v, g, b, r)_i. To scale, reorder or leave out tasks is therefore to multiply by a matrix. Everything is in float64.
 """
 
 from __future__ import annotations
@@ -34,19 +35,20 @@ from mtl.losses import Statistics, Strategy
 SAMPLES, WIDTH = 2, 6
 SIZE = SAMPLES * WIDTH
 TASKS = 3
-HISTORY = 4  # steps before the measured one, an epoch each
+HISTORY = 4  # number of steps before the measured one; each step is an epoch
 EPOCHS = 10
-RATE = 0.1  # of all that is learned
+RATE = 0.1  # learning rate of everything
 CONFIGS = "--config-dir="
 _generator = torch.Generator().manual_seed(1)
 ANCHOR = torch.randn(SAMPLES, WIDTH, generator=_generator, dtype=torch.float64)
+# A random orthogonal basis, so that gradients in few dimensions have no zeros in their coordinates.
 BASIS = torch.linalg.qr(torch.randn(SIZE, SIZE, generator=_generator, dtype=torch.float64)).Q
 ARGUMENTS = {
     "static": {"weights": [1.0, 0.5, 2.0]},
     "single": {"task": "0"},
     "pivrg": {"baselines": [60.0, 70.0, 80.0]},
     "amtl": {"potentials": [60.0, 70.0, 80.0]},
-    # What begins after a while, or moves slowly, does so within the history.
+    # These methods begin late or move slowly with their defaults. Here they show an effect within the short history.
     "annealed_calibrated": {"calibration": 2},
     "auto_lambda": {"lr": 0.03},
     "excess_mtl": {"eta": 0.3},
@@ -60,14 +62,14 @@ ARGUMENTS = {
 
 @dataclass(frozen=True)
 class Tasks:
-    """What is set of T tasks.
+    """The losses and gradients of T tasks.
 
     Attributes:
         values: (T,) the losses v.
         again: (T,) the losses after the step.
-        slopes, bends: (T, P) g and b.
-        residuals: (T, N) r.
-        noise: (T, P) by which the gradients of half batches differ from g: one is g + noise, the other g − noise.
+        slopes, bends: (T, P) the gradients g and the curvatures b.
+        residuals: (T, N) the factors r of the heads' terms.
+        noise: (T, P) the gradient of one half of the batch is g + noise, that of the other g − noise.
     """
 
     values: Tensor
@@ -78,7 +80,7 @@ class Tasks:
     noise: Tensor
 
     def mixed(self, matrix: Tensor) -> Tasks:
-        """S tasks whose losses are combinations of these; matrix: (S, T)."""
+        """S new tasks whose losses are linear combinations of these; matrix: (S, T)."""
         return Tasks(*(matrix @ field for field in vars(self).values()))
 
     def scaled(self, factors: Tensor | float) -> Tasks:
@@ -90,7 +92,10 @@ class Tasks:
         return Tasks(*(field[list(index)] for field in vars(self).values()))
 
     def batches(self, samples: int) -> list[Tensor]:
-        """(T, P) gradients of independent batches; that of the direction, the mean of two or the third, is g."""
+        """The gradients (T, P) of 1, 2 or 3 independent batches.
+
+        The update uses the mean of two batches or the third of three. Both are g.
+        """
         pair = [self.slopes + self.noise, self.slopes - self.noise]
         return {1: [self.slopes], 2: pair, 3: [*pair, self.slopes]}[samples]
 
@@ -107,9 +112,10 @@ def problem(seed: int, dimensions: int = SIZE, kind: str = "") -> Tasks:
     """Three random tasks with losses in [0.5, 2.5].
 
     Args:
-        seed: of all numbers.
-        dimensions: that the gradients span; conflicts are frequent in few.
-        kind: short: one gradient, another for each seed, is ten times shorter; opposite: and two of them nearly cancel.
+        seed: seed of all numbers.
+        dimensions: number of dimensions that the gradients span. With few dimensions, conflicts are frequent.
+        kind: "short": one gradient is ten times shorter, another one for each seed. "opposite": two gradients also
+            nearly cancel out.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -125,15 +131,18 @@ def problem(seed: int, dimensions: int = SIZE, kind: str = "") -> Tasks:
         for rows in (slopes, bends, noise, residuals):
             rows[seed % TASKS] *= 0.1
     values = 0.5 + 2 * uniform[0]
+    # Every loss falls by 5 to 30 % in the step, so that FAMO learns something.
     return Tasks(values, values * (0.7 + 0.25 * uniform[1]), slopes, bends, residuals, noise)
 
 
 @cache
 def _read(name: str) -> dict:
+    """The method's node; cached, because composing a config is slow. `config` returns copies."""
     choice, *words = shlex.split(name)
     if not words:
         return OmegaConf.to_container(OmegaConf.load(CONF / "loss" / f"{choice}.yaml"), resolve=True)
     words = [f"hydra.searchpath=[{w[len(CONFIGS) :]}]" if w.startswith(CONFIGS) else w for w in words]
+    # Hydra keeps one global instance; an earlier command of this process may have left it.
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -143,20 +152,20 @@ def _read(name: str) -> dict:
 
 
 def config(name: str) -> dict:
-    """The method's node, a copy.
+    """A copy of the method's config node.
 
     Args:
-        name: as after `loss=` on the command line: an option, and then perhaps words that change its node, e.g.
-            "custom loss.file=my_loss.py", or --config-dir=DIR for options of your own.
+        name: as after `loss=` on the command line. Options may follow, such as "custom loss.file=my_loss.py", or
+            --config-dir=DIR for your own methods.
 
     Raises:
-        ConfigError: there is no such option or key.
+        ConfigError: there is no such method or key.
     """
     return dict(_read(name))
 
 
 def arguments(name: str, tasks: int = TASKS) -> dict:
-    """The method's node with what it needs for `tasks` tasks; what `name` sets is left as it is."""
+    """The method's node, with example values for required arguments. Options in `name` come first."""
     choice, *words = shlex.split(name)
     typed = {word.lstrip("+~").partition("=")[0].removeprefix("loss.") for word in words}
     needed = {key: value for key, value in ARGUMENTS.get(choice, {}).items() if key not in typed}
@@ -165,10 +174,10 @@ def arguments(name: str, tasks: int = TASKS) -> dict:
 
 @cache
 def count(name: str) -> int:
-    """How many tasks the method is measured with: three, or as many as it takes.
+    """The number of tasks with which the method is measured: three, or fewer if it does not take three.
 
     Raises:
-        ConfigError: it cannot be built.
+        ConfigError: the method cannot be built.
     """
     if _fits(name, TASKS) is None:
         return TASKS
@@ -181,11 +190,12 @@ def count(name: str) -> int:
 
 @cache
 def fixed(name: str) -> bool:
-    """Whether the method takes this number of tasks and no smaller one, as a loss with two arguments does."""
+    """Whether the method does not take one task fewer. A user's loss with two arguments is an example."""
     return _fits(name, count(name) - 1) is not None
 
 
 def _fits(name: str, tasks: int) -> ConfigError | None:
+    """The error of building the method for `tasks` tasks; None if it can be built."""
     node = arguments(name, tasks)
     try:
         schema.check(node, "loss", supplied=("tasks",))
@@ -195,13 +205,13 @@ def _fits(name: str, tasks: int) -> ConfigError | None:
 
 
 def _build(node: dict, tasks: int, seed: int) -> Strategy:
-    with torch.random.fork_rng(devices=[]):  # a user's loss may start at random: at the same random numbers each time
+    with torch.random.fork_rng(devices=[]):  # a user's loss may start at random; it gets the same draws each time
         torch.manual_seed(seed)
         return schema.build(node, "loss", tasks=[str(i) for i in range(tasks)])
 
 
 def make(name: str, tasks: int | None = None, seed: int = 0) -> Strategy:
-    """The method with its defaults for tasks "0", "1", …, in float64; for `count(name)` tasks if nothing is said."""
+    """The method with its defaults, in float64, for the tasks "0", "1", …; None means `count(name)` tasks."""
     tasks = count(name) if tasks is None else tasks
     strategy = _build(arguments(name, tasks), tasks, seed)
     strategy.prepare(WIDTH)
@@ -212,7 +222,7 @@ def make(name: str, tasks: int | None = None, seed: int = 0) -> Strategy:
 
 @dataclass(frozen=True)
 class Update:
-    """What one step leaves: shared (P,) and heads (T, F) gradients, and weights (T,) or None."""
+    """The result of one step: the gradients of shared parameters (P,) and heads (T, F), and weights (T,) or None."""
 
     shared: Tensor
     heads: Tensor
@@ -220,7 +230,7 @@ class Update:
 
 
 class CertificateNetwork:
-    """θ and the heads at 0, and the losses of some tasks there, for the strategy's views."""
+    """A network with θ and the heads at 0. The heads receive the features from the strategy's `views`."""
 
     def __init__(self, strategy: Strategy, tasks: Tasks, present: Tensor | None = None):
         self.tasks = tasks if len(tasks.values) == strategy.tasks else tasks.taken(range(strategy.tasks))  # loss=single
@@ -229,7 +239,7 @@ class CertificateNetwork:
         self.heads = [nn.Parameter(torch.zeros(WIDTH, dtype=torch.float64)) for _ in self.tasks.values]
 
     def losses(self, slopes: Tensor) -> tuple[list[Tensor], Tensor]:
-        """T scalars, a constant 0 for an absent task, and the features (N, F)."""
+        """T losses and the features (N, F). An absent task's loss is a constant 0."""
         t, features, losses = self.tasks, ANCHOR + self.theta.view(SAMPLES, WIDTH), []
         for i, (seen, head) in enumerate(zip(self.strategy.views(features), self.heads, strict=True)):
             if self.present is not None and not self.present[i]:
@@ -241,23 +251,24 @@ class CertificateNetwork:
         return losses, features
 
     def gradients(self) -> tuple[Tensor, Tensor]:
-        """(T, P) and (T, F): each loss's gradient of the shared parameters and of its head."""
+        """The gradient of each loss for the shared parameters (T, P), and for its own head (T, F)."""
         losses = self.losses(self.tasks.slopes)[0]
         pairs = [torch.autograd.grad(x, [self.theta, h]) for x, h in zip(losses, self.heads, strict=True)]
         return torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
 
 
 def step(strategy: Strategy, tasks: Tasks, present: Tensor | None = None) -> Update:
-    """One step as the engine takes it: look-ahead, backward pass, the strategy's own parameters, the second look."""
+    """One step as in the engine: look-ahead, backward pass, the strategy's own parameters, the pass after the step."""
     net = CertificateNetwork(strategy, tasks, present)
     tasks, parameters = net.tasks, [net.theta, *net.heads]
-    # A part of the six "samples" stands for a batch of its own: a half, a third, or all of them.
+    # `Step` divides a batch into halves or thirds. Six virtual samples can be divided both ways, and each part gets the
+    # gradients of an independent batch.
     starts = {count: range(0, 6, 6 // count) for count in (1, 2, 3)}
     batches = {(a, a + 6 // n): slopes for n in starts for a, slopes in zip(starts[n], tasks.batches(n), strict=True)}
     there = torch.ones_like(tasks.again) if present is None else present.to(tasks.again)
 
     def forward(part: slice) -> Losses:
-        if not torch.is_grad_enabled() and part == slice(0, 6):  # the second look, after the step
+        if not torch.is_grad_enabled() and part == slice(0, 6):  # the forward pass after the step (FAMO)
             return Losses(tasks.again * there)
         return Losses(*net.losses(batches[part.start, part.stop]))
 
@@ -266,6 +277,7 @@ def step(strategy: Strategy, tasks: Tasks, present: Tensor | None = None) -> Upd
         groups.append({"params": own})
     one = Step(strategy, torch.optim.SGD(groups, lr=RATE), [net.theta], [[h] for h in net.heads])
     info = one(forward, 6, None if present is None else present.expand(6, -1))
+    # The step has already moved the strategy's parameters. Their gradients must not add up.
     for p in own:
         p.grad = None
     shared, *heads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -273,25 +285,25 @@ def step(strategy: Strategy, tasks: Tasks, present: Tensor | None = None) -> Upd
 
 
 def scores(epoch: int, tasks: int = TASKS) -> Tensor:
-    """(T,) the accuracies in per cent that the history tells after an epoch."""
+    """(T,) the accuracies in per cent after an epoch of the history."""
     return torch.linspace(30 + 10 * epoch, 60, TASKS, dtype=torch.float64)[:tasks]
 
 
 def end_epoch(strategy: Strategy, tasks: Tasks, epoch: int, seed: int = 0) -> None:
-    """Tell the epoch's figures, and begin the next one."""
+    """Report the epoch's losses and scores to the strategy, and begin the next epoch."""
     T = strategy.tasks
     strategy.epoch_end(Statistics(tasks.values[:T], scores(epoch, T), torch.ones(T, dtype=torch.bool)))
     strategy.epoch_start(epoch + 1, EPOCHS, seed)
 
 
 def experienced(name: str, change: Change = same, steps: int = HISTORY, seed: int = 0, start: int = 0) -> Strategy:
-    """The method after some steps, at the start of an epoch; every problem is changed alike.
+    """The method after a history of steps, at the start of an epoch.
 
     Args:
         name: as in loss=NAME.
-        change: of the problems.
-        steps: length of the history, an epoch each; 0 is a fresh strategy.
-        seed: of the method's draws.
+        change: applied to every problem of the history.
+        steps: length of the history; each step is an epoch. 0 gives a fresh strategy.
+        seed: seed of the method's draws.
         start: seed of the first problem.
     """
     strategy = make(name, seed=seed)

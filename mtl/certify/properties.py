@@ -1,8 +1,10 @@
-"""What can be said of a method's steps, as functions that measure it.
+"""The properties of a method's steps, each as a function that measures it.
 
-Each takes a method's name and the length of its history, and says whether the property holds for the steps after that
-history; 0 is the first step of all. Where the losses of a problem are changed, those of its history are changed alike.
-Directions are compared for the shared parameters and for each head.
+A property takes the name of a method and the length of a history. It tells whether it holds for the steps after that
+history; length 0 means the very first step. If a property changes the losses of a problem, it changes those of the
+history in the same way. Directions are compared for the shared parameters and for each head.
+
+The docstrings of the properties are printed on the pages.
 """
 
 from __future__ import annotations
@@ -33,13 +35,13 @@ from mtl.certify.problem import (
 )
 from mtl.losses import Custom, Strategy
 
-TOLERANCE = 1e-5  # of angles, in radians, and of equal steps
-SMALL = 1e-4  # lengths, where iterations and floors of a method leave more
-MEASURED = 1000  # seed of the measured problem; histories count from 0
+TOLERANCE = 1e-5  # largest angle in radians of equal directions, and largest relative error of equal steps
+SMALL = 1e-4  # largest relative length that counts as 0; iterations and floors of a method leave this much
+MEASURED = 1000  # seed of the measured problem; the problems of a history have the seeds 0, 1, …
 
 
 def apart(a: Tensor, b: Tensor) -> float:
-    """Distance of two unit vectors, which is the angle where it is small; 0 for two zeros."""
+    """Distance between the directions of two vectors: their angle, if it is small. 0 for two zero vectors."""
     lengths = a.norm(), b.norm()
     if max(lengths) == 0:
         return 0.0
@@ -47,27 +49,27 @@ def apart(a: Tensor, b: Tensor) -> float:
 
 
 def parallel(a: Update, b: Update) -> bool:
-    """Whether the shared parameters and all heads go the same way."""
+    """Whether the shared parameters and all heads move in the same directions."""
     return all(apart(x, y) < TOLERANCE for x, y in zip((a.shared, *a.heads), (b.shared, *b.heads), strict=True))
 
 
 def equal(a: Update, b: Update) -> bool:
-    """Whether the shared parameters and all heads take the same step, and the weights are the same."""
+    """Whether the steps of the shared parameters and of all heads are the same, and the weights too."""
     pairs = [(a.shared, b.shared), (a.heads, b.heads)]
     pairs += [] if a.weights is None or b.weights is None else [(a.weights, b.weights)]
     return all((x - y).norm() <= TOLERANCE * x.norm() for x, y in pairs)
 
 
 def measured(name: str, history: int, change: Change = same, seed: int = 0) -> Update:
-    """The step after a history, every problem changed alike."""
+    """The step after a history; `change` is applied to every problem."""
     return step(experienced(name, change, history, seed), change(problem(MEASURED, dimensions=4)))
 
 
 def selected(name: str, strategy: Strategy, index: Sequence[int]) -> Strategy:
-    """A strategy for the tasks `index`, in that order, with their part of the state: every dimension of size T.
+    """A strategy for the tasks `index`, in that order, with their part of the state.
 
-    Weights that add up to T or to 1 are renormalised to do so for the tasks that are left; equal ones take the place of
-    zeros.
+    Every dimension of size T in the state belongs to the tasks, and is selected. Weights that add up to T or to 1 are
+    rescaled to the number of tasks that are left, or to 1. If all of these are zero, equal weights take their place.
     """
     index = [i for i in index if i < strategy.tasks]  # loss=single trains one task
     if isinstance(strategy, Custom) and index == list(range(strategy.tasks)):
@@ -80,6 +82,7 @@ def selected(name: str, strategy: Strategy, index: Sequence[int]) -> Strategy:
         for dimension, size in enumerate(value.shape):
             if size == strategy.tasks:
                 value = value.index_select(dimension, torch.tensor(index))
+        # Only weights with such a sum are rescaled. Other state, such as an average loss, stays as it is.
         for whole, left in ((strategy.tasks, len(index)), (1, 1)):
             if abs(total - whole) < 1e-6:
                 value = value * (left / value.sum()) if value.any() else torch.full_like(value, left / len(value))
@@ -91,14 +94,17 @@ def selected(name: str, strategy: Strategy, index: Sequence[int]) -> Strategy:
 
 
 def copies(name: str, strategy: Strategy) -> Callable[[], Strategy]:
-    """A maker of strategies in the same state."""
+    """A function that makes strategies, all in the state of `strategy`."""
     return lambda: selected(name, strategy, range(TASKS))
 
 
 @contextmanager
 def drawn_for(index: Sequence[int], tasks: int) -> Iterator[None]:
-    """Let tasks that were reordered or taken out keep their draws: what is drawn for each of S tasks is drawn for all
-    `tasks`, and then the part of the tasks `index` is taken. This compares methods that draw under the same draws."""
+    """Let reordered or selected tasks keep their random draws, so that methods are compared with the same draws.
+
+    In this block, torch.rand and torch.randn draw for all `tasks` whenever a size equals the number of selected tasks.
+    Then the entries of the tasks `index` are taken.
+    """
 
     def matched(draw: Callable) -> Callable:
         def call(*size, generator=None, **options):
@@ -118,15 +124,16 @@ def drawn_for(index: Sequence[int], tasks: int) -> Iterator[None]:
 
 
 def scale_free(name: str, history: int) -> bool:
-    """the directions of shared parameters and heads are the same when all losses are scaled by 1e-6 or 1e6"""
+    """scaling all losses by 1e-6 or 1e6 does not change the directions of the shared parameters and the heads"""
     first = measured(name, history)
     return all(parallel(first, measured(name, history, lambda t, c=c: t.scaled(c))) for c in (1e-6, 1e6))
 
 
 def task_scale_free(name: str, history: int) -> bool:
-    """the directions of shared parameters and heads are the same when each loss has another scale"""
+    """scaling each loss by another factor does not change the directions of the shared parameters and the heads"""
     plain = copies(name, experienced(name, steps=history))
     for factors in torch.tensor([[10.0, 0.1, 3.0], [3.0, 10.0, 0.1], [0.1, 3.0, 10.0]], dtype=torch.float64):
+        # The history is scaled as well: a method that adapts to the scale has seen no other.
         scaled = copies(name, experienced(name, lambda t, c=factors: t.scaled(c), history))
         for seed in range(3):
             tasks = problem(MEASURED + seed, dimensions=4)
@@ -149,15 +156,15 @@ def linear(name: str, history: int) -> bool:
 
 
 def non_conflicting(name: str, history: int) -> bool:
-    """never against a task: g_i·d ≥ 0 for all i, on 72 random problems: gradients of like lengths, one ten times
-    shorter than the others, and then two nearly opposite"""
+    """the step never goes against a task: g_i·d ≥ 0 for all i, on 72 random problems (gradients of similar lengths, one
+    ten times shorter than the others, two nearly opposite)"""
     for start in (0, 100):  # two histories
         new = copies(name, experienced(name, steps=history, start=start))
         for seed in range(36):
             kind = ("", "short", "short", "opposite")[seed % 4]
             tasks, strategy = problem(MEASURED + start + seed, 4, kind).taken(range(count(name))), new()
-            shared, heads = CertificateNetwork(strategy, tasks).gradients()  # before the step turns any views
-            shared = torch.cat([shared, tasks.slopes[strategy.tasks :]])  # those that loss=single leaves out
+            shared, heads = CertificateNetwork(strategy, tasks).gradients()  # before the step: it may change the views
+            shared = torch.cat([shared, tasks.slopes[strategy.tasks :]])  # with the tasks that loss=single leaves out
             update = step(strategy, tasks)
             for gradients, d in ((shared, update.shared.expand(count(name), -1)), (heads, update.heads)):
                 if not ((gradients * d).sum(1) >= -1e-7 * gradients.norm(dim=1) * d.norm(dim=1)).all():
@@ -166,11 +173,12 @@ def non_conflicting(name: str, history: int) -> bool:
 
 
 def stationary(name: str, history: int) -> bool:
-    """stops at a Pareto-stationary point: d = 0 where a convex combination of all gradients, none of weight 0, is 0"""
+    """stops at a Pareto-stationary point: d = 0 if a combination of all gradients with positive weights is 0"""
     new = copies(name, experienced(name, steps=history))
     for seed in range(6):
         tasks = problem(MEASURED + seed).taken(range(count(name)))
         for rows in (tasks.slopes, tasks.noise):
+            # The last gradient makes ½ g_1 + 2 g_2 + g_3 = 0, on the batch and on each half of it.
             rows[-1] = -sum(factor * row for factor, row in zip((0.5, 2.0), rows[:-1], strict=False))
         if not step(new(), tasks).shared.norm() <= SMALL * tasks.slopes.norm():
             return False
@@ -178,7 +186,7 @@ def stationary(name: str, history: int) -> bool:
 
 
 def unanimous(name: str, history: int) -> bool:
-    """follows the common gradient of identical tasks"""
+    """follows the common gradient if all tasks are identical"""
 
     def change(tasks: Tasks) -> Tasks:
         return tasks.taken([0] * TASKS)
@@ -189,10 +197,10 @@ def unanimous(name: str, history: int) -> bool:
 
 
 def permutation(name: str, history: int) -> bool | None:
-    """the order of the tasks does not matter: with their state and draws reordered, weights and steps are the same"""
+    """the order of the tasks does not matter: reordering tasks, state and draws changes no weight and no step"""
     old, tasks_there = experienced(name, steps=history), count(name)
     if isinstance(old, Custom) and history:
-        return None  # nobody knows which part of its state is which task's
+        return None  # a user's module does not say which part of its state belongs to which task
     order = [tasks_there - 1, *range(tasks_there - 1)]
     ours, theirs = selected(name, old, range(TASKS)), selected(name, old, order)
     index = [i for i in order if i < ours.tasks]
@@ -211,6 +219,7 @@ def exact_absence(name: str, history: int) -> bool | None:
     old = experienced(name, steps=history)
     if old.tasks == 1:
         return True
+    # A loss with a fixed number of arguments cannot be called without a task.
     if fixed(name) or (isinstance(old, Custom) and history):
         return None
     for absent in (1, 2):
@@ -223,6 +232,7 @@ def exact_absence(name: str, history: int) -> bool | None:
             with drawn_for(left, TASKS):
                 b = step(theirs, tasks.taken(left))
             weights = None if a.weights is None else a.weights[left]
+            # An absent task's head must get no gradient, not even from a regulariser.
             if a.heads[absent].any() or not equal(Update(a.shared, a.heads[left], weights), b):
                 return False
     return True
@@ -235,7 +245,7 @@ def random(name: str, history: int) -> bool:
     return any(not torch.equal(step(one, tasks).shared, step(two, tasks).shared) for tasks in problems)
 
 
-# None: cannot be measured.
+# In the order of the pages. A property returns None if it cannot be measured for a method.
 PROPERTIES: Mapping[str, Callable[[str, int], bool | None]] = {
     f.__name__: f
     for f in (

@@ -1,4 +1,4 @@
-"""A constructor that is called from Python is checked as a config node is: by the type hints of its arguments."""
+"""Checks the arguments of constructors that are called from Python: by their type hints, as in a config node."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 
 
 def checked(init: Callable[..., None], but: Collection[str] = ()) -> Callable[..., None]:
-    """`init`, an `__init__`, which from now on compares its arguments with their hints before it runs.
+    """Wrap an `__init__` so that it compares its arguments with their type hints before it runs.
 
     Args:
+        init: the `__init__`.
         but: names of arguments that `init` checks by itself.
     """
     signature = inspect.signature(init)
@@ -29,10 +30,10 @@ def checked(init: Callable[..., None], but: Collection[str] = ()) -> Callable[..
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
             given = signature.bind(self, *args, **kwargs).arguments
-        except TypeError:  # a missing or unknown argument: the call itself raises Python's own message
+        except TypeError:  # a missing or unknown argument: the call below raises Python's own message
             given = {}
         defaults = {n: p.default for n, p in signature.parameters.items() if p.kind in NAMED and n not in but}
-        # A default may be None where the hint says float; writing it out changes nothing.
+        # A default may be None although the hint says float. Passing the default explicitly must not be an error.
         found = {n: v for n, v in given.items() if n in defaults and v is not defaults[n]}
         if found:
             check_hinted(hints_of(init), found, init.__qualname__.removesuffix(".__init__").rpartition(".")[2])
@@ -45,18 +46,19 @@ def check_hinted(hints: Mapping[str, Any], values: Mapping[str, Any], owner: str
     """Compare values that come from Python with type hints.
 
     Args:
-        hints: by name.
-        values: by name; arrays and tensors count as the numbers they hold, sets and tuples as lists.
-        owner: whose arguments they are, for the message.
+        hints: the type hint of each argument.
+        values: the value of each argument. Arrays and tensors count as the numbers they hold, sets and tuples as lists.
+        owner: name of the class, for the message.
 
     Raises:
-        ValueError: a value is of another type or out of range: its name, the value, what is allowed, and the owner.
+        ValueError: a value has another type or is out of range. The message names argument, value, allowed values and
+            class.
     """
     for name, value in values.items():
         hint = hints.get(name)
         try:
             wrong = _complaint(hint, value, name)
-        except ConfigError as error:  # the message of a number that no tensor holds
+        except ConfigError as error:  # a number too large for a tensor; a Python caller gets a ValueError
             raise ValueError(f"{error} ({owner})") from None
         if wrong and get_origin(hint) is Literal:
             wrong = f"is none of {', '.join(map(str, get_args(hint)))}"
@@ -70,7 +72,7 @@ def _complaint(hint: Any, value: Any, name: str) -> str:
         return ""
     try:
         plain = _plain(value)
-    except TypeError:  # an object that YAML cannot have, such as a module
+    except TypeError:  # an object that YAML cannot express, such as a module
         try:
             adapter.validate_python(value)
         except ValidationError as error:
@@ -78,7 +80,7 @@ def _complaint(hint: Any, value: Any, name: str) -> str:
         return ""
     check_size(plain, name)
     wrong = complaint(hint, plain)
-    if wrong and "isinstance" in wrong:  # the hint wants an object
+    if wrong and "isinstance" in wrong:  # the hint is a class; its instance was turned into a plain value above
         with suppress(ValidationError):
             adapter.validate_python(value)
             return ""
@@ -92,10 +94,10 @@ def _short(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as YAML would have it.
+    """`value` in the types that YAML has: numbers, strings, lists, mappings, None.
 
     Raises:
-        TypeError: YAML has nothing like it.
+        TypeError: YAML cannot express it.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value

@@ -1,4 +1,4 @@
-"""Is this the right Python? Needs the standard library only, and runs before anything else of mtl is imported."""
+"""Checks that this Python can run mtl. It needs the standard library only and runs before all other imports of mtl."""
 
 import importlib.util
 import os
@@ -6,7 +6,7 @@ import sys
 
 OLDEST, TOO_NEW = (3, 10), (3, 14)  # requires-python in pyproject.toml
 
-# Every module that mtl cannot do without, and the package that has it: the dependencies in pyproject.toml.
+# {module: package that contains it}, for all dependencies in pyproject.toml. The names differ: yaml is in pyyaml.
 PACKAGES = {
     "torch": "torch",
     "torchvision": "torchvision",
@@ -26,8 +26,7 @@ PACKAGES = {
 
 
 def require() -> None:
-    """End the process with one line and exit code 1 where this Python cannot run mtl: it is too old, too new, or lacks
-    a package."""
+    """End the process with one line and exit code 1 if this Python is too old, too new, or lacks a package."""
     version = "{}.{}".format(*sys.version_info[:2])
     if not OLDEST <= sys.version_info[:2] < TOO_NEW:
         wrong, cure = f"is Python {version}; 3.10 to 3.13 is needed", "try: make PYTHON=python3.12"
@@ -37,7 +36,8 @@ def require() -> None:
             return
         wrong, cure = "lacks " + ", ".join(missing), "install what is missing: pip install -e ."
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    python = os.path.join(root, ".venv", "bin", "python")  # what `make` has made
+    python = os.path.join(root, ".venv", "bin", "python")  # the environment that `make` creates
+    # The cure depends on the place: an installed package; a checkout whose environment was not used; or neither.
     if not os.path.exists(os.path.join(root, "pyproject.toml")):
         cure = "install mtl into another environment: python3.12 -m venv, then pip install"
     elif os.path.exists(python) and os.path.abspath(sys.executable) != python:

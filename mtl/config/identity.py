@@ -1,4 +1,4 @@
-"""Which run is this? A hash of everything that decides its numbers, and the directory and names that follow from it."""
+"""The identity of a run: a hash of everything that decides its numbers, and the folder and names made from it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _INSTALLED = Path(__file__).parents[1] / "conf"
 CONF = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "conf"  # in a wheel; in a checkout
 TARGET = "_target_"
 
-# What does not decide a run's numbers: paths, device, logging, what is looked at, where the images lie. The seed is
-# named apart.
+# Options that do not change a run's numbers: paths, device, logging, observation, the place of the images. They are
+# left out of the hash. The seed is left out too, because it has its own part in the folder and the name.
 EXCLUDED = (
     "seed",
     "output_root",
@@ -33,15 +33,15 @@ EXCLUDED = (
     "study",
 )
 
-# Options that were added after the first release, each with the default that does what was done before. An option at
-# this default is no part of the hash, so older runs keep their identity. "loss.mean@mtl.losses.GradNorm" is the option
-# of that class alone.
+# Options that were added after the first release, with the default that keeps the old behaviour. An option at this
+# default is left out of the hash, so older runs keep their identity. "loss.mean@mtl.losses.GradNorm" is the option of
+# that class only.
 ADDED: dict[str, Any] = {
     "loss.mean@mtl.losses.GradNorm": "arithmetic",
     "trainer.stages": [],
 }
 
-# Classes of ours that were moved or renamed: {path today: path under which they are hashed}.
+# Classes of mtl that were moved or renamed: {today's path: the path that goes into the hash}.
 MOVED: dict[str, str] = {
     "mtl.cli.cell.Study": "mtl.study.cell.Study",
     "mtl.cli.command.Grid": "mtl.config.cli.Grid",
@@ -49,17 +49,17 @@ MOVED: dict[str, str] = {
     "mtl.inspect.microscope.Microscope": "mtl.engine.microscope.Microscope",
 }
 
-LABEL = 39  # characters, so that a group (three labels and the digest) stays below W&B's limit of 128
+LABEL = 39  # characters; a W&B group has three labels and the digest, and W&B allows 128
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Names of one run.
+    """The names of one run.
 
     Attributes:
         data, arch, loss: the chosen config options.
-        digest: 8 hex digits of the config's hash, the same for all seeds.
-        seed: of the run.
+        digest: 8 hex digits of the config's hash; the same for all seeds.
+        seed: the run's seed.
     """
 
     data: str
@@ -70,16 +70,16 @@ class Identity:
 
     @property
     def group(self) -> str:
-        """Everything but the seed: runs of one group are averaged."""
+        """Everything except the seed. The report averages the runs of a group."""
         return f"{self.data}/{self.arch}/{self.loss}/{self.digest}"
 
     @property
     def name(self) -> str:
-        """Readable and unique, e.g. resnet56-dwa-s0-1a2b3c4d; also the W&B id."""
+        """A readable and unique name, such as resnet56-dwa-s0-1a2b3c4d. It is also the W&B id."""
         return f"{self.arch}-{self.loss}-s{self.seed}-{self.digest}"
 
     def directory(self, output_root: str | Path) -> Path:
-        """Where the run writes."""
+        """The folder into which the run writes."""
         return Path(output_root) / self.group / f"seed{self.seed}"
 
 
@@ -93,11 +93,12 @@ def identify(config: Mapping[str, Any], choices: Mapping[str, str]) -> Identity:
     content = decisive(config)
     data, arch, loss = (_label(group, content, choices) for group in ("data", "arch", "loss"))
     if (file := _loss_file(content)) is not None:
-        # A user's own loss is what the file says, not where it lies.
+        # The content of a user's own loss file decides the numbers, not its path.
         content["loss"]["file"] = hashlib.sha256(file.read_bytes()).hexdigest()
         loss = f"{loss}-{file.stem}"
     if own := own_code(config):
         content["source"] = own
+    # Sorted keys, so that the order of options on the command line does not matter.
     text = json.dumps(canonical(_as_before(content)), sort_keys=True)
     return Identity(
         data=safe(data),
@@ -109,10 +110,10 @@ def identify(config: Mapping[str, Any], choices: Mapping[str, str]) -> Identity:
 
 
 def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of `config` without the options that do not decide a run's numbers.
+    """A copy of `config` without the options that do not change a run's numbers.
 
-    The folder of a built-in data set does not decide them: its images are the same everywhere. Of a user's own data
-    class nothing is known, so its folder and its `download` stay, the folder as an absolute path.
+    A built-in data set has the same images in every folder, so its folder is left out. A user's own data class may
+    behave otherwise. So its folder and its `download` stay, and the folder becomes an absolute path.
     """
     content = copy.deepcopy(dict(config))
     own_data = not _built_in(content.get("data"))
@@ -122,6 +123,7 @@ def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
         *parents, key = path.split(".")
         node = content
         for parent in parents:
+            # A missing parent gives a new empty dict, and removing a key from it changes nothing.
             node = node.get(parent, {})
         node.pop(key, None)
     if own_data and isinstance(root := content["data"].get("root"), str):
@@ -130,18 +132,18 @@ def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def own_code(config: Mapping[str, Any]) -> dict[str, str]:
-    """{module: sha256} of the user's own modules that decide a run's numbers; without `loss.file` itself."""
+    """{module: sha256} of the user's own modules that decide a run's numbers. `loss.file` itself is left out."""
     content = decisive(config)
     file = _loss_file(content)
     return source.digests([name for _, name in _targets(content)], [] if file is None else [file])
 
 
 def own_parts(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """What decides a run's numbers and is not in its config.yaml, for each node that names a user's own class.
+    """The parts of a run's identity that are not in its config.yaml: the user's own code and data folder, per node.
 
     Returns:
-        such as {"data": {"my_data": "1a2b3c4d", "root": "/home/me/data"}, "arch": {"my_net": "5e6f7a8b"}}: the start of
-        the sha256 of each own module, and the folder of own data as an absolute path.
+        for example {"data": {"my_data": "1a2b3c4d", "root": "/home/me/data"}, "arch": {"my_net": "5e6f7a8b"}}. It has
+        the start of the sha256 of each own module, and the folder of own data as an absolute path.
     """
     content, found = decisive(config), {}
     for name, node in content.items():
@@ -153,9 +155,9 @@ def own_parts(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
 
 def safe(label: str) -> str:
-    """`label` as a directory and as a part of a W&B name: letters, digits and ._+-, at most 39 of them.
+    """`label` in a form that is valid as a folder and in a W&B name: at most 39 letters, digits and ._+-.
 
-    A label that has to be changed gets the start of its hash, so that no two labels become the same.
+    If a label must be changed, the start of its hash is appended. So two labels never become the same.
     """
     if re.fullmatch(rf"[A-Za-z0-9_][A-Za-z0-9._+-]{{0,{LABEL - 1}}}", label):
         return label
@@ -164,7 +166,7 @@ def safe(label: str) -> str:
 
 
 def today(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a saved config in which our classes have the names of today, whatever they were when it was saved."""
+    """A copy of a saved config in which the classes of mtl have today's names, whatever they were when it was saved."""
     content, names = copy.deepcopy(dict(config)), {old: new for new, old in MOVED.items()}
     for node, name in _targets(content):
         node[TARGET] = names.get(name, name)
@@ -172,7 +174,10 @@ def today(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _as_before(content: dict[str, Any]) -> dict[str, Any]:
-    """`content` in the words of the first release: classes by their first path, without later options at default."""
+    """`content` as the first release would have written it: first paths of classes, no later options at default.
+
+    Hashing this form keeps the identity of older runs. It changes `content` in place.
+    """
     for node, name in _targets(content):
         node[TARGET] = MOVED.get(name, name)
     for place, default in ADDED.items():
@@ -187,7 +192,7 @@ def _as_before(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _targets(value: Any) -> Iterator[tuple[dict[str, Any], str]]:
-    """Every node of a config that names a class, and the name."""
+    """Every node of a config that names a class, and that name."""
     if isinstance(value, dict):
         if isinstance(value.get(TARGET), str):
             yield value, value[TARGET]
@@ -208,7 +213,10 @@ def _loss_file(content: Mapping[str, Any]) -> Path | None:
 
 
 def _label(group: str, config: Mapping[str, Any], choices: Mapping[str, str]) -> str:
-    """The chosen option's name; the class's own where another class was put into that option's place, or none was."""
+    """The name of the chosen option, such as resnet20.
+
+    It is the name of the class if no option was chosen, or if another `_target_` replaced the option's class.
+    """
     target, option = config[group][TARGET], choices.get(group)
     own = target.rpartition(".")[2].lower()
     if not option:
@@ -220,7 +228,7 @@ def _label(group: str, config: Mapping[str, Any], choices: Mapping[str, str]) ->
 
 
 def canonical(value: Any) -> Any:
-    """2.0 as 2: a default spelled out in another way is the same run."""
+    """`value` with 2.0 written as 2, so that lr=2 and lr=2.0 are the same run."""
     if isinstance(value, Mapping):
         return {k: canonical(v) for k, v in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Which words start a run here? `python train.py` in a checkout, `mtl-train` where mtl was installed by pip."""
+"""The words that start a run: `python train.py` in a checkout, `mtl-train` if mtl was installed by pip."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ COMMAND, MODULE, SCRIPT = "mtl-train", "mtl.train", "train.py"
 
 
 def checkout() -> Path | None:
-    """The root of the repository that this code belongs to; None for an installed wheel."""
+    """The root folder of the repository that holds this code; None for an installed wheel."""
     return CONF.parent if (CONF.parent / "pyproject.toml").is_file() else None
 
 
 def program() -> list[str]:
     """The words before the options in a command that starts a run like this one, from the current folder.
 
-    They are the words that started this process. A process that something else started (a report, a Slurm job) names
-    train.py if it is here, and else `mtl-train`.
+    Usually they are the words that started this process. But this process may be no run: a report, or a Slurm job. Then
+    the words name train.py if it is in the current folder, otherwise `mtl-train`.
     """
     words, started = torchrun.command(), Path(sys.argv[0])
     if started.resolve() == Path(__file__).parents[1] / SCRIPT:
@@ -34,7 +34,7 @@ def program() -> list[str]:
 
 
 def child() -> list[str]:
-    """The words that start a run in a process of its own, with this very Python."""
+    """The words that start a run as a child process, with the Python of this process."""
     root = checkout()
     script = ["-m", MODULE] if root is None else [SCRIPT if _here() else str(root / SCRIPT)]
     return [sys.executable, *script]
@@ -45,9 +45,9 @@ def _here() -> bool:
 
 
 def divide(command: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A command that `program` began, as the words that start one process and the words that follow.
+    """Split a command from `program` into the words that start one process, and the options.
 
-    `torchrun --nproc-per-node=2 train.py loss=dwa` gives `python train.py` and `loss=dwa`.
+    Example: `torchrun --nproc-per-node=2 train.py loss=dwa` gives `python train.py` and `loss=dwa`.
     """
     for i, word in enumerate(command):
         if Path(word).name in (COMMAND, MODULE, SCRIPT):

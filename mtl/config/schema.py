@@ -1,8 +1,9 @@
 """The signature is the schema: a config node is checked against the callable that its `_target_` names.
 
-Unknown key, missing key, wrong type, value out of range: one line with the full key, what is allowed and the nearest
-word. Types and ranges come from the hints (`int`, `Literal[...]`, `Annotated[float, Gt(0)]`), so a class outside this
-repository is checked in the same way as ours. pydantic reads the hints; a hint it cannot read is no check.
+An unknown key, a missing key, a wrong type and a value out of range each give one line. It has the full key, the
+allowed values and the nearest one. Types and ranges come from the type hints (`int`, `Literal[...]`, `Annotated[float,
+Gt(0)]`). So a class outside this repository is checked in the same way as ours. pydantic reads the hints. If it cannot
+read a hint, that argument is not checked.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from mtl.errors import ConfigError, UserError, one_line, suggest
 
 TARGET, MISSING = "_target_", "???"
 
-# PyTorch's hints have no ranges, and its optimizers refuse nothing but negative numbers.
+# Ranges for PyTorch's optimizers. Their hints have none, and they accept a momentum of 5 or a weight decay of 1e9.
 OPTIMIZER = {"momentum": Annotated[float, Ge(0), Lt(1)], "weight_decay": Annotated[float, Ge(0), Le(100)]}
-LARGEST_INT, LARGEST_FLOAT = 2**63 - 1, 3.4e38  # what a tensor holds: int64, float32
+LARGEST_INT, LARGEST_FLOAT = 2**63 - 1, 3.4e38  # the largest numbers of a tensor: int64, float32
 
 
 def check(node: Any, path: str, supplied: Collection[str] = ()) -> None:
@@ -35,11 +36,11 @@ def check(node: Any, path: str, supplied: Collection[str] = ()) -> None:
 
     Args:
         node: a mapping with a `_target_` and its arguments, as plain Python objects.
-        path: of the node in the config, for the messages.
+        path: dotted path of the node in the config, for the messages.
         supplied: arguments that the engine adds when it builds the object.
 
     Raises:
-        ConfigError: at the first thing that is wrong.
+        ConfigError: the first fault that is found.
     """
     if not isinstance(node, Mapping) or TARGET not in node:
         raise ConfigError(f"{path}: expected a node with a _target_, not {node!r}")
@@ -50,10 +51,13 @@ def check(node: Any, path: str, supplied: Collection[str] = ()) -> None:
 
 
 def check_arguments(target: Callable, arguments: Mapping, path: str, supplied: Collection[str] = ()) -> None:
-    """Compare keyword arguments with the signature of `target`; nested nodes with a `_target_` are checked as well."""
+    """Compare keyword arguments with the signature of `target`, and nested nodes with their own `_target_`.
+
+    Args and Raises are those of `check`.
+    """
     try:
         parameters = inspect.signature(target).parameters
-    except (TypeError, ValueError):  # a builtin without a signature: nothing is known about its arguments
+    except (TypeError, ValueError):  # a builtin may have no signature: nothing is known about its arguments
         return
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
@@ -61,6 +65,7 @@ def check_arguments(target: Callable, arguments: Mapping, path: str, supplied: C
     hints = hints_of(target)
     prefix = f"{path}." if path else ""
     for key, value in arguments.items():
+        # A constructor with **kwargs may take any key, so it cannot be checked.
         if key not in ours and not open_ended:
             raise ConfigError(f"{prefix}{key}: unknown key; allowed: {', '.join(ours) or 'none'}{suggest(key, ours)}")
         if isinstance(value, Mapping) and TARGET in value:
@@ -75,7 +80,7 @@ def check_arguments(target: Callable, arguments: Mapping, path: str, supplied: C
 
 
 def build(node: Mapping, path: str, **supplied: Any) -> Any:
-    """Build the object that a checked node describes; what its constructor refuses becomes a ConfigError."""
+    """Build the object that a checked node describes. An error in its constructor becomes a ConfigError."""
     target = locate(node[TARGET], f"{path}.{TARGET}")
     arguments = {
         k: build(v, f"{path}.{k}") if isinstance(v, Mapping) and TARGET in v else v
@@ -87,23 +92,30 @@ def build(node: Mapping, path: str, **supplied: Any) -> Any:
     except UserError:
         raise
     except Exception as error:
-        # Our constructors begin their messages with the argument that is wrong.
+        # Our constructors begin their messages with the wrong argument: "power: must be positive" in the node "loss"
+        # becomes "loss.power: must be positive".
         separator = "." if str(error).partition(":")[0] in arguments else ": "
         raise ConfigError(f"{path}{separator}{_message(error)}{blame(error)}") from error
 
 
 def locate(name: Any, path: str) -> Callable:
-    """Import the class or function that a `_target_` names."""
+    """Import the class or function that a `_target_` names.
+
+    Raises:
+        ConfigError: it has another name today, cannot be imported, or is not callable.
+    """
     now = {old: new for new, old in identity.MOVED.items()}
+    # A config that was saved before a class was moved: name the new path.
     if isinstance(name, str) and name in now:
         raise ConfigError(f"{path}={name}: is {now[name]} now")
     try:
         target = pkgutil.resolve_name(name)
-    except Exception as error:  # a user's module can raise anything
+    except Exception as error:  # importing a user's module can raise any error
         if isinstance(name, str) and len(name) > 200:
             raise ConfigError(f"{path}={_show(name)}: cannot be imported") from error
         if place := blame(error):
             raise ConfigError(f"{path}={name}: cannot be imported: {_message(error)}{place}") from error
+        # Suggest the nearest name in the module that was meant, if that one can be imported.
         parent = str(name).rpartition(".")[0]
         try:
             candidates = [f"{parent}.{n}" for n in vars(pkgutil.resolve_name(parent)) if not n.startswith("_")]
@@ -118,14 +130,15 @@ def locate(name: Any, path: str) -> Callable:
 
 
 def _message(error: Exception) -> str:
-    """The error's own text; with its type where the text alone says too little ('weight' of a KeyError)."""
+    """The error's own text, with its type if the text alone says too little. Example: a KeyError's text is 'weight'."""
     plain = isinstance(error, (ValueError, TypeError, FileNotFoundError, RuntimeError)) and str(error)
     return one_line(error if plain else f"{type(error).__name__}: {error}")
 
 
 def hints_of(target: Callable) -> dict[str, Any]:
-    """The type hint of each argument of a class or function, with its range; empty if they cannot be read."""
+    """The type hint of each argument of a class or function, with its range; empty if the hints cannot be read."""
     extra = OPTIMIZER if getattr(target, "__module__", "").startswith("torch.optim.") else {}
+    # The hints of a class are those of its __init__. A dataclass has them on the class itself.
     if inspect.isclass(target) and not hasattr(target, "__dataclass_fields__"):
         target = target.__init__
     try:
@@ -135,16 +148,16 @@ def hints_of(target: Callable) -> dict[str, Any]:
 
 
 def complaint(hint: Any, value: Any) -> str:
-    """What a plain value must be instead, such as "must be greater than 0"; empty if it fits the hint.
+    """The fault of a plain value, such as "must be greater than 0"; empty if the value fits the hint.
 
     Args:
-        hint: type, choices or range; None, or a hint that pydantic cannot read, allows everything.
-        value: as YAML and JSON have it: a number, a string, a list, a mapping or None.
+        hint: type, choices or range. None, or a hint that pydantic cannot read, allows everything.
+        value: a value from YAML: a number, a string, a list, a mapping or None.
     """
     if (adapter := adapter_of(hint)) is None:
         return ""
     try:
-        # As JSON: strict about numbers and strings, yet a list passes for a tuple, as YAML has only lists.
+        # pydantic's JSON mode is strict about numbers and strings, but takes a list for a tuple. YAML has only lists.
         adapter.validate_json(json.dumps(value))
     except ValidationError as error:
         return explain(error, value)
@@ -152,7 +165,7 @@ def complaint(hint: Any, value: Any) -> str:
 
 
 def adapter_of(hint: Any) -> TypeAdapter | None:
-    """pydantic's check of a type hint; None where there is no hint, or one that pydantic cannot read."""
+    """pydantic's check for a type hint; None if there is no hint, or if pydantic cannot read it."""
     if hint is None:
         return None
     try:
@@ -162,7 +175,11 @@ def adapter_of(hint: Any) -> TypeAdapter | None:
 
 
 def check_size(value: Any, path: str) -> None:
-    """Refuse numbers that no tensor holds, at any depth of a list or mapping."""
+    """Refuse numbers that are too large for a tensor, also inside lists and mappings.
+
+    Raises:
+        ConfigError: an integer does not fit into int64, or a real number is beyond float32.
+    """
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list):
@@ -176,9 +193,10 @@ def check_size(value: Any, path: str) -> None:
 
 
 def explain(error: ValidationError, value: Any) -> str:
-    """What `value` must be instead, in words."""
+    """pydantic's error in words, such as "must be greater than 0"."""
     errors = error.errors(include_url=False)
-    # In a union every member complains; "or None" is said once, and the is-instance members can never come from YAML.
+    # Every member of a union reports an error. "or null" is said once, at the end. Classes are left out, because their
+    # instances cannot come from YAML.
     silent = ("none_required", "is_instance_of", "needs_python_object")
     told = [e for e in errors if e["type"] not in silent] or errors
     lengths = {"missing": "a longer list", "too_long": "a shorter list"}

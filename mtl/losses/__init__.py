@@ -10,17 +10,18 @@ __all__ = ["GramianWeighting", "JacobianAggregation", "LossWeighting", "Statisti
 
 if TYPE_CHECKING:
 
-    def __getattr__(name: str) -> type[Strategy]: ...  # what is found below
+    def __getattr__(name: str) -> type[Strategy]: ...  # for type checkers: the classes exported below
 
 
 def _export(module) -> None:
+    """Export the strategies that `module` defines itself; those that it imports belong to another file."""
     for name, item in vars(module).items():
         if isinstance(item, type) and issubclass(item, Strategy) and item.__module__ == module.__name__:
             globals()[name] = item
             __all__.append(name)
 
 
-# Found, not listed: adding a method touches its own file and its YAML, nothing else.
+# The files are found, not listed, so that a new method touches nothing but its own file and its YAML.
 for _file in pkgutil.iter_modules(__path__):
     if _file.name != "base":
         _export(importlib.import_module(f"{__name__}.{_file.name}"))

@@ -1,17 +1,23 @@
-"""Achievement-based Multi-Task Loss (AMTL): focal weights from how much of its potential a task has reached.
+"""Achievement-based Multi-Task Loss (AMTL): focal weights from how close each task is to its single-task accuracy.
 
 Yun, Cho, "Achievement-Based Training Progress Balancing for Multi-Task Learning", ICCV 2023:
 
-    L = Π_i L_i^{w_i},   w = norm(max(0, 1 − a_i / (1 + m))^γ),   a_i = acc_i / p_i,   Σw = 1,
+    L = Π_i L_i^{w_i},   w = norm(max(0, 1 − a_i / (1 + m))^γ),   a_i = acc_i / p_i,   Σw = 1.
 
-with potential p_i the accuracy of a network trained on task i alone, margin m, and norm a softmax or division by the
-sum. w = 1/T before the first accuracy. γ = 2, m = 0.05, softmax in the authors' classes (0.5 and 0.15 on their command
-line); acc is a moving average over the epochs, with 0.1 for the newest, as there. `mean=arithmetic` is their AMTL-A,
-L = Σ_i w_i L_i. For a score that is better when lower, a_i = p_i / score_i.
+The potential p_i is the accuracy of a network trained on task i alone. m is a margin. norm is a softmax or a division
+by the sum. w = 1/T until the first accuracy is known. acc is a moving average over the epochs, in which the newest
+epoch counts 0.1. For a score that is better when lower, a_i = p_i / score_i.
 
-A softmax of numbers in [0, 1] is nearly uniform; norm=sum is what tells tasks apart. Different from the authors' code:
-max(0, ·), without which a task past p (1 + m) is weighted up again (γ = 2) or NaN (γ = 0.5); if all are past it,
-norm=sum gives 1/T; absent tasks leave the mean, where there the total becomes 0; the accuracies are not the test set's.
+The authors' classes have γ = 2, m = 0.05 and the softmax; their command line has γ = 0.5 and m = 0.15.
+`mean=arithmetic` is their AMTL-A, L = Σ_i w_i L_i. A softmax of numbers in [0, 1] is nearly uniform: choose
+`norm=sum` to tell the tasks apart.
+
+Differences from the authors' code:
+
+- max(0, ·). Without it, a task beyond p (1 + m) gets a growing weight (γ = 2) or NaN (γ = 0.5).
+- If all tasks are beyond p (1 + m), norm=sum gives 1/T.
+- Absent tasks are left out of the mean. In the authors' code the total then becomes 0.
+- The accuracies never come from the test set.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,17 +39,16 @@ class AMTL(LossWeighting):
     """L = Π_i L_i^{w_i} with w from the achievements.
 
     Args:
-        tasks: number or names of the tasks.
-        potentials: scores of the single-task networks, in the unit of the scores (accuracies in percent), by name
-            ({fine: 68.8, coarse: 78.9}) or in task order.
-        gamma: γ; larger leans harder towards the tasks of low achievement.
-        margin: m, how far past its potential a task still counts as not done.
+        potentials: scores of the single-task networks, by name ({fine: 68.8, coarse: 78.9}) or in task order. They
+            have the unit of the run's scores: accuracies are in percent.
+        gamma: γ; a larger value gives more weight to tasks of low achievement.
+        margin: m; a task still gets weight until its score exceeds its potential by this share.
         ema: share of the newest scores in their moving average; 1 keeps no history.
-        norm: what makes the weights add up to 1.
+        norm: how the weights are made to add up to 1.
         mean: how the weighted losses are combined.
 
     Raises:
-        ValueError: not one positive potential for each task.
+        ValueError: a task has no potential, or one that is not positive.
     """
 
     single_task_argument = "potentials"
@@ -68,11 +73,11 @@ class AMTL(LossWeighting):
         self.register_buffer("raw", torch.ones(self.tasks))  # weights before norm; 1 is an achievement of 0
 
     def epoch_end(self, statistics: Statistics) -> None:
-        """Follow the scores.
+        """Update the weights from the epoch's scores.
 
         Raises:
-            ValueError: no scores were given, one is infinite or a negative error, or the scores are fractions where
-                the potentials are percents.
+            ValueError: there are no scores, a score is infinite, or an error is negative. Also if the scores are
+                fractions but the potentials are in percent.
         """
         scores, higher = finite_scores(self, statistics), statistics.higher_is_better
         for i, value in enumerate(scores.tolist()):
@@ -81,11 +86,11 @@ class AMTL(LossWeighting):
         check_unit(self, statistics, self.potentials)
         self.average.copy_(moving_average(self.average, scores.to(self.average), self.ema))
         achieved = self.average / self.potentials
-        if higher is not None:
+        if higher is not None:  # for an error, a smaller value is the greater achievement
             achieved = torch.where(higher.to(achieved.device), achieved, 1 / achieved)
         raw = (1 - achieved / (1 + self.margin)).clamp(min=0) ** self.gamma
-        raw = raw.clamp(max=1e30)  # an R² far below 0 has no bound; an infinite weight would be NaN
-        self.raw.copy_(torch.where(achieved.isnan(), self.raw, raw))
+        raw = raw.clamp(max=1e30)  # an R² can be far below 0; an infinite weight would become NaN
+        self.raw.copy_(torch.where(achieved.isnan(), self.raw, raw))  # NaN: the task has no score yet
 
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
         raw = self.raw.to(losses)

@@ -1,22 +1,24 @@
-"""Annealed auxiliary tasks: one main task, and others whose weight falls over training, gated by a signal.
+"""Annealed auxiliary tasks: one main task; the weight of the others falls during training and is multiplied by a gate.
 
-The best published rows of the CIFAR-100 loss-combination benchmark are instances of one idea: with progress t = epoch
-/ epochs,
+The best published rows of the CIFAR-100 loss-combination benchmark are instances of one idea. With the progress t =
+epoch / epochs,
 
-    L = L_main + Σ_aux f(t) · gate · L_aux,      f(t) = end + (start − end) · shape((t − hold) / (1 − hold)),
+    L = L_main + Σ_aux f(t) · gate · L_aux,      f(t) = end + (start − end) · shape((t − hold) / (1 − hold)).
 
-f constant at `start` while t ≤ hold, and then falling as a cosine (1 + cos πu)/2, a square (1 − u)² or an exponential
-e^{−rate·u}. `uncertainty` puts learned log-variances on all tasks, e^{−s} L + s, and lets f multiply the auxiliary's
-whole term or only its precision e^{−s}. The gates:
+f stays at `start` while t ≤ hold. Then it falls as a cosine (1 + cos πu)/2, a square (1 − u)² or an exponential
+e^{−rate·u}. `uncertainty` gives every task a learned log-variance s, and the loss e^{−s} L + s. f then multiplies the
+whole auxiliary term, or only its precision e^{−s}. The gates:
 
-- calibrated: the ratio of the mean losses, main to auxiliary, of the first `calibration` batches (1 until then);
-- boosted: (1 + ¼ L_main/L_main(0)) · 2ρ_aux/(ρ_main + ρ_aux), with ρ = L / its moving average (decay 0.95) before the
-  step. The benchmark does not define the second factor; it only says that it comes from normalised losses. We chose a
-  form whose mean is 1;
-- guarded: exp(−3 max(0, ρ_main − 1, ρ_aux − 1)), which cuts the auxiliary at a spike of either loss; the main task's
-  weight is then 2 − the auxiliaries' mean, and 2 without an auxiliary.
+- calibrated: the ratio of two mean losses, main to auxiliary, over the first `calibration` batches. It is 1 until
+  then.
+- boosted: (1 + ¼ L_main/L_main(0)) · 2ρ_aux/(ρ_main + ρ_aux). ρ is L divided by its moving average (decay 0.95)
+  before the step. The benchmark does not define the second factor; it only says that it comes from normalised losses.
+  We chose a form whose mean is 1.
+- guarded: exp(−3 max(0, ρ_main − 1, ρ_aux − 1)). This cuts the auxiliary weight when either loss has a spike. The
+  main task's weight is 2 minus the mean auxiliary weight, or 2 if there is no auxiliary task.
 
-The five published instances are conf/loss/annealed_*.yaml. The first task is the main one unless `main` names another.
+The five published instances are conf/loss/annealed_*.yaml. The first task is the main one unless `main` names
+another.
 """
 
 import math
@@ -38,19 +40,19 @@ class Annealed(LossWeighting):
     """L = L_main + Σ_aux f(t) · gate · L_aux.
 
     Args:
-        tasks: number or names of the tasks.
-        main: name of the main task; None is the first.
-        shape: how the auxiliary weight falls.
-        start, end: its value at the beginning and (but for the exponential) at the end.
-        hold: share of training for which it stays at start.
-        rate: of the exponential.
-        gate: signal that multiplies it.
-        calibration: batches of the calibrated gate.
-        uncertainty: learned log-variances: of none, with f on the whole auxiliary term, or on its precision.
-        lr, weight_decay: of the log-variances; None follows the optimizer's.
+        main: name of the main task; None is the first task.
+        shape: the curve along which the auxiliary weight falls.
+        start, end: the auxiliary weight at the beginning and at the end. The exponential does not quite reach `end`.
+        hold: share of the training during which the weight stays at `start`.
+        rate: decay rate of the exponential.
+        gate: signal that multiplies the auxiliary weight.
+        calibration: number of batches over which the calibrated gate takes its means.
+        uncertainty: no log-variances (none); or learned ones, where f multiplies the whole auxiliary term (term) or
+            only its precision (precision).
+        lr, weight_decay: learning rate and weight decay of the log-variances; None uses the optimizer's.
 
     Raises:
-        ValueError: `main` is no task, or a choice is none of those listed.
+        ValueError: there is no task named `main`, or a choice is not in its list.
     """
 
     uses_progress = True
@@ -88,7 +90,8 @@ class Annealed(LossWeighting):
     def factor(self) -> float:
         """f at the current epoch."""
         t = self.epoch / self.epochs
-        u = min(1.0, max(0.0, (t - self.hold) / (1 - self.hold)))  # past the planned end it stays at its end
+        # A training may go on after its planned end; f then keeps its last value.
+        u = min(1.0, max(0.0, (t - self.hold) / (1 - self.hold)))
         falls = {
             "cosine": (1 + math.cos(math.pi * u)) / 2,
             "square": (1 - u) ** 2,
@@ -115,7 +118,7 @@ class Annealed(LossWeighting):
 
     @torch.no_grad()
     def _gates(self, losses: Tensor, on: Tensor) -> Tensor:
-        """(T,) the gate of each task (the main task's is not used); updates the statistics of the present tasks."""
+        """(T,) the gate of each task; the main task's is not used. Updates the statistics of the present tasks."""
         if self.gate == "none":
             return torch.ones_like(losses)
         if self.gate == "calibrated":
@@ -124,10 +127,11 @@ class Annealed(LossWeighting):
             self.sums += torch.where(counts, losses, 0.0)
             means = self.sums / self.batches.clamp(min=1)
             main = (means * self.is_main).sum()
+            # The gate opens when both the main task and the auxiliary one have seen enough batches with labels.
             full = (self.batches >= self.calibration) & (self.batches * self.is_main).sum().ge(self.calibration)
             return torch.where(full, main / means.clamp(min=1e-12), 1.0)
         self.first.copy_(torch.where(self.first.isnan() & on, losses, self.first))
-        # Against the average of the batches before this one; the first batch is its own average.
+        # ρ compares a loss with the average before this batch. In the first batch the average is the loss itself.
         average = torch.where(self.average.isnan(), losses, self.average)
         ratio = torch.where(on, losses / average.clamp(min=1e-12), 1.0)
         self.average.copy_(torch.where(on, torch.lerp(average, losses, 0.05), self.average))

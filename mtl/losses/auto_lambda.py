@@ -1,14 +1,16 @@
-"""Auto-λ: task weights learned by gradient descent on what a look-ahead step does to the primary tasks.
+"""Auto-λ: task weights learned by gradient descent on the primary tasks' loss after a look-ahead step.
 
-Liu et al., "Auto-Lambda: Disentangling Dynamic Task Relationships", TMLR 2022, eq. 3-5: with θ' = θ − η ∇Σ_i λ_i L_i
-(one virtual step on half a batch) and the primary tasks' loss L_P on the other half, the gradient for λ is, by a
-finite difference,
+Liu et al., "Auto-Lambda: Disentangling Dynamic Task Relationships", TMLR 2022, eq. 3-5. The look-ahead step θ' = θ −
+η ∇Σ_i λ_i L_i uses one half of the batch. L_P is the primary tasks' loss on the other half. A finite difference gives
+the gradient for λ:
 
     ∂L_P(θ')/∂λ_i ≈ −η [L_i(θ + ε d) − L_i(θ − ε d)] / 2ε,    d = ∇L_P(θ'),  ε = 0.01/‖d‖.
 
-λ starts at 0.1 and follows Adam with learning rate 1e-4 (NYUv2; 3e-5 elsewhere); it is not normalised and may become
-negative. Primary tasks default to all. The authors draw the second batch from a loader of its own and add momentum
-and decay to the virtual step; here it is the other half of the batch, and plain gradient descent. Four extra passes.
+λ starts at 0.1 and follows Adam with learning rate 1e-4 (NYUv2; 3e-5 elsewhere). It is not normalised and may become
+negative. All tasks are primary by default. The method needs four extra passes.
+
+The authors draw the second batch from a separate loader; here it is the other half of the batch. They add momentum
+and weight decay to the look-ahead step; here it is plain gradient descent.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,13 +28,12 @@ class AutoLambda(LossWeighting):
     """L = Σ_i λ_i L_i.
 
     Args:
-        tasks: number or names of the tasks.
-        primary: names of the tasks whose loss the weights serve; None is all.
+        primary: names of the tasks whose loss the weights shall reduce; None means all tasks.
         init: initial λ.
         lr: learning rate of λ.
 
     Raises:
-        ValueError: a primary task is none of the tasks, or there is no primary task.
+        ValueError: a primary task does not exist, or the list is empty.
     """
 
     def __init__(
@@ -65,10 +66,14 @@ class AutoLambda(LossWeighting):
         check_rate(self, lr)
         parameters = [p for p in parameters if p.requires_grad]
         with tried_out(parameters) as before:
+            # θ' = θ − η ∇Σ λ_i L_i, on the first half of the batch.
             (step,) = gradients((masked(self.task_weights, present) * losses_of(0)).sum()[None], parameters)
             move(parameters, before, step, -lr)
+            # d = ∇L_P(θ'), on the second half.
             (direction,) = gradients((masked(self.goal, present) * losses_of(1)).sum()[None], parameters)
+            # The step θ ± ε d has the length 0.01, whatever the gradient's scale.
             epsilon = 0.01 / torch.nn.utils.get_total_norm(direction).clamp(min=1e-12)
+            # The finite difference needs forward passes only, so no second derivative is computed.
             with torch.no_grad():
                 move(parameters, before, direction, epsilon)
                 above = losses_of(0)

@@ -4,9 +4,11 @@ Liu et al., "Conflict-Averse Gradient Descent for Multi-task Learning", NeurIPS 
 
     d = argmax min_i g_i·d  over ‖d − g₀‖ ≤ c‖g₀‖,  g₀ = (1/T) Σ_i g_i;   d = g₀ + c‖g₀‖ g_w / ‖g_w‖.
 
-c = 0.4 (NYUv2; 0.5 in the toy). c = 0 is the mean gradient; large c tends to MGDA. The authors' code also divides by
-1 + c² (`rescale: true`); heads get their own gradient there. Solved exactly (mtl/losses/solvers.py): the SLSQP of the
-authors' code stops at its starting point, w = 1/T, when gradients are small.
+c = 0.4 (NYUv2; 0.5 in the toy). c = 0 is the mean gradient; large c tends to MGDA. Heads get the gradient of their
+own loss. The authors' code also divides by 1 + c² (`rescale: true`).
+
+The problem is solved exactly here (mtl/losses/solvers.py). The authors' solver, SLSQP, stops at its starting point w
+= 1/T if the gradients are small.
 """
 
 from collections.abc import Sequence
@@ -23,9 +25,8 @@ class CAGrad(GramianWeighting):
     """weights = 1/T + c‖g₀‖/‖g_w‖ w.
 
     Args:
-        tasks: number or names of the tasks.
-        c: radius around the mean gradient, as a share of its norm.
-        rescale: divide by 1 + c², as the authors' code does.
+        c: radius of the ball around the mean gradient, as a share of that gradient's norm.
+        rescale: divide the step by 1 + c², as the authors' code does.
     """
 
     claims = ("scale_free",)
@@ -37,6 +38,7 @@ class CAGrad(GramianWeighting):
     def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
         mean = uniform(present, double(gramian)[0])
         slopes = double(gramian) @ mean  # g_i·g₀
-        length = (mean @ slopes).clamp(min=0).sqrt()
+        length = (mean @ slopes).clamp(min=0).sqrt()  # ‖g₀‖; rounding can make its square slightly negative
+        # d = g₀ plus the best displacement in the ball of radius c‖g₀‖.
         weights = mean + steepest_worst_case(gramian, slopes, self.c * length, present)
         return masked(weights / (1 + self.c**2) if self.rescale else weights, present)

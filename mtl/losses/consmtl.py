@@ -1,13 +1,14 @@
-"""ConsMTL: consistent multi-task learning; the heads, too, turn so that the tasks' feature gradients agree.
+"""ConsMTL: consistent multi-task learning; the heads, too, are trained so that the tasks' feature gradients agree.
 
 Qin, Wang, Yan, "Towards Consistent Multi-Task Learning: Unlocking the Potential of Task-Specific Parameters", CVPR
 2025. The shared parameters follow FairGrad with α = 2, G w = w^{−1/2}. Head i follows
 
-    ∇_i L_i + clip(∇_i [−λ ⟨∂L_i/∂z, sg Σ_j w_j ∂L_j/∂z⟩], 0.1 ‖∇_i L_i‖),
+    ∇_i L_i + clip(∇_i [−λ ⟨∂L_i/∂z, sg Σ_j w_j ∂L_j/∂z⟩], 0.1 ‖∇_i L_i‖).
 
-∇_i being the gradient for the head's parameters and z the features. λ = 1 (NYUv2; 50 for Cityscapes and CelebA, 1e-3
-for QM9), the clip 0.1. The authors' code selects the data set by commented-out lines; here these are two options.
-`max_norm` = 1 is their clip of the shared gradient. A second derivative of each head is needed.
+∇_i is the gradient for the head's parameters, z the features, and sg stops the gradient. The extra term needs a
+second derivative of each head. λ = 1 (NYUv2; 50 for Cityscapes and CelebA, 1e-3 for QM9). The clip is 0.1. `max_norm`
+= 1 is the authors' clip of the shared gradient. Their code selects the data set by commented-out lines; here λ and
+the clip are options.
 """
 
 from collections.abc import Sequence
@@ -24,13 +25,13 @@ class ConsMTL(FairGrad):
     """weights = FairGrad's; head_terms = the clipped pull towards the common feature gradient.
 
     Args:
-        tasks: number or names of the tasks.
         strength: λ.
-        clip: longest extra gradient of a head, as a share of its own gradient's norm.
+        clip: largest norm of a head's extra gradient, as a share of the norm of its own gradient.
         max_norm: clip of the shared gradient's norm; None does not clip.
     """
 
-    claims = ("non_conflicting",)  # what is added to the heads has another scale than their own gradients
+    # FairGrad is also scale free. ConsMTL is not: a head's extra gradient does not scale like its own gradient.
+    claims = ("non_conflicting",)
 
     def __init__(
         self,
@@ -52,6 +53,7 @@ class ConsMTL(FairGrad):
     ) -> list[list[Tensor | None]]:
         if features is None:
             raise ValueError("features: ConsMTL needs the tensor that all heads start from")
+        # An absent task's loss is a constant: it has no slope.
         slopes = [
             torch.autograd.grad(loss, features, create_graph=True)[0] if loss.requires_grad else None for loss in losses
         ]
@@ -63,6 +65,7 @@ class ConsMTL(FairGrad):
                 continue
             agreement = -self.strength * (slope * common).sum()
             extra = torch.autograd.grad(agreement, head, retain_graph=True, allow_unused=True)
+            # The clip is one factor for the whole head, so the direction of the extra gradient stays.
             limit = self.clip * _norm(gradients)
             norm = _norm(extra)
             factor = torch.where(norm > limit, limit / norm.clamp(min=1e-30), 1.0)
@@ -71,5 +74,6 @@ class ConsMTL(FairGrad):
 
 
 def _norm(gradients: Sequence[Tensor | None]) -> Tensor:
+    """() the norm of a head's gradients, taken as one vector."""
     norms = [g.detach().norm() for g in gradients if g is not None]
     return torch.stack(norms).norm() if norms else torch.zeros(())

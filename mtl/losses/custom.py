@@ -1,8 +1,8 @@
 """A user's own loss from a user's own file: the `MultiTaskLoss` of the CIFAR-100 loss-combination benchmark, unchanged.
 
-The class is an nn.Module whose `forward(fine_loss, coarse_loss, epoch, total_epochs)` – one scalar a task in task
-order, then the progress – returns the scalar to minimise. Its parameters join the optimizer with the optimizer's
-own learning rate and weight decay, as they do in that benchmark.
+The class is an nn.Module with `forward(fine_loss, coarse_loss, epoch, total_epochs)`: one scalar per task in task
+order, then the progress. It returns the scalar to minimise. Its parameters join the optimizer, with the optimizer's
+own learning rate and weight decay, as in that benchmark.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ from mtl.losses.base import LossWeighting
 
 log = logging.getLogger("mtl")
 
-# What takes a number out of its graph, as it is usually written.
+# The usual ways to write code that takes a number out of its graph. Only used to name the likely line in an error.
 CUTS = re.compile(
     r"torch\.(as_)?tensor\(|\.detach\(|\.item\(|\.tolist\(|\.numpy\(|\.data\b|float\(|no_grad\(|np\.|\.requires_grad"
 )
@@ -32,15 +32,14 @@ class Custom(LossWeighting):
     """L = module(L_1, …, L_T, epoch, total_epochs).
 
     Args:
-        tasks: number or names of the tasks.
         file: path of the .py file.
-        class_name: the class in it.
-        args: keyword arguments of its constructor.
-        lr, weight_decay: of its parameters; None follows the optimizer's.
+        class_name: name of the class in the file.
+        args: keyword arguments of the class's constructor.
+        lr, weight_decay: learning rate and weight decay of its parameters; None uses the optimizer's.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file does not load, or holds no nn.Module of that name, or its forward takes another number
+        ValueError: the file does not load or holds no nn.Module of that name. Also if its forward takes another number
             of losses than there are tasks.
     """
 
@@ -69,13 +68,14 @@ class Custom(LossWeighting):
                 f"file: {class_name}.forward in {file} must take {self.tasks} losses "
                 f"({', '.join(self.names)}), epoch and total_epochs: {error}"
             ) from error
-        self._unused: set[int] | None = set(range(self.tasks))  # losses that no total has depended on; None: said so
-        self._asked = False  # whether this process, which may have resumed a run, has made a total
+        # Losses that no total has depended on so far; None after the warning about them.
+        self._unused: set[int] | None = set(range(self.tasks))
+        self._asked = False  # whether this process has computed a total; a resumed run starts with False
 
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
-        # Copies: the user may add to a loss in place, and the losses themselves must stay as they are.
+        # The user's code gets copies, because it may change a loss in place.
         copies = [loss.clone() for loss in losses.unbind()]
-        marks = [copy.grad_fn for copy in copies]
+        marks = [copy.grad_fn for copy in copies]  # if the total's graph reaches such a node, it depends on that loss
         total = self.module(*copies, self.epoch, self.epochs)
         if not isinstance(total, Tensor):
             wrong = type(total).__name__
@@ -93,11 +93,12 @@ class Custom(LossWeighting):
 
     def epoch_start(self, epoch: int, epochs: int, seed: int | None = None) -> None:
         super().epoch_start(epoch, epochs, seed)
+        # After a whole epoch: a loss that is used in some steps only must not give a warning.
         if self.calls.epoch_starts > 1 and self._asked:
             self._warn()
 
     def _warn(self) -> None:
-        """Say once which losses were not used: right for a loss that trains fewer tasks, else a mistake."""
+        """Log once which losses were not used. It may be intended (fewer tasks), and is otherwise a mistake."""
         if self._unused:
             unused = ", ".join(self.names[i] for i in sorted(self._unused))
             where = definition(type(self.module).forward)
@@ -105,7 +106,7 @@ class Custom(LossWeighting):
         self._unused = None
 
     def _cut(self) -> str:
-        """Where the graph was probably cut."""
+        """The line that probably cut the graph, as the end of an error message."""
         try:
             lines, first = inspect.getsourcelines(type(self.module).forward)
         except OSError:
@@ -117,8 +118,9 @@ class Custom(LossWeighting):
 
 
 def _reached(total: Tensor, marks: Sequence[Any]) -> set[int]:
-    """Which of the graph's nodes `marks` the total depends on. No kernel runs for it."""
+    """The indices of the graph's nodes `marks` that the total depends on. No kernel runs for this search."""
     places = {mark: i for i, mark in enumerate(marks) if mark is not None}
+    # A search over the graph, from the total backwards. Behind a mark nothing is searched: a loss's own graph is large.
     found, seen, waiting = set(), set(), [total.grad_fn]
     while waiting:
         node = waiting.pop()
@@ -139,7 +141,7 @@ def _named(error: BaseException) -> str:
 def _load_class(file: Path, name: str) -> type[nn.Module]:
     if not file.is_file():
         raise FileNotFoundError(f"file: {file} does not exist (looked in {Path.cwd()})")
-    # Registered under a name of its own, so that classes in the file pickle and tracebacks show its lines.
+    # The module is registered in sys.modules. Otherwise classes in the file could not be pickled.
     spec = importlib.util.spec_from_file_location(f"mtl_custom_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise ValueError(f"file: {file} is not a Python file")
@@ -147,6 +149,7 @@ def _load_class(file: Path, name: str) -> type[nn.Module]:
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
+    # A script may end with sys.exit(); that must not end the training command.
     except (Exception, SystemExit) as error:
         raise ValueError(f"file: {file} does not load: {_named(error)}") from error
     cls = getattr(module, name, None)

@@ -1,11 +1,11 @@
-"""DB-MTL: dual balancing, of the losses by a logarithm and of the gradients' lengths.
+"""DB-MTL: dual balancing: the logarithm balances the losses, and all task gradients get the same length.
 
-Lin et al., "Dual-Balancing for Multi-Task Learning", 2023 (arXiv 2308.12029), algorithm 1: with g_i = ∇ log(L_i + ε),
+Lin et al., "Dual-Balancing for Multi-Task Learning", 2023 (arXiv 2308.12029), algorithm 1. With g_i = ∇ log(L_i + ε),
 
-    ĝ_i ← β_t ĝ_i + (1 − β_t) g_i,    d = max_j ‖ĝ_j‖ Σ_i ĝ_i / (‖ĝ_i‖ + ε),
+    ĝ_i ← β_t ĝ_i + (1 − β_t) g_i,    d = max_j ‖ĝ_j‖ Σ_i ĝ_i / (‖ĝ_i‖ + ε).
 
-β_t = β/t^σ, β = 0.9, σ = 0, ε = 1e-8; ĝ starts at 0 and is not corrected for it. Heads follow the log-losses' gradient.
-The average holds T×P numbers.
+β_t = β/t^σ, β = 0.9, σ = 0, ε = 1e-8. The average ĝ starts at 0, without bias correction. It holds T×P numbers. Heads
+follow the gradient of log(L_i + ε).
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,7 @@ class DBMTL(JacobianAggregation):
     """direction = max_j ‖ĝ_j‖ Σ_i ĝ_i / ‖ĝ_i‖.
 
     Args:
-        tasks: number or names of the tasks.
-        beta: β, how much of the average is kept at a step.
+        beta: β, the share of the average that a step keeps.
         sigma: σ, decay of β over the steps.
     """
 
@@ -57,7 +56,7 @@ class DBMTL(JacobianAggregation):
         inverse = 1 / (losses.to(jacobian) + 1e-8)  # ∇ log(L + ε) = ∇L / (L + ε)
         self.inverse.copy_(inverse)
         rate = (1 - self.beta * self.steps**-self.sigma).to(jacobian).expand(self.tasks)
-        if present is not None:
+        if present is not None:  # an absent task keeps its average
             rate = torch.where(present, rate, 0.0)
         average.lerp_(jacobian * inverse[:, None], rate[:, None])
         norms = average.norm(dim=1)

@@ -27,9 +27,11 @@ class Delayed:
         """What is known of `values`: now on a CPU, as of some steps ago on a GPU; None while nothing is known."""
         if values.device.type == "cpu":
             return values.tolist()
+        # Not watched: other devices have no such events, and an event cannot be queried while a graph is captured.
         if values.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return None
         if self._copy is None:
+            # Pinned memory: only then does the copy run beside the computation.
             copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             copy.copy_(values, non_blocking=True)
             event = torch.cuda.Event()

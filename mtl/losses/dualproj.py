@@ -1,12 +1,12 @@
-"""DualProj: the mean gradient projected on the dual cone of the task gradients.
+"""DualProj: the mean gradient, projected on the dual cone of the task gradients so that no task is harmed.
 
-Lopez-Paz & Ranzato, "Gradient Episodic Memory for Continual Learning", NeurIPS 2017, eq. 11, which projects the current
-task's gradient so that no memory's loss grows; for several tasks at once the mean gradient takes its place (Quinton &
-Rey 2024, section 4):
+Lopez-Paz & Ranzato, "Gradient Episodic Memory for Continual Learning", NeurIPS 2017, eq. 11. They project the current
+task's gradient so that no remembered task's loss grows. Quinton & Rey (2024, section 4) project the mean gradient of
+several tasks:
 
     d = the vector nearest to (1/T) Σ_i g_i with g_i·d ≥ 0 for all i.
 
-Heads get their own gradient.
+Heads get the gradient of their own loss.
 """
 
 from torch import Tensor

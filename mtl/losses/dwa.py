@@ -1,10 +1,10 @@
-"""Dynamic Weight Average (DWA).
+"""Dynamic Weight Average (DWA): tasks whose loss falls slowly get more weight.
 
 Liu, Johns, Davison, "End-to-End Multi-Task Learning with Attention", CVPR 2019, eq. 7:
 
-    w_i(t) = T exp(r_i(t-1) / τ) / Σ_k exp(r_k(t-1) / τ),   r_i(t-1) = L_i(t-1) / L_i(t-2),
+    w_i(t) = T exp(r_i(t-1) / τ) / Σ_k exp(r_k(t-1) / τ),   r_i(t-1) = L_i(t-1) / L_i(t-2).
 
-with L_i(t) the mean training loss of epoch t, and w = 1 in the first two epochs. τ = 2. Σw = T.
+L_i(t) is the mean training loss of epoch t. w = 1 in the first two epochs. τ = 2. Σw = T.
 
 `mean=geometric` is DWA-G of Yun & Cho, ICCV 2023 (AMTL): L = Π_i L_i^{w_i/Σw}.
 """
@@ -24,8 +24,7 @@ class DWA(LossWeighting):
     """L = Σ_i w_i L_i with w from the ratio of the last two epochs' training losses.
 
     Args:
-        tasks: number or names of the tasks.
-        temperature: τ; larger is closer to equal weights.
+        temperature: τ; a larger value is closer to equal weights.
         mean: how the weighted losses are combined.
     """
 
@@ -40,7 +39,7 @@ class DWA(LossWeighting):
 
     def epoch_end(self, statistics: Statistics) -> None:
         losses = mean_losses(self, statistics).to(self.last)
-        # NaN marks "no epoch yet" and "no label all epoch": such a task enters with ratio 1, and its state stays.
+        # NaN means "no epoch yet" or "no label in the whole epoch". Such a task gets the ratio 1 and keeps its state.
         ratio = (losses / self.last).nan_to_num(nan=1.0, posinf=1.0)
         self.weights.copy_(self.tasks * torch.softmax(ratio / self.temperature, 0))
         self.last.copy_(torch.where(losses.isnan(), self.last, losses))

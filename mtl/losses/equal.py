@@ -1,7 +1,7 @@
-"""Equal weighting (EW, linear scalarisation, unitary scalarisation): L = Σ_i L_i.
+"""Equal weighting (EW, linear scalarisation, unitary scalarisation): the sum of the losses, L = Σ_i L_i.
 
-Defended by Kurin et al., "In Defense of the Unitary Scalarization for Deep Multi-Task Learning", NeurIPS 2022.
-The sum, not the mean: with the mean, the same learning rate would mean a step T times smaller.
+Defended by Kurin et al., "In Defense of the Unitary Scalarization for Deep Multi-Task Learning", NeurIPS 2022. We
+take the sum. With the mean, the same learning rate would give a step T times smaller.
 """
 
 from torch import Tensor

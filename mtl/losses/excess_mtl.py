@@ -1,12 +1,12 @@
-"""ExcessMTL: task weights that grow with the excess risk, robust to noisy labels.
+"""ExcessMTL: tasks with a large excess risk get more weight; robust to noisy labels.
 
-He et al., "Robust Multi-Task Learning with Excess Risks", ICML 2024, eq. 5-7 and algorithm 1: with the AdaGrad sums
-S_i ← S_i + g_i² as a diagonal Hessian, the excess risk of task i is estimated by
+He et al., "Robust Multi-Task Learning with Excess Risks", ICML 2024, eq. 5-7 and algorithm 1. The AdaGrad sums S_i ←
+S_i + g_i² serve as a diagonal Hessian. They give an estimate of the excess risk of task i:
 
-    E_i = Σ_p g_ip² / √(S_ip + 1e-7),     w_i ← w_i exp(η E_i / E_i(0)),  normalised to Σ w = T,
+    E_i = Σ_p g_ip² / √(S_ip + 1e-7),     w_i ← w_i exp(η E_i / E_i(0)),  normalised to Σ w = T.
 
-and d = Σ w_i g_i; heads follow w_i ∇L_i. η = 0.01; w starts at 1 and the first step only records E(0). The sums hold
-T×P numbers.
+The shared parameters follow d = Σ w_i g_i; heads follow w_i ∇L_i. η = 0.01. w starts at 1, and the first step only
+records E(0). The sums hold T×P numbers.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,6 @@ class ExcessMTL(JacobianAggregation):
     """direction = Σ_i w_i g_i.
 
     Args:
-        tasks: number or names of the tasks.
         eta: η, step size of the weights.
     """
 
@@ -49,11 +48,11 @@ class ExcessMTL(JacobianAggregation):
         squared = jacobian * jacobian
         squares += squared  # an absent task's row is 0
         excess = (squared / (squares + 1e-7).sqrt()).sum(1).double()
-        first = self.initial.isnan() & on & (excess > 0)
+        first = self.initial.isnan() & on & (excess > 0)  # E(0) of a task: in the first step with labels
         self.initial.copy_(torch.where(first, excess, self.initial))
         growth = torch.where(on & ~first, (self.eta * excess / self.initial).nan_to_num(0.0).exp(), 1.0)
         moved = self.task_weights * growth
-        # Absent tasks keep their weight; the present ones share what they shared before.
+        # Absent tasks keep their weight. The weights of the present tasks keep their sum.
         moved = moved * masked(self.task_weights, present).sum() / masked(moved, present).sum().clamp(min=1e-12)
         self.task_weights.copy_(torch.where(on, moved, self.task_weights))
         weights = renormalised(self.task_weights, present).to(jacobian)

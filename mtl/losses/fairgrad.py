@@ -1,13 +1,15 @@
-"""FairGrad: α-fair allocation of the loss decrease to the tasks.
+"""FairGrad: a step that distributes the decrease of the losses among the tasks by α-fairness.
 
-Ban & Ji, "Fair Resource Allocation in Multi-Task Learning", ICML 2024, eq. 5-7: d = Σ_i w_i g_i maximises the α-fair
-utility Σ_i (g_i·d)^{1−α}/(1−α) in a ball, which gives
+Ban & Ji, "Fair Resource Allocation in Multi-Task Learning", ICML 2024, eq. 5-7. In a ball, d = Σ_i w_i g_i maximises
+the α-fair utility Σ_i (g_i·d)^{1−α}/(1−α). This gives
 
     G w = w^{−1/α},  w > 0.
 
-α = 1 is Nash-MTL, α = 2 (minimum potential delay) the authors' choice in all experiments. Their code solves it by
-scipy's least squares, multiplies d by T and clips it to norm 1 (`max_norm`); T then only matters when the clip does not
-act, and is left out. Heads get the gradient of their own loss.
+α = 1 is Nash-MTL. α = 2 (minimum potential delay) is the authors' choice in all experiments. Heads get the gradient
+of their own loss.
+
+The authors' code solves the equation by scipy's least squares. It multiplies d by T and clips it to norm 1
+(`max_norm`). The factor T only matters if the clip does not act, so it is left out here.
 """
 
 from collections.abc import Sequence
@@ -24,8 +26,7 @@ class FairGrad(GramianWeighting):
     """weights = w with (G w)_i = w_i^{−1/α}.
 
     Args:
-        tasks: number or names of the tasks.
-        alpha: fairness; larger favours the task that gains least.
+        alpha: α; a larger value favours the task that gains least.
         max_norm: clip of the shared gradient's norm; None does not clip.
     """
 

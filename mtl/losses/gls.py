@@ -5,8 +5,10 @@ CVPR Workshops 2019:
 
     L = (Π_i L_i)^(1/T),   so w_i = L / (T L_i).
 
-Computed as exp(mean log L): LibMTL's product overflows for 200 losses of 2 and vanishes for 40 of 0.01, and the weights
-that it logs are not these. T counts the present tasks. Σw is L times the mean of the 1 / L_i, at least 1.
+T counts the present tasks. Σw is L times the mean of the 1 / L_i; it is at least 1.
+
+We compute exp(mean log L). LibMTL's product overflows for 200 losses of 2 and vanishes for 40 losses of 0.01. The
+weights that LibMTL logs are not these.
 """
 
 import torch
@@ -22,4 +24,5 @@ class GLS(LossWeighting):
     needs_positive = True
 
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
+        # `combine` divides the weights by the number of present tasks.
         return combine(losses, torch.ones_like(losses), present, "geometric")

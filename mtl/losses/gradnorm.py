@@ -1,17 +1,19 @@
-"""GradNorm: task weights under which all weighted gradients have the norm that the task's progress asks for.
+"""GradNorm: task weights that give every task the gradient norm its training progress calls for.
 
-Chen et al., "GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep Multitask Networks", ICML 2018,
-eq. 1-2 and algorithm 1: with n_i = ‖g_i‖ and the inverse training rate r_i = (L_i/L_i(0)) / mean_j (L_j/L_j(0)),
+Chen et al., "GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep Multitask Networks", ICML 2018, eq.
+1-2 and algorithm 1. With n_i = ‖g_i‖ and the inverse training rate r_i = (L_i/L_i(0)) / mean_j (L_j/L_j(0)),
 
     w ← w − η ∇_w Σ_i |w_i n_i − Ḡ r_i^α|,   Ḡ = mean_i w_i n_i (target held constant),   then Σ_i w_i = T.
 
-α = 1.5 and η = 0.025 (NYUv2). The paper takes the norms at the last shared layer to save time;
-`step.gradients=features` takes them at that layer's output, at the same cost; the default is all shared parameters.
-A weight stays above 1e-4, since nothing in the rule keeps it positive. Shared parameters and heads follow Σ w_i L_i,
-with the weights before the update.
+α = 1.5 and η = 0.025 (NYUv2). Shared parameters and heads follow Σ w_i L_i, with the weights before the update.
 
-`mean=geometric` follows L = Π_i L_i^{w_i/Σw} with the same w, as Yun & Cho, ICCV 2023 (AMTL), do with other weights:
-task i's gradient counts w_i/Σw · L/L_i. Nothing published says which norms balance it; here they stay those of w_i g_i.
+- The norms are those of all shared parameters. The paper takes the last shared layer only, to save time.
+  `step.gradients=features` takes the norms at that layer's output, which costs no more.
+- A weight stays above 1e-4, because nothing in the rule keeps it positive.
+
+`mean=geometric` follows L = Π_i L_i^{w_i/Σw} with the same w. Yun & Cho, ICCV 2023 (AMTL), do this with other
+weights. Task i's gradient then counts w_i/Σw · L/L_i. No paper says which norms to balance in that case; here they
+stay the norms of w_i g_i.
 """
 
 from collections.abc import Sequence
@@ -26,11 +28,10 @@ from mtl.losses.solvers import double
 
 
 class GradNorm(GramianWeighting):
-    """weights = w, Σ = T, or w_i/Σw · L/L_i.
+    """weights = w with Σ w = T; with mean=geometric w_i/Σw · L/L_i.
 
     Args:
-        tasks: number or names of the tasks.
-        alpha: strength of the pull towards equal training rates.
+        alpha: α, strength of the pull towards equal training rates.
         lr: η, step size of the weights.
         mean: how the weighted losses are combined.
     """
@@ -55,18 +56,20 @@ class GradNorm(GramianWeighting):
             raise ValueError("GradNorm needs the losses of the step")
         on = torch.ones_like(losses, dtype=torch.bool) if present is None else present
         norms, losses = double(gramian).diagonal().clamp(min=0).sqrt(), double(losses)
+        # L(0) of a task is its loss in the first step in which it has labels.
         self.initial.copy_(torch.where(self.initial.isnan() & on, losses, self.initial))
         old = renormalised(self.task_weights, present).clone()
         number = count(present, old)
         progress = torch.where(on, losses / self.initial.clamp(min=1e-12), 0.0)
         rate = progress / (progress.sum() / number).clamp(min=1e-12)
         target = (old * norms).sum() / number * rate**self.alpha
+        # The target is constant, so the gradient of |w n − target| for w is n times a sign. The lower bound is ours.
         moved = (old - self.step_size * norms * (old * norms - target).sign()).clamp(min=1e-4)
-        # Absent tasks keep their weight; the present ones share what they shared before.
+        # Absent tasks keep their weight. The weights of the present tasks keep their sum.
         moved = moved * (self.task_weights * on).sum() / (moved * on).sum().clamp(min=1e-12)
         self.task_weights.copy_(torch.where(on, moved, self.task_weights))
         if self.mean == "arithmetic":
             return old
-        # As `combine` does it, by logarithms: ∂L/∂L_i, and 0 for a loss of 0, which has no logarithm.
+        # ∂L/∂L_i of the geometric mean, computed from logarithms as in `combine`. A loss of 0 has none and weighs 0.
         share, log = old / old.sum().clamp(min=FLOOR), logs(losses, present)
         return masked(share * ((share * log).sum() - log).exp(), losses >= FLOOR)

@@ -1,13 +1,13 @@
-"""GradVac: gradient vaccine, aligns each pair of task gradients at least as well as the pair usually is.
+"""GradVac: gradient vaccine; turns each pair of task gradients until their cosine reaches its moving average.
 
 Wang et al., "Gradient Vaccine: Investigating and Improving Multi-task Optimization in Massively Multilingual Models",
-ICLR 2021, eq. 4 and algorithm 1: in random order of j ≠ i, with φ = cos(g̃_i, g_j),
+ICLR 2021, eq. 4 and algorithm 1. In random order of j ≠ i, with φ = cos(g̃_i, g_j),
 
     if φ < φ̂_ij:  g̃_i ← g̃_i + ‖g̃_i‖ (φ̂_ij √(1−φ²) − φ √(1−φ̂_ij²)) / (‖g_j‖ √(1−φ̂_ij²)) · g_j,
     φ̂_ij ← (1−β) φ̂_ij + β φ        (always, with the φ before the correction),       and the update is Σ_i g̃_i.
 
 β = 1e-2. With φ̂ = 0 and β = 0 this is PCGrad. The gradients of all shared parameters count as one vector ("whole
-model"); the paper also treats layers one by one. Like PCGrad it needs the Gramian only.
+model"). The paper also treats the layers one by one. Like PCGrad, the method needs the Gramian only.
 """
 
 from collections.abc import Sequence
@@ -23,11 +23,10 @@ from mtl.losses.solvers import cosines
 
 
 class GradVac(GramianWeighting):
-    """weights = Σ_i c_i, with c_i the coefficients of task i's vaccinated gradient.
+    """weights = Σ_i c_i, where c_i (T,) are the coefficients of task i's vaccinated gradient g̃_i.
 
     Args:
-        tasks: number or names of the tasks.
-        beta: rate of the moving average of the cosines.
+        beta: β, rate of the moving average of the cosines.
     """
 
     def __init__(self, tasks: int | Sequence[str], beta: Annotated[float, Ge(0), Le(1)] = 1e-2):
@@ -40,17 +39,18 @@ class GradVac(GramianWeighting):
         live = gramian.diagonal() > 0
         order = random_orders(len(matrix), self.generator(matrix.device))
         rounds = order.T[..., None]
-        # Each pair is met once, so all that belongs to pairs is gathered before the rounds.
+        # Task i meets each other task once, in its own order. Everything that depends on the pair only is gathered
+        # before the rounds, so that a round is a few small kernels. All T tasks make their round k at the same time.
         goal = self.goal.to(matrix).gather(1, order)
         slopes = torch.where(live[order], goal / (1 - goal * goal).clamp(min=1e-12).sqrt(), 0.0).T[..., None]
         alongs, pulls = torch.zeros(2, *rounds.shape, dtype=matrix.dtype, device=matrix.device)
         squares = live.to(matrix)[:, None].repeat(len(matrix), 1, 1)  # ‖g̃_i‖² / ‖g_i‖² before each round and at the end
-        dots = matrix.clone()  # of every g̃_i / ‖g_i‖ with every unit gradient
+        dots = matrix.clone()  # (T, T) products of every g̃_i / ‖g_i‖ with every unit gradient
         arrays = (rounds, matrix[order.T], slopes, alongs, pulls, squares[:-1], squares[1:])
         for j, met, slope, along, pull, square, moved in zip(*(x.unbind() for x in arrays), strict=True):
             torch.gather(dots, 1, j, out=along)
-            across = torch.addcmul(square, along, along, value=-1).clamp_(min=0)  # squared: what is not along g_j
-            # The correction gives g̃_i the cosine φ̂ with g_j by a longer part along it, if it has less.
+            across = torch.addcmul(square, along, along, value=-1).clamp_(min=0)  # squared part orthogonal to g_j
+            # If the cosine is below φ̂, the part along g_j is made longer until the cosine is φ̂.
             longer = torch.maximum(along, across.sqrt().mul_(slope))
             torch.addcmul(across, longer, longer, out=moved)
             torch.sub(longer, along, out=pull)

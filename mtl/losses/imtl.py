@@ -1,7 +1,7 @@
-"""IMTL: impartial multi-task learning, both parts: IMTL-L on the losses, IMTL-G on the gradients of the scaled losses.
+"""IMTL: impartial multi-task learning, both parts: IMTL-L scales the losses, IMTL-G weighs the scaled gradients.
 
-Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021, algorithm 1: the losses become e^{s_i} L_i with s
-learned from Σ_i e^{s_i} L_i − s_i; the shared parameters follow Σ_i α_i e^{s_i} g_i with IMTL-G's α, each head follows
+Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021, algorithm 1. The losses become e^{s_i} L_i, with s
+learned from Σ_i e^{s_i} L_i − s_i. The shared parameters follow Σ_i α_i e^{s_i} g_i with IMTL-G's α. Head i follows
 e^{s_i} ∇L_i. s starts at 0.
 """
 
@@ -21,8 +21,7 @@ class IMTL(GramianWeighting):
     """weights = α_i e^{s_i}.
 
     Args:
-        tasks: number or names of the tasks.
-        lr: learning rate of s; None follows the optimizer's.
+        lr: learning rate of s; None uses the optimizer's.
     """
 
     needs_positive = True  # s settles where e^s L = 1
@@ -36,9 +35,11 @@ class IMTL(GramianWeighting):
         if losses is None:
             raise ValueError("IMTL needs the losses of the step; imtl_g does not")
         factors = self.scales.detach().exp()
-        gradient = masked(factors * losses.to(factors) - 1, present)  # of e^s L − s
+        # The gradient of e^s L − s for s. A Gramian method returns weights, not a loss, so it is written to `.grad`.
+        gradient = masked(factors * losses.to(factors) - 1, present)
         self.scales.grad = gradient if self.scales.grad is None else self.scales.grad + gradient
         factors = factors.to(double(gramian))
+        # IMTL-G on the scaled gradients e^{s_i} g_i: their Gramian is G with rows and columns scaled.
         return equal_projections(double(gramian) * factors * factors[:, None], present) * factors
 
     def head_weights(self, weights: Tensor) -> Tensor:

@@ -1,17 +1,17 @@
-"""IMTL-G: impartial multi-task learning, gradient part: equal projections on all task gradients.
+"""IMTL-G: impartial multi-task learning, gradient part; the step has equal projections on all task gradients.
 
-Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021, eq. 5-7: d = Σ_i α_i g_i with Σ_i α_i = 1 and
-d·u_i = d·u_j for all i, j, where u_i = g_i/‖g_i‖. In terms of the cosines C, d·u = λ1 reads C (α∘‖g‖) = λ1, so
+Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021, eq. 5-7: d = Σ_i α_i g_i with Σ_i α_i = 1 and d·u_i =
+d·u_j for all i, j, where u_i = g_i/‖g_i‖. In terms of the cosines C, the condition d·u = λ1 is C (α∘‖g‖) = λ1. So
 
-    α ∝ (C⁺ 1) / ‖g‖,
+    α ∝ (C⁺ 1) / ‖g‖.
 
-with the pseudo-inverse, since the paper's inverse of D Uᵀ does not exist when two gradients are parallel. α may be
-negative. Heads get the gradient of their own loss (the paper scales them by IMTL-L; see `imtl`).
+C⁺ is the pseudo-inverse. The paper inverts D Uᵀ, which is impossible if two gradients are parallel. α may be
+negative. Heads get the gradient of their own loss. The paper scales them by IMTL-L; see `imtl`.
 
-Warning: where Σ_i (C⁺1)_i/‖g_i‖ < 0, dividing by it to make Σ α = 1 turns d against all tasks at once. That takes
-conflicts, and mostly gradients of different lengths: with one of three random gradients in four dimensions ten times
-shorter than the others it happens in 7 to 8 % of the draws, and the losses' scales decide about d's sign. `config` has
-the same cosines without the flip.
+Warning: d can point against all tasks at once. This happens if Σ_i (C⁺1)_i/‖g_i‖ < 0, because dividing by a negative
+sum flips all signs. It takes conflicts, and usually gradients of different lengths: the losses' scales decide the
+sign of d. Example: three random gradients in four dimensions, one of them ten times shorter. It happens in 7 to 8 %
+of the draws. `config` has the same cosines without the flip.
 """
 
 import torch
@@ -31,8 +31,11 @@ class IMTLG(GramianWeighting):
 
 
 def equal_projections(gramian: Tensor, present: Tensor | None) -> Tensor:
-    """(T,) α with Σ α = 1 that gives Jᵀα the same projection on every unit gradient; a zero gradient gets 0."""
-    rtol = 8 * len(gramian) * torch.finfo(gramian.dtype).eps
+    """(T,) weights α with Σ α = 1, so that Jᵀα has the same projection on every unit gradient.
+
+    A task whose gradient is zero gets the weight 0.
+    """
+    rtol = 8 * len(gramian) * torch.finfo(gramian.dtype).eps  # rounding of the Gramian's own precision
     G = double(gramian)
     norms = G.diagonal().clamp(min=0).sqrt()
     live = (norms > 0) if present is None else (norms > 0) & present
@@ -40,6 +43,6 @@ def equal_projections(gramian: Tensor, present: Tensor | None) -> Tensor:
     cosines = decomposable(G / scale / scale[:, None])
     alpha = torch.linalg.pinv(cosines, hermitian=True, rtol=rtol) @ live.to(G) / scale
     total = alpha.sum()
-    # Σ α = 0: the gradients cancel out and no direction serves all; their mean is as good as any.
+    # Σ α = 0: the gradients cancel out and no direction serves all tasks. The mean is as good as any other.
     fair = masked(torch.ones_like(alpha), present) / count(present, alpha)
     return torch.where(total.abs() > rtol * alpha.abs().sum(), masked(alpha, present) / total, fair)

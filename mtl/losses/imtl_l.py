@@ -4,8 +4,8 @@ Liu et al., "Towards Impartial Multi-Task Learning", ICLR 2021, the loss half of
 
     L = Σ_i e^{s_i} L_i − s_i,   minimal over s at e^{s_i} L_i = 1.
 
-s starts at 0. Base e, as the authors'. It is twice `uncertainty`'s regression form with s for −s. Σw is whatever the
-scales say. The losses must be bounded below by 0, or s diverges.
+s starts at 0. The base is e, as in the authors' code. With −s for s, this is twice the regression form of
+`uncertainty`. Σw is not fixed. The losses must have the lower bound 0; otherwise s diverges.
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ class IMTLL(LossWeighting):
     """L = Σ_i e^{s_i} L_i − s_i with s learned.
 
     Args:
-        tasks: number or names of the tasks.
-        lr: learning rate of s; None follows the optimizer's.
-        weight_decay: of s; 0 by default, since decay pulls every weight to 1. None follows the optimizer's.
+        lr: learning rate of s; None uses the optimizer's.
+        weight_decay: weight decay of s. The default is 0, because decay pulls every weight to 1. None uses the
+            optimizer's.
     """
 
     needs_positive = True  # s settles where e^s L = 1

@@ -1,15 +1,17 @@
-"""LDC-MTL: loss discrepancy control by bilevel weights, in one loop.
+"""LDC-MTL: learned weights that keep the weighted losses of neighbouring tasks close to each other.
 
 Xiao et al., "LDC-MTL: Balancing Multi-Task Learning through Scalable Loss Discrepancy Control", 2025 (arXiv
-2502.08585). The weights σ(p) minimise the discrepancy of neighbouring weighted losses, the network the weighted loss;
-as a penalty, and in the authors' single-loop code,
+2502.08585). The problem has two levels. The weights σ(p) minimise the discrepancy of neighbouring weighted losses;
+the network minimises the weighted loss. The authors' single-loop code turns this into a penalty:
 
-    L = Σ_i w_i L_i / sg(Σ_j w_j) + λ Σ_{i<T} |w_i L_i − w_{i+1} L_{i+1}|,    w = sigmoid(p),
+    L = Σ_i w_i L_i / sg(Σ_j w_j) + λ Σ_{i<T} |w_i L_i − w_{i+1} L_{i+1}|,    w = sigmoid(p).
 
-with p trained along. λ = 0.01, p = 1 at the start and its learning rate 1e-3 (CelebA, whose weights are free parameters
-as here; for dense tasks the authors use a small router on the features and λ of 0.05 to 0.1). Only neighbours in task
-order are compared. The first term moves all p down for ever, which is harmless to it, since only the ratios of the w
-count there; but they must not underflow, so they are taken in logarithms.
+p is trained together with the network. λ = 0.01. p starts at 1, with learning rate 1e-3. These are the values for
+CelebA, where the weights are free parameters, as here. For dense tasks the authors use a small router on the
+features, and λ from 0.05 to 0.1. Only neighbours in task order are compared.
+
+The first term pushes all p down without end. This is harmless, because only the ratios of the w count there. We
+compute the ratios from logarithms, so that the w do not underflow.
 """
 
 from collections.abc import Sequence
@@ -26,9 +28,8 @@ class LDCMTL(LossWeighting):
     """L = Σ w_i L_i / Σ w + λ Σ |w_i L_i − w_{i+1} L_{i+1}| with w = sigmoid(p) learned.
 
     Args:
-        tasks: number or names of the tasks.
         penalty: λ.
-        lr: learning rate of p; None follows the optimizer's.
+        lr: learning rate of p; None uses the optimizer's.
     """
 
     def __init__(
@@ -45,7 +46,8 @@ class LDCMTL(LossWeighting):
         weighted = masked(torch.sigmoid(self.logits) * losses, present)
         gaps = (weighted[1:] - weighted[:-1]).abs()
         logs = nn.functional.logsigmoid(self.logits)
-        shares = softmax(logs, present).detach() * (logs - logs.detach()).exp()  # the sum of all w has no gradient
-        if present is not None:  # neighbours of which one is absent have no discrepancy
+        # w_i / sg(Σ w): the value is a softmax of log w, and exp(x − sg x) = 1 carries the gradient of the numerator.
+        shares = softmax(logs, present).detach() * (logs - logs.detach()).exp()
+        if present is not None:  # an absent task has no discrepancy with its neighbours
             gaps = torch.where(present[1:] & present[:-1], gaps, 0.0)
         return masked(shares * losses, present).sum() + self.penalty * gaps.sum()

@@ -3,12 +3,15 @@
 Désidéri, "Multiple-gradient descent algorithm (MGDA) for multiobjective optimization", C. R. Math. 2012; for deep
 networks Sener & Koltun, "Multi-Task Learning as Multi-Objective Optimization", NeurIPS 2018, eq. 3:
 
-    d = Σ_i α_i g_i,   α = argmin over the simplex of ‖Σ_i α_i g_i / n_i‖²,
+    d = Σ_i α_i g_i,   α = argmin over the simplex of ‖Σ_i α_i g_i / n_i‖².
 
-with n_i = 1 (`none`), ‖g_i‖ (`l2`), L_i (`loss`) or L_i‖g_i‖ (`loss+`). Their MGDA-UB, the upper bound with the
-gradients of the representation, is `step.gradients=features`. The normalisation decides α only: the update combines the
-gradients themselves, as in the authors' code (LibMTL's parameter mode updates with the normalised ones). Heads receive
-α_i ∇L_i, since the authors differentiate Σ α_i L_i. Exact solution (the authors' Frank-Wolfe clips α at 0.001).
+`normalization` sets n_i: 1 (`none`), ‖g_i‖ (`l2`), L_i (`loss`) or L_i‖g_i‖ (`loss+`). It affects α only. The update
+combines the gradients themselves, as in the authors' code. LibMTL's parameter mode combines the normalised ones
+instead.
+
+Heads receive α_i ∇L_i, because the authors differentiate Σ α_i L_i. MGDA-UB, the authors' upper bound with the
+gradients of the representation, is `step.gradients=features`. The solution is exact here; the authors' Frank-Wolfe
+clips α at 0.001.
 """
 
 from collections.abc import Sequence
@@ -22,11 +25,10 @@ from mtl.losses.solvers import shortest
 
 
 class MGDA(GramianWeighting):
-    """weights = the min-norm point of the simplex, Σ = 1.
+    """weights = α, the min-norm point of the simplex, Σ = 1.
 
     Args:
-        tasks: number or names of the tasks.
-        normalization: by what the gradients are divided to find α.
+        normalization: n_i, the numbers by which the gradients are divided before α is computed.
     """
 
     claims = ("non_conflicting", "stationary", "scale_free")
@@ -45,5 +47,5 @@ class MGDA(GramianWeighting):
             if losses is None:
                 raise ValueError(f"normalization={self.normalization} needs the losses of the step")
             divisor = divisor * losses
-        divisor = torch.where(divisor > 0, divisor, 1.0)  # a task at its optimum keeps its zero gradient
+        divisor = torch.where(divisor > 0, divisor, 1.0)  # a zero gradient stays zero; 0 / 0 would be NaN
         return masked(shortest(gramian / divisor / divisor[:, None], present), present)

@@ -1,14 +1,15 @@
-"""MoCo: multi-objective gradient correction, MGDA's weights from gradients that are tracked over steps.
+"""MoCo: multi-objective gradient correction; MGDA's weights, computed from moving averages of the gradients.
 
 Fernando et al., "Mitigating Gradient Bias in Multi-objective Learning: A Provably Convergent Approach", ICLR 2023,
-eq. 9-12: every task gradient has a tracker y_i, and
+eq. 9-12. Every task gradient has a tracker y_i:
 
-    y_i ← y_i − β_t (y_i − ĝ_i),    λ ← Π_simplex(λ − γ_t (Y Yᵀ + ρI) λ),    d = Yᵀ λ,
+    y_i ← y_i − β_t (y_i − ĝ_i),    λ ← Π_simplex(λ − γ_t (Y Yᵀ + ρI) λ),    d = Yᵀ λ.
 
-β_t = β/t^σ and γ_t = γ/t^σ with β = 0.5, γ = 0.1, σ = 0.5, ρ = 0; y starts at 0 and λ at 1/T. With `normalise` each
-gradient is first scaled to the length of its loss, ĝ_i = L_i g_i/‖g_i‖, as in the authors' NYUv2 runs; else ĝ_i = g_i.
-(Their CAGrad-derived code takes a softmax where the paper projects.) The tracker holds T×P numbers. Heads get their own
-gradient.
+β_t = β/t^σ and γ_t = γ/t^σ, with β = 0.5, γ = 0.1, σ = 0.5, ρ = 0. y starts at 0 and λ at 1/T. The trackers hold T×P
+numbers. Heads get the gradient of their own loss.
+
+With `normalise` each gradient first gets the length of its loss, ĝ_i = L_i g_i/‖g_i‖, as in the authors' NYUv2 runs.
+Otherwise ĝ_i = g_i. The authors' code, derived from CAGrad's, takes a softmax where the paper projects; we project.
 """
 
 from collections.abc import Sequence
@@ -26,12 +27,11 @@ class MoCo(JacobianAggregation):
     """direction = Yᵀ λ.
 
     Args:
-        tasks: number or names of the tasks.
         beta: β, rate of the trackers.
         gamma: γ, step size of λ.
-        sigma: σ, decay of both over the steps.
+        sigma: σ, decay of β and γ over the steps.
         rho: ρ, pull of λ towards 1/T.
-        normalise: scale each gradient to the length of its loss first.
+        normalise: first give each gradient the length of its loss.
     """
 
     has_weights = True
@@ -68,10 +68,12 @@ class MoCo(JacobianAggregation):
         self.steps += 1
         decay = self.steps**-self.sigma
         rate = (self.beta * decay).to(jacobian).expand(self.tasks)
-        if present is not None:
+        if present is not None:  # an absent task keeps its tracker
             rate = torch.where(present, rate, 0.0)
         trackers.lerp_(jacobian, rate[:, None])
+        # The T×T part is computed in double precision: the projection compares small differences.
         G, old = double(trackers @ trackers.T), double(self.mixture)
+        # Absent tasks keep their part of λ. The present tasks are projected among themselves, and keep their sum.
         share = old if present is None else torch.where(present, old, 0.0)
         total = share.sum().clamp(min=1e-12)
         share = share / total

@@ -1,12 +1,13 @@
-"""MoDo: multi-objective gradient with double sampling, MGDA without the bias of one noisy batch.
+"""MoDo: multi-objective gradient with double sampling; MGDA's weights without the bias of a single noisy batch.
 
 Chen et al., "Three-Way Trade-Off in Multi-Objective Learning: Optimization, Generalization and Conflict-Avoidance",
-NeurIPS 2023, eq. 2.9: with the Jacobians of two independent batches,
+NeurIPS 2023, eq. 2.9. With the Jacobians of two independent batches,
 
     λ ← Π_simplex(λ − γ (J₁ J₂ᵀ λ + ρ λ)),      d = ½ (J₁ + J₂)ᵀ λ.
 
-γ = ρ = 0.1 are the authors' defaults (γ = 1e-3 in their Office-31 and NYUv2 runs); λ starts at 1/T. γ has the scale of
-1/‖g‖². Here the two batches are the halves of one, as the authors' scripts halve it. Heads get their own gradient.
+γ = ρ = 0.1 are the authors' defaults (γ = 1e-3 in their Office-31 and NYUv2 runs). λ starts at 1/T. γ has the scale
+of 1/‖g‖². The two batches are the halves of one batch, as in the authors' scripts. Heads get the gradient of their
+own loss.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,6 @@ class MoDo(GramianWeighting):
     """weights = λ, Σ = 1.
 
     Args:
-        tasks: number or names of the tasks.
         lr: γ, step size of λ.
         rho: ρ, pull of λ towards 1/T.
     """
@@ -44,7 +44,7 @@ class MoDo(GramianWeighting):
         share = share / share.sum().clamp(min=1e-12)
         moved = share - self.step_size * (double(gramian) @ share + self.rho * share)
         new = project_on_simplex(moved, present)
-        # Absent tasks keep what they had; the others share the rest.
+        # Absent tasks keep their part of λ; the others share the rest.
         kept = new if present is None else torch.where(present, new * torch.where(present, old, 0.0).sum(), old)
         self.mixture.copy_(kept)
         return new

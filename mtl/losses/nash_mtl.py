@@ -1,14 +1,16 @@
 """Nash-MTL: the Nash bargaining solution of the tasks.
 
-Navon et al., "Multi-Task Learning as a Bargaining Game", ICML 2022, claim 3.1 and eq. 4: the direction in the unit ball
-that maximises Σ_i log g_i·d is d = Σ_i α_i g_i with
+Navon et al., "Multi-Task Learning as a Bargaining Game", ICML 2022, claim 3.1 and eq. 4. In the unit ball, the
+direction that maximises Σ_i log g_i·d is d = Σ_i α_i g_i with
 
     G α = 1/α,  α > 0,          so that ‖d‖² = T.
 
-The authors solve it by a sequence of convex programs (cvxpy with ECOS; without ECOS six public codes silently fall back
-to equal weighting); here Newton's method solves it to rounding. `max_norm` = 1 is the authors' clip of the shared
-gradient, which makes the step's norm 1. Heads receive α_i ∇L_i. Identical to FairGrad with α = 1. Where 0 lies in the
-gradients' hull (a Pareto-stationary point) the equation has no solution; the weights then grow until Jᵀα vanishes.
+Heads receive α_i ∇L_i. `max_norm` = 1 is the authors' clip of the shared gradient; it makes the step's norm 1. The
+shared direction is that of FairGrad with α = 1. If 0 lies in the convex hull of the gradients (a Pareto-stationary
+point), the equation has no solution. The weights then grow until Jᵀα vanishes.
+
+The authors solve a sequence of convex programs (cvxpy with ECOS). Without ECOS, six public codes silently fall back
+to equal weighting. Here Newton's method solves the equation up to rounding.
 """
 
 from collections.abc import Sequence
@@ -25,7 +27,6 @@ class NashMTL(GramianWeighting):
     """weights = α with α_i (G α)_i = 1.
 
     Args:
-        tasks: number or names of the tasks.
         max_norm: clip of the shared gradient's norm; None does not clip.
     """
 

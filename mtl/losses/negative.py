@@ -1,4 +1,4 @@
-"""A negative loss under a logarithm or in a ratio is an error, which a GPU reports some steps later."""
+"""Refuses negative losses in methods that take their logarithms or ratios; on a GPU the error comes steps later."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mtl.losses.delayed import Delayed
 
 
 def host(flags: Tensor) -> list[bool] | None:
-    """The flags (T,), where reading them waits for no device; None on a GPU."""
+    """The flags (T,) as Python values; None on a GPU, where reading them would make the host wait."""
     return flags.tolist() if flags.device.type == "cpu" else None
 
 
@@ -22,7 +22,7 @@ class DelayedFlags(Delayed):
         self._raised: Tensor | None = None  # on the device
 
     def see(self, flags: Tensor) -> list[bool]:
-        """Add (T,) bool `flags`; return those that are known to have been raised up to now."""
+        """Add (T,) bool `flags`; return the flags that the host knows to be raised by now."""
         if (known := host(flags)) is not None:
             return known
         self._raised = flags.clone() if self._raised is None else self._raised.logical_or_(flags)
@@ -30,14 +30,16 @@ class DelayedFlags(Delayed):
 
 
 def refuse_negative(strategy: Any, losses: Tensor, present: Tensor | None, why: str) -> None:
-    """Args:
+    """Raise an error if a loss is negative.
+
+    Args:
         strategy: the method.
         losses: (T,) values without a graph.
         present: (T,) bool as in `LossWeighting.forward`.
-        why: what is done with the losses, for the message.
+        why: what the method does with the losses, such as "takes their logarithms"; it ends the message.
 
     Raises:
-        ValueError: the loss of a task that is present is negative; it names method, task and epoch.
+        ValueError: the loss of a present task is negative. The message names method, task and epoch.
     """
     negative = losses < 0
     if present is not None:
@@ -47,6 +49,7 @@ def refuse_negative(strategy: Any, losses: Tensor, present: Tensor | None, why: 
     for i, raised in enumerate(strategy.watch.see(negative)):
         if raised:
             known = host(losses)
+            # On a GPU the flag is from an earlier step, so the value of today would be the wrong one.
             value = "" if known is None or not known[i] < 0 else f" ({known[i]:.4g})"
             epoch = f" in epoch {strategy.epoch + 1}" if strategy.calls.epoch_starts else ""
             raise ValueError(

@@ -1,12 +1,13 @@
-"""NTKMTL: balances the tasks' convergence speeds as their neural tangent kernels see them.
+"""NTKMTL: balances the tasks' convergence speeds, which are eigenvalues of their neural tangent kernels.
 
 Qin et al., "NTKMTL: Mitigating Task Imbalance in Multi-Task Learning from Neural Tangent Kernel Perspective", NeurIPS
-2025: the convergence speed of task i is the largest eigenvalue λ_i of its kernel J_i J_iᵀ, and with one group of
-samples (n = 1, whose kernel is the scalar ‖g_i‖²)
+2025. The convergence speed of task i is the largest eigenvalue λ_i of its kernel J_i J_iᵀ. With one group of samples
+(n = 1) the kernel is the scalar ‖g_i‖², and
 
     w_i = (Σ_j λ_j / λ_i)^p,   λ_i = ‖g_i‖²,   d = Σ_i w_i g_i.
 
-p = ½ (¾ for NYUv2). Heads get their own gradient; `max_norm` = 1 is the authors' clip of the shared gradient.
+p = ½ (¾ for NYUv2). Heads get the gradient of their own loss. `max_norm` = 1 is the authors' clip of the shared
+gradient.
 """
 
 from collections.abc import Sequence
@@ -24,8 +25,7 @@ class NTKMTL(GramianWeighting):
     """weights = (tr G / G_ii)^p.
 
     Args:
-        tasks: number or names of the tasks.
-        power: p; 0 is equal weighting, ½ gives all weighted gradients the same norm.
+        power: p; 0 is equal weighting, and ½ gives all weighted gradients the same norm.
         max_norm: clip of the shared gradient's norm; None does not clip.
     """
 
@@ -40,5 +40,5 @@ class NTKMTL(GramianWeighting):
 
     def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
         squares = double(gramian).diagonal()
-        # A zero gradient needs no weight: whatever it is multiplied by, it stays zero.
+        # A zero gradient stays zero under any weight, so 1 is as good as the infinite one of the formula.
         return masked(torch.where(squares > 0, (squares.sum() / squares) ** self.power, 1.0), present)

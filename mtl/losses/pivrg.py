@@ -1,14 +1,15 @@
-"""PIVRG: performance-informed variance reduction of the tasks' results.
+"""PIVRG: FairGrad in which the tasks that lost most against single-task learning are served most.
 
 Qin, Wang, Yan, "Revisiting Fairness in Multitask Learning: A Performance-Driven Approach for Variance Reduction",
-CVPR 2025: FairGrad's equation with α = 2 and a target for each task,
+CVPR 2025. It is FairGrad's equation with α = 2 and a target v_i for each task:
 
-    G w = (v / w)^{1/2},   v = T softmax(Δ / τ),   τ = max((max Δ − min Δ) / ln b, τ_min),
+    G w = (v / w)^{1/2},   v = T softmax(Δ / τ),   τ = max((max Δ − min Δ) / ln b, τ_min).
 
-where Δ_i is task i's drop in per cent against its single-task result (positive: worse), so that the tasks that lost
-most are served most. b = 2 and τ_min = 10 (NYUv2); 1.8 and 20 for Cityscapes, 1.8 and 100 for QM9. Δ is taken after
-each epoch, from validation data where the run has some, else from training data; the authors' code partly reads test
-predictions. v = 1 in the first epoch. Heads get their own gradient; `max_norm` = 1 is the authors' clip.
+Δ_i is task i's drop in per cent against its single-task result; positive is worse. b = 2 and τ_min = 10 (NYUv2); 1.8
+and 20 for Cityscapes, 1.8 and 100 for QM9. v = 1 in the first epoch.
+
+Δ is computed after each epoch, from validation data if the run has some, otherwise from training data. The authors'
+code partly reads test predictions. Heads get the gradient of their own loss. `max_norm` = 1 is the authors' clip.
 """
 
 import math
@@ -29,15 +30,14 @@ class PIVRG(GramianWeighting):
     """weights = w with (G w)_i = (v_i / w_i)^½.
 
     Args:
-        tasks: number or names of the tasks.
-        baselines: each task's single-task result, as the tables print it (accuracies in percent), by name or in task
-            order; train them with loss=single.
-        bound: b, the largest ratio between two targets while τ_min does not act.
+        baselines: the single-task result of each task, by name or in task order; train them with loss=single. They
+            have the unit of the tables: accuracies are in percent.
+        bound: b, the ratio between the largest and the smallest target. It is smaller if τ_min acts.
         min_temperature: τ_min, in per cent.
         max_norm: clip of the shared gradient's norm; None does not clip.
 
     Raises:
-        ValueError: a baseline is missing, unknown or 0.
+        ValueError: a baseline is missing, belongs to no task, or is 0.
     """
 
     claims = ("non_conflicting", "scale_free")
@@ -60,11 +60,11 @@ class PIVRG(GramianWeighting):
         self.register_buffer("targets", torch.ones(self.tasks, dtype=torch.float64))
 
     def epoch_end(self, statistics: Statistics) -> None:
-        """Set the targets.
+        """Update the targets v from the epoch's scores.
 
         Raises:
-            ValueError: no scores or no direction were given, a score is infinite, or the scores are fractions where
-                the baselines are percents.
+            ValueError: the scores or their direction are missing, or a score is infinite. Also if the scores are
+                fractions but the baselines are in percent.
         """
         scores = finite_scores(self, statistics).to(self.baselines.device)
         if statistics.higher_is_better is None:
@@ -74,7 +74,7 @@ class PIVRG(GramianWeighting):
         worse = torch.where(higher, -100.0, 100.0)
         baselines = double(self.baselines)
         drop = worse * (scores.to(baselines) - baselines) / baselines.abs()
-        known = ~drop.isnan()  # a task without labels all epoch keeps an average target
+        known = ~drop.isnan()  # a task without labels in the whole epoch gets the mean drop of the others
         drop = torch.where(known, drop, drop[known].mean() if known.any() else 0.0)
         spread = (drop.max() - drop.min()) / math.log(self.bound)
         self.targets.copy_(self.tasks * torch.softmax(drop / spread.clamp(min=self.min_temperature), 0))

@@ -9,9 +9,11 @@ Lin et al., "Reasonable Effectiveness of Random Weighting: A Litmus Test for Mul
     bernoulli                           fair coins over their sum, drawn until one is 1
     constrained_bernoulli               one task, drawn at random, alone
 
-Uniform draws go through a softmax in the authors' code (LibMTL), which is nearly equal weighting. There the coins are
-not divided by their sum. On average w = 1/T, a step T times smaller than equal weighting's at the same learning rate
-(`step.scale=sum` evens that out). Absent tasks take no part: the others are drawn as if alone.
+The authors' code (LibMTL) also takes a softmax of uniform draws, which is nearly equal weighting. It does not divide
+the coins by their sum. Absent tasks get no weight, and the others are drawn as if they were alone.
+
+On average w = 1/T. At the same learning rate the step is T times smaller than equal weighting's; `step.scale=sum`
+evens that out.
 
 `mean=geometric` is RLW-G of Yun & Cho, ICCV 2023 (AMTL): L = Π_i L_i^{w_i}.
 """
@@ -31,8 +33,7 @@ class RLW(LossWeighting):
     """L = Σ_i w_i L_i with random w.
 
     Args:
-        tasks: number or names of the tasks.
-        distribution: of the weights.
+        distribution: distribution of the weights.
         mean: how the weighted losses are combined.
     """
 
@@ -47,23 +48,29 @@ class RLW(LossWeighting):
     def _draw(self, losses: Tensor, present: Tensor | None) -> Tensor:
         """(T,) weights that add up to 1 over the present tasks."""
         draw = torch.randn if self.distribution == "normal" else torch.rand
+        # All tasks are drawn, also absent ones. So the draws of a step do not depend on the labels.
         z = draw(self.tasks, generator=self.generator(losses.device), device=losses.device, dtype=losses.dtype)
         if self.distribution in ("normal", "uniform"):
             return softmax(z, present)
         if self.distribution == "dirichlet":
-            z = -torch.log1p(-z)  # exponential draws, which over their sum are Dir(1, …, 1)
+            z = -torch.log1p(-z)  # exponential draws; divided by their sum they are Dir(1, …, 1)
         elif self.distribution == "bernoulli":
             z = _coins(z, torch.ones_like(z, dtype=torch.bool) if present is None else present)
-        else:
+        else:  # 1 − z lies in (0, 1], so an absent task's 0 never wins the argmax
             z = torch.zeros_like(z).scatter(0, masked(1 - z, present).argmax(0, keepdim=True), 1.0)
         z = masked(z, present)
         return z / z.sum().clamp(min=FLOOR)
 
 
 def _coins(z: Tensor, present: Tensor) -> Tensor:
-    """Fair coins for the present tasks, of which at least one is 1, from uniform z: exact, and without a retry.
+    """(T,) fair coins for the present tasks, under the condition that at least one coin is 1.
 
-    Until the first 1, task i's coin is 1 with probability ½ / (1 − ½^n), with n tasks left: 1 for the last of them.
+    The coins are exact and need no second draw. Until the first 1, a task's coin is 1 with probability
+    ½ / (1 − ½^n) if n tasks are left, this one included. For the last task (n = 1) that is 1.
+
+    Args:
+        z: (T,) uniform draws.
+        present: (T,) bool.
     """
     left = present.flip(0).cumsum(0).flip(0)
     heads = present & (z < 0.5 / (1 - 0.5**left))

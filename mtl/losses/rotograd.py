@@ -1,15 +1,17 @@
-"""RotoGrad: learned rotations that align the tasks' feature gradients, and lengths that are homogenised.
+"""RotoGrad: learned rotations that align the tasks' feature gradients, and one length for all of them.
 
-Javaloy & Valera, "RotoGrad: Gradient Homogenization in Multitask Learning", ICLR 2022, algorithm 1: head i sees R_i z
-with R_i a rotation. With g_i the gradient of the features z,
+Javaloy & Valera, "RotoGrad: Gradient Homogenization in Multitask Learning", ICLR 2022, algorithm 1. Head i receives
+R_i z with a rotation R_i. With the gradient g_i of the features z,
 
-    d = C Σ_i g_i/‖g_i‖,   C = Σ_i α_i ‖g_i‖,   α_i ∝ ‖g_i‖ / ‖g_i⁰‖,
+    d = C Σ_i g_i/‖g_i‖,   C = Σ_i α_i ‖g_i‖,   α_i ∝ ‖g_i‖ / ‖g_i⁰‖.
 
-where ‖g_i⁰‖ is the length in the first step, taken anew after `burn_in` = 20 steps. R_i descends on Σ_n ‖R_i v_n − R_i⁻
-g_in‖² (R_i⁻ is constant), where v is the mean of the gradients at equal lengths. We follow the authors' code here. The
-paper's objective, an inner product, differs by a constant, because R_i keeps lengths. R_i = exp(A_i − A_iᵀ) starts at
-the identity. The rotations should learn more slowly than the network (`lr`). Predictions need them, and they are in
-the strategy's state. Heads get their own gradient.
+‖g_i⁰‖ is the length in the first step. It is measured again after `burn_in` = 20 steps. R_i descends on Σ_n ‖R_i v_n
+− R_i⁻ g_in‖². R_i⁻ is constant. v is the mean of the gradients at equal lengths. We follow the authors' code here.
+The paper's objective, an inner product, differs by a constant, because R_i keeps lengths.
+
+R_i = exp(A_i − A_iᵀ) starts at the identity. The rotations should learn more slowly than the network (`lr`).
+Predictions need the rotations too, so keep the strategy's state with the model. Heads get the gradient of their own
+loss.
 """
 
 from collections.abc import Sequence
@@ -24,13 +26,12 @@ from mtl.losses.base import JacobianAggregation, masked
 
 
 class RotoGrad(JacobianAggregation):
-    """direction of the features = C Σ_i g_i/‖g_i‖; its own parameters turn each head's view of the features.
+    """direction for the features = C Σ_i g_i/‖g_i‖. Its parameters rotate the features that each head receives.
 
     Args:
-        tasks: number or names of the tasks.
-        features: width F of the features; the engine knows it.
-        burn_in: steps after which the reference lengths are taken.
-        lr: learning rate of the rotations; None follows the optimizer's.
+        features: width F of the features. The engine fills it in.
+        burn_in: number of steps after which the reference lengths are measured again.
+        lr: learning rate of the rotations; None uses the optimizer's.
     """
 
     has_weights = True
@@ -52,10 +53,10 @@ class RotoGrad(JacobianAggregation):
             self.prepare(features)
 
     def prepare(self, features: int) -> None:
-        """Create the rotations of features of this width.
+        """Create the rotations for features of this width.
 
         Raises:
-            ValueError: the width is no integer of at least 2, below which there is nothing to rotate.
+            ValueError: the width is no integer of at least 2. One dimension cannot be rotated.
         """
         if (features := integer("features", features)) < 2:
             raise ValueError(f"features: {features}; a rotation needs a width of at least 2")
@@ -66,6 +67,7 @@ class RotoGrad(JacobianAggregation):
         return torch.matrix_exp(self.generators - self.generators.mT)
 
     def views(self, features: Tensor) -> list[Tensor]:
+        # Detached: the losses do not train the rotations, only `aggregate` does.
         rotations = self.rotations().detach().to(features.dtype)
         return [features @ rotation.T for rotation in rotations]
 
@@ -77,18 +79,21 @@ class RotoGrad(JacobianAggregation):
         features: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         norms = jacobian.norm(dim=1)
+        # The reference length of a task: from its first step, and once more after `burn_in` steps.
         fresh = (self.reference.isnan() | (self.steps == self.burn_in)) & (norms > 0)
         self.reference.copy_(torch.where(fresh, norms, self.reference))
         self.steps += 1
         safe = torch.where(norms > 0, norms, 1.0)
         unit = jacobian / safe[:, None]
+        # `pace` is α before its normalisation, and `length` is C.
         pace = masked((norms / self.reference).nan_to_num(0.0), present)
         length = (pace * norms).sum() / pace.sum().clamp(min=1e-12)
 
         on = masked(torch.ones_like(norms), present)
         share = on / on.sum().clamp(min=1)
-        mean = (share @ jacobian).norm() * (share @ unit)  # v: all gradients at the length of their mean
+        mean = (share @ jacobian).norm() * (share @ unit)  # v: the gradients at the length of their mean, averaged
         v, own = (x.to(self.generators) for x in (mean.view_as(features), jacobian.view(self.tasks, *features.shape)))
+        # Gradient methods run without a graph. The rotations have their own small objective, which needs one.
         with torch.enable_grad():
             rotations = self.rotations()
             gap = v @ rotations.mT - own @ rotations.detach().mT
@@ -96,5 +101,5 @@ class RotoGrad(JacobianAggregation):
             (gradient,) = torch.autograd.grad(objective, self.generators)
         if self.generators.grad is None:
             self.generators.grad = torch.zeros_like(self.generators)
-        self.generators.grad += gradient  # in the parameter's own memory layout, as fused optimizers need it
+        self.generators.grad += gradient  # added in place: fused optimizers need the parameter's own memory layout
         return length * on @ unit, on * length / safe

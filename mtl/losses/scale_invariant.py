@@ -4,8 +4,8 @@ Baseline of Navon et al., "Multi-Task Learning as a Bargaining Game" (Nash-MTL),
 
     L = Σ_i log L_i,   so w_i = 1 / L_i.
 
-Multiplying a loss by a constant changes nothing. Some code takes log(1 + L), which does not have this property. A loss
-of exactly 0 weighs 0. Σw is whatever the losses say.
+Multiplying a loss by a constant changes nothing. Some code takes log(1 + L), which does not have this property. A
+loss of exactly 0 weighs 0. Σw is not fixed.
 """
 
 from torch import Tensor

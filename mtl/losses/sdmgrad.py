@@ -1,13 +1,14 @@
-"""SDMGrad: direction-oriented multi-objective descent, MGDA pulled towards the mean gradient, with double sampling.
+"""SDMGrad: direction-oriented multi-objective descent; MGDA pulled towards the mean gradient, with double sampling.
 
 Xiao, Ban, Ji, "Direction-oriented Multi-objective Learning: Simple and Provable Stochastic Algorithms", NeurIPS 2023,
-algorithm 1: with three independent batches and g₀ the mean gradient, S times
+algorithm 1. With three independent batches and the mean gradient g₀, S times
 
     w ← Π_simplex(w − β [J₁ (J₂ᵀ w + λ g₀₂)]),      then      d = (J₃ᵀ w + λ g₀₃) / (1 + λ).
 
-λ = 0.3, S = 20, β = 10 with momentum 0.5, w warm-started at 1/T, and J₁J₂ᵀ divided by the square of its mean root
-diagonal before: all as in the authors' code, which however evaluates all three Jacobians on one batch by an aliased
-buffer. Here they are the thirds of a batch. Heads get their own gradient, the mean over the three.
+As in the authors' code: λ = 0.3, S = 20, and β = 10 with momentum 0.5. w starts at 1/T and is kept between the steps.
+J₁J₂ᵀ is first divided by the square of its mean root diagonal. The authors' code evaluates all three Jacobians on one
+batch, because of an aliased buffer. Here the three batches are the thirds of one batch. Heads get the gradient of
+their own loss, averaged over the three.
 """
 
 from collections.abc import Sequence
@@ -25,11 +26,10 @@ class SDMGrad(GramianWeighting):
     """weights = (w + λ/T) / (1 + λ), Σ = 1.
 
     Args:
-        tasks: number or names of the tasks.
-        regularisation: λ; 0 is stochastic MGDA, large values tend to the mean gradient.
+        regularisation: λ; 0 is stochastic MGDA, and large values tend to the mean gradient.
         lr: β, step size of w.
-        momentum: of these steps.
-        steps: S.
+        momentum: momentum of the steps of w.
+        steps: S, the number of steps of w per update.
     """
 
     samples = 3
@@ -48,14 +48,16 @@ class SDMGrad(GramianWeighting):
 
     def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
         G = double(gramian)
-        roots = (G.diagonal().clamp(min=0) + 1e-4).sqrt()  # two batches: the diagonal may be negative
+        roots = (G.diagonal().clamp(min=0) + 1e-4).sqrt()  # J₁ J₂ᵀ of two batches may have a negative diagonal
         mean = uniform(present, G[0])
         scale = (roots * mean).sum()
+        # Without this, the step size β would have to fit the scale of the losses.
         G = G / scale**2
         pull = self.regularisation * (G @ mean)
         w = masked(self.mixture, present)
-        share = w.sum()  # absent tasks keep theirs
+        share = w.sum()  # absent tasks keep their part of w; the present ones keep this sum
         w = torch.where(share > 0, w / share, mean)
+        # Momentum acts within the S steps of one update only.
         velocity = None
         for _ in range(self.steps):
             gradient = torch.addmv(pull, G, w)

@@ -1,6 +1,6 @@
-"""Single-task learning: the one task's loss alone, L = L_k. The baseline that Δm and every "MTL helps" claim need.
+"""Single-task learning: the loss of one task alone, L = L_k. Δm and every claim that "MTL helps" need this baseline.
 
-The engine builds heads, losses and metrics for that one task only: the other tasks do not exist in such a run.
+The engine builds heads, losses and metrics for that task only. The other tasks do not exist in such a run.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class Single(LossWeighting):
         task: the name of the task to train.
 
     Raises:
-        ValueError: `task` is none of the tasks.
+        ValueError: there is no task of this name.
     """
 
     def __init__(self, tasks: int | Sequence[str], task: str):

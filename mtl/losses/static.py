@@ -1,7 +1,7 @@
 """Static weighting: L = Σ_i w_i L_i with weights that never change.
 
-The tuned form is the strong baseline of Xin et al., "Do Current Multi-Task Optimization Methods in Deep Learning
-Even Help?", NeurIPS 2022.
+With tuned weights it is the strong baseline of Xin et al., "Do Current Multi-Task Optimization Methods in Deep
+Learning Even Help?", NeurIPS 2022.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,12 @@ class Static(LossWeighting):
     """L = Σ_i w_i L_i.
 
     Args:
-        tasks: number or names of the tasks.
-        weights: one weight a task, by name ({fine: 1, coarse: 0.5}; a task left out weighs 1) or in task order.
+        weights: one weight per task, by name or in task order. In {fine: 1, coarse: 0.5} a task that is left out
+            weighs 1.
 
     Raises:
-        ValueError: a name that is no task, no name at all, a list of another length than T, a negative weight, or only
-            weights of 0.
+        ValueError: a name belongs to no task, the mapping is empty, or the list has not T entries. Also if a weight is
+            negative, or all are 0.
     """
 
     def __init__(self, tasks: int | Sequence[str], weights: Mapping[str, float] | Sequence[float]):
@@ -34,6 +34,7 @@ class Static(LossWeighting):
                 )
             if unknown := set(weights) - set(self.names):
                 raise ValueError(f"weights: {sorted(unknown)[0]!r} is no task; the tasks are {', '.join(self.names)}")
+            # A task that is left out weighs 1, not 0: leaving it out must not switch it off.
             weights = [weights.get(name, 1.0) for name in self.names]
         if len(weights) != self.tasks:
             raise ValueError(f"weights: {len(weights)} given for {self.tasks} tasks ({', '.join(self.names)})")

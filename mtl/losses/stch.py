@@ -1,16 +1,16 @@
-"""Smooth Tchebycheff scalarisation (STCH): a smooth maximum of the losses relative to their nadir.
+"""Smooth Tchebycheff scalarisation (STCH): a smooth maximum of the losses, each relative to its value after a warm-up.
 
-Lin et al., "Smooth Tchebycheff Scalarization for Multi-Objective Optimization", ICML 2024, in the form that the authors
-use for multi-task learning (LibMTL's too):
+Lin et al., "Smooth Tchebycheff Scalarization for Multi-Objective Optimization", ICML 2024, in the form that the
+authors use for multi-task learning (LibMTL's too):
 
-    L = T μ log Σ_i exp(log(L_i / n_i) / μ),   so w_i = T softmax(log(L / n) / μ)_i / L_i,
+    L = T μ log Σ_i exp(log(L_i / n_i) / μ),   so w_i = T softmax(log(L / n) / μ)_i / L_i.
 
-with nadir n_i the mean loss of epoch 4, counted from 0, and Σ_i log L_i up to the end of that epoch. μ = 1; the
-smaller, the more the worst task counts. Σw is whatever the losses say.
+The nadir n_i is the mean loss of epoch 4, counted from 0. Up to the end of that epoch the loss is Σ_i log L_i. μ = 1;
+a smaller μ gives the worst task more weight. Σw is not fixed.
 
-Σ log L needs no case of its own: with n_i = L_i, a constant, w_i is 1 / L_i. So a task whose nadir is not known yet
-counts as being at its nadir. One without a label in epoch 4 takes it from its first epoch with labels after that;
-a mean of exactly 0, with which nothing can be compared, counts as no nadir either.
+The code needs no special case for Σ log L: with the constant n_i = L_i, w_i is 1 / L_i. So a task without a nadir
+counts as being at its nadir. A task without labels in epoch 4 takes its nadir from its next epoch with labels. A mean
+of exactly 0 counts as no nadir either, because nothing can be compared with it.
 """
 
 from collections.abc import Sequence
@@ -25,12 +25,11 @@ from mtl.losses.epochs import mean_losses
 
 
 class STCH(LossWeighting):
-    """L = T μ log Σ_i (L_i / n_i)^{1/μ} with n learned in the warm-up.
+    """L = T μ log Σ_i (L_i / n_i)^{1/μ} with the nadir n from the epoch after the warm-up.
 
     Args:
-        tasks: number or names of the tasks.
-        mu: μ; the limit 0 is the maximum over the tasks.
-        warmup_epochs: epochs before the one that gives the nadir.
+        mu: μ; in the limit μ → 0 only the worst task counts.
+        warmup_epochs: number of epochs before the one that gives the nadir.
     """
 
     needs_positive = True
@@ -40,7 +39,7 @@ class STCH(LossWeighting):
     ):
         super().__init__(tasks)
         self.mu, self.warmup_epochs = mu, warmup_epochs
-        self.register_buffer("finished", torch.zeros((), dtype=torch.long))  # epochs
+        self.register_buffer("finished", torch.zeros((), dtype=torch.long))  # number of finished epochs
         self.register_buffer("nadir", torch.full((self.tasks,), torch.nan))
 
     def epoch_end(self, statistics: Statistics) -> None:
@@ -51,8 +50,9 @@ class STCH(LossWeighting):
 
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
         x = logs(losses, present)
+        # A task without a nadir is compared with its own current loss: x is 0, and its gradient that of log L.
         x = (x - torch.where(self.nadir.isnan(), x.detach(), self.nadir.to(x).clamp(min=FLOOR).log())) / self.mu
         if present is not None:
             x = torch.where(present, x, -torch.inf)
-        # Nobody present: the logarithm of an empty sum.
+        # If no task is present, the logarithm of the empty sum is −∞. The loss is then 0.
         return count(present, losses) * self.mu * torch.logsumexp(x, 0).nan_to_num(neginf=0.0)

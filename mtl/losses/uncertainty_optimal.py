@@ -1,14 +1,15 @@
-"""Optimal uncertainty weighting (UW-O): uncertainty weighting with σ at its optimum for the present loss.
+"""Optimal uncertainty weighting (UW-O): uncertainty weighting with the σ that is optimal for the current loss.
 
-Kirchdorfer et al., "Analytical Uncertainty-Based Loss Weighting in Multi-Task Learning", GCPR 2024; also Elich et al.,
-"Examining Common Paradigms in Multi-Task Learning", 2024 (eq. 2). The minimum over σ, in closed form:
+Kirchdorfer et al., "Analytical Uncertainty-Based Loss Weighting in Multi-Task Learning", GCPR 2024; also Elich et
+al., "Examining Common Paradigms in Multi-Task Learning", 2024 (eq. 2). The minimum over σ, in closed form:
 
     gaussian (L2)   L / (2σ²) + log σ   at σ² = L:   w_i = 1 / (2 sg[L_i])
     laplace (L1)    L / σ + log σ       at σ = L:    w_i = 1 / sg[L_i]
 
-(classification, L / σ² + log σ, gives the gaussian's weights too). sg[·] stops the gradient, so these are the gradients
-of ½ Σ log L_i and Σ log L_i, and that is what is computed: UW-O is `scale_invariant`, halved for the gaussian. A loss
-of exactly 0 therefore weighs 0 instead of infinity. Σw is whatever the losses say.
+Classification, L / σ² + log σ, gives the gaussian's weights too. sg[·] stops the gradient. The gradients are
+therefore those of ½ Σ log L_i (gaussian) and Σ log L_i (laplace), and we compute these sums: UW-O is
+`scale_invariant`, halved for the gaussian. A loss of exactly 0 therefore weighs 0 instead of infinity. Σw is not
+fixed.
 """
 
 from collections.abc import Sequence
@@ -22,10 +23,9 @@ Form = Literal["gaussian", "laplace"]
 
 
 class UncertaintyOptimal(LossWeighting):
-    """Weights 1 / (2 L_i) or 1 / L_i.
+    """L = ½ Σ log L_i or Σ log L_i, so the weights are 1 / (2 L_i) or 1 / L_i.
 
     Args:
-        tasks: number or names of the tasks.
         form: the likelihood whose σ is optimal.
     """
 

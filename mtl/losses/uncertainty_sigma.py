@@ -5,11 +5,12 @@ Voeikov, Falaleev, Baikulov, "TTNet: Real-time temporal and spatial video analys
 
     L = Σ_i L_i / (σ_i² + ε) + R,   R = Σ_i log(σ_i + ε)   or   R = log(Π_i σ_i + ε),   ε = 1e-8.
 
-σ starts at 1. With ε = 0 both are `uncertainty`'s classification form with s = log σ²; only the steps of the optimizer
-differ, since it moves σ and not its logarithm. Σw is whatever the σ say.
+σ starts at 1. With ε = 0 both are the classification form of `uncertainty` with s = log σ². Only the optimizer's
+steps differ, because it moves σ instead of log σ. Σw is not fixed.
 
-As written the logarithm is NaN once a step has carried a σ below 0 (log σ pulls it there whenever the loss is
-small). Here |σ| takes its place, which is the same for every σ > 0. Π σ goes through logs: it does not underflow.
+In the published form the logarithm is NaN after a step that makes a σ negative. log σ pulls σ there if the loss is
+small. Here |σ| takes the place of σ, which changes nothing for σ > 0. Π σ is computed from logarithms, so it does not
+underflow.
 """
 
 import math
@@ -30,10 +31,10 @@ class UncertaintySigma(LossWeighting):
     """L = Σ_i L_i / (σ_i² + ε) + log σ with σ learned.
 
     Args:
-        tasks: number or names of the tasks.
-        regulariser: the sum of the logarithms of σ, or the logarithm of their product; they differ in where ε enters.
-        lr: learning rate of σ; None follows the optimizer's.
-        weight_decay: of σ; 0 by default, since decay raises every weight. None follows the optimizer's.
+        regulariser: R, the sum of the logarithms or the logarithm of the product. They differ in the place of ε only.
+        lr: learning rate of σ; None uses the optimizer's.
+        weight_decay: weight decay of σ. The default is 0, because decay raises every weight. None uses the
+            optimizer's.
     """
 
     def __init__(
@@ -53,5 +54,6 @@ class UncertaintySigma(LossWeighting):
         weighted = masked(losses / (sigmas.square() + EPS), present).sum()
         if self.of_product:
             log_product = logs(sigmas, present).sum()
+            # log(Π σ + ε) from log Π σ and log ε: the product itself would underflow with many tasks.
             return weighted + torch.logaddexp(log_product, torch.full_like(log_product, math.log(EPS)))
         return weighted + masked((sigmas + EPS).log(), present).sum()

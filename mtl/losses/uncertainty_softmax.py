@@ -1,11 +1,12 @@
-"""Soft optimal uncertainty weighting (UW-SO): a softmax over the weights of `uncertainty_optimal`.
+"""Soft optimal uncertainty weighting (UW-SO): a softmax over the inverse losses, the weights of `uncertainty_optimal`.
 
 Kirchdorfer et al., "Analytical Uncertainty-Based Loss Weighting in Multi-Task Learning", GCPR 2024:
 
     w_i = exp(1 / (τ sg[L_i])) / Σ_k exp(1 / (τ sg[L_k])),   Σw = 1.
 
-The authors tune τ for each data set; 1 here. Σw = 1 makes the step T times smaller than equal weighting's at the same
-learning rate (`step.scale=sum` evens that out). A loss of exactly 0 takes the whole weight, the formula's limit.
+The authors tune τ for each data set; it is 1 here. Because Σw = 1, the step is T times smaller than equal weighting's
+at the same learning rate; `step.scale=sum` evens that out. A loss of exactly 0 takes the whole weight, the formula's
+limit.
 """
 
 from collections.abc import Sequence
@@ -21,8 +22,7 @@ class UncertaintySoftmax(LossWeighting):
     """L = Σ_i w_i L_i with w = softmax(1 / (τ L)).
 
     Args:
-        tasks: number or names of the tasks.
-        temperature: τ; larger is closer to equal weights.
+        temperature: τ; a larger value is closer to equal weights.
     """
 
     needs_positive = True

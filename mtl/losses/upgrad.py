@@ -1,10 +1,11 @@
-"""UPGrad: the mean of the task gradients, each projected on the dual cone, so that no task is harmed.
+"""UPGrad: projects each task gradient on the dual cone, so that no task is harmed, and takes the mean.
 
 Quinton & Rey, "Jacobian Descent for Multi-Objective Optimization", 2024 (arXiv 2406.16232), eq. 3-5:
 
-    d = (1/T) Σ_i π(g_i),   π(x) = the vector nearest to x with g_j·π(x) ≥ 0 for all j,
+    d = (1/T) Σ_i π(g_i),   π(x) = the vector nearest to x with g_j·π(x) ≥ 0 for all j.
 
-where π(g_i) = Jᵀv_i with v_i = argmin over v ≥ e_i of vᵀGv. Heads get their own gradient. For T = 2 it is PCGrad / 2.
+π(g_i) = Jᵀv_i with v_i = argmin over v ≥ e_i of vᵀGv. Heads get the gradient of their own loss. For T = 2 the update
+is half of PCGrad's.
 """
 
 import torch
@@ -20,5 +21,6 @@ class UPGrad(GramianWeighting):
     claims = ("non_conflicting", "linear", "scale_free")
 
     def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
+        # Row i of the identity stands for g_i, so all T projections are computed at once.
         projected = project_on_cone(gramian, torch.eye(len(gramian), device=gramian.device))
         return masked(uniform(present, double(gramian)[0]) @ projected, present)

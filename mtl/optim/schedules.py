@@ -1,8 +1,11 @@
-"""Learning-rate schedules as pure functions of progress: no state, so nothing to save and a resumed run is exact.
+"""Learning-rate schedules as pure functions of progress. They have no state, so a resumed run is exact.
 
-Every schedule multiplies the optimizer's learning rate (of every parameter group) by `factor(progress, epochs)`, where
-`progress` counts epochs from 0, with a fraction when `interval` is "step". Linear warm-up, when asked for, comes first:
-(progress + 1) / (warmup_epochs + 1) by epochs, progress / warmup_epochs by steps, of the rate that follows.
+Every schedule multiplies the learning rate of every parameter group by `factor(progress, epochs)`. `progress` counts
+epochs from 0; with `interval="step"` it has a fraction. A linear warm-up may come first. Its factor multiplies the
+first rate of the schedule:
+
+    interval=epoch    (progress + 1) / (warmup_epochs + 1)
+    interval=step     progress / warmup_epochs
 """
 
 from __future__ import annotations
@@ -21,11 +24,11 @@ from mtl.config.schema import hints_of
 
 @dataclass
 class Schedule(ABC):
-    """Base of the schedules.
+    """Base class of the schedules.
 
     Args:
         warmup_epochs: epochs of linear warm-up; the schedule itself starts after them.
-        interval: whether the rate changes once an epoch or at every step.
+        interval: "epoch": the rate changes once an epoch; "step": it changes at every step.
     """
 
     warmup_epochs: Annotated[int, Ge(0)] = 0
@@ -35,7 +38,7 @@ class Schedule(ABC):
         check_hinted(hints_of(type(self)), vars(self), type(self).__name__)
 
     def __call__(self, progress: float, epochs: int) -> float:
-        """Multiplier of the learning rate at `progress` of `epochs` epochs; past them it stays at its end.
+        """Multiplier of the learning rate at `progress` out of `epochs` epochs. After the last epoch it stays constant.
 
         Raises:
             ValueError: the progress is negative, or no epoch is left after the warm-up.
@@ -44,20 +47,21 @@ class Schedule(ABC):
             raise ValueError(f"progress: {progress}; epochs are counted from 0")
         if epochs <= self.warmup_epochs:
             raise ValueError(f"epochs: {epochs}; must be more than warmup_epochs={self.warmup_epochs}")
+        # A training may go on after its planned end; the formulas hold up to that end only.
         progress = min(progress, epochs)
         if progress < self.warmup_epochs:
-            offset = 1 if self.interval == "epoch" else 0  # by epochs, the first one must not train at rate 0
+            offset = 1 if self.interval == "epoch" else 0  # otherwise the whole first epoch would train at rate 0
             return (progress + offset) / (self.warmup_epochs + offset) * self.factor(0.0, epochs - self.warmup_epochs)
         return self.factor(progress - self.warmup_epochs, epochs - self.warmup_epochs)
 
     @abstractmethod
     def factor(self, progress: float, epochs: int) -> float:
-        """Multiplier without warm-up; 0 <= progress < epochs."""
+        """Multiplier without the warm-up; 0 <= progress <= epochs, counted from the end of the warm-up."""
 
 
 @dataclass
 class Constant(Schedule):
-    """1 throughout."""
+    """The rate never changes."""
 
     def factor(self, progress: float, epochs: int) -> float:
         return 1.0
@@ -68,7 +72,7 @@ class Cosine(Schedule):
     """Half a cosine from 1 to `final`: Loshchilov & Hutter, "SGDR", ICLR 2017, without restarts.
 
     Args:
-        final: multiplier that the end of the last epoch would reach.
+        final: multiplier at the end of the last epoch. With interval=epoch the last epoch itself is still above it.
     """
 
     final: Annotated[float, Ge(0), Le(1)] = 0.0
@@ -79,7 +83,7 @@ class Cosine(Schedule):
 
 @dataclass
 class Step(Schedule):
-    """Times `gamma` every `every` epochs."""
+    """Multiplied by `gamma` every `every` epochs."""
 
     every: Annotated[int, Ge(1)] = 30
     gamma: Annotated[float, Gt(0)] = 0.1
@@ -90,7 +94,7 @@ class Step(Schedule):
 
 @dataclass
 class MultiStep(Schedule):
-    """Times `gamma` at each of `milestones` (epochs after warm-up)."""
+    """Multiplied by `gamma` at each of the `milestones`, which count epochs after the warm-up."""
 
     milestones: Sequence[Annotated[int, Ge(1)]] = (60, 120, 160)
     gamma: Annotated[float, Gt(0)] = 0.2
@@ -101,7 +105,7 @@ class MultiStep(Schedule):
 
 @dataclass
 class Polynomial(Schedule):
-    """(1 − progress / epochs) ** power: straight down for power 1."""
+    """(1 − progress / epochs) ** power. With power 1 it is a straight line down to 0."""
 
     power: Annotated[float, Gt(0)] = 1.0
 
@@ -113,10 +117,13 @@ class Polynomial(Schedule):
 class OneCycle(Schedule):
     """Up from 1/`initial_divisor` to 1, then down to 1/(initial_divisor · final_divisor), both along half a cosine.
 
-    Smith & Topin, "Super-Convergence", 2018. The optimizer's learning rate is the peak; momentum stays as it is.
+    Smith & Topin, "Super-Convergence", 2018. The optimizer's learning rate is the peak. The paper also cycles the
+    momentum; here it stays constant.
 
     Args:
         peak: share of the run at which the peak is reached.
+        initial_divisor: the peak divided by the first rate.
+        final_divisor: the first rate divided by the last one.
     """
 
     interval: Literal["epoch", "step"] = "step"

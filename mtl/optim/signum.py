@@ -1,4 +1,4 @@
-"""signSGD with momentum (Signum): steps of the same size for every parameter, whatever the gradients' scale."""
+"""signSGD with momentum (Signum): every parameter moves by the same amount, independent of the gradients' scale."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Signum(torch.optim.Optimizer):
 
         m ← β m + (1 − β) g,     θ ← θ − lr (sign(m) + λ θ).
 
-    Learning rates are Adam's, far below SGD's. Heads are exactly invariant to the scale of their loss.
+    Suitable learning rates are those of Adam, far below SGD's. Each head is exactly invariant to the scale of its loss.
 
     Args:
         params: as in torch.optim.
@@ -39,13 +39,13 @@ class Signum(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> Tensor | None:
-        """One step.
+        """Make one step.
 
         Args:
-            closure: computes the loss again, with its gradients, and returns it; as in torch.optim.
+            closure: computes the loss and its gradients again and returns the loss, as in torch.optim.
 
         Raises:
-            RuntimeError: a gradient is sparse or complex, which has no sign.
+            RuntimeError: a gradient is sparse or complex. Such gradients are not supported.
         """
         loss = None
         if closure is not None:
@@ -61,6 +61,7 @@ class Signum(torch.optim.Optimizer):
                 if not state:
                     state["m"] = torch.zeros_like(p)
                 state["m"].lerp_(p.grad, 1 - group["momentum"])
+                # Decoupled weight decay: inside the sign it would do nothing to parameters with large gradients.
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(group["lr"] * state["m"].sign())
         return loss

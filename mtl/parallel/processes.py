@@ -1,8 +1,8 @@
 """One run over several processes (torchrun): how they find each other, train together, and end together.
 
-What they divide among them, and why no method needs to know of it, is in `mtl.parallel.split_batch`. The first
-process, the leader, does all that is written and shown; the others do the same training. `mtl.backward` and a run in a
-single process never come here.
+`mtl.parallel.split_batch` divides each batch among the processes, and explains why no method notices it. Process 0 is
+the leader: only it writes files and prints. The others do the same training. `mtl.backward` and a run in a single
+process do not use this module.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from mtl.errors import ConfigError, SetupError, Terminated, UserError, one_line
 from mtl.parallel.signals import ENDING, ending
 from mtl.parallel.split_batch import drawing, forward
 
-TIMEOUT = timedelta(minutes=10)  # of one collective: a process that is alive but stuck ends the run after this
-GRACE = 5.0  # seconds for the news of why a connection broke to arrive
+TIMEOUT = timedelta(minutes=10)  # of one collective: after this, a process that is alive but stuck ends the run
+GRACE = 5.0  # seconds to wait for the reason after a connection broke
 
 
 class ProcessError(UserError):
-    """Another process of this run has ended, and so must this one.
+    """Another process of this run has ended, so this one must end too.
 
     Args:
-        message: which, and why.
-        exit_code: the one that it ended with.
+        message: which process ended, and why.
+        exit_code: the exit code of that process.
     """
 
     def __init__(self, message: str, exit_code: int = 1):
@@ -50,37 +50,41 @@ class ProcessError(UserError):
 
 
 class _Remote(Exception):
-    """Carries another process's traceback into this one's log, as the cause of a ProcessError."""
+    """Holds the traceback of another process. As the cause of a ProcessError it gets into this process's log."""
 
 
 class _Lost(Exception):
-    """A collective broke off: some other process is gone, and may have said why."""
+    """A collective failed: another process is gone. It may have announced the reason."""
 
 
 @contextmanager
 def together() -> Iterator[Processes | None]:
-    """The processes that torchrun started for this run; None for one alone.
+    """The processes that torchrun started for this run; None for a single process.
 
-    However one of them ends, the others learn of it: they end with its exit code, and the leader says why.
+    If one process ends, for any reason, the others learn of it. They end with its exit code, and the leader prints the
+    reason.
     """
     if torchrun.size() == 1:
         yield None
         return
     store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    # torchrun's own keys lie in the same store; the prefix keeps ours apart.
     processes = Processes(rank, size, int(os.environ["LOCAL_RANK"]), dist.PrefixStore("mtl", store))
     if rank:
+        # Only the leader prints.
         logging.getLogger("mtl").setLevel(logging.ERROR)
     try:
         yield processes
         if dist.is_initialized():
             if not processes.broken:
                 dist.destroy_process_group()
-        elif processes.leads:  # there was nothing to do
+        elif processes.leads:  # nothing was trained, for example because the run is finished already
             processes.announce(ProcessError("finished", 0))
     except BaseException as error:
         _deaf()
         processes.announce(error)
-        if not dist.is_initialized():  # torchrun ends the others as soon as one has ended: the leader goes first
+        # torchrun kills all processes as soon as one has ended. The leader must end first, or its message is lost.
+        if not dist.is_initialized():
             processes.linger()
         raise
     finally:
@@ -89,14 +93,14 @@ def together() -> Iterator[Processes | None]:
 
 @dataclass
 class Processes:
-    """The processes of one run, as one of them sees them.
+    """All processes of one run, from the view of this one.
 
     Args:
-        rank: of this one; number 0 leads.
-        size: how many there are.
-        local_rank: of this one on its machine.
-        store: where they leave word for each other, training or not.
-        broken: training has ended before its time, and the connections with it.
+        rank: number of this process; 0 is the leader.
+        size: number of processes.
+        local_rank: number of this process among those on its machine.
+        store: a key-value store through which the processes exchange messages, also outside the training.
+        broken: whether training ended early, so that the connections cannot be used any more.
     """
 
     rank: int
@@ -113,10 +117,10 @@ class Processes:
     # -- before training ----------------------------------------------------------------------------------------------
 
     def device(self, name: str) -> str:
-        """This process's device, for `trainer.device=name`.
+        """The device of this process, for `trainer.device=name`.
 
         Raises:
-            ConfigError: one device cannot serve several processes.
+            ConfigError: `name` is a single device, which cannot serve several processes.
             SetupError: there are fewer GPUs than processes.
         """
         if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
@@ -130,11 +134,14 @@ class Processes:
         return f"cuda:{self.local_rank}"
 
     def check(self, backbone: nn.Module, inputs: Sequence[Tensor]) -> None:
-        """Args:
-            inputs: of a few samples, on the backbone's device.
+        """Check that the backbone can be trained by several processes.
+
+        Args:
+            backbone: the backbone.
+            inputs: the inputs of a few samples, on the backbone's device.
 
         Raises:
-            ConfigError: the backbone draws numbers that cannot be divided among processes.
+            ConfigError: the backbone draws random numbers that cannot be divided among processes.
         """
         if (name := drawing(backbone, inputs)) is not None:
             raise ConfigError(
@@ -144,7 +151,7 @@ class Processes:
 
     @contextmanager
     def leader_first(self) -> Iterator[None]:
-        """The leader does this, then the others at once: what it downloads, they find."""
+        """The leader runs this block first, then all others. So they find the data that the leader has downloaded."""
         if not self.leads:
             self.meet("leader first")
         yield
@@ -152,10 +159,10 @@ class Processes:
             self.meet("leader first")
 
     def meet(self, where: str) -> None:
-        """Wait here for all the others.
+        """Wait until all processes have called this with the same `where`.
 
         Raises:
-            ProcessError: one of them has ended before it came.
+            ProcessError: another process ended before it came here.
         """
         self.store.add(where, 1)
         while self.store.add(where, 0) < self.size:
@@ -164,8 +171,8 @@ class Processes:
             time.sleep(0.02)
 
     def connect(self, device: torch.device) -> None:
-        """Open the connections between the devices; returns in all processes or in none."""
-        self.meet("connect")
+        """Open the connections between the devices. It returns in all processes or in none."""
+        self.meet("connect")  # otherwise a process would wait 10 minutes for one that has failed
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -173,7 +180,8 @@ class Processes:
         dist.init_process_group(backend, store=group, rank=self.rank, world_size=self.size, timeout=TIMEOUT)
 
     def hand_out(self, state: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The leader's `state`, in all processes; the others give None."""
+        """Return the leader's `state` in all processes; the others pass None."""
+        # As bytes of torch.save: the others can read them with weights_only, so nothing is unpickled blindly.
         content = io.BytesIO()
         if self.leads:
             torch.save(dict(state), content)
@@ -187,35 +195,38 @@ class Processes:
     # -- training -----------------------------------------------------------------------------------------------------
 
     def forward(self, backbone: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
-        """The features (N, …) of all samples, of which each process computes a part."""
+        """The features (N, …) of all samples. Each process computes a part of them."""
         if self._signals:
             raise Terminated  # `guard` knows which signal it was
         return forward(backbone, inputs, self.rank, self.size, self.sum_)
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """`tensor`, after adding to it in place those of the other processes; the same bits in all of them."""
+        """Add the tensors of the other processes to `tensor`, in place. The result has the same bits everywhere."""
         with _losses():
             dist.all_reduce(tensor)
         return tensor
 
     def compare(self, figures: Mapping[str, Tensor], device: torch.device) -> None:
-        """Raises:
-        RuntimeError: the processes do not compute the same, and so they do not train one network.
+        """Compare the metrics of all processes.
+
+        Raises:
+            RuntimeError: they differ, so the processes do not train the same network.
         """
+        # All processes get the same mean. So if one of them differs from it, at least one process raises.
         ours = torch.cat([numbers.flatten() for numbers in figures.values()]).to(device, torch.float32)
         mean = self.sum_(ours / self.size)
         if not torch.allclose(mean, ours, rtol=1e-3, atol=1e-3, equal_nan=True):
-            raise RuntimeError("the processes arrive at different figures: something draws numbers without the seed")
+            raise RuntimeError("the processes get different metrics: something draws random numbers without the seed")
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def guard(self, last_words: Callable[[str, str], None] | None = None) -> Iterator[None]:
-        """The block in which the processes train; if one fails, all end with its reason.
+        """The block in which the processes train. If one fails, all end with its reason.
 
         1. A signal is noted. It ends training before the next forward pass.
         2. An exception that leaves this block is replaced by the reason for which all processes end.
-        3. A collective on a GPU waits for ever if another process has ended. A thread then calls
+        3. A collective on a GPU waits forever if another process has ended. A thread then calls
            `last_words(status, message)` and ends this process.
         """
         handlers = {s: signal.signal(s, lambda number, _: self._signals.append(number)) for s in ending()}
@@ -228,7 +239,8 @@ class Processes:
             _deaf()
             self.broken = True
             reason = self._reason(error)
-            # An ordinary exit waits for the connections, and so for each other. A follower has nothing left to do.
+            # An ordinary exit waits for the connections, so the processes would wait for each other. A follower has
+            # nothing left to do and exits at once. The leader still writes its files, and exits hard after that.
             if not self.leads:
                 _exit(_code(reason))
             atexit.register(_exit, _code(reason))
@@ -240,6 +252,10 @@ class Processes:
             signal.signal(number, handler)
 
     def _reason(self, error: BaseException) -> BaseException:
+        """Why all processes end: the reason that another process announced, else this process's own `error`.
+
+        A broken connection is only a symptom. The process waits a moment for the announcement of its cause.
+        """
         lost = isinstance(error, _Lost)
         deadline = time.monotonic() + (GRACE if lost else 0)
         while (news := self._news()) is None and time.monotonic() < deadline:
@@ -254,6 +270,8 @@ class Processes:
         return error
 
     def _watch(self, left: threading.Event, last_words: Callable[[str, str], None] | None) -> None:
+        """Runs in a thread: end this process if another has ended and this one does not leave its block (`left`)."""
+        # Every second: has another process ended? The grace gives this one time to leave by itself.
         while not left.wait(1.0):
             if (news := self._news()) is None or _code(news) == 0 or left.wait(2 * GRACE):
                 continue
@@ -263,34 +281,35 @@ class Processes:
             _exit(_code(news))
 
     def announce(self, error: BaseException) -> None:
-        """Tell the others that, and why, this process ends; the first to say so is the one who is believed."""
+        """Announce to the others that this process ends, and why. Only the first announcement of a run counts."""
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
         trace = "" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
         news = {"rank": self.rank, "code": _code(error), "message": text, "traceback": trace}
         with suppress(dist.DistError):
-            self.store.compare_set("end", "", json.dumps(news))
+            self.store.compare_set("end", "", json.dumps(news))  # sets it only if it is not set yet
 
     def linger(self) -> None:
-        """Leave after the leader only: when one process has failed, torchrun kills the rest."""
+        """Let a follower wait until the leader has left. When one process ends, torchrun kills the others."""
         deadline = time.monotonic() + 2 * GRACE
         with suppress(dist.DistError):
             while not self.leads and not self.store.check(["left"]) and time.monotonic() < deadline:
                 time.sleep(0.05)
 
     def leave(self) -> None:
-        """The last thing that a process does here."""
+        """Note that the leader has left; the last call in `together`."""
         if self.leads:
             with suppress(dist.DistError):
                 self.store.set("left", "")
 
     def _news(self) -> BaseException | None:
-        """Why another process has ended, as this process's own exception; None while all are at work."""
+        """The exception with which this process must end because another one has; None while all are running."""
         try:
             if not self.store.check(["end"]):
                 return None
             news = json.loads(self.store.get("end"))
-        except dist.DistError:  # torchrun, which keeps the store, is gone
+        except dist.DistError:  # torchrun holds the store and is gone
             return None
+        # Its own announcement is no news.
         if news["rank"] == self.rank:
             return None
         if news["code"] in [128 + number for number in ENDING]:
@@ -306,11 +325,11 @@ def _ended_by(code: int) -> BaseException:
 
 
 def _deaf() -> None:
-    """Ignore signals from now on: this process ends already."""
+    """Ignore signals from now on, because this process is ending already."""
     for number in ENDING:
         try:
             signal.signal(number, signal.SIG_IGN)
-        except (Terminated, KeyboardInterrupt):  # one that had just arrived
+        except (Terminated, KeyboardInterrupt):  # a signal that had just arrived
             signal.signal(number, signal.SIG_IGN)
 
 
@@ -321,6 +340,7 @@ def _code(error: BaseException) -> int:
 
 
 def _exit(code: int) -> None:
+    """End this process now, without the handlers of atexit: they would wait for the other processes."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -328,9 +348,10 @@ def _exit(code: int) -> None:
 
 @contextmanager
 def _losses() -> Iterator[None]:
+    """Turn the RuntimeError of a failed collective into `_Lost`."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # gloo: a connection was closed; nccl: aborted; either: the timeout has passed
+    except RuntimeError as error:  # gloo: a connection was closed; nccl: aborted; both: the timeout has passed
         raise _Lost(one_line(error).partition(" Exception raised")[0]) from error

@@ -1,4 +1,7 @@
-"""The signals that end a process. They can wait: none falls between two files that belong together."""
+"""The signals that end a process, and a block in which they wait.
+
+Example: a row of metrics.jsonl and its checkpoint belong together. A signal must not end the process between the two.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,13 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, kill, a close
 
 
 def ending() -> list[int]:
-    """The signals that would end this process now. One that it ignores is not among them: nohup ignores SIGHUP."""
+    """The signals that would end this process now. Ignored signals are left out: under nohup, SIGHUP is ignored."""
     return [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """The signals that end a process take effect at the end of this block, which should be short."""
+    """Hold back the signals that end a process until the end of this block. The block should be short."""
     if threading.current_thread() is not threading.main_thread():  # Python runs handlers in the main thread only
         yield
         return
@@ -27,6 +30,7 @@ def deferred() -> Iterator[None]:
         yield
     finally:
         for number, handler in handlers.items():
+            # None: the handler was set by C code and cannot be restored from Python.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         if waiting:
             signal.raise_signal(waiting[0])

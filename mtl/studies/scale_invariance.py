@@ -1,22 +1,23 @@
-"""Which methods' updates do not change when the losses' scales do: experiment A2 of "Examining Common Paradigms".
+"""Which methods' updates stay the same if the losses' scales change? Experiment A2 of "Examining Common Paradigms".
 
     python -m mtl.studies.scale_invariance                                      the five pairs below
     python -m mtl.studies.scale_invariance nash_mtl/sgd imtl_l:lr=0.1/adam      any methods of conf/loss, with overrides
     python -m mtl.studies.scale_invariance mine/sgd --config-dir my_configs     your own: my_configs/loss/mine.yaml
 
-Elich et al., "Examining Common Paradigms in Multi-Task Learning", 2024, appendix A2: two regression tasks with L1
-losses on targets that are the scalar input itself, a backbone of two LeakyReLU layers of 20 units and two heads of two
-layers; once with the losses as they are, once with the first times 10 and the second times 0.1, from the same
-initial parameters; with a backbone that stays as it is and with one that learns; 100 epochs. What they find:
+Elich et al., "Examining Common Paradigms in Multi-Task Learning", 2024, appendix A2. There are two regression tasks
+with L1 losses. Their target is the scalar input itself. The backbone has two LeakyReLU layers of 20 units, each head
+has two layers. Each method is trained twice for 100 epochs from the same initial parameters: with the losses as they
+are, and with the first loss times 10 and the second times 0.1. All of this is done with a fixed backbone and with one
+that learns. The paper finds these parts invariant:
 
-    EW, SGD             nothing is invariant (first updates of the heads differ by the factors 10 and 0.1)
-    EW, Adam, signSGD   the heads, as long as the backbone stays
+    EW, SGD             nothing (first updates of the heads differ by the factors 10 and 0.1)
+    EW, Adam, signSGD   the heads, if the backbone is fixed
     UW-O, SGD           everything
     EW, Adam per task   everything (`mtl.optim.taskwise.AdaTask`)
 
-Not stated there, and chosen here: 256 inputs, uniform on (0, 1), one step an epoch on all of them, the learning rates,
-float64, and Adam's ε = 1e-30, so that what is invariant is so to rounding. With ε = 1e-8 (`--eps 1e-8`) it is not: the
-smallest gradients of this network are of that size.
+The paper does not state some settings. We chose 256 inputs, uniform on (0, 1), one step per epoch on all of them, the
+learning rates, and float64. We chose Adam's ε = 1e-30, so that invariant parts are equal up to rounding. With ε = 1e-8
+(`--eps 1e-8`) they are not, because the smallest gradients of this network have that size.
 """
 
 from __future__ import annotations
@@ -62,13 +63,13 @@ class Network(nn.Module):
         )
 
     def parts(self) -> dict[str, nn.Module]:
-        """By the names of `PARTS`."""
+        """The heads and the backbone, by the names in `PARTS`."""
         return dict(zip(PARTS, (*self.heads, self.backbone), strict=True))
 
 
 @dataclass
 class Record:
-    """What one run did in each epoch: losses without scale, and of each part the gradient and the update (P,)."""
+    """The numbers of one run per epoch: losses without their scales, and each part's gradient and update (P,)."""
 
     losses: list[list[float]] = field(default_factory=list)
     gradients: dict[str, list[Tensor]] = field(default_factory=lambda: {part: [] for part in PARTS})
@@ -83,18 +84,20 @@ def run(
 
     Args:
         pair: LOSS/OPTIMIZER, LOSS as in `mtl.studies.toy_descent.named`.
-        data: (N, 1) inputs, which are the targets as well.
-        scales: of the two losses.
+        network: the initial parameters; it is not changed.
+        data: (N, 1) inputs, which are also the targets.
+        scales: factors of the two losses.
         free: whether the backbone learns.
-        epochs: steps, as every step sees all data.
-        eps: Adam's.
+        epochs: number of steps, because every step sees all data.
+        eps: Adam's ε.
         own: a folder with more losses, own/loss/*.yaml.
     """
     strategy, network = _strategy(pair, own).double(), copy.deepcopy(network)
-    rate = {} if free else {"lr": 0.0}  # a fixed backbone has gradients, which the study shows, and rests
+    rate = {} if free else {"lr": 0.0}  # a fixed backbone still has gradients, because the figure shows them
     strategy.prepare(WIDTH)
     groups = [{"params": list(network.heads.parameters())}, {"params": list(network.backbone.parameters()), **rate}]
     if own := list(strategy.parameters()):
+        # As in the engine: the strategy's own parameters form a group with their own rate.
         groups.append({"params": own, **({} if strategy.lr is None else {"lr": strategy.lr})})
     optimizer = OPTIMIZERS[pair.rpartition("/")[2]](groups, eps)
     record = Record()
@@ -108,7 +111,7 @@ def run(
     step = Step(strategy, optimizer, network.backbone, network.heads)
     for epoch in range(epochs):
         step.start_epoch(epoch, epochs, epoch)
-        network.zero_grad()  # of a backbone that the optimizer does not have, too
+        network.zero_grad()
         before = {part: _vector(module.parameters()) for part, module in network.parts().items()}
         info = step(forward, len(data))
         record.losses.append([x.item() / scale for x, scale in zip(info.passes[0].values, scales, strict=True)])
@@ -116,6 +119,7 @@ def run(
             record.gradients[part].append(_vector(p.grad for p in module.parameters()))
             record.updates[part].append(_vector(module.parameters()) - before[part])
         losses = torch.stack(info.passes[0].values).detach()
+        # Methods such as AMTL need scores. This study has none but the losses.
         step.end_epoch(scores=losses, higher_is_better=torch.zeros(2, dtype=torch.bool))
     return record
 
@@ -127,7 +131,7 @@ def _strategy(pair: str, own: Path | None) -> Strategy:
         raise ConfigError(known + suggest(optimizer, OPTIMIZERS))
     strategy = named(spec, ("first", "second"), own)
     if strategy.samples > 1 or defines(strategy, "look_ahead"):
-        raise ConfigError(f"{spec}: needs several batches a step, and here is one")
+        raise ConfigError(f"{spec}: needs several batches per step; this study has one")
     return strategy
 
 
@@ -136,7 +140,7 @@ def _vector(tensors) -> Tensor:
 
 
 def difference(plain: Record, scaled: Record, part: str) -> float:
-    """The largest ‖Δ' − Δ‖ / ‖Δ‖ over the epochs, Δ being the part's update and Δ' that with scaled losses."""
+    """The largest ‖Δ' − Δ‖ / ‖Δ‖ over the epochs. Δ is the part's update, and Δ' its update with scaled losses."""
     pairs = zip(plain.updates[part], scaled.updates[part], strict=True)
     return max(((b - a).norm() / a.norm().clamp(min=1e-300)).item() for a, b in pairs)
 
@@ -166,7 +170,7 @@ def study(pairs: Sequence[str], epochs: int, eps: float, seed: int, out: Path, o
 
 
 def draw(runs: dict[str, list[Record]], free: bool, file: Path) -> None:
-    """Losses, gradients and updates over epochs: a column a method, solid unscaled, dotted scaled."""
+    """Draw losses, gradients and updates over epochs. Each method has a column; dotted lines are the scaled losses."""
     from matplotlib import pyplot as plt  # late: takes a second
     from matplotlib.lines import Line2D
 

@@ -1,18 +1,20 @@
-"""Where methods end on the toy problem of CAGrad, Nash-MTL, FAMO and FairGrad, and after how many steps.
+"""Where do methods end on the toy problem of CAGrad, Nash-MTL, FAMO and FairGrad, and after how many steps?
 
     python -m mtl.studies.toy trajectories                    twelve methods, both settings: two figures, CSV, table
     python -m mtl.studies.toy trajectories cagrad:c=0.2 gradvac          any methods of conf/loss, with overrides
     python -m mtl.studies.toy trajectories mine --config-dir my_configs  your own: my_configs/loss/mine.yaml
     python -m mtl.studies.toy steps                           steps until the average minimum, beside the published ones
 
-`trajectories`: CAGrad's setting (three starts) and Nash-MTL's (five starts, first loss times 0.1), Adam, learning rate
-1e-3, for as many steps as there; `mtl.studies.toy_descent` has the problem.
+`trajectories` runs CAGrad's setting (three starts) and Nash-MTL's (five starts, first loss times 0.1). Both use Adam
+with learning rate 1e-3 and the papers' number of steps. `mtl.studies.toy_descent` has the problem.
 
-`steps` repeats tables 1 and A3 of Elich et al., "Examining Common Paradigms in Multi-Task Learning", 2024: the steps
-until the average loss is below −15, from the worst of CAGrad's three starts, with the update of CAGrad's own code: the
-mean gradient, half of PCGrad's sum, CAGrad's direction / (1 + c). Their stopping rule is not stated; this one gives
-their numbers where rounding does not decide them. In a valley it does: steps across it are chaotic. So each run is
-made with parameters and optimizer in float32, as theirs, and again in float64, for a third as long.
+`steps` repeats tables 1 and A3 of Elich et al., "Examining Common Paradigms in Multi-Task Learning", 2024: the number
+of steps until the average loss is below −15, from the worst of CAGrad's three starts. The updates are those of
+CAGrad's own code: the mean gradient, half of PCGrad's sum, and CAGrad's direction / (1 + c).
+
+The paper does not state its stopping rule. Ours gives the paper's numbers if rounding does not decide them. In the
+valley rounding does decide, because steps across it are chaotic. So each run is made twice: with parameters and
+optimizer in float32, as in the paper, and in float64 for a third as long.
 """
 
 from __future__ import annotations
@@ -35,15 +37,15 @@ from mtl.tracking.console import duration
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a paper starts, and for how long it runs (Adam, learning rate 1e-3)."""
+    """The starts of a paper, and the length of its runs (Adam, learning rate 1e-3)."""
 
     starts: tuple[Point, ...]
-    scale: float  # of the first loss
+    scale: float  # factor of the first loss
     steps: int
 
     @property
     def middle(self) -> float:
-        """x₁ of the least average loss."""
+        """x₁ of the point with the least average loss."""
         return 7 * (self.scale - 1) / (self.scale + 1)
 
 
@@ -54,7 +56,7 @@ SETTINGS = {
 METHODS = ("equal", "uncertainty:form=regression,lr=0.025", "famo:gamma=0", "graddrop", "pcgrad", "cagrad:c=0.5",
            "mgda", "imtl_g", "nash_mtl", "fairgrad", "aligned_mtl", "upgrad")  # fmt: skip
 
-# Elich et al., table A3; None: not reached. The factor makes the step that of CAGrad's code.
+# Elich et al., table A3; None: not reached. The factor in COMPARED turns our update into the one of CAGrad's code.
 RATES = (10.0, 5.0, 1.0, 0.5, 0.1, 0.05, 0.01, 0.005, 0.001)
 COMPARED = {"EW": ("equal", 1 / 2), "PCGrad": ("pcgrad", 1 / 2), "CAGrad": ("cagrad:c=0.5", 1 / 1.5)}
 PUBLISHED = {
@@ -77,7 +79,7 @@ def trajectories(
         length = steps or setting.steps
         for spec in specs:
             since = time.perf_counter()
-            every = max(1, length // 700)
+            every = max(1, length // 700)  # about 700 points per trajectory are enough for a figure
             runs[spec] = [descend(spec, s, length, setting.scale, every=every, own=own) for s in setting.starts]
             ends = [run.x[0] if on_front(*run.x) else None for run in runs[spec]]
             middle = [end is not None and abs(end - setting.middle) < 1 for end in ends]
@@ -85,6 +87,7 @@ def trajectories(
                 numbers = [f"{a:.4f}" for a in (*run.x, *problem(*run.x, scale=setting.scale)[0])]
                 rows.append([name, spec, *start, run.steps, run.why, *numbers, int(end is not None), int(best)])
             found = sum(end is not None for end in ends)
+            # Adding 0.0 turns −0.0 into 0.0.
             where = " ".join("–" if end is None else f"{round(end, 1) + 0.0:.1f}" for end in ends)
             summary[spec] += [f"{found} of {len(ends)}", f"{sum(middle)} of {len(ends)}", where]
             print(f"{name} {spec}: {where}  ({duration(time.perf_counter() - since)})", flush=True)
@@ -98,7 +101,10 @@ def trajectories(
 
 
 def draw(runs: dict[str, list[Descent]], setting: Setting, file: Path, losses: bool = False) -> None:
-    """One panel a method: trajectories from all starts over the average loss, or their losses, as in Nash-MTL."""
+    """Draw one panel per method: the trajectories in the plane, over the average loss.
+
+    With `losses` the axes are the two losses instead, as in the Nash-MTL paper.
+    """
     from matplotlib import pyplot as plt  # late: takes a second
 
     plt.switch_backend("Agg")
@@ -143,7 +149,7 @@ def draw(runs: dict[str, list[Descent]], setting: Setting, file: Path, losses: b
 
 
 def steps_until_minimum(names: Sequence[str], rates: Sequence[float], cap: int, out: Path) -> str:
-    """The step counts of Elich et al. for gradient descent and Adam; write steps.csv, steps.png; return the table."""
+    """Count the steps of Elich et al. for gradient descent and Adam; write steps.csv, steps.png; return the table."""
     rows, counts = [], {}
     for optimizer, name in [(o, n) for o in ("gd", "adam") for n in names]:
         for lr in rates:
@@ -161,10 +167,10 @@ def steps_until_minimum(names: Sequence[str], rates: Sequence[float], cap: int, 
 
 
 def worst_start(name: str, lr: float, adam: bool, dtype: type, cap: int) -> tuple[int | None, list[int | str]]:
-    """Steps until the average loss is below −15 from the worst of CAGrad's starts, and from each.
+    """The number of steps until the average loss is below −15: from the worst of CAGrad's starts, and from each start.
 
-    None if one of them does not get there. The third start is the hardest and goes first; when a start has failed,
-    the others are skipped.
+    The first value is None if a start does not reach the goal. The third start is the hardest, so it comes first. After
+    a start has failed, the others are skipped.
     """
     spec, factor = COMPARED[name]
     each: list[int | str] = ["skipped"] * 3
@@ -177,7 +183,7 @@ def worst_start(name: str, lr: float, adam: bool, dtype: type, cap: int) -> tupl
 
 
 def draw_steps(counts: dict[tuple[str, str, str], list[int | None]], rates, cap: int, file: Path) -> None:
-    """Steps over learning rates: one panel an optimizer, one colour a method, one marker a source."""
+    """Draw steps over learning rates: a panel per optimizer, a colour per method, a marker per source."""
     from matplotlib import pyplot as plt
 
     plt.switch_backend("Agg")
@@ -225,6 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("outputs/toy-study"), help="folder; default: %(default)s")
     parser.add_argument("--config-dir", type=Path, metavar="DIR", help="your own losses: DIR/loss/NAME.yaml")
     options = parser.parse_args(arguments)
+    # All tensors here are tiny; more threads would only cost time.
     torch.set_num_threads(1)
     since = time.perf_counter()
     try:
@@ -239,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             names = [options.setting] if options.setting else list(SETTINGS)
             for spec in options.methods:
-                descend(spec, (1.0, -1.0), EPOCH + 1, own=own)  # what is wrong is refused before an hour is spent
+                descend(spec, (1.0, -1.0), EPOCH + 1, own=own)  # a wrong method fails now, not after an hour
             text = trajectories(options.methods or METHODS, names, options.cap, options.out, own)
             text += "\n\n–: not on the Pareto set when the steps ended"
     except UserError as error:

@@ -1,8 +1,8 @@
-"""A strategy's way down CAGrad's toy problem, outside the engine. `mtl.studies.toy` says what is done with it, and
-`mtl.data.toy` what the problem is.
+"""Follows a strategy down CAGrad's toy problem, outside the engine.
 
-Gradients are analytic, in float64; plain numbers, since two are too few for tensors. Strategies get G = J Jᵀ, or the
-losses above their lower bounds, −21 · scale and −21. For methods that learn from epochs, 100 steps are one.
+`mtl.studies.toy` uses it; `mtl.data.toy` explains the problem. Gradients are analytic, in float64. They are plain
+Python numbers, because tensors with two elements would be far slower. Strategies get G = J Jᵀ, or the losses minus
+their lower bounds −21 · scale and −21. For methods that learn from epochs, an epoch is 100 steps.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from mtl.data.toy import FLOOR, LOWER, toy_losses
 from mtl.errors import ConfigError, one_line, suggest
 from mtl.losses.base import GramianWeighting, LossWeighting, Statistics, Strategy
 
-FRONT = -8.3552
-EPOCH, REST = 100, 2000  # steps
+FRONT = -8.3552  # x₂ of the Pareto set
+EPOCH, REST = 100, 2000  # steps of an epoch; steps between two checks whether a trajectory has settled
 Point = tuple[float, float]
 TASKS = ("L1", "L2")
 
 
 def problem(x1: float, x2: float, scale: float = 1.0) -> tuple[Point, tuple[Point, Point]]:
-    """The two losses at x, and their gradients. `scale` multiplies the first.
+    """The two losses at x, and their gradients. `scale` multiplies the first loss.
 
-    At x₂ = 0 both gates have their one-sided derivatives; `mtl.data.toy.toy_loss` says why.
+    At x₂ = 0 the derivatives of both gates are one-sided; `mtl.data.toy.toy_loss` says why.
     """
     tanh, half, depth = math.tanh(x2), math.tanh(x2 / 2), x2 + 8
     up, down, slope = max(half, 0.0), max(-half, 0.0), (1 - half * half) / 2
@@ -47,6 +47,7 @@ def problem(x1: float, x2: float, scale: float = 1.0) -> tuple[Point, tuple[Poin
         u, gap = sign * (tanh - 3.5) - x1 / 2, x1 - 7 * sign
         valley = math.log(max(abs(u), FLOOR)) + 6
         bowl = (gap * gap + 0.1 * depth * depth) / 10 - 20
+        # Below FLOOR the logarithm is clamped, so its derivative is 0.
         steep = up / u if abs(u) > FLOOR else 0.0
         gates = slope * ((valley if x2 >= 0 else 0.0) - (bowl if x2 <= 0 else 0.0))
         losses.append(factor * (up * valley + down * bowl))
@@ -57,15 +58,15 @@ def problem(x1: float, x2: float, scale: float = 1.0) -> tuple[Point, tuple[Poin
 
 
 def named(spec: str, tasks: Sequence[str] = TASKS, own: Path | None = None) -> Strategy:
-    """The strategy that a word like "cagrad" or "fairgrad:alpha=1,max_norm=null" names: conf/loss/*.yaml and overrides.
+    """The strategy for a word such as "cagrad" or "fairgrad:alpha=1,max_norm=null": conf/loss/*.yaml and overrides.
 
     Args:
         spec: the word.
-        tasks: names.
-        own: a folder with more options, own/loss/*.yaml, as --config-dir of train.py.
+        tasks: names of the tasks.
+        own: a folder with more methods, own/loss/*.yaml, as --config-dir of train.py.
 
     Raises:
-        ConfigError: no such method, two files of its name, or an argument is wrong.
+        ConfigError: there is no such method, two files have its name, or an argument is wrong.
     """
     name, _, overrides = spec.partition(":")
     folders = [CONF, *([] if own is None else [own])]
@@ -81,7 +82,7 @@ def named(spec: str, tasks: Sequence[str] = TASKS, own: Path | None = None) -> S
 
 
 def _composed(name: str, own: Path) -> DictConfig:
-    """The node of a user's own option, which may build on another one, as Hydra composes it."""
+    """The node of a user's own method. Hydra composes it, because it may build on another YAML."""
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -91,8 +92,10 @@ def _composed(name: str, own: Path) -> DictConfig:
 
 
 def folder_of_configs(folder: Path | None) -> Path | None:
-    """Raises:
-    ConfigError: --config-dir names no folder.
+    """Return `folder`, the value of --config-dir, after a check.
+
+    Raises:
+        ConfigError: it is not a folder.
     """
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"--config-dir {folder}: is not a folder")
@@ -100,13 +103,13 @@ def folder_of_configs(folder: Path | None) -> Path | None:
 
 
 class Guide:
-    """A strategy on one trajectory: from losses and gradients at a point to a direction.
+    """A strategy on one trajectory: it turns the losses and gradients at a point into a direction.
 
     Args:
         spec: as in `named`.
-        scale: of the first loss.
-        lr, adam: of the optimizer, which the strategy's own parameters follow as well.
-        steps: of the whole run.
+        scale: factor of the first loss.
+        lr, adam: learning rate, and whether Adam is the optimizer. The strategy's own parameters follow it as well.
+        steps: number of steps of the whole run.
         own: as in `named`.
     """
 
@@ -122,7 +125,7 @@ class Guide:
             self.own = (torch.optim.Adam if adam else torch.optim.SGD)(self.parameters, lr=rate)
         self.steps, self.seen = 0, []
         self.tries, self.looks, self.learns = map(self._defines, ("after_step", "look_ahead", "epoch_end"))
-        # Nothing but x decides the next step of such a method.
+        # Without a state, x alone decides the next step. A point that is met twice then proves a cycle.
         self.stateless = not any((self.parameters, list(self.strategy.buffers()), self.tries, self.looks, self.learns))
 
     def _defines(self, method: str) -> bool:
@@ -130,11 +133,12 @@ class Guide:
         return getattr(type(self.strategy), method, default) is not default
 
     def __call__(self, x1: float, x2: float, losses: Point, gradients: tuple[Point, Point]) -> Point:
-        """The direction to move against."""
+        """The direction d at x; the step moves against it."""
         strategy = self.strategy
+        # Methods that take logarithms need positive losses, and the toy's are negative.
         above = [losses[0] - LOWER * self.scale, losses[1] - LOWER]
         above, (a, b) = [above[k] for k in self.tasks], gradients
-        if self.tries and self.steps:
+        if self.tries and self.steps:  # the losses here are the losses after the last step
             strategy.after_step(torch.tensor(above, dtype=torch.float64))
         if self.steps % EPOCH == 0:
             self._epoch()
@@ -154,6 +158,7 @@ class Guide:
             found = dict(zip(self.tasks, weights.tolist(), strict=True))
             v, w = found.get(0, 0.0), found.get(1, 0.0)
             return v * a[0] + w * b[0], v * a[1] + w * b[1]
+        # Inference mode is faster. But its tensors cannot become gradients of the strategy's own parameters.
         with torch.no_grad() if self.parameters else torch.inference_mode():
             values = torch.tensor(above, dtype=torch.float64)
             if isinstance(strategy, GramianWeighting):
@@ -164,7 +169,7 @@ class Guide:
             else:
                 result = strategy.aggregate(torch.tensor(gradients, dtype=torch.float64), None, values)
                 d = (result[0] if isinstance(result, tuple) else result).tolist()
-            if self.parameters:  # such as the scales of IMTL, which leaves their gradients by itself
+            if self.parameters:  # for example the scales of IMTL; `weights` has written their gradients
                 self.own.step()
                 self.own.zero_grad()
             norm = math.hypot(*d)
@@ -184,11 +189,14 @@ class Guide:
 
 @dataclass(frozen=True)
 class Descent:
-    """A trajectory: where it stood last, after how many steps, and why it ended.
+    """A trajectory.
 
-    why: "goal"; "settled", it rests on the Pareto set; "cycle", gradient descent came back to a point where it had
-        been, and so will for ever; "diverged"; or "cap", the number of steps.
-    path: (K, 2), every k-th point.
+    Attributes:
+        x: its last point.
+        steps: number of steps.
+        why: why it ended. "goal": the goal was reached. "settled": it rests on the Pareto set. "cycle": gradient
+            descent came back to an earlier point. "diverged": x became infinite or NaN. "cap": all steps were made.
+        path: (K, 2) every k-th point.
     """
 
     x: Point
@@ -215,17 +223,19 @@ def descend(
 
     Args:
         spec: as in `named`.
-        start: x.
-        steps: at most.
-        scale: of the first loss.
-        lr, adam: Adam (its other values at their defaults) or plain gradient descent.
-        factor: on every direction.
-        goal: of the losses: where it is true, the trajectory ends. None: it ends where it rests on the Pareto set.
-        dtype: float or np.float32, to which parameters and the optimizer's state are rounded.
-        every: how often the path is noted; 0: never.
+        start: the first x.
+        steps: largest number of steps.
+        scale: factor of the first loss.
+        lr, adam: learning rate; Adam with its default betas, or plain gradient descent.
+        factor: factor of every direction.
+        goal: a function of the losses that ends the trajectory when it is true. None: the trajectory ends when it rests
+            on the Pareto set.
+        dtype: float or np.float32; parameters and the optimizer's state are rounded to it.
+        every: the path keeps every k-th point; 0 keeps none.
         own: as in `named`.
     """
     guide = Guide(spec, scale, lr, adam, steps, own)
+    # Adam has a state of its own, so a point that is met twice proves nothing.
     can_cycle = guide.stateless and not adam
     (x1, x2), path, why, t = start, [], "cap", 0
     m1 = m2 = v1 = v2 = 0.0
@@ -247,7 +257,7 @@ def descend(
             rest = x1, x2
         if why != "cap" or t == steps:
             break
-        if t & (t - 1) == 0:  # at the powers of two: Brent's way to find a cycle of any length
+        if t & (t - 1) == 0:  # t is a power of two: Brent's method, which finds a cycle of any length
             seen = x1, x2
         d1, d2 = guide(x1, x2, losses, gradients)
         d1, d2, t = factor * d1, factor * d2, t + 1
@@ -261,5 +271,5 @@ def descend(
 
 
 def on_front(x1: float, x2: float) -> bool:
-    """Whether x lies on the Pareto set, within 0.3."""
+    """Whether x lies within 0.3 of the Pareto set."""
     return abs(x2 - FRONT) < 0.3 and abs(x1) < 7.3

@@ -1,18 +1,18 @@
-"""Every method at its own learning rate: ten rates on validation data, the best of them with three fresh seeds on test.
+"""Every method at its own learning rate: ten rates on validation data, then the best rate with three new seeds on test.
 
     python -m mtl.studies.tuned_rates equal pcgrad cagrad:c=0.2 experiment=cifar100 arch=resnet20
 
-The comparison of Elich et al. (Examining Common Paradigms in Multi-Task Learning, 2023), without which a method that
-merely takes longer steps can win. Words with a name alone are methods (conf/loss), with settings after a colon; words
-with "=" are options of train.py for all runs, launchers included.
+This is the comparison of Elich et al. (Examining Common Paradigms in Multi-Task Learning, 2023). Without it, a method
+can win because its steps are longer. A word without "=" is a method of conf/loss; its settings follow a colon. Other
+words are options of train.py for all runs, launchers included.
 
-Stage 1 trains every method with every rate and one seed, `data.val_fraction` of the training data held out (0.1 if
-nothing is said). The rate with the best validation figure is chosen: the first task's main metric at its best epoch. A
-diverged run simply loses. Stage 2 trains the chosen rate with fresh seeds. The validation data stay held out in it: the
-rate was chosen for this much training data, and the epoch is chosen on them. Test data choose nothing.
+Stage 1 trains every method with every rate and one seed. It holds out `data.val_fraction` of the training data
+(default 0.1). It chooses the rate with the best validation metric: the first task's main metric at its best epoch. A
+diverged run loses. Stage 2 trains the chosen rate with fresh seeds. The validation data stay held out, because the
+rate was chosen for this amount of training data. They also choose the epoch. Test data choose nothing.
 
-Both stages are grids of train.py, and finished runs are read, not run: the same command goes on after any stop. A
-method of which a run failed for another reason than divergence, or is being trained elsewhere, waits for the next call.
+Both stages are grids of train.py. Finished runs are read, not run again, so the same command goes on after any stop. A
+method waits for the next call if one of its runs failed (divergence is no failure) or is being trained elsewhere.
 """
 
 from __future__ import annotations
@@ -47,12 +47,13 @@ from mtl.errors import ConfigError, UserError, suggest
 from mtl.tracking.console import table
 
 RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+# A method is a name, perhaps with settings after a colon. A word with "=" before any colon is an option of train.py.
 METHOD = re.compile(r"\w+(:.*)?$")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of the protocol: what was asked, and where it is or will be."""
+    """One run of the protocol: its learning rate, its seed, and its folder, which may not exist yet."""
 
     rate: float
     seed: int
@@ -76,8 +77,8 @@ class Method:
     """A strategy with its settings, and its runs in both stages.
 
     Args:
-        spec: as typed, e.g. cagrad:c=0.2.
-        options: of train.py, for all runs.
+        spec: as typed, for example cagrad:c=0.2.
+        options: options of train.py for all runs.
     """
 
     spec: str
@@ -89,10 +90,10 @@ class Method:
         return [*self.options, f"loss={name}", *(f"loss.{s}" for s in re.split(r",(?=\w+=)", settings) if s)]
 
     def runs(self, rates: Sequence[float], seeds: Sequence[int]) -> list[Trial]:
-        """The runs of a grid, whether there yet or not.
+        """The runs of a grid; some may not exist yet.
 
         Raises:
-            ConfigError: their config is wrong, or holds no validation data out.
+            ConfigError: the config is wrong, or it holds out no validation data.
         """
         try:
             config = compose("config", self.words, return_hydra_config=True)
@@ -120,19 +121,22 @@ class Method:
         return ["-m", *self.words, f"optimizer.lr={rates}", f"seed={seeds}"]
 
     def choose(self, runs: Sequence[Trial]) -> Trial:
-        """The finished run with the best validation figure; of equals the smallest rate."""
+        """The finished run with the best validation metric. Among equal runs, the one with the smallest rate."""
         finished = [run for run in runs if run.status == "finished"]
         if not finished:
             raise UserError(f"{self.spec}: diverged at every rate; try smaller ones with --rates")
         sign = 1 if _higher(finished[0]) else -1
+        # A metric that is not finite can never win.
         return max(finished, key=lambda r: (sign * f if math.isfinite(f := objective(r.path)) else -math.inf, -r.rate))
 
 
 def grid(words: Sequence[str]) -> int:
-    """Run train.py; return its exit code. Ctrl-C is the grid's to obey: it notes where it stopped before it ends."""
+    """Run train.py as a grid; return its exit code."""
     process = subprocess.Popen([*child(), *words])
+    # This process waits while the grid notes where it stopped. A terminal sends Ctrl-C to both, so it is ignored here.
+    # SIGTERM comes to this process alone, so it is passed on.
     before = {
-        signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),  # a terminal sends it to the grid as well
+        signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
         signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
     }
     try:
@@ -143,7 +147,13 @@ def grid(words: Sequence[str]) -> int:
 
 
 def protocol(methods: Sequence[Method], rates: Sequence[float], chooser: int, seeds: Sequence[int]) -> int:
-    """Both stages and the table; returns the exit code.
+    """Run both stages and print the table; return the exit code.
+
+    Args:
+        methods: the methods to compare.
+        rates: learning rates of stage 1.
+        chooser: seed of stage 1.
+        seeds: seeds of stage 2.
 
     Raises:
         ConfigError: a config is wrong; nothing was run.
@@ -174,10 +184,15 @@ def protocol(methods: Sequence[Method], rates: Sequence[float], chooser: int, se
 
 
 def _complete(title: str, method: Method, runs: Sequence[Trial], waiting: list[str]) -> int | None:
-    """Run what is not settled of a grid; note what still is not. An exit code only if the user stopped it."""
+    """Run the missing runs of a grid, and add a line to `waiting` if some are still missing afterwards.
+
+    Returns:
+        the exit code if the user stopped the grid; otherwise None.
+    """
     if missing := [run for run in runs if not run.settled]:
         print(f"\n{title}: {len(missing)} of {len(runs)} runs to go", flush=True)
         code = grid(method.command(missing))
+        # The exit codes of Ctrl-C and SIGTERM: the user wants to stop, so the other methods are not started.
         if code in (130, 143):
             print("stopped; the same command goes on from here")
             return code
@@ -204,6 +219,7 @@ def _report(searches: dict[Method, list[Trial]], chosen: dict[Method, Trial], fi
         for key in keys:
             row += [_spread([s[at][key] for s in finished if key in s[at]]) for at in ("selected", "last")]
         body.append(row)
+        # A rate at the end of the range tells that the range was too small.
         if len(rates) > 1 and best.rate in (rates[0], rates[-1]):
             end = "smallest" if best.rate == rates[0] else "largest"
             notes.append(f"{method.spec}: {best.rate:g} is the {end} rate tried; the best may lie beyond it (--rates)")
@@ -268,10 +284,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError("no method; e.g. python -m mtl.studies.tuned_rates equal pcgrad")
         for key, option in (("loss", "METHOD"), ("optimizer.lr", "--rates"), ("seed", "--seeds and --chooser")):
             if any(word.lstrip("+").partition("=")[0] == key for word in changes):
-                raise ConfigError(f"{key}: is the protocol's to set; use {option}")
+                raise ConfigError(f"{key}: the protocol sets it; use {option}")
         if options.chooser in options.seeds:
             raise ConfigError(
-                f"--seeds: {options.chooser} chose the rate (--chooser); the seeds on test are fresh ones"
+                f"--seeds: {options.chooser} chose the rate (--chooser); the seeds of stage 2 must be fresh ones"
             )
         if not any(word.lstrip("+").startswith("data.val_fraction=") for word in changes):
             changes.append("data.val_fraction=0.1")
