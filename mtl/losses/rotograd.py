@@ -70,11 +70,7 @@ class RotoGrad(JacobianAggregation):
         return [features @ rotation.T for rotation in rotations]
 
     def aggregate(
-        self,
-        jacobian: Tensor,
-        present: Tensor | None = None,
-        losses: Tensor | None = None,
-        features: Tensor | None = None,
+        self, jacobian: Tensor, present: Tensor | None = None, features: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         norms = jacobian.norm(dim=1)
         fresh = (self.reference.isnan() | (self.steps == self.burn_in)) & (norms > 0)

@@ -1,24 +1,13 @@
 """Optimizers that keep their statistics for each task: AdaTask and MTL-IO.
 
 They own the update, not the weights: a loss strategy decides what each task's gradient is multiplied by, and the
-optimizer what is done with the results. Shared parameters need the tasks' gradients one by one; `mtl.backward(...,
-per_task=True)` leaves them on the parameter, and the engine asks for that by itself:
-
-    p.task_grads    (T, *p.shape) the tasks' gradients, already weighted; their sum is p.grad
-    p.task_present  (T,) bool, False where no backward pass held a label of the task; None when all are present. A
-                    head's parameter has it as well, (1,), and no rows
-    p.task_sum      p.grad as it was when the rows were left
-    p.grad.tasks    T, where a backward pass added the merged gradient of several tasks instead
-
-Like p.grad they add up over several backward passes, until `zero_grad` forgets them. What is done to p.grad in between
-(clip_grad_norm_, clip_grad_value_, GradScaler.unscale_) is done to the rows as well: each element of them is multiplied
-by p.grad / p.task_sum, so that their sum stays p.grad. It is 1 exactly where nothing has been done.
+optimizer what is done with the results. `mtl.Step` hands it the gradient of each task; `.grad` holds their sum only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt, Lt
@@ -27,51 +16,6 @@ from torch import Tensor
 from mtl.config.constructors import checked
 
 BASES = ("adam", "adagrad", "rmsprop", "sgd")
-
-
-def settle(p: Tensor) -> None:
-    """Do to `p.task_grads` what has been done to `p.grad` since they were left; before more is added to either."""
-    rows, before = getattr(p, "task_grads", None), getattr(p, "task_sum", None)
-    if p.grad is None:  # forgotten by the model's zero_grad, which does not know of the rows
-        forget(p)
-    elif rows is not None and before is not None:
-        wide = torch.promote_types(p.dtype, torch.float32)  # a sum in half precision would overflow
-        whole, old = p.grad.to(wide).abs().sum(), before.to(wide).abs().sum()
-        # Where the tasks cancel out there is no quotient: the change of the whole gradient is taken.
-        factor = torch.where(old == 0, 1.0, whole / old).to(rows)
-        p.task_grads = rows * torch.where(before == 0, factor, p.grad / before)
-        p.task_sum = p.grad.detach().clone()
-
-
-def leave(p: Tensor, rows: Tensor, present: Tensor | None = None) -> None:
-    """Add a backward pass's `rows` (T, *p.shape) to those of `p`, after `settle`; p.grad has their sum by now."""
-    old, seen = getattr(p, "task_grads", None), getattr(p, "task_present", None)
-    if old is not None:
-        rows = old + rows
-        present = None if present is None or seen is None else seen | present
-    p.task_grads, p.task_present, p.task_sum = rows, present, p.grad.detach().clone()
-
-
-def leave_presence(p: Tensor, present: Tensor | None) -> None:
-    """Note on a head's parameter whether its task is `present` (1,), before a backward pass adds to its gradient."""
-    if present is not None and p.grad is not None:  # it was in an earlier pass that left something
-        before = p.grad.to_dense() if p.grad.is_sparse else p.grad
-        present = present | (before != 0).any()
-    p.task_present = present
-
-
-def merge(parameters: Iterable[Tensor], tasks: int) -> None:
-    """Note on the gradients that they are merged from several `tasks`: no statistics for each task can use them."""
-    for p in parameters:
-        if tasks > 1 and p.grad is not None:
-            p.grad.tasks = tasks
-
-
-def forget(p: Tensor) -> None:
-    """Drop what `leave`, `leave_presence` and `merge` have left."""
-    p.task_grads = p.task_present = p.task_sum = None
-    if p.grad is not None:
-        p.grad.tasks = None
 
 
 class AdaTask(torch.optim.Optimizer):
@@ -119,44 +63,42 @@ class AdaTask(torch.optim.Optimizer):
             for name in ("rule", "betas", "eps"):  # a state_dict from before they were in the groups
                 group.setdefault(name, self.defaults[name])
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch.optim; the tasks' gradients are forgotten as well."""
-        super().zero_grad(set_to_none)
-        for group in self.param_groups:
-            for p in group["params"]:
-                forget(p)
-
     @torch.no_grad()
-    def step(self, closure=None) -> Tensor | None:
-        """One step with `p.task_grads` where a parameter has them, else with `p.grad`.
+    def step(
+        self,
+        closure: None = None,
+        *,
+        rows: Mapping[Tensor, Tensor] | None = None,
+        present: Mapping[Tensor, Tensor] | None = None,
+    ) -> None:
+        """One step, as `mtl.Step` makes it. A parameter whose `.grad` is None stays.
 
         Args:
-            closure: computes the loss again, with its gradients, and returns it; as in torch.optim.
+            closure: none can be given, because the loss alone does not tell the tasks' gradients.
+            rows: for each shared parameter, the tasks' weighted gradients (T, *p.shape); their sum is p.grad. Every
+                other parameter belongs to one task, or to the method, and p.grad is its row.
+            present: for parameters of tasks that may be absent: which of its rows have a label, as (T,) or (1,) bool.
 
         Raises:
-            RuntimeError: a shared parameter lacks the gradients of single tasks, or had other tasks' before, or its
-                gradient is sparse or complex.
+            RuntimeError: `rows` is not given, or a gradient is sparse or complex, or belongs to another number of
+                tasks than before.
         """
-        loss = _evaluated(closure)
+        if rows is None or closure is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}: needs the gradient of each task, which `.grad` does not tell; make the update "
+                "with mtl.Step(strategy, optimizer, shared, heads)"
+            )
         for group in self.param_groups:
             for p in group["params"]:
-                settle(p)
                 if p.grad is None:
                     continue
-                if tasks := getattr(p.grad, "tasks", None):
-                    raise RuntimeError(
-                        f"{type(self).__name__}: the gradient of a parameter of shape {tuple(p.shape)} is merged from "
-                        f"{tasks} tasks; call mtl.backward(..., per_task=True), which leaves those of single tasks"
-                    )
-                rows, present = getattr(p, "task_grads", None), getattr(p, "task_present", None)
-                decay = group["lr"] * group["weight_decay"]
-                if rows is None:
-                    rows = p.grad[None]
-                    decay = decay if present is None else decay * present[0].to(p)
-                steps = self._steps(group, p, rows, slice(None), len(rows), present).sum(0)
+                here, decay = (present or {}).get(p), group["lr"] * group["weight_decay"]
+                if (row := rows.get(p)) is None:
+                    row = p.grad[None]
+                    decay = decay if here is None else decay * here[0].to(p)
+                steps = self._steps(group, p, row, slice(None), len(row), here).sum(0)
                 p.mul_(1 - decay)
                 p.sub_(group["lr"] * steps)
-        return loss
 
     def _steps(
         self, group: dict, p: Tensor, rows: Tensor, which: slice, tasks: int, present: Tensor | None = None
@@ -174,7 +116,7 @@ class AdaTask(torch.optim.Optimizer):
         if len(state["m"]) != tasks:
             raise RuntimeError(
                 f"{type(self).__name__}: a parameter of shape {tuple(p.shape)} has the gradients of {tasks} tasks, and "
-                f"had {len(state['m'])} before; call mtl.backward(..., per_task=True) before every step"
+                f"had {len(state['m'])} before; make a new optimizer for other tasks"
             )
         m, v, t = (state[name][which] for name in ("m", "v", "t"))
         first, second = group["betas"]
@@ -210,7 +152,7 @@ class MTLIO(AdaTask):
     per_task = False
     alternates = True
 
-    def step(self, closure=None) -> None:
+    def step(self, closure: None = None, **tasks: Any) -> None:
         """Refused: a step needs its task's number."""
         raise RuntimeError("MTLIO: the tasks take turns; call step_task(k, T) after the backward pass of task k's loss")
 
@@ -228,10 +170,3 @@ class MTLIO(AdaTask):
                     step = self._steps(group, p, p.grad[None], slice(task, task + 1), tasks, present)
                     p.mul_(1 - acts * group["lr"] * group["weight_decay"])
                     p.sub_(group["lr"] * step[0])
-
-
-def _evaluated(closure) -> Tensor | None:
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
