@@ -108,7 +108,7 @@ def _jacobian(
 ) -> tuple[Tensor, list[list[Tensor | None]], list[bool]]:
     sizes = columns(where)
     # Under autocast gradients are in half precision; their inner products need more.
-    dtype = torch.float32
+    dtype = torch.float32 if where else losses[0].dtype
     for p in where:
         dtype = torch.promote_types(dtype, p.real.dtype if p.is_complex() else p.dtype)
     device = where[0].device if where else losses[0].device

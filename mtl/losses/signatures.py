@@ -29,7 +29,7 @@ def _names(function: Callable[..., Any], hook: str) -> frozenset[str]:
     Raises:
         TypeError: it needs an argument that nobody gives it.
     """
-    rest = list(signature(function).parameters.values())[2:]  # after `self` and the first argument
+    rest = list(signature(function).parameters.values())[2:]  # after `self` and the argument that is always given
     known = {p.name for p in rest if p.kind in NAMED} & {*OPTIONAL[hook]}
     if unknown := [p.name for p in rest if p.default is p.empty and p.kind in NAMED and p.name not in known]:
         may = ", ".join(OPTIONAL[hook])
