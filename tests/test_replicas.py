@@ -101,11 +101,12 @@ def own_models_alone(rank):
 DIFFERENT = (
     "group: the processes hold different models; "
     "set strategy.group = None if each process trains its own model, or wrap"
-) @ pytest.mark.parametrize(
-    "name", ["other_models", "other_models_of_loss_weighting", "other_rates", "a_model_loaded_in_one_process"]
 )
 
 
+@pytest.mark.parametrize(
+    "name", ["other_models", "other_models_of_loss_weighting", "other_rates", "a_model_loaded_in_one_process"]
+)
 def test_models_that_differ_are_not_averaged(found, name):
     assert all(isinstance(error, str) and f"ValueError: {DIFFERENT}" in error for error in found[name])
 

@@ -37,7 +37,7 @@ class Gradients:
 
     one: BackwardPass
     values: Tensor
-    info: Info | None = None
+    info: Info
     losses: Tensor | None = None
     absent: list[int] = field(default_factory=list)
     direction: Tensor | None = None
@@ -66,9 +66,7 @@ def accumulate(found: Gradients) -> Info:
             if found.direction is not None:
                 _add_direction(one, found.direction)
         # The features' gradient has another length than the parameters', and a further term has changed theirs.
-        if found.heads is None or (
-            found.direction is not None and (one.of_features or defines(strategy, "regulariser"))
-        ):
+        if found.heads is None or one.of_features or defines(strategy, "regulariser"):
             info = replace(info, norm=one.unscaled(norm(one.shared)))
         if found.before:
             finite = found.values.isfinite().all() & info.norm.isfinite()

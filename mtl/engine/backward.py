@@ -7,6 +7,7 @@ has changed. `mtl.Step` calls the halves by itself, because some optimizers need
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -85,7 +86,9 @@ def gradients(
     each: bool = False,
     inspect: Callable[[Tensor], None] | None = None,
 ) -> Gradients:
-    """What one step adds to `.grad`. The model's `.grad` stays as it is; the method learns from the step.
+    """What one step adds to `.grad`. The model's `.grad` stays as it is.
+
+    The method learns from the step: its buffers change, and its own parameters get their gradients.
 
     Args:
         losses, strategy, shared, heads, present, features, switches, scale: as in `backward`.
@@ -104,13 +107,13 @@ def gradients(
         # The losses as the method sees them: none is negative under a logarithm, and an absent task's is 0.
         samples, values, share = one.seen()
         scalars, absent = one.without_absent(samples[-1])
-        found = Gradients(one, values, absent=absent)
+        before = guard.Untouched(strategy) if isinstance(strategy, LossWeighting) else None
+        found = Gradients(one, values, Info(None, values.new_zeros(())), absent=absent, before=before)
         found.extra = method.regulariser(one, samples[-1] if one.combines else scalars)
         weights = direction = None
 
         # Family 1 weighs losses. A task's weight is the slope of the total in its loss; one backward pass is enough.
         if isinstance(strategy, LossWeighting):
-            found.before = guard.Untouched(strategy)
             found.losses = torch.stack(samples[-1] if one.combines else scalars)
             told = found.losses if share is None else values.clone().requires_grad_()
             total = None
@@ -118,7 +121,7 @@ def gradients(
                 total = strategy(told.clone(), **taken(strategy, "forward", present=one.present))
             weights = method.slopes(one, total, told)
             if not one.combines:
-                found.info = Info(weights, values.new_zeros(()))
+                found.info = replace(found.info, weights=weights)
                 return found
 
         with torch.no_grad():
@@ -128,7 +131,7 @@ def gradients(
                 inspect(jacobian)
             gramian = one.gramian(jacobian)
             if one.frozen:  # nothing to balance: each head gets its own gradient
-                found.heads, found.info = own, Info(None, values.new_zeros(()))
+                found.heads = own
                 return found
 
             # Family 2 weighs the gradients by their Gramian; family 3 merges them by a rule of its own.
@@ -149,17 +152,11 @@ def gradients(
             norm = direction.norm() if one.whole else (weights @ gramian @ weights).clamp(min=0).sqrt()
             equal = gramian.sum().clamp(min=torch.finfo(gramian.dtype).tiny).sqrt()
             found.heads = method.heads(one, scalars, own, weights)
-            factor = switches.factor(strategy, norm, equal)
-            if factor is not None:
-                direction, norm, weights = (
-                    direction * factor,
-                    norm * factor,
-                    None if weights is None else weights * factor,
-                )
+            if (factor := switches.factor(strategy, norm, equal)) is not None:
+                direction, norm = direction * factor, norm * factor
+                weights = None if weights is None else weights * factor
             if each:
                 found.rows = jacobian * weights[:, None]
-            found.direction, found.info = (
-                direction,
-                Info(weights, norm, norm / equal, *similarity(gramian, one.present)),
-            )
+            found.direction = direction
+            found.info = Info(weights, norm, norm / equal, *similarity(gramian, one.present))
     return found
