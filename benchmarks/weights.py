@@ -19,6 +19,7 @@ import warnings
 import torch
 
 import mtl
+from mtl.losses.signatures import taken
 from mtl.tracking.console import table
 
 L = mtl.losses
@@ -101,7 +102,8 @@ def main() -> None:
             gramian, losses = gradients @ gradients.T, torch.rand(T, device=device) + 0.5
             for (who, name), weighting in contenders.items():
                 if who == "ours":
-                    call = lambda w=weighting: w.weights(gramian, None, losses)  # noqa: B023, E731
+                    facts = taken(weighting, "weights", losses=losses)
+                    call = lambda w=weighting, f=facts: w.weights(gramian, **f)  # noqa: B023, E731
                 else:
                     call = lambda w=weighting: w(gramian)  # noqa: B023, E731
                 times[who, name].append(milliseconds(call, device))

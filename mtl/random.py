@@ -1,6 +1,8 @@
 """Named random streams: every draw in a run is a function of (seed, name, epoch), never of earlier draws.
 
-So a resumed run needs no saved generator state, and a new consumer of random numbers shifts no other one. The global generators and flags of torch are one for the whole process. A run has them to itself in `seeded`, for an
+So a resumed run needs no saved generator state, and a new consumer of random numbers shifts no other one.
+
+The global generators and flags of torch are one for the whole process. A run has them to itself in `seeded`, for an
 epoch at most, and gives them back. So two runs in one process may take turns between those blocks, or work in two
 threads: each draws what it draws alone. A thread waits while the other one is in such a block.
 """

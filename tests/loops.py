@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,9 +58,11 @@ class Loop:
         wrap: Callable[[nn.Module], nn.Module] = lambda net: net,
         part: slice = slice(None),
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
+        group: Any = "auto",
         **options,
     ):
         self.strategy = make(strategy) if isinstance(strategy, str) else strategy
+        self.strategy.group = group
         self.net, self.part, self.options = Net(), part, options
         self.model = wrap(self.net)
         self.optimizer = optimizer([*self.net.parameters(), *self.strategy.parameters()], lr=0.05)

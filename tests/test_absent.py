@@ -201,7 +201,7 @@ def test_a_task_must_be_labelled_in_all_parts_that_are_compared(smoke, monkeypat
     """The engine says so: a part without its labels would pass for a gradient of 0."""
     from mtl.engine import step
 
-    masks, real, call = [], step.backward, step.Step.__call__
+    masks, real, call = [], step.gradients, step.Step.__call__
 
     def spy(losses, strategy, shared, heads, present, *rest, **more):
         masks.append(present.tolist())
@@ -213,7 +213,7 @@ def test_a_task_must_be_labelled_in_all_parts_that_are_compared(smoke, monkeypat
             part.fill_(False)  # the k-th step lacks the labels of the first k parts
         return call(self, forward, size, labelled, observer)
 
-    monkeypatch.setattr(step, "backward", spy)
+    monkeypatch.setattr(step, "gradients", spy)
     monkeypatch.setattr(step.Step, "__call__", partly)
     name = {MoDo: "modo", SDMGrad: "sdmgrad"}[kind]
     assert smoke(f"loss={name}", "trainer.epochs=1").code == 0

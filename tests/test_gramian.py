@@ -20,7 +20,9 @@ from oracles.weighting import geometric
 import mtl
 from mtl import losses as m
 from mtl.losses import Statistics
+from mtl.losses.hooks import defines
 from mtl.losses.pcgrad import random_orders
+from mtl.losses.signatures import taken
 from mtl.random import stream
 
 SIZES, SEED = (1, 2, 3, 11, 40), 5
@@ -72,7 +74,9 @@ def assert_same_direction(J, w, expected, tol: float = 1e-8) -> None:
 def call(strategy, J, present=None, losses=None, dtype=torch.float64) -> np.ndarray:
     """Weights, from a Gramian in the gradients' own precision as in the engine."""
     J, losses = tensor(J, dtype), uniform(len(J), 0.2, 3) if losses is None else losses
-    w = strategy.weights(J @ J.T, None if present is None else torch.as_tensor(present), tensor(losses, dtype))
+    present = None if present is None else torch.as_tensor(present)
+    facts = taken(strategy, "weights", present=present, losses=tensor(losses, dtype))
+    w = strategy.weights(J @ J.T, **facts)
     return w.detach().double().numpy()
 
 
@@ -533,7 +537,8 @@ def test_imtl_learns_its_scales_from_the_losses():
     for times in (1, 2):  # .grad adds up
         w = call(strategy, make_jacobian("random", 3), losses=losses)
         assert_close(strategy.scales.grad, times * (factors * losses - 1))
-    assert_close(strategy.head_weights(tensor(w)), factors)
+    ((first,), _, (third,)) = strategy.head_gradients([[tensor([1.0])], [None], [tensor([2.0])]], tensor(w))
+    assert_close([first.item(), third.item()], [factors[0], 2 * factors[2]])
     assert m.IMTL(3).scales.tolist() == [0, 0, 0] and m.IMTL(3, lr=0.5).lr == 0.5
 
 
@@ -581,9 +586,9 @@ def test_a_checkpoint_in_the_middle_changes_nothing(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_heads_and_clipping_are_the_papers(name):
-    strategy, w = METHODS[name].make(3), tensor([0.5, 1, 2])
-    if name != "imtl":  # its heads follow e^s L
-        assert strategy.head_weights(w) is (w if METHODS[name].heads == "weighted" else None)
+    strategy = METHODS[name].make(3)
+    assert defines(strategy, "head_gradients") == (name == "imtl")  # its heads follow e^s L
+    assert strategy.heads == METHODS[name].heads
     assert strategy.max_norm == (1.0 if METHODS[name].degree else None)
 
 
@@ -608,4 +613,5 @@ def test_nothing_waits_for_the_device(name, monkeypatch):
         monkeypatch.setattr(f"mtl.losses.{module}.random_orders", orders)
     strategy, ones = METHODS[name].make(3).to("meta"), torch.ones(3, device="meta")
     monkeypatch.setattr(strategy, "generator", lambda device: None)
-    assert strategy.weights(torch.ones(3, 3, device="meta"), ones.bool(), ones).shape == (3,)
+    facts = taken(strategy, "weights", present=ones.bool(), losses=ones)
+    assert strategy.weights(torch.ones(3, 3, device="meta"), **facts).shape == (3,)

@@ -18,6 +18,7 @@ import mtl.losses as methods
 from mtl.engine import checkpoint
 from mtl.engine.backward import Switches
 from mtl.losses import JacobianAggregation
+from mtl.losses.signatures import taken
 from mtl.losses.solvers import project_on_simplex
 
 SIZES, WIDTH, STEPS = (1, 2, 3, 11, 40), 7, 5
@@ -61,9 +62,10 @@ def direction(strategy, J, losses, present=None):
     if present is not None:
         J, losses = [part * present[:, None] for part in J], losses * present
     if isinstance(strategy, JacobianAggregation):
-        result = strategy.aggregate(J[0], present, losses)
+        result = strategy.aggregate(J[0], **taken(strategy, "aggregate", present=present, losses=losses))
         return result if isinstance(result, tuple) else (result, None)
-    weights = strategy.weights(J[0] @ J[min(1, len(J) - 1)].T, present, losses)
+    facts = taken(strategy, "weights", present=present, losses=losses)
+    weights = strategy.weights(J[0] @ J[min(1, len(J) - 1)].T, **facts)
     return (J[-1] if len(J) != 2 else (J[0] + J[1]) / 2).T @ weights, weights
 
 
@@ -191,7 +193,7 @@ def test_save_and_load_is_exact(case, steps):
 def test_a_lazy_buffer_follows_the_strategy_to_its_device(name):
     """The meta device stands for a GPU."""
     used, resumed = getattr(methods, name)(2), getattr(methods, name)(2).to("meta")
-    used.aggregate(torch.ones(2, 3), None, torch.ones(2))
+    used.aggregate(torch.ones(2, 3), **taken(used, "aggregate", losses=torch.ones(2)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # copying to meta is a no-op
         resumed.load_state_dict(used.state_dict())
@@ -234,7 +236,7 @@ def seen_by(strategy) -> list:
     """The first arguments that `strategy` is called with from now on."""
     name, calls = "aggregate" if isinstance(strategy, JacobianAggregation) else "weights", []
     call = getattr(strategy, name)
-    setattr(strategy, name, lambda first, *rest: calls.append(first.clone()) or call(first, *rest))
+    setattr(strategy, name, lambda first, **rest: calls.append(first.clone()) or call(first, **rest))
     return calls
 
 

@@ -21,7 +21,6 @@ from mtl.certify.problem import WIDTH, make
 from mtl.losses import Equal, Statistics, hooks
 from mtl.losses.extra import unpack
 from mtl.losses.hooks import HINT, LONG, PATIENCE, defines
-from mtl.optim.taskwise import AdaTask
 
 close = torch.testing.assert_close
 
@@ -613,28 +612,6 @@ def test_parameters_of_several_dtypes_in_any_order(first):
         assert a.grad.dtype == first and b.grad.dtype == torch.float32
         found.append([info.weights.float(), a.grad, b.grad])
     close(found[0], found[1], rtol=1e-5, atol=1e-6)
-
-
-# ----------------------------------------------------------------------------------------------------- accumulation
-
-
-@pytest.mark.parametrize("name", ["Equal", "Static", "PCGrad"])
-def test_adatask_over_micro_batches_equals_the_whole_batch(name):
-    def step(parts):
-        body, heads, _ = network()
-        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
-        options = {"weights": [1.0, 2.0]} if name == "Static" else {}
-        optimizer = AdaTask([p for m in (body, *heads) for p in m.parameters()], lr=0.1, base="sgd", betas=(0.0, 0.9))
-        before = body.weight.detach().clone()
-        for part in x.chunk(parts):
-            # Losses that never conflict, so that PCGrad is linear in the batch.
-            f = body(part)
-            losses = [((i + 1) * h(f).mean()) / parts for i, h in enumerate([heads[0], heads[0]])]
-            mtl.backward(losses, fresh(name, **options), [body, heads[0]], [[], []], per_task=True)
-        optimizer.step()
-        return body.weight.detach() - before
-
-    close(step(1), step(2), rtol=1e-5, atol=1e-7)
 
 
 # ------------------------------------------------------------------------------------------------------------- hooks

@@ -14,13 +14,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import networks as oracle
-from test_networks import KINDS, backward, close, problem
+from test_networks import backward, close, problem
 from torch import nn
 
+import mtl
 from mtl.data.base import Split
 from mtl.data.batches import EvaluationBatches
 from mtl.data.digits import Digits
 from mtl.engine import checkpoint
+from mtl.engine.accumulate import accumulate
+from mtl.engine.backward import gradients
 from mtl.engine.learner import Learner
 from mtl.losses import LDCMTL, ConsMTL, Equal, RepMTL, Static
 from mtl.optim.signum import Signum
@@ -41,6 +44,12 @@ TORCH = {
 every_base = pytest.mark.parametrize("base", RULES)
 
 
+def update(twin, strategy, optimizer, batch, labelled=None):
+    """One `mtl.Step`."""
+    step = mtl.Step(strategy, optimizer, twin.shared, twin.heads)
+    return step(lambda part: mtl.Losses(*reversed(twin(batch, strategy))), len(batch[0]), labelled)
+
+
 def adatask(twin, base, decay=0.0, eps=EPS, kind=AdaTask):
     return kind(twin.parameters(), LR, base, BETAS, eps, decay)
 
@@ -54,10 +63,9 @@ def test_adatask_of_one_task_is_the_base_optimizer(base, decay):
     plain = copy.deepcopy(ours)
     optimizer, other = adatask(ours, base, decay), TORCH[base](plain.parameters(), decay)
     for batch in batches:
-        backward(ours, Equal(1), batch, per_task=True)
         plain.zero_grad()
         plain(batch)[1][0].backward()
-        optimizer.step()
+        update(ours, Equal(1), optimizer, batch)
         other.step()
         close(ours.numpy(), plain.numpy(), 1e-12)
 
@@ -74,9 +82,8 @@ def test_adatask(base, decay):
         there, p = torch.tensor(present) > 0, twin.numpy()
         scaled = zip(weights * present, net.gradients(p, batch), strict=True)
         gradients = [{n: w * x for n, x in g.items()} for w, g in scaled]
-        backward(twin, strategy, batch, there, KINDS["graph"], per_task=True)
         before = {q: {n: t.clone() for n, t in optimizer.state.get(q, {}).items()} for q in twin.shared}
-        optimizer.step()
+        update(twin, strategy, optimizer, batch, there.expand(len(batch[0]), -1))
         for q in twin.shared:
             assert all(torch.equal(old[~there], optimizer.state[q][n][~there]) for n, old in before[q].items())
         close(twin.numpy(), expected.step(p, gradients, LR, decay, present), 1e-11)
@@ -90,29 +97,34 @@ def test_adatask_is_blind_to_a_constant_factor(base):
         _, twin, batches = problem(4)
         optimizer = adatask(twin, base, eps=1e-30)
         for batch in batches:
-            backward(twin, Static(3, [1.0, factor, 1.0]).double(), batch, per_task=True)
-            optimizer.step()
+            update(twin, Static(3, [1.0, factor, 1.0]).double(), optimizer, batch)
         ends.append(oracle.flat(twin.numpy()))
     assert np.allclose(*ends, rtol=0, atol=1e-9) == (base != "sgd")
 
 
 @pytest.mark.parametrize("strategy", [LDCMTL(3, 0.4), ConsMTL(3)])
 def test_gradients_do_not_depend_on_the_optimizer(strategy):
-    """`per_task` leaves them as they are; the tasks' sum is the whole."""
+    """One that needs each task's gradient leaves the sum as it is."""
     _, twin, (batch,) = problem(1)
     found = []
-    for per_task in (False, True):
-        backward(twin, strategy.double(), batch, per_task=per_task)
+    for each in (False, True):
+        twin.zero_grad()
+        strategy.double().zero_grad()
+        z, losses = twin(batch, strategy)
+        step = gradients(losses, strategy, twin.shared, twin.heads, None, z, each=each)
+        assert all(p.grad is None for p in twin.parameters())  # nothing is written yet
+        accumulate(step)
         found.append([*twin.grads().values(), *(p.grad.numpy() for p in strategy.parameters())])
     for one, other in zip(*found, strict=True):
         close(one, other, 1e-12)
-    assert all(torch.allclose(p.task_grads.sum(0), p.grad, rtol=1e-12) for p in twin.shared)
+    whole = torch.cat([p.grad.flatten() for p in twin.shared])
+    torch.testing.assert_close(step.rows.sum(0), whole, rtol=1e-12, atol=1e-14)
 
 
 def test_a_regulariser_has_no_task_to_go_to():
     _, twin, (batch,) = problem(1)
     with pytest.raises(ValueError, match=r"^RepMTL adds a regulariser that belongs to no task.*$"):
-        backward(twin, RepMTL(3), batch, per_task=True)
+        update(twin, RepMTL(3), adatask(twin, "adam"), batch)
 
 
 @every_base
@@ -120,8 +132,7 @@ def test_adatask_goes_on_from_its_state(base):
     _, twin, batches = problem(4)
     optimizer = adatask(twin, base)
     for batch in batches[:3]:
-        backward(twin, Equal(3), batch, per_task=True)
-        optimizer.step()
+        update(twin, Equal(3), optimizer, batch)
     file = io.BytesIO()
     torch.save({"model": twin.state_dict(), "optimizer": optimizer.state_dict()}, file)
     file.seek(0)
@@ -130,8 +141,7 @@ def test_adatask_goes_on_from_its_state(base):
     again = adatask(other, base)
     again.load_state_dict(state["optimizer"])
     for net, rule in ((twin, optimizer), (other, again)):
-        backward(net, Equal(3), batches[3], per_task=True)
-        rule.step()
+        update(net, Equal(3), rule, batches[3])
     ends = [(rule.state_dict(), net.state_dict()) for net, rule in ((twin, optimizer), (other, again))]
     torch.testing.assert_close(*ends, rtol=0, atol=0)
 

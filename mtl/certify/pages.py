@@ -19,7 +19,8 @@ from mtl.certify.problem import CONF, CONFIGS, HISTORY, SIZE, config, count, exp
 from mtl.certify.properties import PROPERTIES
 from mtl.config.program import COMMAND, checkout
 from mtl.errors import ConfigError, UserError, one_line, suggest
-from mtl.losses import Custom, GramianWeighting, LossWeighting, Strategy
+from mtl.losses import Custom, LossWeighting, Strategy
+from mtl.losses.hooks import defines, differentiates
 
 ROOT = checkout()
 DOCS = Path("outputs/methods") if ROOT is None else ROOT / "docs" / "methods"
@@ -170,20 +171,20 @@ def _conventions(certificate: Certificate) -> dict[str, str]:
     if not weighting and strategy.gradients == "features":
         passes = "T through the heads, 1 through the backbone"
     extra = []
-    if type(strategy).after_step is not Strategy.after_step:
+    if defines(strategy, "after_step"):
         extra.append("one more forward pass after the step")
-    if type(strategy).look_ahead is not Strategy.look_ahead:
+    if defines(strategy, "look_ahead"):
         extra.append("passes over halves of the batch before the step")
     if strategy.samples > 1:
         extra.append(f"the batch is split in {strategy.samples}, T backward passes for each part")
-    if weighting and type(strategy).regulariser is not LossWeighting.regulariser:
+    if defines(strategy, "regulariser"):
         extra.append("a pass with second derivatives")
     heads = "weighted" if weighting else strategy.heads
     own = {"own": "the gradient of their own loss", "weighted": "their own gradient times the task's weight"}
-    if type(strategy).head_weights is not Strategy.head_weights:
-        own[heads] = "their own gradient times a factor of their own (see above)"
-    if isinstance(strategy, GramianWeighting) and type(strategy).head_terms is not GramianWeighting.head_terms:
+    if defines(strategy, "head_gradients") and differentiates(strategy):
         own[heads] += ", and a further term (see above)"
+    elif defines(strategy, "head_gradients"):
+        own[heads] = "their own gradient times a factor of their own (see above)"
     return {
         "family": strategy.family,
         "backward passes": passes + (f"; {', '.join(extra)}" if extra else ""),

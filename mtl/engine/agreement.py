@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from mtl.losses.base import Strategy
 from mtl.losses.extra import unpack
 
-ALONE = "give group=None if each process trains its own model"
+ALONE = "set strategy.group = None if each process trains its own model"
 TOLERANCE = 1e-9  # relative, of sums in float64: replicas are equal in all bits, but GPUs may add in another order
 
 

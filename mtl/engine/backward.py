@@ -1,28 +1,29 @@
-"""`mtl.backward`: from task losses and a strategy to `.grad`. The engine and foreign loops use this same function."""
+"""`mtl.backward`: from task losses and a strategy to `.grad`. The engine and foreign loops use this same function.
+
+Two halves: `gradients` finds what a step adds to `.grad`, and `accumulate` adds it. Between both nothing of the model
+has changed. `mtl.Step` calls the halves by itself, because some optimizers need each task's gradient.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
-from torch.nn import Parameter
+from torch import Tensor
 
-from mtl.engine import arguments
-from mtl.engine.backward_pass import BackwardPass
-from mtl.engine.movement import Movement
-from mtl.engine.replicas import Group, heard, replicas
-from mtl.engine.switches import Info, Switches
-from mtl.losses import given, hooks
+from mtl.engine import guard, method, ownership
+from mtl.engine.accumulate import Gradients, accumulate
+from mtl.engine.backward_pass import Owners, full_precision, understood
+from mtl.engine.gradients import jacobians, similarity
+from mtl.engine.replicas import heard
+from mtl.engine.switches import PAPER, Info, Switches, to_count
 from mtl.losses.base import GramianWeighting, JacobianAggregation, LossWeighting, Strategy
+from mtl.losses.signatures import taken
 
-PAPER = Switches()  # everything as published
-Owners = nn.Module | Parameter | Iterable[Any]  # whatever holds parameters
+__all__ = ["PAPER", "Info", "Owners", "Switches", "backward", "gradients"]
 
 
-@heard
 def backward(
     losses: Sequence[Tensor] | Tensor | Mapping[str, Tensor],
     strategy: Strategy,
@@ -31,12 +32,13 @@ def backward(
     present: Tensor | Sequence[bool] | Mapping[str, bool] | None = None,
     features: Tensor | None = None,
     switches: Switches = PAPER,
-    per_task: bool = False,
-    inspect: Callable[[Tensor], None] | None = None,
     scale: torch.amp.GradScaler | float | None = None,
-    group: Group | Literal["auto"] | None = "auto",
 ) -> Info:
     """Fill `.grad` of all parameters as `strategy` decides; like `Tensor.backward`, it adds to what is there.
+
+    Several processes that share each batch (`strategy.group`) average losses, Jacobian and heads' gradients. Each mean
+    counts the processes alike, so their parts should be equally large. All must call this and the hooks equally often:
+    DistributedDataParallel's join() does not work here.
 
     Args:
         losses: T scalar losses, as a list or a (T,) tensor in the order of the strategy's tasks, or by task name; for a
@@ -52,16 +54,9 @@ def backward(
             have finite gradients or no graph.
         features: what the backbone returned and all heads started from; needed for gradients=features.
         switches: variations of the step.
-        per_task: also leave the weighted gradients of the tasks as `task_grads` (T, *p.shape) on the shared parameters,
-            and `present` as `task_present`, for the optimizers of `mtl.optim.taskwise`. They add up like `.grad`.
-        inspect: is shown the (T, P) Jacobian that the step combines, if it takes one; not to be kept or changed.
         scale: the GradScaler of mixed precision (or the number that it holds). Give the losses as they are: the
             backward passes are scaled here, the method sees true losses and gradients, and `.grad` holds the scaled
             gradient that `scaler.step(optimizer)` expects.
-        group: the processes that share each batch, each with a replica of the model under DistributedDataParallel:
-            losses, Jacobian and heads' gradients are averaged over them. auto: all that torch.distributed started;
-            None: this process alone. Each mean counts the processes alike, so their parts should be equally large.
-            All must call this and the hooks equally often: DistributedDataParallel's join() does not work here.
 
     Returns:
         weights and gradient statistics of this step. After a step with a loss or gradient that is not finite, `.grad`
@@ -75,53 +70,93 @@ def backward(
             gets gradients, but no optimizer moves it; or another process of the group refused this step (its error is
             told), or has left.
     """
-    if not isinstance(strategy, LossWeighting | GramianWeighting | JacobianAggregation):
-        known = "give one of mtl.losses, such as mtl.losses.PCGrad(tasks=2)"
-        if isinstance(strategy, Strategy):
-            known = f"{type(strategy).__name__} belongs to none of the three families of mtl.losses"
-        shown = f"the class {strategy.__name__}" if isinstance(strategy, type) else f"a {type(strategy).__name__}"
-        raise TypeError(f"strategy: {shown} is no strategy; {known}")
-    switches.check(strategy)
-    owned = arguments.shared_parameters(shared, strategy)
-    strategy.movement = strategy.movement or Movement()
-    hooks.check_step(strategy, strategy.movement.look(strategy, owned))
-    if per_task:
-        switches.check_per_task(strategy)
-    of_features, combines = switches.of_features(strategy), switches.combines(strategy, per_task)
-    samples = _samples(losses, strategy)
-    arguments.check_grad_mode(samples)
-    own = None if heads is None else arguments.head_parameters(heads, strategy, exclusive=combines)
-    if combines and own is None:
-        why = "a step with per-task gradients" if isinstance(strategy, LossWeighting) else type(strategy).__name__
-        raise ValueError(f"heads: {why} needs each task's own parameters (may be empty)")
-    if of_features and features is None:
-        raise ValueError("features: gradients of features need the tensor that all heads start from")
-    if features is not None and (of_features or strategy.flat):
-        given.check_features(strategy, features)
-    device = samples[0][0].device
-    there = arguments.marks(present, strategy.names, device)
-    one = BackwardPass(
-        strategy, switches, owned, own or [[] for _ in strategy.names], there, features, of_features,
-        arguments.loss_scale(scale, device), replicas(group), per_task, inspect,
-    )  # fmt: skip
-    one.check(samples, combines)
-    # A caller may be inside of autocast; the method's own products must not be rounded to half precision.
-    inside = torch.is_autocast_enabled(device.type)
-    with torch.enable_grad(), torch.autocast(device.type, enabled=False) if inside else nullcontext():
-        step = one.run(samples, combines)
-    hooks.note_step(strategy)
-    strategy.movement.note(strategy, owned)
-    return step
+    return accumulate(gradients(losses, strategy, shared, heads, present, features, switches, scale))
 
 
-def _samples(losses: Any, strategy: Strategy) -> list[list[Tensor]]:
-    """The losses of each batch that the method needs, as scalars in task order."""
-    if strategy.samples == 1:
-        return [arguments.scalars("losses", losses, strategy.names)]
-    batches = [] if isinstance(losses, Mapping) or (isinstance(losses, Tensor) and losses.dim() < 2) else list(losses)
-    if len(batches) != strategy.samples or any(isinstance(b, Tensor) and b.dim() == 0 for b in batches):
-        raise ValueError(
-            f"losses: {type(strategy).__name__} needs the losses of {strategy.samples} independent batches; "
-            f"give a list of {strategy.samples} lists of {strategy.tasks} losses, or use mtl.Step"
-        )
-    return [arguments.scalars(f"losses[{k}]", batch, strategy.names) for k, batch in enumerate(batches)]
+def gradients(
+    losses: Sequence[Tensor] | Tensor | Mapping[str, Tensor],
+    strategy: Strategy,
+    shared: Owners,
+    heads: Sequence[Owners] | Mapping[str, Owners] | None = None,
+    present: Tensor | Sequence[bool] | Mapping[str, bool] | None = None,
+    features: Tensor | None = None,
+    switches: Switches = PAPER,
+    scale: torch.amp.GradScaler | float | None = None,
+    *,
+    each: bool = False,
+    inspect: Callable[[Tensor], None] | None = None,
+) -> Gradients:
+    """What one step adds to `.grad`. The model's `.grad` stays as it is.
+
+    The method learns from the step: its buffers change, and its own parameters get their gradients.
+
+    Args:
+        losses, strategy, shared, heads, present, features, switches, scale: as in `backward`.
+        each: whether each task's gradient is wanted as well (`Gradients.rows`).
+        inspect: is shown the (T, P) Jacobian that the step combines, if it takes one; not to be kept or changed.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `backward`.
+    """
+    # The arguments in one form. Whatever could not be right is refused, and the other processes hear of it.
+    with heard(strategy, losses) as replicas:
+        one = understood(losses, strategy, shared, heads, present, features, switches, scale, each, replicas)
+        ownership.check(one)
+        one.meet()
+    with full_precision(one.device):
+        # The losses as the method sees them: none is negative under a logarithm, and an absent task's is 0.
+        samples, values, share = one.seen()
+        scalars, absent = one.without_absent(samples[-1])
+        before = guard.Untouched(strategy) if isinstance(strategy, LossWeighting) else None
+        found = Gradients(one, values, Info(None, values.new_zeros(())), absent=absent, before=before)
+        found.extra = method.regulariser(one, samples[-1] if one.combines else scalars)
+        weights = direction = None
+
+        # Family 1 weighs losses. A task's weight is the slope of the total in its loss; one backward pass is enough.
+        if isinstance(strategy, LossWeighting):
+            found.losses = torch.stack(samples[-1] if one.combines else scalars)
+            told = found.losses if share is None else values.clone().requires_grad_()
+            total = None
+            if told.requires_grad:  # else no task has a label in this batch
+                total = strategy(told.clone(), **taken(strategy, "forward", present=one.present))
+            weights = method.slopes(one, total, told)
+            if not one.combines:
+                found.info = replace(found.info, weights=weights)
+                return found
+
+        with torch.no_grad():
+            # One gradient for each task, and their inner products.
+            jacobian, own, cross = jacobians(one, samples, share)
+            if inspect is not None:
+                inspect(jacobian)
+            gramian = one.gramian(jacobian)
+            if one.frozen:  # nothing to balance: each head gets its own gradient
+                found.heads = own
+                return found
+
+            # Family 2 weighs the gradients by their Gramian; family 3 merges them by a rule of its own.
+            with guard.kept(strategy, values, gramian, own), method.own_gradients_scaled(one):
+                if isinstance(strategy, GramianWeighting):
+                    facts = taken(strategy, "weights", present=one.present, losses=values)
+                    weights = strategy.weights(gramian if cross is None else cross, **facts).to(jacobian)
+                elif isinstance(strategy, JacobianAggregation):
+                    facts = taken(strategy, "aggregate", present=one.present, losses=values, features=one.cut)
+                    merged = strategy.aggregate(jacobian, **facts)
+                    direction, weights = merged if isinstance(merged, tuple) else (merged, None)
+
+            # The length of the step is the method's, or that of the switch `scale`. Heads follow the unclipped weights.
+            if switches.scale == "sum" and not isinstance(strategy, LossWeighting):
+                factor = to_count(weights, one.present)
+                weights, direction = weights * factor, None if direction is None else direction * factor
+            direction = weights @ jacobian if direction is None else direction
+            norm = direction.norm() if one.whole else (weights @ gramian @ weights).clamp(min=0).sqrt()
+            equal = gramian.sum().clamp(min=torch.finfo(gramian.dtype).tiny).sqrt()
+            found.heads = method.heads(one, scalars, own, weights)
+            if (factor := switches.factor(strategy, norm, equal)) is not None:
+                direction, norm = direction * factor, norm * factor
+                weights = None if weights is None else weights * factor
+            if each:
+                found.rows = jacobian * weights[:, None]
+            found.direction = direction
+            found.info = Info(weights, norm, norm / equal, *similarity(gramian, one.present))
+    return found

@@ -1,110 +1,117 @@
-"""One backward pass, after its arguments were understood: the checks, the gradients of the tasks, and `.grad`."""
+"""The arguments of one backward pass, in the one form that it computes with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
-from mtl.engine import arguments, gradients, guard, hidden, reach
+from mtl.engine import arguments, guard
 from mtl.engine.agreement import Call
+from mtl.engine.movement import Movement
 from mtl.engine.replicas import Replicas
-from mtl.engine.switches import TINY, Info, Switches
-from mtl.losses.base import GramianWeighting, JacobianAggregation, LossWeighting, Strategy, count, masked, overrides
-from mtl.optim.taskwise import leave, leave_presence, merge, settle
+from mtl.engine.switches import TINY, Switches
+from mtl.losses import given, hooks, signatures
+from mtl.losses.base import GramianWeighting, JacobianAggregation, LossWeighting, Strategy, masked
+
+Owners = nn.Module | Parameter | Iterable[Any]  # whatever holds parameters
 
 
 @dataclass
 class BackwardPass:
-    """The arguments of one step, in the form that it computes with."""
+    """The arguments of one backward pass.
+
+    Attributes:
+        samples: the losses of each batch that the method needs, as scalars in task order.
+        shared, heads: trainable parameters; each in one list only, once `ownership.check` has settled whose they are.
+        model: the shared parameters, as the caller gave them.
+        listed: `shared` and `heads`, as the caller gave them.
+        present: (T,) bool; after `meet`, of the tasks that are present in any process.
+        each: whether each task's gradient is wanted as well.
+        of_features: whether the tasks' gradients are those of the features.
+        combines: whether the tasks' gradients are taken one by one.
+        tied: for each parameter in both lists, whether several losses reach it.
+        unseen: custom functions behind which the shared parameters must be.
+        values: (T,) losses without a graph, means over the processes.
+        share: (T,) this process's share of each mean; None where this process is alone.
+    """
 
     strategy: Strategy
     switches: Switches
+    samples: list[list[Tensor]]
     shared: list[Parameter]
     heads: list[list[Parameter]]
     present: Tensor | None
     features: Tensor | None
-    of_features: bool
     scale: Tensor | float | None
+    each: bool
     replicas: Replicas | None
-    per_task: bool
-    inspect: Callable[[Tensor], None] | None
-    listed: tuple[list[Parameter], list[list[Parameter]]] = ((), ())  # shared and heads as the caller gave them
-    tied: Sequence[bool] = ()  # of the parameters in both lists, which several losses reach
-    unseen: str = ""  # custom functions behind which the shared parameters must be
 
-    def check(self, samples: list[list[Tensor]], combines: bool) -> None:
-        """Refuse what could not be right.
+    def __post_init__(self) -> None:
+        self.of_features = self.switches.of_features(self.strategy)
+        self.combines = self.switches.combines(self.strategy, self.each)
+        self.model, self.listed = self.shared, (self.shared, self.heads)
+        self.values = torch.stack([loss.detach() for loss in self.samples[-1]])
+        self.share: Tensor | None = None
+        self.tied: Sequence[bool] = ()
+        self.unseen = ""
 
-        Raises:
-            ValueError: see `backward`.
-        """
-        names, strategy = self.strategy.names, self.strategy
-        if self.replicas is not None:
-            self.replicas.check(strategy, self.of_features, self.shared)
-        strategy.across, strategy.grouped = self.replicas, self.replicas is not None and self.replicas.all
-        self.listed = self.shared, self.heads
-        maybe = self._maybe_absent()
-        for losses in samples:
-            for i, loss in enumerate(losses):
-                if not maybe[i]:
-                    reach.check_constant(i, names[i], loss)
-        if combines:
-            arguments.check_plain([*self.shared, *(p for head in self.heads for p in head)])
-            self.tied = self._tied(samples[0], maybe)
-            self._settle(self.tied)
-        elif self.replicas is not None:
-            self.replicas.check_constants(samples[0], names, self.heads)
-        if not reach.due(strategy, maybe):
-            return
-        stop = self.features if self.of_features else None
-        found = [reach.reach(x, stop) if x.requires_grad and not maybe[i] else None for i, x in enumerate(samples[0])]
-        if self.of_features:
-            reach.check_features(names, self.features, found, self.shared)
-        if combines:
-            known = [*self.shared, *strategy.parameters()]
-            reach.check_owners(names, samples[0], found, known, self.heads)
-        elif self.shared:
-            for i, reached in enumerate(found):
-                if reached is not None and not any(id(p) in reached.leaves for p in self.shared):
-                    reach.check_shared(i, names[i], reached, visible=True)
-                    self.unseen = reached.opaque
+    @property
+    def device(self) -> torch.device:
+        """Of the losses."""
+        return self.samples[0][0].device
 
-    def _maybe_absent(self) -> list[bool]:
+    @property
+    def cut(self) -> Tensor | None:
+        """The features, if the tasks' gradients are theirs."""
+        return self.features if self.of_features else None
+
+    @property
+    def whole(self) -> bool:
+        """Whether this process has the whole direction, and not its own samples' part of the features' gradient."""
+        return not self.of_features or self.replicas is None
+
+    @property
+    def frozen(self) -> bool:
+        """Whether a gradient method has nothing to balance."""
+        return not self.shared and not self.of_features and not isinstance(self.strategy, LossWeighting)
+
+    def maybe_absent(self) -> list[bool]:
         """(T,) which tasks may have no label in this batch, as far as the host knows without waiting."""
         if self.present is None:
             return [False] * self.strategy.tasks
         known = guard.host(self.present)
         return [True] * self.strategy.tasks if known is None else [not there for there in known]
 
-    def _tied(self, losses: list[Tensor], maybe: list[bool]) -> list[bool]:
-        """For each parameter in both lists, whether several losses reach it (tied weights); else it is its head's."""
-        listed = {id(p) for p in self.shared}
-        if self.of_features or not any(id(p) in listed for head in self.heads for p in head):
-            return []
-        found = [reach.reach(loss).leaves if loss.requires_grad else {} for loss in losses]
-        heads = [head for head in self.heads if head]
-        # Losses that were computed as one vector have one graph in common: then only their gradients tell them apart.
-        vector = all(any(id(p) in leaves for p in head) for leaves in found if leaves for head in heads)
-        flags = []
-        for i, head in enumerate(self.heads):
-            for p in head:
-                if id(p) not in listed:
-                    continue
-                # Whether an absent task uses its own head's parameter cannot be seen: take it that it does.
-                several = any(id(p) in leaves for j, leaves in enumerate(found) if j != i)
-                several = several and (maybe[i] or id(p) in found[i])
-                if several and vector and len(losses) > 1:
-                    several = (maybe[i] or reach.moves(losses[i], [p])) and reach.moved_by_others(p, i, losses)
-                flags.append(several)
-        return flags
+    def meet(self) -> None:
+        """Exchange losses and presence with the other processes, if there are any.
 
-    def _settle(self, flags: Sequence[bool]) -> None:
-        """Leave each parameter in one list."""
+        Raises:
+            ValueError: the processes do not belong together.
+            RuntimeError: another process cannot take this step.
+        """
+        if self.replicas is None:
+            return
+        facts = {"switches": self.switches, "per_task": self.each, "shared parameters": len(self.listed[0])}
+        facts["parameters of heads"] = [len(head) for head in self.listed[1]]
+        call = Call("mtl.backward", facts, self.combines or any(loss.requires_grad for loss in self.samples[0]))
+        self.share, self.present, self.values = self.replicas.step(
+            self.strategy, call, self.values, self.present, self.listed
+        )
+        if self.tied:
+            self.settle(self.replicas.any_of(self.tied, self.values.device))
+
+    def settle(self, flags: Sequence[bool]) -> None:
+        """Leave each parameter in one list.
+
+        Args:
+            flags: for each parameter in both lists, whether several losses reach it, so that it is shared.
+        """
         self.shared, self.heads = self.listed
         listed, known = {id(p) for p in self.shared}, iter(flags)
         both = [(id(p), next(known)) for head in self.heads for p in head if id(p) in listed] if flags else []
@@ -112,68 +119,28 @@ class BackwardPass:
         self.shared = [p for p in self.shared if id(p) not in own]
         self.heads = [[p for p in head if id(p) not in tied] for head in self.heads]
 
-    def run(self, samples: list[list[Tensor]], combines: bool) -> Info:
-        """The step itself; the strategy's buffers stay as they were if it is not finite."""
-        strategy, log = self.strategy, self.switches.transform == "log"
-        share, values = None, torch.stack([loss.detach() for loss in samples[-1]])
-        if self.replicas is not None:
-            share, self.present, values = self.replicas.step(
-                strategy, self._call(samples, combines), values, self.present, self.listed
-            )
-            if self.tied:
-                self._settle(self.replicas.any_of(self.tied, values.device))
-        # The other families' step looks for itself, once it has the gradients.
-        untouched = guard.Untouched(strategy) if isinstance(strategy, LossWeighting) else None
-        values = masked(values, self.present)
+    def seen(self) -> tuple[list[list[Tensor]], Tensor, Tensor | None]:
+        """The losses as the method sees them: of each batch with a graph, (T,) without one, and (T,) the shares.
+
+        Raises:
+            ValueError: a negative loss, where a logarithm or a ratio is taken of it.
+        """
+        strategy, log, share = self.strategy, self.switches.transform == "log", self.share
+        values = masked(self.values, self.present)
         if strategy.needs_positive or log:
             why = "takes logarithms or ratios of losses" if strategy.needs_positive else "is given log-losses"
             guard.refuse_negative(strategy, values, self.present, why)
         if share is None:
-            samples = [self.switches.transformed(_only(self.present, part)) for part in samples]
+            samples = [self.switches.transformed(_only(self.present, part)) for part in self.samples]
         else:
-            samples = [_only(share > 0, part) for part in samples]
+            samples = [_only(share > 0, part) for part in self.samples]
             if log:  # of the mean over all processes, whose slope is 1 / L
-                share = torch.where(values > TINY, share / values, 0.0)
+                self.share = share = torch.where(values > TINY, share / values, 0.0)
         if log:
             values = masked(values.clamp(min=TINY).log(), self.present)
-        step = self._combine(samples, values, share) if combines else self._weigh(samples[0], values, share)
-        if not self.per_task:
-            merge(self.shared, len(self.heads))
-        if untouched:
-            finite = values.isfinite().all() & step.norm.isfinite()
-            if heads := [p for head in self.heads for p in head]:
-                finite = finite & gradients.norm(heads).isfinite()
-            untouched.unless(finite if share is None else self.replicas.everywhere(finite))
-        return step
+        return samples, values, share
 
-    def _call(self, samples: list[list[Tensor]], combines: bool) -> Call:
-        """What all processes must have in common, and whether this one has a backward pass to make."""
-        facts = {"switches": self.switches, "per_task": self.per_task, "shared parameters": len(self.listed[0])}
-        facts["parameters of heads"] = [len(head) for head in self.listed[1]]
-        return Call("mtl.backward", facts, combines or any(loss.requires_grad for loss in samples[0]))
-
-    def _weigh(self, losses: list[Tensor], values: Tensor, share: Tensor | None) -> Info:
-        """Loss weighting: one backward pass, which reaches every parameter."""
-        losses, absent = self._without_absent(losses)
-        self._regularise(losses)
-        stacked, weights = self._weights_of_losses(losses, values, share)
-        seed = weights
-        if share is not None:  # DistributedDataParallel takes the mean over the processes, we want the sum
-            seed = seed * share * self.replicas.size
-        before = [None if p.grad is None else p.grad._version for p in self.shared] if self.unseen else []
-        if stacked.requires_grad:
-            stacked.backward(self._scaled(seed))
-        if before and before == [None if p.grad is None else p.grad._version for p in self.shared]:
-            raise ValueError(
-                f"losses: reach no parameter of shared, not even behind the custom function {self.unseen}. Were the "
-                "features detached, or made under no_grad?"
-            )
-        if absent:  # zeros, as the absent losses would have left
-            left = [p for p in (*self.shared, *(p for i in absent for p in self.heads[i])) if p.grad is None]
-            gradients.add(left, [torch.zeros_like(p) for p in left])
-        return Info(weights=weights, norm=self._unscaled(gradients.norm(self.shared)))
-
-    def _without_absent(self, losses: list[Tensor]) -> tuple[list[Tensor], list[int]]:
+    def without_absent(self, losses: list[Tensor]) -> tuple[list[Tensor], list[int]]:
         """The losses, of which those of absent tasks have no graph, where the host knows them; and which these are.
 
         0 times the slope of a NaN is NaN, and would spoil what all tasks share.
@@ -184,251 +151,88 @@ class BackwardPass:
         absent = [i for i, there in enumerate(known) if not there and losses[i].requires_grad]
         return [loss.detach() if i in absent else loss for i, loss in enumerate(losses)], absent
 
-    def _regularise(self, losses: list[Tensor]) -> None:
-        if not overrides(self.strategy, LossWeighting, "regulariser"):
-            return
-        with self._nothing_hidden():
-            extra = self.strategy.regulariser(losses, self.features, self.present)
-        if extra is not None and extra.requires_grad:
-            self._scaled(extra).backward(retain_graph=True)
-
-    @contextmanager
-    def _nothing_hidden(self) -> Iterator[None]:
-        """Derivatives that a method takes in here must not leave gradients behind.
-
-        Raises:
-            ValueError: they did.
-        """
-        why = (
-            f"heads: {type(self.strategy).__name__} takes second derivatives, and a custom autograd function hides "
-            "parameters from them; choose another method"
-        )
-        with hidden.Aside([*self.shared, *(p for head in self.heads for p in head)]) as aside:
-            try:
-                yield
-            except RuntimeError as error:
-                if aside.take():
-                    raise ValueError(why) from error
-                raise
-            if aside.take():
-                raise ValueError(why)
-
-    def _weights_of_losses(self, losses: list[Tensor], values: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(the stacked losses, ∂total/∂L_i): the weight that each task really has, whatever the method, a user's too.
-
-        The method's own parameters get their gradient here.
-
-        Raises:
-            ValueError: the total does not depend on the losses.
-        """
-        strategy, stacked = self.strategy, torch.stack(losses)
-        # No task has a label in this batch, and absent losses may be constants. Other processes may have labels.
-        if share is None and not stacked.requires_grad:
-            return stacked, torch.zeros_like(stacked)
-        # One of several processes sees the means over all of them, which have no graph.
-        seen = stacked if share is None else values.clone().requires_grad_()
-        total = strategy(seen.clone(), self.present)  # a method may compute in place
-        own = [p for p in strategy.parameters() if p.requires_grad]
-        weights, *found = torch.autograd.grad(total, [seen, *own], retain_graph=True, allow_unused=True)
-        if weights is None:
-            raise ValueError(
-                f"{type(strategy).__name__}: the total does not depend on the losses, so it trains nothing; "
-                "torch.tensor(...), .item() and .detach() cut it off from them"
-            )
-        gradients.add(own, [None if g is None else self._scaled(g) for g in found])
-        weights = weights.detach()
-        if self.switches.scale == "sum":
-            weights = weights * _to_count(weights, self.present)
-        return stacked, weights
-
-    @torch.no_grad()
-    def _combine(self, samples: list[list[Tensor]], values: Tensor, share: Tensor | None) -> Info:
-        """Gradients of single tasks, merged by their weights or by the method's own rule."""
-        strategy, losses = self.strategy, samples[-1]
-        weights = None
-        if isinstance(strategy, LossWeighting):
-            with torch.enable_grad():
-                self._regularise(losses)
-                _, weights = self._weights_of_losses(losses, values, share)
-        jacobian, own, cross = self._jacobians(samples, share)
-        if self.inspect is not None:
-            self.inspect(jacobian)
+    def gramian(self, jacobian: Tensor) -> Tensor:
+        """(T, T) J Jᵀ. Of features, each process has the gradients of its own samples."""
         gramian = jacobian @ jacobian.T
-        if self.of_features and self.replicas is not None:  # each process has the gradients of its own samples
-            (gramian,) = self.replicas.total(gramian)
-        if not self.shared and not self.of_features and not isinstance(strategy, LossWeighting):
-            for parameters, found in zip(self.heads, own, strict=True):  # a frozen backbone: nothing to balance
-                gradients.add(parameters, found)
-            return Info(None, torch.zeros_like(values[0]))
-        untouched = None
-        keeps = strategy.lazy or any(True for _ in strategy.buffers()) or values.device.type == "cpu"  # its draws
-        if keeps and not isinstance(strategy, LossWeighting):
-            finite = values.isfinite().all() & gramian.isfinite().all() & _finite(own)
-            # A copy of the buffers costs as much as the Jacobian. On a CPU it is known beforehand that none is needed.
-            untouched = None if guard.host(finite[None]) == [True] else guard.Untouched(strategy)
-        direction, weights = self._direction(jacobian, gramian if cross is None else cross, weights, values)
-        if untouched:
-            untouched.unless(finite)
-        norm = (weights @ gramian @ weights).clamp(min=0).sqrt() if self._apart else direction.norm()
-        equal = gramian.sum().clamp(min=torch.finfo(gramian.dtype).tiny).sqrt()
-        factor = self._factor(norm, equal)
-        if factor is not None:
-            direction, norm = direction * factor, norm * factor
-        self._heads(losses, own, weights)
-        shared_norm = self._write(direction, norm)
-        if self.per_task:
-            rows = jacobian * (weights if factor is None else weights * factor)[:, None]
-            _leave_rows(self.shared, self._scaled(rows), self.present)
-        similarity = _similarity(gramian, self.present) if len(losses) > 1 else (None, None, None)
-        if factor is not None and weights is not None:
-            weights = weights * factor
-        return Info(weights, shared_norm, norm / equal, *similarity)
+        return gramian if self.whole else self.replicas.total(gramian)[0]
 
-    @property
-    def _apart(self) -> bool:
-        """Whether the direction is one of features that are spread over several processes."""
-        return self.of_features and self.replicas is not None
-
-    def _direction(
-        self, jacobian: Tensor, gramian: Tensor, weights: Tensor | None, values: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """(P,) the update before clipping, and (T,) the weights that it has, if it has weights."""
-        strategy, summed = self.strategy, self.switches.scale == "sum"
-        if isinstance(strategy, JacobianAggregation):
-            features = self.features if self.of_features else None
-            with self._own_gradients_scaled():
-                result = strategy.aggregate(jacobian, self.present, values, features)
-            direction, weights = result if isinstance(result, tuple) else (result, None)
-            if summed:
-                share = _to_count(weights, self.present)
-                direction, weights = direction * share, weights * share
-            return direction, weights
-        if isinstance(strategy, GramianWeighting):
-            with self._own_gradients_scaled():
-                weights = strategy.weights(gramian, self.present, values).to(jacobian)
-            if summed:
-                weights = weights * _to_count(weights, self.present)
-        return weights @ jacobian, weights
-
-    @contextmanager
-    def _own_gradients_scaled(self) -> Iterator[None]:
-        """What a method writes into its own parameters' `.grad` in here (RotoGrad) gets the scale of all others."""
-        own = [] if self.scale is None else list(self.strategy.parameters())
-        before = [p.grad for p in own]
-        for p in own:
-            p.grad = None
-        yield
-        for p, earlier in zip(own, before, strict=True):
-            found, p.grad = p.grad, earlier
-            gradients.add([p], [None if found is None else self._scaled(found)])
-
-    def _factor(self, norm: Tensor, equal: Tensor) -> Tensor | None:
-        """() what scale=norm or the method's own clip multiplies the shared gradient by."""
-        tiny = torch.finfo(norm.dtype).tiny
-        if self.switches.scale == "norm":
-            return equal / norm.clamp(min=tiny)
-        if self.switches.scale == "paper" and self.strategy.max_norm is not None:
-            return (self.strategy.max_norm / norm.clamp(min=tiny)).clamp(max=1.0)
-        return None
-
-    def _heads(self, losses: list[Tensor], own: list[list[Tensor | None]], weights: Tensor | None) -> None:
-        """Give each head its own gradient, with the method's weight and terms. `own` holds scaled gradients."""
-        strategy = self.strategy
-        if overrides(strategy, GramianWeighting, "head_terms"):
-            true = own if self.scale is None else [[None if g is None else g / self.scale for g in h] for h in own]
-            losses, _ = self._without_absent(losses)
-            with torch.enable_grad(), self._nothing_hidden():
-                terms = strategy.head_terms(losses, self.features, weights, self.heads, true)
-            for parameters, found in zip(self.heads, terms or [], strict=False):
-                gradients.add(parameters, [None if g is None else self._scaled(g) for g in found])
-        factors = _head_weights(strategy, weights, self.switches)
-        if self.per_task:
-            for i, parameters in enumerate(self.heads):
-                for p in parameters:
-                    leave_presence(p, None if self.present is None else self.present[i : i + 1])
-        for i, (parameters, found) in enumerate(zip(self.heads, own, strict=True)):
-            if factors is not None:
-                found = [None if g is None else factors[i] * g for g in found]
-            gradients.add(parameters, found)
-
-    def _write(self, direction: Tensor, norm: Tensor) -> Tensor:
-        """Add the shared gradient to `.grad`; return its () norm as this call left it."""
-        direction = self._scaled(direction)
-        if self.per_task:
-            for p in self.shared:
-                settle(p)
-        if not self.of_features:
-            gradients.add(self.shared, gradients.pieces(self.shared, direction))
-            if overrides(self.strategy, LossWeighting, "regulariser"):
-                return self._unscaled(gradients.norm(self.shared))
-            return norm
-        seed = direction.view_as(self.features).to(self.features.dtype)
-        if self.replicas is None:
-            with torch.enable_grad():
-                self.features.backward(seed)
-        else:  # by hand: DistributedDataParallel would wait for the heads, whose gradients are already there
-            with torch.enable_grad():
-                found = torch.autograd.grad(self.features, self.shared, seed, allow_unused=True)
-            found = [torch.zeros_like(p) if g is None else g for p, g in zip(self.shared, found, strict=True)]
-            gradients.add(self.shared, self.replicas.total(*found))
-        return self._unscaled(gradients.norm(self.shared))
-
-    def _jacobians(
-        self, samples: list[list[Tensor]], share: Tensor | None
-    ) -> tuple[Tensor, list[list[Tensor | None]], Tensor | None]:
-        """The (T, P) Jacobian to combine, each head's own gradients (mean over the batches), J₁J₂ᵀ of two batches."""
-        jacobian, own = self._jacobian(samples[0], share)
-        if len(samples) == 1:
-            return jacobian, own, None
-        heads_of = [own]
-        second, own = self._jacobian(samples[1], share)
-        heads_of.append(own)
-        cross = jacobian @ second.T
-        if len(samples) == 2:
-            jacobian = jacobian.add_(second).div_(2)
-        else:
-            jacobian, own = self._jacobian(samples[2], share)
-            heads_of.append(own)
-        mean = []
-        for parts in zip(*heads_of, strict=True):  # one head, all batches
-            found = [[g for g in batches if g is not None] for batches in zip(*parts, strict=True)]
-            mean.append([sum(batches) / len(samples) if batches else None for batches in found])
-        return jacobian, mean, cross
-
-    def _jacobian(self, losses: list[Tensor], share: Tensor | None) -> tuple[Tensor, list[list[Tensor | None]]]:
-        """(T, P) and each head's own gradients, of one batch, over all processes."""
-        # The graph stays for what follows: feature gradients on their way through the backbone, or terms of the heads.
-        keep = self.of_features or overrides(self.strategy, GramianWeighting, "head_terms")
-        where = [self.features] if self.of_features else self.shared
-        rows, own, reached = gradients.jacobian(losses, where, self.heads, keep, self.scale)
-        if where:
-            maybe = self._maybe_absent() if share is None else [True] * len(losses)
-            for i, there in enumerate(reached):
-                if not there and not maybe[i]:
-                    reach.check_shared(i, self.strategy.names[i], reach.reach(losses[i]), visible=False)
-        if self.present is not None:  # 0 times the slope of a NaN is NaN
-            here = self.present if share is None else share > 0
-            rows = torch.where(here[:, None], rows, 0.0)
-            own = [[g if g is None or g.is_sparse else torch.where(h, g, 0.0) for g in head]
-                   for h, head in zip(here, own, strict=True)]  # fmt: skip
-        if share is not None:
-            rows *= share[:, None]
-            if not self.of_features:
-                (rows,) = self.replicas.total(rows)
-            own = self.replicas.heads(self.heads, own, share)
-        return rows, own
-
-    def _scaled(self, value: Tensor) -> Tensor:
+    def scaled(self, value: Tensor) -> Tensor:
+        """`value` times the loss scale."""
         return value if self.scale is None else value * self.scale
 
-    def _unscaled(self, value: Tensor) -> Tensor:
+    def unscaled(self, value: Tensor) -> Tensor:
+        """`value` divided by the loss scale."""
         return value if self.scale is None else value / self.scale
 
 
-def _finite(own: list[list[Tensor | None]]) -> Tensor | bool:
-    """() whether the heads' gradients are finite."""
-    found = [g.to_dense() if g.is_sparse else g for head in own for g in head if g is not None]
-    return torch.nn.utils.get_total_norm(found).isfinite() if found else True
+def understood(
+    losses: Any,
+    strategy: Strategy,
+    shared: Any,
+    heads: Any,
+    present: Any,
+    features: Any,
+    switches: Switches,
+    scale: Any,
+    each: bool,
+    replicas: Replicas | None,
+) -> BackwardPass:
+    """The arguments of `mtl.backward` in one form, once the method's hooks have been called.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `mtl.backward`.
+    """
+    if not isinstance(strategy, LossWeighting | GramianWeighting | JacobianAggregation):
+        known = "give one of mtl.losses, such as mtl.losses.PCGrad(tasks=2)"
+        if isinstance(strategy, Strategy):
+            known = f"{type(strategy).__name__} belongs to none of the three families of mtl.losses"
+        shown = f"the class {strategy.__name__}" if isinstance(strategy, type) else f"a {type(strategy).__name__}"
+        raise TypeError(f"strategy: {shown} is no strategy; {known}")
+    switches.check(strategy)
+    owned = arguments.shared_parameters(shared, strategy)
+    strategy.movement = strategy.movement or Movement()
+    hooks.check_step(strategy, strategy.movement.look(strategy, owned))
+    if each:
+        switches.check_per_task(strategy)
+    samples = _samples(losses, strategy)
+    arguments.check_grad_mode(samples)
+    combines = switches.combines(strategy, each)
+    own = None if heads is None else arguments.head_parameters(heads, strategy, exclusive=combines)
+    if combines and own is None:
+        why = "a step with per-task gradients" if isinstance(strategy, LossWeighting) else type(strategy).__name__
+        raise ValueError(f"heads: {why} needs each task's own parameters (may be empty)")
+    of_features = switches.of_features(strategy)
+    if of_features and features is None:
+        raise ValueError("features: gradients of features need the tensor that all heads start from")
+    if features is not None and (of_features or strategy.flat):
+        given.check_features(strategy, features)
+    device = samples[0][0].device
+    there = arguments.marks(present, strategy.names, device)
+    for hook in (strategy.rule, "regulariser"):
+        signatures.check_present(strategy, hook, there)
+    factor, own = arguments.loss_scale(scale, device), own or [[] for _ in strategy.names]
+    return BackwardPass(strategy, switches, samples, owned, own, there, features, factor, each, replicas)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Gradients on, autocast off: a caller may be inside of it, and the method's products must not be rounded."""
+    inside = torch.is_autocast_enabled(device.type)
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False) if inside else nullcontext():
+        yield
+
+
+def _samples(losses: Any, strategy: Strategy) -> list[list[Tensor]]:
+    """The losses of each batch that the method needs, as scalars in task order."""
+    if strategy.samples == 1:
+        return [arguments.scalars("losses", losses, strategy.names)]
+    batches = [] if isinstance(losses, Mapping) or (isinstance(losses, Tensor) and losses.dim() < 2) else list(losses)
+    if len(batches) != strategy.samples or any(isinstance(b, Tensor) and b.dim() == 0 for b in batches):
+        raise ValueError(
+            f"losses: {type(strategy).__name__} needs the losses of {strategy.samples} independent batches; "
+            f"give a list of {strategy.samples} lists of {strategy.tasks} losses, or use mtl.Step"
+        )
+    return [arguments.scalars(f"losses[{k}]", batch, strategy.names) for k, batch in enumerate(batches)]
 
 
 def _only(present: Tensor | None, losses: list[Tensor]) -> list[Tensor]:
@@ -436,37 +240,3 @@ def _only(present: Tensor | None, losses: list[Tensor]) -> list[Tensor]:
     if present is None:
         return losses
     return [torch.where(p, loss, torch.zeros_like(loss)) for p, loss in zip(present, losses, strict=True)]
-
-
-def _to_count(weights: Tensor, present: Tensor | None) -> Tensor:
-    """() the factor by which the weights' sizes add up to the number of tasks; a sum with signs could be 0 or less."""
-    total = weights.abs().sum()
-    return torch.where(total > 0, count(present, weights) / total, 1.0)
-
-
-def _head_weights(strategy: Strategy, weights: Tensor | None, switches: Switches) -> Tensor | None:
-    """(T,) what each head's own gradient is multiplied by; None leaves them alone."""
-    if switches.heads == "own":
-        return None
-    if switches.heads == "weighted" or isinstance(strategy, LossWeighting):
-        return weights
-    return strategy.head_weights(weights)
-
-
-def _similarity(gramian: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Over the pairs of present tasks: mean cosine, share of negative cosines, mean magnitude similarity."""
-    tiny = torch.finfo(gramian.dtype).tiny
-    squares = gramian.diagonal()
-    rows, columns = torch.triu_indices(len(gramian), len(gramian), 1, device=gramian.device)
-    products = squares[rows].sqrt() * squares[columns].sqrt()
-    cosines = gramian[rows, columns] / products.clamp(min=tiny)
-    magnitudes = 2 * products / (squares[rows] + squares[columns]).clamp(min=tiny)
-    pairs = torch.ones_like(cosines) if present is None else (present[rows] & present[columns]).to(cosines)
-    total = pairs.sum().clamp(min=1)
-    return (cosines * pairs).sum() / total, ((cosines < 0) * pairs).sum() / total, (magnitudes * pairs).sum() / total
-
-
-def _leave_rows(shared: list[Parameter], rows: Tensor, present: Tensor | None) -> None:
-    """Add each task's (T, P) gradient to `task_grads`, for the optimizers that keep statistics for each task."""
-    for p, part in zip(shared, rows.split([p.numel() for p in shared], dim=1), strict=True):
-        leave(p, part.view(len(rows), *p.shape), present)

@@ -1,14 +1,65 @@
-"""Gradients of single tasks, and `.grad` written as autograd itself would leave it."""
+"""Gradients of single tasks: the Jacobian of one batch or of several, over one process or several."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from mtl.engine import reach
+from mtl.engine.backward_pass import BackwardPass
 from mtl.engine.hidden import Aside
+from mtl.losses.base import HeadGradients
+from mtl.losses.hooks import differentiates
+
+
+def jacobians(
+    one: BackwardPass, samples: list[list[Tensor]], share: Tensor | None
+) -> tuple[Tensor, HeadGradients, Tensor | None]:
+    """The (T, P) Jacobian to combine, each head's own gradients (mean over the batches), J₁J₂ᵀ of two batches."""
+    jacobian, own = _of_batch(one, samples[0], share)
+    if len(samples) == 1:
+        return jacobian, own, None
+    heads_of = [own]
+    second, own = _of_batch(one, samples[1], share)
+    heads_of.append(own)
+    cross = jacobian @ second.T
+    if len(samples) == 2:
+        jacobian = jacobian.add_(second).div_(2)
+    else:
+        jacobian, own = _of_batch(one, samples[2], share)
+        heads_of.append(own)
+    mean = []
+    for parts in zip(*heads_of, strict=True):  # one head, all batches
+        found = [[g for g in batches if g is not None] for batches in zip(*parts, strict=True)]
+        mean.append([sum(batches) / len(samples) if batches else None for batches in found])
+    return jacobian, mean, cross
+
+
+def _of_batch(one: BackwardPass, losses: list[Tensor], share: Tensor | None) -> tuple[Tensor, HeadGradients]:
+    """(T, P) and each head's own gradients, of one batch, over all processes."""
+    # The graph stays for what follows: features on their way through the backbone, further terms of losses or heads.
+    keep = one.of_features or differentiates(one.strategy)
+    where = [one.features] if one.of_features else one.shared
+    rows, own, reached = jacobian(losses, where, one.heads, keep, one.scale)
+    if where:
+        maybe = one.maybe_absent() if share is None else [True] * len(losses)
+        for i, there in enumerate(reached):
+            if not there and not maybe[i]:
+                reach.check_shared(i, one.strategy.names[i], reach.reach(losses[i]), visible=False)
+    if one.present is not None:  # 0 times the slope of a NaN is NaN
+        here = one.present if share is None else share > 0
+        rows = torch.where(here[:, None], rows, 0.0)
+        own = [[g if g is None or g.is_sparse else torch.where(h, g, 0.0) for g in head]
+               for h, head in zip(here, own, strict=True)]  # fmt: skip
+    if share is not None:
+        rows *= share[:, None]
+        if not one.of_features:
+            (rows,) = one.replicas.total(rows)
+        own = one.replicas.heads(one.heads, own, share)
+    return rows, own
 
 
 def columns(parameters: Sequence[Tensor]) -> list[int]:
@@ -57,7 +108,7 @@ def _jacobian(
 ) -> tuple[Tensor, list[list[Tensor | None]], list[bool]]:
     sizes = columns(where)
     # Under autocast gradients are in half precision; their inner products need more.
-    dtype = torch.float32
+    dtype = torch.float32 if where else losses[0].dtype
     for p in where:
         dtype = torch.promote_types(dtype, p.real.dtype if p.is_complex() else p.dtype)
     device = where[0].device if where else losses[0].device
@@ -97,45 +148,16 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def pieces(parameters: Sequence[Tensor], row: Tensor) -> list[Tensor]:
-    """`row` (P,) cut into one tensor of each parameter's shape."""
-    cut = row.split(columns(parameters))
-    return [
-        torch.view_as_complex(c.view(*p.shape, 2)) if p.is_complex() else c.view(p.shape)
-        for p, c in zip(parameters, cut, strict=True)
-    ]
-
-
-@torch.no_grad()
-def add(parameters: Iterable[Parameter], gradients: Iterable[Tensor | None]) -> None:
-    """Add to `.grad`. A new one has its parameter's strides and dtype, and memory of its own.
-
-    Fused optimizers walk a parameter and its gradient side by side in memory, so they depend on equal strides.
-    """
-    targets, sources = [], []
-    for p, g in zip(parameters, gradients, strict=True):
-        if g is None:
-            continue
-        if g.is_sparse:
-            p.grad = g.clone() if p.grad is None else p.grad + g
-        elif p.grad is None:
-            p.grad = torch.empty_like(p)
-            targets.append(p.grad)
-            sources.append(g)
-        elif p.grad.is_sparse:
-            p.grad = p.grad + g
-        else:
-            p.grad += g
-    if targets:
-        torch._foreach_copy_(targets, sources)
-
-
-def norm(parameters: Sequence[Parameter]) -> Tensor:
-    """() norm of all the parameters' `.grad` taken together."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
-        return torch.zeros((), device=parameters[0].device if parameters else None)
-    if any(g.is_sparse or g.is_complex() for g in gradients):
-        gradients = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-        gradients = [torch.view_as_real(g) if g.is_complex() else g for g in gradients]
-    return torch.nn.utils.get_total_norm(gradients)
+def similarity(gramian: Tensor, present: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Over the pairs of present tasks: mean cosine, share of negative ones, magnitude similarity; None if T = 1."""
+    if len(gramian) == 1:
+        return None, None, None
+    tiny = torch.finfo(gramian.dtype).tiny
+    squares = gramian.diagonal()
+    rows, columns = torch.triu_indices(len(gramian), len(gramian), 1, device=gramian.device)
+    products = squares[rows].sqrt() * squares[columns].sqrt()
+    cosines = gramian[rows, columns] / products.clamp(min=tiny)
+    magnitudes = 2 * products / (squares[rows] + squares[columns]).clamp(min=tiny)
+    pairs = torch.ones_like(cosines) if present is None else (present[rows] & present[columns]).to(cosines)
+    total = pairs.sum().clamp(min=1)
+    return (cosines * pairs).sum() / total, ((cosines < 0) * pairs).sum() / total, (magnitudes * pairs).sum() / total

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
-from mtl.losses.base import Strategy
+from mtl.losses.base import LossWeighting, Strategy
 from mtl.losses.negative import host, refuse_negative
 
-__all__ = ["Untouched", "host", "refuse_negative"]
+__all__ = ["Untouched", "host", "kept", "refuse_negative"]
 
 
 class Untouched:
@@ -41,3 +44,31 @@ class Untouched:
         for name in self._missing:  # made in this step; every average begins with zeros
             if (buffer := now.get(name)) is not None:
                 buffer.copy_(torch.where(finite, buffer, torch.zeros_like(buffer)))
+
+
+@contextmanager
+def kept(strategy: Strategy, values: Tensor, gramian: Tensor, own: Sequence[Sequence[Tensor | None]]) -> Iterator[None]:
+    """A method that learns from gradients in here keeps its buffers where losses or gradients are not finite.
+
+    Loss weighting has computed its weights by now; its step looks for itself once `.grad` is written.
+
+    Args:
+        values: (T,) losses.
+        gramian: (T, T) of the shared gradients.
+        own: the heads' gradients.
+    """
+    untouched = None
+    keeps = strategy.lazy or any(True for _ in strategy.buffers()) or values.device.type == "cpu"  # its draws
+    if keeps and not isinstance(strategy, LossWeighting):
+        finite = values.isfinite().all() & gramian.isfinite().all() & _finite(own)
+        # A copy of the buffers costs as much as the Jacobian. On a CPU it is known beforehand that none is needed.
+        untouched = None if host(finite[None]) == [True] else Untouched(strategy)
+    yield
+    if untouched:
+        untouched.unless(finite)
+
+
+def _finite(own: Sequence[Sequence[Tensor | None]]) -> Tensor | bool:
+    """() whether the heads' gradients are finite."""
+    found = [g.to_dense() if g.is_sparse else g for head in own for g in head if g is not None]
+    return torch.nn.utils.get_total_norm(found).isfinite() if found else True

@@ -251,9 +251,10 @@ class Learner:
     def step(self) -> Step:
         """The update of this learner's parameters."""
         heads = [list(self.model.own_parameters(task.name)) for task in self.tasks]
+        self.strategy.group = None  # the processes of a run have divided the batch by themselves
         return Step(
             self.strategy, self.optimizer, list(self.model.shared_parameters()), heads,
-            switches=self.switches, model=self.model, group=None,
+            switches=self.switches, model=self.model,
         )  # fmt: skip
 
     def _whole(self, passes: Sequence[Pass], batch: Batch) -> tuple[Sequence[Any], Sequence[Tensor]]:

@@ -11,11 +11,9 @@ of the call. No collective depends on what one process alone knows, since the ot
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import wraps
-from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -28,7 +26,7 @@ from mtl.engine.agreement import Call
 from mtl.engine.reach import EVERY, reach
 from mtl.errors import one_line
 from mtl.losses import hooks
-from mtl.losses.base import GramianWeighting, LossWeighting, Strategy, overrides
+from mtl.losses.base import GramianWeighting, LossWeighting, Strategy
 from mtl.losses.extra import pack
 
 Group = Any  # torch.distributed.ProcessGroup, which some builds of torch do not have
@@ -66,8 +64,7 @@ class Replicas:
         if hooks.defines(strategy, "look_ahead"):
             raise ValueError(f"group: {name} tries steps out on parts of the batch, which works in one process only")
         merges = not isinstance(strategy, LossWeighting | GramianWeighting)
-        terms = overrides(strategy, LossWeighting, "regulariser") or overrides(strategy, GramianWeighting, "head_terms")
-        if terms or (of_features and merges):
+        if hooks.differentiates(strategy) or (of_features and merges):
             raise ValueError(f"group: {name} works on the features of the whole batch, which needs one process")
         if any(_sharded(p) for p in shared):
             raise ValueError("shared: parameters of FSDP, of which each process holds a part; use "
@@ -304,8 +301,6 @@ def replicas(group: Group | Literal["auto"] | None) -> Replicas | None:
     Raises:
         ValueError: `group` is no group of this process.
     """
-    if isinstance(group, Replicas):
-        return group
     if group is None or (group == "auto" and not hooks.several()):
         return None
     if group != "auto":
@@ -325,30 +320,26 @@ def _of_all() -> Replicas:
 hooks.of_all = _of_all
 
 
-def heard(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """`backward`, with its `group` replaced by the `Replicas` of it; they hear of an error of this process."""
+@contextmanager
+def heard(strategy: Any, losses: Any) -> Iterator[Replicas | None]:
+    """The processes of `strategy.group`, which hear of an error in here if they wait for this step's message.
 
-    arguments = signature(backward)
-
-    @wraps(backward)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if not hooks.several():
-            return backward(*args, **kwargs)
-        given = arguments.bind(*args, **kwargs).arguments
-        found, strategy = replicas(given.get("group", "auto")), given["strategy"]
-        if found is None or not isinstance(strategy, Strategy):
-            return backward(*args, **kwargs)
-        if strategy.across is not None and strategy.across.group is found.group:
-            found = strategy.across
-        found.sent = False
-        try:
-            return backward(**{**given, "group": found})
-        except Exception as error:
-            if not found.sent:
-                found.fail(strategy, error, _device(given["losses"]))
-            raise
-
-    return wrapper
+    Args:
+        losses: of the step, wherever they are.
+    """
+    found = replicas(strategy.group) if isinstance(strategy, Strategy) else None
+    if found is None:
+        yield None
+        return
+    if strategy.across is not None and strategy.across.group is found.group:
+        found = strategy.across
+    found.sent = False
+    try:
+        yield found
+    except Exception as error:
+        if not found.sent:
+            found.fail(strategy, error, _device(losses))
+        raise
 
 
 @contextmanager

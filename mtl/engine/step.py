@@ -11,16 +11,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mtl.engine import arguments
-from mtl.engine.backward import PAPER, Info, Owners, backward
-from mtl.engine.gradients import norm as gradient_norm
-from mtl.engine.replicas import Group
-from mtl.engine.switches import Switches
+from mtl.engine.accumulate import Gradients, accumulate
+from mtl.engine.accumulate import norm as gradient_norm
+from mtl.engine.backward import gradients
+from mtl.engine.backward_pass import Owners
+from mtl.engine.switches import PAPER, Info, Switches
 from mtl.losses import Equal, Statistics, Strategy
 from mtl.losses.hooks import defines
 from mtl.random import derive
@@ -73,7 +74,6 @@ class Step:
             these are the modules among `shared` and `heads`.
         scaler: the GradScaler of mixed precision; `Step` calls its `step` and `update`.
         max_norm: norm to which the gradient of all the optimizer's parameters is clipped; None does not clip.
-        group: as in `mtl.backward`.
 
     Raises:
         ValueError: the optimizer cannot work with this strategy or these switches.
@@ -90,10 +90,9 @@ class Step:
         model: nn.Module | None = None,
         scaler: torch.amp.GradScaler | None = None,
         max_norm: float | None = None,
-        group: Group | Literal["auto"] | None = "auto",
     ):
         self.strategy, self.optimizer, self.switches = strategy, optimizer, switches
-        self.scaler, self.max_norm, self.group = scaler, max_norm, group
+        self.scaler, self.max_norm = scaler, max_norm
         self._shared, self._heads = _kept(shared), _kept(heads)
         self._modules = list(_modules(self._shared, self._heads)) if model is None else [model]
         self._per_task = getattr(optimizer, "per_task", False)
@@ -151,14 +150,16 @@ class Step:
         if observer is not None:
             observer.before(passes)
         values = [one.values for one in passes] if len(passes) > 1 else passes[0].values
-        info = backward(
-            values, strategy, self._shared, self._heads, present, passes[0].features, self.switches, self._per_task,
-            None if observer is None else observer.jacobian, self.scaler, self.group,
+        found = gradients(
+            values, strategy, self._shared, self._heads, present, passes[0].features, self.switches, self.scaler,
+            each=self._per_task, inspect=None if observer is None else observer.jacobian,
         )  # fmt: skip
+        info, tasks = accumulate(found), _tasks(found) if self._per_task else {}
+        del found  # the gradients of the tasks take much memory
         if observer is not None:
             observer.after(info.weights)
         with self._resting(present):
-            self._update()
+            self._update(tasks)
         if defines(strategy, "after_step"):
             # The same samples under the new parameters.
             with torch.no_grad(), self._frozen_statistics():
@@ -227,16 +228,23 @@ class Step:
                 )
         self._checked = True
 
-    def _update(self) -> None:
+    def _update(self, tasks: Mapping[str, Any]) -> None:
+        """Clip, and make the optimizer's step.
+
+        Args:
+            tasks: the further arguments of an optimizer that keeps statistics for each task; else empty.
+        """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if self.max_norm is not None:
             if self.scaler is not None:
                 self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
+            for rows in tasks.get("rows", {}).values():  # their sum stays the gradient
+                rows *= (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
         if self.scaler is None:
-            self.optimizer.step()
+            self.optimizer.step(**tasks)
         else:
-            self.scaler.step(self.optimizer)
+            self.scaler.step(self.optimizer, **tasks)
             self.scaler.update()
 
     def _take_turns(self, forward: Forward, whole: slice, present: Tensor | None, observer: Observer | None) -> Info:
@@ -299,6 +307,18 @@ class Step:
         finally:
             for m in norms:
                 m.track_running_stats = True
+
+
+def _tasks(found: Gradients) -> dict[str, Any]:
+    """What an optimizer with statistics for each task needs to know: see `AdaTask.step`."""
+    one, rows, present = found.one, {}, {}
+    if found.rows is not None:
+        parts = found.rows.split([p.numel() for p in one.shared], dim=1)
+        rows = {p: part.view(-1, *p.shape) for p, part in zip(one.shared, parts, strict=True)}
+    if one.present is not None:
+        present = {p: one.present[i : i + 1] for i, head in enumerate(one.heads) for p in head}
+        present |= dict.fromkeys(rows, one.present)
+    return {"rows": rows, "present": present}
 
 
 def _losses(found: Any) -> Losses:

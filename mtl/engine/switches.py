@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
+import torch
 from torch import Tensor
 
 from mtl.losses.arguments import choose
-from mtl.losses.base import JacobianAggregation, LossWeighting, Strategy, overrides
+from mtl.losses.base import JacobianAggregation, LossWeighting, Strategy, count
+from mtl.losses.hooks import defines
 
 TINY = 1e-12  # losses are held above it where transform=log takes their logarithm
 
@@ -59,6 +61,20 @@ class Switches:
         """Whether a step takes the gradients of the tasks one by one."""
         return not isinstance(strategy, LossWeighting) or self.scale == "norm" or self.heads == "own" or per_task
 
+    def factor(self, strategy: Strategy, norm: Tensor, equal: Tensor) -> Tensor | None:
+        """() what scale=norm or the method's own clip multiplies the shared gradient by.
+
+        Args:
+            norm: () of the shared gradient.
+            equal: () norm under equal weighting.
+        """
+        tiny = torch.finfo(norm.dtype).tiny
+        if self.scale == "norm":
+            return equal / norm.clamp(min=tiny)
+        if self.scale == "paper" and strategy.max_norm is not None:
+            return (strategy.max_norm / norm.clamp(min=tiny)).clamp(max=1.0)
+        return None
+
     def check(self, strategy: Strategy) -> None:
         """Raises:
         ValueError: this strategy cannot be switched like that.
@@ -77,7 +93,7 @@ class Switches:
             raise ValueError(f"transform=log: {name} needs positive losses, which log-losses are not; drop it")
         if strategy.lazy and self.gradients == "features":
             raise ValueError(f"gradients=features: {name} averages the parameters' gradients over batches; drop it")
-        if self.scale == "norm" and overrides(strategy, LossWeighting, "regulariser"):
+        if self.scale == "norm" and defines(strategy, "regulariser"):
             raise ValueError(
                 f"scale=norm: {name} adds a regulariser, which no scale of the losses' gradient bounds; drop it"
             )
@@ -95,10 +111,19 @@ class Switches:
             raise ValueError(
                 "step.gradients=features leaves no parameter gradients, and the optimizer needs each task's"
             )
-        if overrides(strategy, LossWeighting, "regulariser"):
+        if defines(strategy, "regulariser"):
             raise ValueError(
                 f"{name} adds a regulariser that belongs to no task, and the optimizer needs each task's gradient"
             )
+
+
+PAPER = Switches()  # everything as published
+
+
+def to_count(weights: Tensor, present: Tensor | None) -> Tensor:
+    """() the factor by which the weights' sizes add up to the number of tasks; a sum with signs could be 0 or less."""
+    total = weights.abs().sum()
+    return torch.where(total > 0, count(present, weights) / total, 1.0)
 
 
 @dataclass(frozen=True)

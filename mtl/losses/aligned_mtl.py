@@ -34,7 +34,7 @@ class AlignedMTL(GramianWeighting):
         super().__init__(tasks)
         self.scale = scale
 
-    def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, present: Tensor | None = None) -> Tensor:
         eps = torch.finfo(gramian.dtype).eps
         values, vectors = torch.linalg.eigh(decomposable(double(gramian)))
         # `eps` is that of the Gramian, not of float64: the Gramian's own rounding decides which eigenvalues are real.

@@ -35,7 +35,7 @@ class CAGrad(GramianWeighting):
         super().__init__(tasks)
         self.c, self.rescale = c, rescale
 
-    def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, present: Tensor | None = None) -> Tensor:
         mean = uniform(present, double(gramian)[0])
         slopes = double(gramian) @ mean  # g_i·g₀
         length = (mean @ slopes).clamp(min=0).sqrt()  # ‖g₀‖; rounding can make its square slightly negative

@@ -22,7 +22,7 @@ class ConFIG(GramianWeighting):
 
     claims = ("task_scale_free", "scale_free")
 
-    def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, present: Tensor | None = None) -> Tensor:
         rtol = 8 * len(gramian) * torch.finfo(gramian.dtype).eps  # rounding of the Gramian's own precision
         G = double(gramian)
         norms = G.diagonal().clamp(min=0).sqrt()

@@ -35,7 +35,7 @@ class ConicGrad(GramianWeighting):
         super().__init__(tasks)
         self.c = c
 
-    def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, present: Tensor | None = None) -> Tensor:
         G = double(gramian)
         mean = uniform(present, G[0])
         slopes = G @ mean

@@ -18,11 +18,12 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
+from mtl.losses.base import HeadGradients
 from mtl.losses.fairgrad import FairGrad
 
 
 class ConsMTL(FairGrad):
-    """weights = FairGrad's; head_terms = the clipped pull towards the common feature gradient.
+    """weights = FairGrad's; head_gradients = their own and the clipped pull towards the common feature gradient.
 
     Args:
         strength: λ.
@@ -43,14 +44,14 @@ class ConsMTL(FairGrad):
         super().__init__(tasks, alpha=2.0, max_norm=max_norm)
         self.strength, self.clip = strength, clip
 
-    def head_terms(
+    def head_gradients(
         self,
-        losses: Sequence[Tensor],
-        features: Tensor | None,
-        weights: Tensor,
-        heads: Sequence[Sequence[nn.Parameter]],
-        own: Sequence[Sequence[Tensor | None]],
-    ) -> list[list[Tensor | None]]:
+        own: HeadGradients,
+        weights: Tensor | None = None,
+        losses: Sequence[Tensor] = (),
+        features: Tensor | None = None,
+        heads: Sequence[Sequence[nn.Parameter]] = (),
+    ) -> HeadGradients:
         if features is None:
             raise ValueError("features: ConsMTL needs the tensor that all heads start from")
         # An absent task's loss is a constant: it has no slope.
@@ -58,10 +59,10 @@ class ConsMTL(FairGrad):
             torch.autograd.grad(loss, features, create_graph=True)[0] if loss.requires_grad else None for loss in losses
         ]
         common = sum(w * s.detach() for w, s in zip(weights, slopes, strict=True) if s is not None)
-        terms = []
+        found = []
         for slope, head, gradients in zip(slopes, heads, own, strict=True):
             if slope is None or not head:
-                terms.append([None] * len(head))
+                found.append(gradients)
                 continue
             agreement = -self.strength * (slope * common).sum()
             extra = torch.autograd.grad(agreement, head, retain_graph=True, allow_unused=True)
@@ -69,8 +70,14 @@ class ConsMTL(FairGrad):
             limit = self.clip * _norm(gradients)
             norm = _norm(extra)
             factor = torch.where(norm > limit, limit / norm.clamp(min=1e-30), 1.0)
-            terms.append([None if g is None else factor * g for g in extra])
-        return terms
+            found.append([_sum(g, factor, e) for g, e in zip(gradients, extra, strict=True)])
+        return found
+
+
+def _sum(own: Tensor | None, factor: Tensor, extra: Tensor | None) -> Tensor | None:
+    if extra is None:
+        return own
+    return factor * extra if own is None else factor * extra + own
 
 
 def _norm(gradients: Sequence[Tensor | None]) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from annotated_types import Ge, Le
 from torch import Tensor
 
-from mtl.losses.base import JacobianAggregation, masked
+from mtl.losses.base import HeadGradients, JacobianAggregation, masked, times
 
 
 class DBMTL(JacobianAggregation):
@@ -43,11 +43,7 @@ class DBMTL(JacobianAggregation):
         self.register_buffer("inverse", torch.ones(self.tasks))
 
     def aggregate(
-        self,
-        jacobian: Tensor,
-        present: Tensor | None = None,
-        losses: Tensor | None = None,
-        features: Tensor | None = None,
+        self, jacobian: Tensor, present: Tensor | None = None, losses: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         if losses is None:
             raise ValueError("DB-MTL needs the losses of the step")
@@ -63,5 +59,5 @@ class DBMTL(JacobianAggregation):
         weights = masked(masked(norms, present).max() / (norms + 1e-8), present)
         return weights @ average, weights
 
-    def head_weights(self, weights: Tensor | None) -> Tensor:
-        return self.inverse
+    def head_gradients(self, own: HeadGradients) -> HeadGradients:
+        return times(own, self.inverse)

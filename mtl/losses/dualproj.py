@@ -20,5 +20,5 @@ class DualProj(GramianWeighting):
 
     claims = ("non_conflicting", "scale_free")
 
-    def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, present: Tensor | None = None) -> Tensor:
         return masked(project_on_cone(gramian, uniform(present, double(gramian)[0])[None])[0], present)

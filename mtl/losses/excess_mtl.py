@@ -36,13 +36,7 @@ class ExcessMTL(JacobianAggregation):
         self.register_buffer("task_weights", torch.ones(self.tasks, dtype=torch.float64))
         self.register_buffer("initial", torch.full((self.tasks,), torch.nan, dtype=torch.float64))
 
-    def aggregate(
-        self,
-        jacobian: Tensor,
-        present: Tensor | None = None,
-        losses: Tensor | None = None,
-        features: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def aggregate(self, jacobian: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
         squares = self.kept("squares", jacobian)
         on = torch.ones(self.tasks, dtype=torch.bool, device=jacobian.device) if present is None else present
         squared = jacobian * jacobian

@@ -41,5 +41,5 @@ class FairGrad(GramianWeighting):
         super().__init__(tasks)
         self.alpha, self.max_norm = alpha, max_norm
 
-    def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, present: Tensor | None = None) -> Tensor:
         return masked(fair_weights(gramian, self.alpha), present)

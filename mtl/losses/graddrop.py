@@ -32,13 +32,8 @@ class GradDrop(JacobianAggregation):
         super().__init__(tasks)
         self.leak = leak
 
-    def aggregate(
-        self,
-        jacobian: Tensor,
-        present: Tensor | None = None,
-        losses: Tensor | None = None,
-        features: Tensor | None = None,
-    ) -> Tensor:
+    def aggregate(self, jacobian: Tensor, present: Tensor | None = None, features: Tensor | None = None) -> Tensor:
+        # `present` is not read: the row of an absent task is 0, and so has neither a vote nor a share.
         if features is None:
             votes = jacobian
         else:  # (T, F): gradients for |z|. These can be summed over samples whose activations have different signs.

@@ -34,7 +34,7 @@ class GradVac(GramianWeighting):
         self.beta = beta
         self.register_buffer("goal", torch.zeros(self.tasks, self.tasks, dtype=torch.float64))
 
-    def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, present: Tensor | None = None) -> Tensor:
         matrix, norms = cosines(gramian)
         live = gramian.diagonal() > 0
         order = random_orders(len(matrix), self.generator(matrix.device))

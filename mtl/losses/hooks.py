@@ -6,16 +6,17 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import wraps
-from inspect import signature
+from inspect import Signature, signature
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from mtl.losses import given
+from mtl.losses import given, signatures
 
 Across = Any  # mtl.engine.replicas.Replicas: the processes that share each batch
 AVERAGED = ("after_step", "epoch_end")  # hooks that are told what one process saw
+MARKED = {"after_step": 1, "look_ahead": 3}  # hooks that are told of absent tasks, after so many other arguments
 HOOKS = ("prepare", "views", "look_ahead", "after_step", "epoch_end")
 of_all: Callable[[], Across] | None = None  # set by mtl.engine.replicas, which imports the methods
 PATIENCE = 32  # steps after which a method that depends on the progress must have heard of an epoch's start
@@ -78,9 +79,17 @@ def noted(hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
         ValueError, TypeError: an argument cannot be brought into this form; the message names hook and argument.
     """
     parameters = signature(function)
+    place = MARKED.get(hook, 0)
+    blind = place and len(parameters.parameters) <= 1 + place and not _open(parameters)  # takes no `present`
 
     @wraps(function)
     def wrapper(strategy: Any, *args: Any, **kwargs: Any) -> Any:
+        if blind:
+            present = args[place] if len(args) > place else kwargs.pop("present", None)
+            args = args[:place] + args[place + 1 :]
+            if present is not None:
+                present = given.vector(f"{hook}(present)", present, strategy.names).to(torch.bool)
+                signatures.refuse_absent(strategy, hook, present)
         call = parameters.bind(strategy, *args, **kwargs)
         given.tidy(hook, call.arguments, strategy)
         if strategy.across is None and hook in AVERAGED:
@@ -93,8 +102,11 @@ def noted(hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
         strategy.calls.note(hook)
         return result
 
-    wrapper.noted = True
     return wrapper
+
+
+def _open(parameters: Signature) -> bool:
+    return any(p.kind is p.VAR_KEYWORD or p.kind is p.VAR_POSITIONAL for p in parameters.parameters.values())
 
 
 def _known(strategy: Any, hook: str) -> Across | None:
@@ -103,9 +115,9 @@ def _known(strategy: Any, hook: str) -> Across | None:
     A strategy that was loaded knows whether it was trained by all processes. Another one notes that it was told the
     figures of one process, which the next `mtl.backward` of a group then refuses.
     """
-    if not several():
+    if not several() or strategy.group is None:
         return None
-    if strategy.grouped and of_all is not None:
+    if strategy.grouped and strategy.group == "auto" and of_all is not None:
         return of_all()
     strategy.alone = f"strategy.{hook}"
     return None
@@ -118,7 +130,7 @@ def several() -> bool:
 
 def _average(call: dict[str, Any], strategy: Any, hook: str) -> None:
     """Replace what one process saw by what all of them saw: losses after a step, statistics of an epoch."""
-    if hook == "after_step":
+    if hook == "after_step":  # one that takes no `present` has seen to it that no task is absent
         ((call["losses"], call["present"]),) = strategy.across.means(
             strategy, hook, [call["losses"]], [call.get("present")]
         )
@@ -134,9 +146,23 @@ def _average(call: dict[str, Any], strategy: Any, hook: str) -> None:
     call["statistics"] = replace(statistics, losses=losses, scores=scores)
 
 
+def optional(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a hook of the base class, which a method may leave as it is."""
+    function.optional = True
+    return function
+
+
 def defines(strategy: Any, hook: str) -> bool:
-    """Whether the method has something to do when `hook` is called."""
-    return hasattr(getattr(type(strategy), hook), "noted")
+    """Whether the method has its own `hook`, so that there is something to do."""
+    return not hasattr(getattr(type(strategy), hook), "optional")
+
+
+def differentiates(strategy: Any) -> bool:
+    """Whether the method takes derivatives of the losses by itself, for which their graph must last."""
+    if defines(strategy, "regulariser"):
+        return True
+    heads = signatures.taken(strategy, "head_gradients", losses=None, features=None)
+    return bool(heads) and defines(strategy, "head_gradients")
 
 
 def check_epoch(strategy: Any, epoch: int) -> None:
@@ -212,7 +238,7 @@ def _check_epochs(strategy: Any) -> None:
         warnings.warn(
             f"{name} learns from epochs, and heard of none in {HINT} steps: it waits for {_EPOCH_END}. If the first "
             f"epoch is longer than that, call {start}, too; without any call it refuses after {LONG} steps",
-            stacklevel=4,
+            stacklevel=6,
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 
-from mtl.losses.base import GramianWeighting, masked
+from mtl.losses.base import GramianWeighting, HeadGradients, masked, times
 from mtl.losses.imtl_g import equal_projections
 from mtl.losses.solvers import double
 
@@ -42,5 +42,5 @@ class IMTL(GramianWeighting):
         # IMTL-G on the scaled gradients e^{s_i} g_i: their Gramian is G with rows and columns scaled.
         return equal_projections(double(gramian) * factors * factors[:, None], present) * factors
 
-    def head_weights(self, weights: Tensor) -> Tensor:
-        return self.scales.detach().exp().to(weights)
+    def head_gradients(self, own: HeadGradients, weights: Tensor) -> HeadGradients:
+        return times(own, self.scales.detach().exp().to(weights))

@@ -26,7 +26,7 @@ class IMTLG(GramianWeighting):
 
     claims = ("scale_free",)
 
-    def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, present: Tensor | None = None) -> Tensor:
         return equal_projections(gramian, present)
 
 

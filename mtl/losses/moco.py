@@ -53,11 +53,7 @@ class MoCo(JacobianAggregation):
         self.register_buffer("steps", torch.zeros((), dtype=torch.float64))
 
     def aggregate(
-        self,
-        jacobian: Tensor,
-        present: Tensor | None = None,
-        losses: Tensor | None = None,
-        features: Tensor | None = None,
+        self, jacobian: Tensor, present: Tensor | None = None, losses: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         trackers = self.kept("trackers", jacobian)
         if self.normalise:

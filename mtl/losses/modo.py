@@ -38,7 +38,7 @@ class MoDo(GramianWeighting):
         self.step_size, self.rho = lr, rho
         self.register_buffer("mixture", torch.full((self.tasks,), 1 / self.tasks, dtype=torch.float64))
 
-    def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, present: Tensor | None = None) -> Tensor:
         old = double(self.mixture)
         share = old if present is None else torch.where(present, old, 0.0)
         share = share / share.sum().clamp(min=1e-12)

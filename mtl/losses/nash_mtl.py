@@ -37,5 +37,5 @@ class NashMTL(GramianWeighting):
         super().__init__(tasks)
         self.max_norm = max_norm
 
-    def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, present: Tensor | None = None) -> Tensor:
         return masked(fair_weights(gramian, 1.0), present)

@@ -38,7 +38,7 @@ class NTKMTL(GramianWeighting):
         super().__init__(tasks)
         self.power, self.max_norm = power, max_norm
 
-    def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, present: Tensor | None = None) -> Tensor:
         squares = double(gramian).diagonal()
         # A zero gradient stays zero under any weight, so 1 is as good as the infinite one of the formula.
         return masked(torch.where(squares > 0, (squares.sum() / squares) ** self.power, 1.0), present)

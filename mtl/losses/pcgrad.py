@@ -21,7 +21,7 @@ class PCGrad(GramianWeighting):
 
     claims = ("scale_free",)
 
-    def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, present: Tensor | None = None) -> Tensor:
         matrix, norms = cosines(gramian)
         order = random_orders(len(matrix), self.generator(matrix.device))
         rounds = order.T[..., None]

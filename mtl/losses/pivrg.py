@@ -79,7 +79,7 @@ class PIVRG(GramianWeighting):
         spread = (drop.max() - drop.min()) / math.log(self.bound)
         self.targets.copy_(self.tasks * torch.softmax(drop / spread.clamp(min=self.min_temperature), 0))
 
-    def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, present: Tensor | None = None) -> Tensor:
         targets = renormalised(self.targets, present)
         if present is not None:
             targets = torch.where(present, targets, 1.0)

@@ -72,11 +72,7 @@ class RotoGrad(JacobianAggregation):
         return [features @ rotation.T for rotation in rotations]
 
     def aggregate(
-        self,
-        jacobian: Tensor,
-        present: Tensor | None = None,
-        losses: Tensor | None = None,
-        features: Tensor | None = None,
+        self, jacobian: Tensor, present: Tensor | None = None, features: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         norms = jacobian.norm(dim=1)
         # The reference length of a task: from its first step, and once more after `burn_in` steps.

@@ -46,7 +46,7 @@ class SDMGrad(GramianWeighting):
         self.regularisation, self.step_size, self.momentum, self.steps = regularisation, lr, momentum, steps
         self.register_buffer("mixture", torch.full((self.tasks,), 1 / self.tasks, dtype=torch.float64))
 
-    def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, present: Tensor | None = None) -> Tensor:
         G = double(gramian)
         roots = (G.diagonal().clamp(min=0) + 1e-4).sqrt()  # J₁ J₂ᵀ of two batches may have a negative diagonal
         mean = uniform(present, G[0])

@@ -20,7 +20,7 @@ class UPGrad(GramianWeighting):
 
     claims = ("non_conflicting", "linear", "scale_free")
 
-    def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, present: Tensor | None = None) -> Tensor:
         # Row i of the identity stands for g_i, so all T projections are computed at once.
         projected = project_on_cone(gramian, torch.eye(len(gramian), device=gramian.device))
         return masked(uniform(present, double(gramian)[0]) @ projected, present)

@@ -1,25 +1,13 @@
 """Optimizers that keep their statistics for each task: AdaTask and MTL-IO.
 
-They change the update, not the weights. A loss strategy decides the weight of each task's gradient, and the optimizer
-decides how the weighted gradients move the parameters. For shared parameters it needs the gradient of each task.
-`mtl.backward(..., per_task=True)` stores them on the parameter; the engine does so by itself:
-
-    p.task_grads    (T, *p.shape) the tasks' gradients, already weighted; their sum is p.grad
-    p.task_present  (T,) bool, False if no backward pass had a label of the task; None if all are present.
-                    A head's parameter has one entry (1,), and no task_grads
-    p.task_sum      a copy of p.grad from the moment when task_grads were stored
-    p.grad.tasks    T, if a backward pass added the merged gradient of several tasks instead
-
-Like p.grad, they add up over several backward passes until `zero_grad` deletes them. A user may change p.grad in
-between, for example by clip_grad_norm_, clip_grad_value_ or GradScaler.unscale_. The same change is then made to
-task_grads: each element is multiplied by p.grad / p.task_sum, so that the sum stays p.grad. If nothing has changed,
-this factor is exactly 1.
+They own the update, not the weights: a loss strategy decides what each task's gradient is multiplied by, and the
+optimizer what is done with the results. `mtl.Step` hands it the gradient of each task; `.grad` holds their sum only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt, Lt
@@ -30,74 +18,25 @@ from mtl.config.constructors import checked
 BASES = ("adam", "adagrad", "rmsprop", "sgd")
 
 
-def settle(p: Tensor) -> None:
-    """Apply to `p.task_grads` every change made to `p.grad` since they were stored. Call it before adding to either."""
-    rows, before = getattr(p, "task_grads", None), getattr(p, "task_sum", None)
-    if p.grad is None:  # the model's zero_grad was called; it deletes p.grad only
-        forget(p)
-    elif rows is not None and before is not None:
-        wide = torch.promote_types(p.dtype, torch.float32)  # a sum in half precision would overflow
-        whole, old = p.grad.to(wide).abs().sum(), before.to(wide).abs().sum()
-        # If the tasks cancel out in an element, its quotient is 0 / 0. The change of the whole gradient is taken there.
-        factor = torch.where(old == 0, 1.0, whole / old).to(rows)
-        p.task_grads = rows * torch.where(before == 0, factor, p.grad / before)
-        p.task_sum = p.grad.detach().clone()
-
-
-def leave(p: Tensor, rows: Tensor, present: Tensor | None = None) -> None:
-    """Add the `rows` (T, *p.shape) of a backward pass to `p.task_grads`. Call it after `settle`.
-
-    p.grad holds the sum of all rows already.
-    """
-    old, seen = getattr(p, "task_grads", None), getattr(p, "task_present", None)
-    if old is not None:
-        rows = old + rows
-        present = None if present is None or seen is None else seen | present
-    p.task_grads, p.task_present, p.task_sum = rows, present, p.grad.detach().clone()
-
-
-def leave_presence(p: Tensor, present: Tensor | None) -> None:
-    """Note on a head's parameter whether its task is `present` (1,). Call it before a backward pass adds to p.grad."""
-    # Accumulation: the task counts as present if any earlier pass left a gradient.
-    if present is not None and p.grad is not None:
-        before = p.grad.to_dense() if p.grad.is_sparse else p.grad
-        present = present | (before != 0).any()
-    p.task_present = present
-
-
-def merge(parameters: Iterable[Tensor], tasks: int) -> None:
-    """Note on the gradients that they are merged from several `tasks`. `AdaTask.step` then refuses them."""
-    for p in parameters:
-        if tasks > 1 and p.grad is not None:
-            p.grad.tasks = tasks
-
-
-def forget(p: Tensor) -> None:
-    """Delete everything that `leave`, `leave_presence` and `merge` have stored."""
-    p.task_grads = p.task_present = p.task_sum = None
-    if p.grad is not None:
-        p.grad.tasks = None
-
-
 class AdaTask(torch.optim.Optimizer):
     """Adaptive learning rates for each task and shared parameter (AdaTask).
 
     Yang et al., "AdaTask: A Task-aware Adaptive Learning Rate Approach to Multi-task Learning", AAAI 2023, algorithm
-    1. The base optimizer has accumulators m_k, v_k for every task k. They scale the gradient of their task, and the
-    steps of the tasks add up:
+    1: the accumulators m_k, v_k of the base optimizer are kept for every task k, each task's gradient is scaled by its
+    own, and the steps add up,
 
         θ ← θ − lr Σ_k m̂_k / (√v̂_k + ε)              (adam; adagrad and rmsprop have v_k alone, sgd m_k alone)
 
-    If the tasks agree, the sum is up to T times as long as one Adam step. A head has one task, so it follows the plain
-    base optimizer. If a task is absent from a batch, its accumulators and its head stay unchanged.
+    The sum is up to T times as long as one Adam step where the tasks agree. A head has one task, so that it follows
+    the plain base optimizer. A task that is absent from a batch keeps its accumulators, and its head rests.
 
     Args:
         params: as in torch.optim.
         lr: learning rate.
-        base: the base optimizer.
-        betas: decay of m and v (adam). The first is also sgd's momentum, the second rmsprop's decay.
+        base: whose accumulators are kept.
+        betas: decay of m and v (adam); the first is sgd's momentum, the second rmsprop's decay.
         eps: ε.
-        weight_decay: decoupled weight decay, as in AdamW.
+        weight_decay: decoupled, as AdamW's.
     """
 
     per_task = True
@@ -112,7 +51,7 @@ class AdaTask(torch.optim.Optimizer):
         eps: Annotated[float, Gt(0)] = 1e-8,
         weight_decay: Annotated[float, Ge(0)] = 0.0,
     ):
-        # All options are in the parameter groups, so that a state_dict holds them. The base is stored as a number.
+        # In the groups, so that a state_dict holds all of them; the base by its number.
         rule = BASES.index(base)
         super().__init__(
             params, {"lr": lr, "weight_decay": weight_decay, "rule": rule, "betas": tuple(betas), "eps": eps}
@@ -121,64 +60,50 @@ class AdaTask(torch.optim.Optimizer):
     def __setstate__(self, state) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            for name in ("rule", "betas", "eps"):  # an older state_dict does not have them in its groups
+            for name in ("rule", "betas", "eps"):  # a state_dict from before they were in the groups
                 group.setdefault(name, self.defaults[name])
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch.optim; the tasks' gradients are deleted as well."""
-        super().zero_grad(set_to_none)
-        for group in self.param_groups:
-            for p in group["params"]:
-                forget(p)
-
     @torch.no_grad()
-    def step(self, closure=None) -> Tensor | None:
-        """Make one step, with `p.task_grads` if a parameter has them, otherwise with `p.grad`.
+    def step(
+        self,
+        closure: None = None,
+        *,
+        rows: Mapping[Tensor, Tensor] | None = None,
+        present: Mapping[Tensor, Tensor] | None = None,
+    ) -> None:
+        """One step, as `mtl.Step` makes it. A parameter whose `.grad` is None stays.
 
         Args:
-            closure: computes the loss and its gradients again and returns the loss, as in torch.optim.
+            closure: none can be given, because the loss alone does not tell the tasks' gradients.
+            rows: for each shared parameter, the tasks' weighted gradients (T, *p.shape); their sum is p.grad. Every
+                other parameter belongs to one task, or to the method, and p.grad is its row.
+            present: for parameters of tasks that may be absent: which of its rows have a label, as (T,) or (1,) bool.
 
         Raises:
-            RuntimeError: a shared parameter lacks the gradients of the single tasks, or the number of tasks has
-                changed. Also if a gradient is sparse or complex.
+            RuntimeError: `rows` is not given, or a gradient is sparse or complex, or belongs to another number of
+                tasks than before.
         """
-        loss = _evaluated(closure)
+        if rows is None or closure is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}: needs the gradient of each task, which `.grad` does not tell; make the update "
+                "with mtl.Step(strategy, optimizer, shared, heads)"
+            )
         for group in self.param_groups:
             for p in group["params"]:
-                settle(p)
                 if p.grad is None:
                     continue
-                if tasks := getattr(p.grad, "tasks", None):
-                    raise RuntimeError(
-                        f"{type(self).__name__}: the gradient of a parameter of shape {tuple(p.shape)} is merged from "
-                        f"{tasks} tasks; call mtl.backward(..., per_task=True), which leaves those of single tasks"
-                    )
-                rows, present = getattr(p, "task_grads", None), getattr(p, "task_present", None)
-                decay = group["lr"] * group["weight_decay"]
-                if rows is None:  # a head: one task. If it is absent, its parameters do not decay either.
-                    rows = p.grad[None]
-                    decay = decay if present is None else decay * present[0].to(p)
-                steps = self._steps(group, p, rows, slice(None), len(rows), present).sum(0)
+                here, decay = (present or {}).get(p), group["lr"] * group["weight_decay"]
+                if (row := rows.get(p)) is None:
+                    row = p.grad[None]
+                    decay = decay if here is None else decay * here[0].to(p)
+                steps = self._steps(group, p, row, slice(None), len(row), here).sum(0)
                 p.mul_(1 - decay)
                 p.sub_(group["lr"] * steps)
-        return loss
 
     def _steps(
         self, group: dict, p: Tensor, rows: Tensor, which: slice, tasks: int, present: Tensor | None = None
     ) -> Tensor:
-        """The base optimizer's step for each of the `which` tasks, after adding `rows` to their accumulators.
-
-        Args:
-            group: the parameter group, which holds the options.
-            p: the parameter.
-            rows: (k, *p.shape) the gradients of k tasks.
-            which: the positions of these tasks among all `tasks`.
-            tasks: number of tasks that have accumulators.
-            present: (k,) bool, False for a task without labels; None if all have some.
-
-        Returns:
-            (k, *p.shape), without the learning rate.
-        """
+        """The base optimizer's step for each of the `which` tasks (k, *p.shape), after adding `rows` to their state."""
         if rows.is_sparse or rows.is_complex():
             kind = "sparse" if rows.is_sparse else "complex"
             raise RuntimeError(f"{type(self).__name__} does not support {kind} gradients; use torch.optim")
@@ -188,17 +113,16 @@ class AdaTask(torch.optim.Optimizer):
             state["m"] = torch.zeros(shape, dtype=p.dtype, device=p.device)
             state["v"] = torch.zeros_like(state["m"])
             state["t"] = torch.zeros((tasks, *[1] * p.dim()), dtype=p.dtype, device=p.device)
-        # A forgotten per_task=True would merge all tasks into one accumulator. That must be an error.
         if len(state["m"]) != tasks:
             raise RuntimeError(
                 f"{type(self).__name__}: a parameter of shape {tuple(p.shape)} has the gradients of {tasks} tasks, and "
-                f"had {len(state['m'])} before; call mtl.backward(..., per_task=True) before every step"
+                f"had {len(state['m'])} before; make a new optimizer for other tasks"
             )
         m, v, t = (state[name][which] for name in ("m", "v", "t"))
         first, second = group["betas"]
         base, eps = BASES[group["rule"]], group["eps"]
-        acts = torch.ones_like(t) if present is None else present.to(t).view(t.shape)  # 0 for an absent task
-        t += acts  # each task counts its own steps, for the bias correction
+        acts = torch.ones_like(t) if present is None else present.to(t).view(t.shape)
+        t += acts
         count = t.clamp(min=1)
         if base == "adagrad":
             v += rows * rows  # an absent task's row is 0
@@ -206,7 +130,6 @@ class AdaTask(torch.optim.Optimizer):
         if base == "sgd":
             m.lerp_(first * m + rows, acts)
             return m * acts
-        # With acts = 0 the accumulators of an absent task stay as they are.
         v.lerp_(rows * rows, (1 - second) * acts)
         if base == "rmsprop":
             return rows / (v.sqrt() + eps)
@@ -217,10 +140,10 @@ class AdaTask(torch.optim.Optimizer):
 class MTLIO(AdaTask):
     """Alternating independent optimizers, one for each task (MTL-IO).
 
-    Pascal et al., "Improved Optimization Strategies for Deep Multi-Task Networks", 2021 (arXiv 2109.11678), section 3.
-    The tasks take turns in every batch. Each task makes its own forward pass, with the parameters as the task before
-    has left them. Its own optimizer then moves all shared parameters and its head. One batch means T steps and T
-    forward passes, so a suitable learning rate is smaller.
+    Pascal et al., "Improved Optimization Strategies for Deep Multi-Task Networks", 2021 (arXiv 2109.11678), section 3:
+    in every batch the tasks take turns; each makes its own forward pass with the parameters that the tasks before it
+    have left, and its own optimizer, which holds all shared parameters and the task's head, makes a step. One batch is
+    T steps, and T forward passes, so the learning rate that suits is smaller.
 
     Args:
         params, lr, base, betas, eps, weight_decay: as in `AdaTask`.
@@ -229,17 +152,15 @@ class MTLIO(AdaTask):
     per_task = False
     alternates = True
 
-    def step(self, closure=None) -> None:
-        """Raises RuntimeError: MTL-IO must know whose turn it is, so `step_task` takes its place."""
+    def step(self, closure: None = None, **tasks: Any) -> None:
+        """Refused: a step needs its task's number."""
         raise RuntimeError("MTLIO: the tasks take turns; call step_task(k, T) after the backward pass of task k's loss")
 
     @torch.no_grad()
     def step_task(self, task: int, tasks: int, present: Tensor | None = None) -> None:
-        """Make the step of one task with `p.grad`. Parameters without a gradient do not move.
+        """One step of task number `task` of `tasks` with `p.grad`; parameters without a gradient stay.
 
         Args:
-            task: number of the task, from 0.
-            tasks: number of tasks.
             present: (1,) bool; a task without labels in the batch misses its turn.
         """
         for group in self.param_groups:
@@ -249,11 +170,3 @@ class MTLIO(AdaTask):
                     step = self._steps(group, p, p.grad[None], slice(task, task + 1), tasks, present)
                     p.mul_(1 - acts * group["lr"] * group["weight_decay"])
                     p.sub_(group["lr"] * step[0])
-
-
-def _evaluated(closure) -> Tensor | None:
-    """The loss that an optimizer's closure returns; None without a closure."""
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()

@@ -28,6 +28,8 @@ from mtl.config.schema import build, check
 from mtl.data.toy import FLOOR, LOWER, toy_losses
 from mtl.errors import ConfigError, one_line, suggest
 from mtl.losses.base import GramianWeighting, LossWeighting, Statistics, Strategy
+from mtl.losses.hooks import defines
+from mtl.losses.signatures import taken
 
 FRONT = -8.3552  # x₂ of the Pareto set
 EPOCH, REST = 100, 2000  # steps of an epoch; steps between two checks whether a trajectory has settled
@@ -117,20 +119,18 @@ class Guide:
         self.strategy = named(spec, own=own).double()
         self.scale, self.lr, self.epochs = scale, lr, 1 + steps // EPOCH
         self.tasks = [TASKS.index(name) for name in self.strategy.names]  # loss=single has one of them
-        if self.strategy.gradients == "features" or self._defines("regulariser"):
+        if self.strategy.gradients == "features" or defines(self.strategy, "regulariser"):
             raise ConfigError(f"{spec}: needs the features of a network, and the toy has none")
         self.parameters = list(self.strategy.parameters())
         if self.parameters:
             rate = lr if self.strategy.lr is None else self.strategy.lr
             self.own = (torch.optim.Adam if adam else torch.optim.SGD)(self.parameters, lr=rate)
         self.steps, self.seen = 0, []
-        self.tries, self.looks, self.learns = map(self._defines, ("after_step", "look_ahead", "epoch_end"))
+        self.tries, self.looks, self.learns = (
+            defines(self.strategy, hook) for hook in ("after_step", "look_ahead", "epoch_end")
+        )
         # Without a state, x alone decides the next step. A point that is met twice then proves a cycle.
         self.stateless = not any((self.parameters, list(self.strategy.buffers()), self.tries, self.looks, self.learns))
-
-    def _defines(self, method: str) -> bool:
-        default = getattr(LossWeighting, method)
-        return getattr(type(self.strategy), method, default) is not default
 
     def __call__(self, x1: float, x2: float, losses: Point, gradients: tuple[Point, Point]) -> Point:
         """The direction d at x; the step moves against it."""
@@ -160,14 +160,14 @@ class Guide:
             return v * a[0] + w * b[0], v * a[1] + w * b[1]
         # Inference mode is faster. But its tensors cannot become gradients of the strategy's own parameters.
         with torch.no_grad() if self.parameters else torch.inference_mode():
-            values = torch.tensor(above, dtype=torch.float64)
+            facts = taken(strategy, strategy.rule, losses=torch.tensor(above, dtype=torch.float64))
             if isinstance(strategy, GramianWeighting):
                 both = a[0] * b[0] + a[1] * b[1]
                 gramian = [[a[0] * a[0] + a[1] * a[1], both], [both, b[0] * b[0] + b[1] * b[1]]]
-                v, w = strategy.weights(torch.tensor(gramian, dtype=torch.float64), None, values).tolist()
+                v, w = strategy.weights(torch.tensor(gramian, dtype=torch.float64), **facts).tolist()
                 d = v * a[0] + w * b[0], v * a[1] + w * b[1]
             else:
-                result = strategy.aggregate(torch.tensor(gradients, dtype=torch.float64), None, values)
+                result = strategy.aggregate(torch.tensor(gradients, dtype=torch.float64), **facts)
                 d = (result[0] if isinstance(result, tuple) else result).tolist()
             if self.parameters:  # for example the scales of IMTL; `weights` has written their gradients
                 self.own.step()

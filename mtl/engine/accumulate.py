@@ -1,0 +1,159 @@
+"""What a step adds to `.grad`, and how it is added: as autograd itself would leave it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from mtl.engine.backward_pass import BackwardPass, full_precision
+from mtl.engine.gradients import columns
+from mtl.engine.guard import Untouched
+from mtl.engine.switches import Info
+from mtl.losses import hooks
+from mtl.losses.base import HeadGradients
+from mtl.losses.hooks import defines
+
+
+@dataclass
+class Gradients:
+    """What one step adds to `.grad`. Either `losses` and their weights, or `direction` and `heads`.
+
+    Attributes:
+        one: the arguments of the step.
+        values: (T,) losses as the method saw them, without a graph.
+        info: the step's report. Its norm is that of the direction.
+        losses: (T,) with their graph, where one backward pass of their weighted sum gives all gradients.
+        absent: the tasks that the host knows to be absent; their parameters get zeros.
+        direction: (P,) gradient of the shared parameters, or of the features.
+        heads: gradients of each head's parameters, multiplied by the loss scale.
+        extra: () a further term with its graph.
+        rows: (T, P) each task's part of `direction`, where it is wanted.
+        before: the buffers of a loss weighting, as they were before the step.
+    """
+
+    one: BackwardPass
+    values: Tensor
+    info: Info
+    losses: Tensor | None = None
+    absent: list[int] = field(default_factory=list)
+    direction: Tensor | None = None
+    heads: HeadGradients | None = None
+    extra: Tensor | None = None
+    rows: Tensor | None = None
+    before: Untouched | None = None
+
+
+def accumulate(found: Gradients) -> Info:
+    """Add what `gradients` found to `.grad`; return the step's report.
+
+    Raises:
+        ValueError: the losses reach no shared parameter, which only their backward pass could tell.
+    """
+    one, info = found.one, found.info
+    strategy = one.strategy
+    with full_precision(one.device):
+        if found.extra is not None:
+            one.scaled(found.extra).backward(retain_graph=True)
+        if found.heads is None:
+            _backward_pass(found)
+        else:
+            for parameters, gradients in zip(one.heads, found.heads, strict=True):
+                add(parameters, gradients)
+            if found.direction is not None:
+                _add_direction(one, found.direction)
+        # The features' gradient has another length than the parameters', and a further term has changed theirs.
+        if found.heads is None or one.of_features or defines(strategy, "regulariser"):
+            info = replace(info, norm=one.unscaled(norm(one.shared)))
+        if found.before:
+            finite = found.values.isfinite().all() & info.norm.isfinite()
+            if heads := [p for head in one.heads for p in head]:
+                finite = finite & norm(heads).isfinite()
+            found.before.unless(finite if one.share is None else one.replicas.everywhere(finite))
+    hooks.note_step(strategy)
+    strategy.movement.note(strategy, one.model)
+    return info
+
+
+def _backward_pass(found: Gradients) -> None:
+    """Loss weighting: one backward pass, which reaches every parameter.
+
+    Raises:
+        ValueError: it reached none of the shared ones.
+    """
+    one, seed = found.one, found.info.weights
+    if one.share is not None:  # DistributedDataParallel takes the mean over the processes, we want the sum
+        seed = seed * one.share * one.replicas.size
+    before = [None if p.grad is None else p.grad._version for p in one.shared] if one.unseen else []
+    if found.losses.requires_grad:
+        found.losses.backward(one.scaled(seed))
+    if before and before == [None if p.grad is None else p.grad._version for p in one.shared]:
+        raise ValueError(
+            f"losses: reach no parameter of shared, not even behind the custom function {one.unseen}. Were the "
+            "features detached, or made under no_grad?"
+        )
+    if found.absent:  # zeros, as the absent losses would have left
+        left = [p for p in (*one.shared, *(p for i in found.absent for p in one.heads[i])) if p.grad is None]
+        add(left, [torch.zeros_like(p) for p in left])
+
+
+def _add_direction(one: BackwardPass, direction: Tensor) -> None:
+    """Add the shared gradient; that of features goes on through the backbone."""
+    direction = one.scaled(direction)
+    if not one.of_features:
+        add(one.shared, pieces(one.shared, direction))
+        return
+    seed = direction.view_as(one.features).to(one.features.dtype)
+    if one.replicas is None:
+        one.features.backward(seed)
+    else:  # by hand: DistributedDataParallel would wait for the heads, whose gradients are already there
+        found = torch.autograd.grad(one.features, one.shared, seed, allow_unused=True)
+        found = [torch.zeros_like(p) if g is None else g for p, g in zip(one.shared, found, strict=True)]
+        add(one.shared, one.replicas.total(*found))
+
+
+def pieces(parameters: Sequence[Tensor], row: Tensor) -> list[Tensor]:
+    """`row` (P,) cut into one tensor of each parameter's shape."""
+    cut = row.split(columns(parameters))
+    return [
+        torch.view_as_complex(c.view(*p.shape, 2)) if p.is_complex() else c.view(p.shape)
+        for p, c in zip(parameters, cut, strict=True)
+    ]
+
+
+@torch.no_grad()
+def add(parameters: Iterable[Parameter], gradients: Iterable[Tensor | None]) -> None:
+    """Add to `.grad`. A new one has its parameter's strides and dtype, and memory of its own.
+
+    Fused optimizers walk a parameter and its gradient side by side in memory, so they depend on equal strides.
+    """
+    targets, sources = [], []
+    for p, g in zip(parameters, gradients, strict=True):
+        if g is None:
+            continue
+        if g.is_sparse:
+            p.grad = g.clone() if p.grad is None else p.grad + g
+        elif p.grad is None:
+            p.grad = torch.empty_like(p)
+            targets.append(p.grad)
+            sources.append(g)
+        elif p.grad.is_sparse:
+            p.grad = p.grad + g
+        else:
+            p.grad += g
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
+def norm(parameters: Sequence[Parameter]) -> Tensor:
+    """() norm of all the parameters' `.grad` taken together."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return torch.zeros((), device=parameters[0].device if parameters else None)
+    if any(g.is_sparse or g.is_complex() for g in gradients):
+        gradients = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+        gradients = [torch.view_as_real(g) if g.is_complex() else g for g in gradients]
+    return torch.nn.utils.get_total_norm(gradients)

@@ -1,0 +1,114 @@
+"""What a method's own functions are called with, and what is made of their answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from mtl.engine import hidden
+from mtl.engine.accumulate import add
+from mtl.engine.backward_pass import BackwardPass
+from mtl.engine.switches import to_count
+from mtl.losses.base import HeadGradients, LossWeighting, times
+from mtl.losses.hooks import defines
+from mtl.losses.signatures import taken
+
+
+def regulariser(one: BackwardPass, losses: list[Tensor]) -> Tensor | None:
+    """() the method's further term with its graph, if it has one."""
+    if not defines(one.strategy, "regulariser"):
+        return None
+    with _nothing_hidden(one):
+        extra = one.strategy.regulariser(
+            losses, **taken(one.strategy, "regulariser", features=one.features, present=one.present)
+        )
+    return extra if extra is not None and extra.requires_grad else None
+
+
+def slopes(one: BackwardPass, total: Tensor | None, losses: Tensor) -> Tensor:
+    """(T,) ∂total/∂L_i: the weight that each task really has, whatever the method, a user's too.
+
+    The method's own parameters get their gradient here.
+
+    Args:
+        total: () what the method made of the losses; None where no task has a label in this batch.
+        losses: (T,) that it was given.
+
+    Raises:
+        ValueError: the total does not depend on the losses.
+    """
+    if total is None:
+        return torch.zeros_like(losses)
+    strategy = one.strategy
+    own = [p for p in strategy.parameters() if p.requires_grad]
+    weights, *found = torch.autograd.grad(total, [losses, *own], retain_graph=True, allow_unused=True)
+    if weights is None:
+        raise ValueError(
+            f"{type(strategy).__name__}: the total does not depend on the losses, so it trains nothing; "
+            "torch.tensor(...), .item() and .detach() cut it off from them"
+        )
+    add(own, [None if g is None else one.scaled(g) for g in found])
+    weights = weights.detach()
+    if one.switches.scale == "sum":
+        weights = weights * to_count(weights, one.present)
+    return weights
+
+
+@contextmanager
+def own_gradients_scaled(one: BackwardPass) -> Iterator[None]:
+    """What a method writes into its own parameters' `.grad` in here (RotoGrad) gets the scale of all others."""
+    own = [] if one.scale is None else list(one.strategy.parameters())
+    before = [p.grad for p in own]
+    for p in own:
+        p.grad = None
+    yield
+    for p, earlier in zip(own, before, strict=True):
+        found, p.grad = p.grad, earlier
+        add([p], [None if found is None else one.scaled(found)])
+
+
+def heads(one: BackwardPass, losses: list[Tensor], own: HeadGradients, weights: Tensor | None) -> HeadGradients:
+    """What each head receives: its own gradient, that gradient times the task's weight, or the method's own choice.
+
+    Args:
+        losses: T scalars with their graph.
+        own: each head's gradients, multiplied by the loss scale.
+        weights: (T,) of the tasks, if the method has weights.
+    """
+    strategy, switch = one.strategy, one.switches.heads
+    if switch == "own":
+        return own
+    if switch == "weighted" or isinstance(strategy, LossWeighting):
+        return times(own, weights)
+    if not defines(strategy, "head_gradients"):
+        return times(own, weights) if strategy.heads == "weighted" else own
+    facts = taken(strategy, "head_gradients", weights=weights, losses=losses, features=one.features, heads=one.heads)
+    true = own if one.scale is None else [[None if g is None else one.unscaled(g) for g in head] for head in own]
+    with torch.enable_grad(), _nothing_hidden(one):
+        found = strategy.head_gradients(true, **facts)
+    return found if one.scale is None else [[None if g is None else one.scaled(g) for g in head] for head in found]
+
+
+@contextmanager
+def _nothing_hidden(one: BackwardPass) -> Iterator[None]:
+    """Derivatives that a method takes in here must not leave gradients behind.
+
+    Raises:
+        ValueError: they did.
+    """
+    why = (
+        f"heads: {type(one.strategy).__name__} takes second derivatives, and a custom autograd function hides "
+        "parameters from them; choose another method"
+    )
+    with hidden.Aside([*one.shared, *(p for head in one.heads for p in head)]) as aside:
+        try:
+            yield
+        except RuntimeError as error:
+            if aside.take():
+                raise ValueError(why) from error
+            raise
+        if aside.take():
+            raise ValueError(why)
