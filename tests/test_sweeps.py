@@ -204,4 +204,4 @@ def test_optuna_proposes_again_what_is_finished(cli, tmp_path):
     assert set(result["best_params"]) == {"optimizer.lr", "++loss.weights.coarse"}
     second = cli(*options, "hydra.sweeper.n_trials=2")
     assert second.code == 0 and second.out.count("(delete that folder to run it again)") == 1
-    assert "best validation figure: " in second.out
+    assert "best validation value: " in second.out

@@ -1,4 +1,4 @@
-"""Single-task baselines: the same config but for the loss, found by its identity wherever it has been trained."""
+"""Single-task baselines: the same config with another loss. A finished baseline is found by its identity."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Command = tuple[dict[str, Any], dict[str, str], list[str]]  # config, chosen opt
 
 
 def single_tasks(config: Mapping[str, Any], choices: Mapping[str, str], words: list[str]) -> list[Command]:
-    """The single-task runs that a run is compared with, one for each task; none for a single-task run.
+    """The single-task runs to compare a run with, one for each task; none if it is a single-task run itself.
 
     Raises:
         ConfigError: the data node is wrong.
@@ -30,7 +30,7 @@ def single_tasks(config: Mapping[str, Any], choices: Mapping[str, str], words: l
 
 
 def single_task(config: Mapping[str, Any], choices: Mapping[str, str], words: list[str], task: str) -> Command:
-    """`config` with loss=single for `task`; the step's switches rest, since there is nothing to weigh a task by."""
+    """`config` with loss=single for `task`. The step's switches are at their defaults: one task needs no weights."""
     kept = [w for w in words if w.lstrip("+~").partition("=")[0].partition(".")[0] not in ("loss", "step", "study")]
     alone = {
         **config,
@@ -41,10 +41,11 @@ def single_task(config: Mapping[str, Any], choices: Mapping[str, str], words: li
 
 
 def fill(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, Any]:
-    """Put the results of finished single-task runs where the method asks for them with `auto` (AMTL, PIVRG).
+    """Replace `auto` in the loss by the results of finished single-task runs (AMTL, PIVRG).
 
-    They are the figures that the method itself sees of its run after an epoch: on validation data where there is some,
-    else on the training batches, at the last epoch, under the same seed. Never the test set's.
+    A result is the task's main metric at the last epoch, with the same seed. It comes from the validation data, or from
+    the training batches if there is no validation data. The method sees the same metric of its own run. It never comes
+    from the test set.
 
     Raises:
         ConfigError: such a run is missing.

@@ -44,8 +44,8 @@ class Study:
     """What happens around a run.
 
     Args:
-        plan: say what is already there and how long the rest will take, and train nothing.
-        baselines: auto first trains every task alone (loss=single) under the same config and seed, unless that is done.
+        plan: show which runs are done and how long the rest will take; train nothing.
+        baselines: auto first trains every task alone (loss=single), with the same config and seed.
     """
 
     plan: bool = False
@@ -56,7 +56,7 @@ def run_from_hydra(config: DictConfig) -> float | None:
     """Run one composed config. In a grid, the outcome is noted beside the other cells' and the grid goes on.
 
     Returns:
-        what a Hydra sweeper searches by: the best validation figure; None where there is none (a failed trial).
+        the best validation value, which a Hydra sweeper optimises; None if there is none (a failed trial).
     """
     hydra, launched = HydraConfig.get(), under_way()
     away = hydra.mode == RunMode.MULTIRUN and launched.directory is None  # in a process that a launcher started
@@ -98,7 +98,7 @@ class Cell:
         number: of the grid's cell.
         note: the file in the grid's record; None for a single run.
         away: this process was started by a launcher.
-        last: it is the run that was asked for, not one of its single-task baselines.
+        last: it is the run itself, not one of its single-task baselines.
         refused: why there is no config to run.
         outcome: how the run ended.
     """
@@ -138,7 +138,7 @@ class Cell:
         if isinstance(error, Busy):
             self.outcome = Outcome("running elsewhere", error.exit_code, message=str(error))
         elif isinstance(error, UserError):
-            # Where the engine has put an error of the user's own code into its words, the place is still missing.
+            # If the engine has reworded an error of the user's own code, the file and line are still missing.
             self.outcome = Outcome("refused", error.exit_code, message=f"{error}{source.blame(error)}")
         elif isinstance(error, Exception):  # a user's own code, or a bug of ours, before the run had a log for it
             reason = "not enough memory" if out_of_memory(error) else type(error).__name__
@@ -146,7 +146,7 @@ class Cell:
         return isinstance(error, Exception)
 
     def end(self) -> float | None:
-        """Note and print how it ended; return what a sweeper searches by."""
+        """Note and print the outcome; return the value that a sweeper optimises."""
         outcome, found = _objective(self.outcome)
         self.outcome = outcome
         if outcome.message and torchrun.rank() == 0:
@@ -194,7 +194,7 @@ def prepared(
 
 
 def _objective(outcome: Outcome) -> tuple[Outcome, float | None]:
-    """What a sweeper searches by; a finished run whose files are damaged counts as damaged, not as finished."""
+    """The outcome, and the value that a sweeper optimises. A finished run with damaged files counts as damaged."""
     # Under torchrun the files are the first process's, which may still be writing them.
     if outcome.status != "finished" or torchrun.rank() != 0:
         return outcome, None
@@ -210,7 +210,7 @@ def _objective(outcome: Outcome) -> tuple[Outcome, float | None]:
 
 
 def _cells(config: DictConfig, hydra: DictConfig, away: bool) -> list[Cell]:
-    """The run that a command describes, after those of its single-task baselines where they are asked for."""
+    """The run that a command describes. With study.baselines=auto, its single-task runs come first."""
     # As typed: resolving would trip over an interpolation that leads nowhere.
     words, choices = OmegaConf.to_container(hydra.overrides.task, resolve=False), dict(hydra.runtime.choices)
     refused = None
@@ -246,6 +246,6 @@ def _commands(config: DictConfig, choices: dict[str, str], words: list[str]) -> 
 
 
 def _told(error: Exception) -> str:
-    """Where the error comes from, with the file that has its traceback."""
+    """The line that raised the error, and the file with the traceback."""
     file = source.keep(error)
     return source.blame(error) or (f" (traceback in {file})" if file else "")

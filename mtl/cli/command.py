@@ -151,7 +151,7 @@ def _run(main: Callable[[], None], launched: Launch) -> tuple[int, bool]:
     except OSError as error:
         wrong = SetupError(f"cannot write to {error.filename}: {error.strerror}; set output_root=DIR")
         code = _say(launchers.explain(error) or wrong)
-    except Exception as error:  # a run's own errors end in its outcome: what arrives here is Hydra's
+    except Exception as error:  # a run's own errors end in its outcome: this one is Hydra's
         code = _say(translate(error))
     except (KeyboardInterrupt, Terminated) as error:
         return _code(error), True
@@ -159,8 +159,8 @@ def _run(main: Callable[[], None], launched: Launch) -> tuple[int, bool]:
 
 
 def script(main: Callable[[], None]) -> NoReturn:
-    """`launch`, and the end of the process: a signal that comes after the last run ends it without a traceback."""
-    # Before and after `launch` there are only imports, W&B and Python's own cleaning up: no run's results.
+    """Call `launch`, then end the process. A signal after the last run ends it without a traceback."""
+    # Before and after `launch` no run's results can be lost: there are only imports, W&B and Python's own cleaning up.
     _listen(lambda number, frame: os._exit(128 + number))
     sys.exit(launch(main))
 
@@ -170,7 +170,7 @@ def _code(error: BaseException) -> int:
 
 
 def _first_stops() -> Callable:
-    """A handler that stops at the first signal and leaves the run in peace while it notes that."""
+    """A handler that stops the run at the first signal. For a while it ignores more, so that the run can note that."""
     since: list[float] = []
 
     def stop(number, frame):
@@ -184,7 +184,7 @@ def _first_stops() -> Callable:
 
 
 def _listen(handler: Callable) -> dict[int, Any]:
-    """Handle the signals that end a process, but for those it ignores (nohup); return the handlers before."""
+    """Handle the signals that end a process, except the ones that it ignores (nohup); return the handlers before."""
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     before = {n: h or signal.SIG_DFL for n, h in before.items() if h is not signal.SIG_IGN}
     for number in before:
@@ -195,18 +195,18 @@ def _listen(handler: Callable) -> dict[int, Any]:
 class Grid(Callback):
     """What Hydra calls when a multirun begins: it makes the folder for the grid's record.
 
-    The folder is always a new one. Where `hydra.sweep.dir` exists already, it is a folder in it: whatever lies there,
-    another grid's record or a user's results, is neither overwritten nor counted nor removed.
+    The folder is always new. If `hydra.sweep.dir` exists already, the record gets a new folder inside of it. Other
+    files there, such as another grid's record or a user's results, are not overwritten, counted or removed.
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
         try:
             folder, made = _new_folder(Path(config.hydra.sweep.dir), Path(str(config.get("output_root"))))
-        except OSError:  # Hydra makes a warning of what a callback raises; it fails there next, with an error
+        except OSError:  # Hydra only warns of an error in a callback; it fails at the same folder next, with an error
             return
         launched = under_way()
         launched.directory, launched.made = folder, made
-        # The sweeper and the launcher, and through the overrides the cells in other processes, write there as well.
+        # The sweeper and the launcher write there, too. Cells in other processes learn of it through the overrides.
         with open_dict(config):
             config.hydra.sweep.dir = str(folder)
             kept = [w for w in config.hydra.overrides.hydra if not w.lstrip("+").startswith("hydra.sweep.dir=")]
@@ -219,7 +219,7 @@ class Grid(Callback):
 
 
 def _new_folder(wanted: Path, output_root: Path) -> tuple[Path, list[Path]]:
-    """Make a folder for a grid's record: `wanted`, or one in it, or a temporary one where nothing can be written.
+    """Make a folder for a grid's record: `wanted`, or one inside of it, or a temporary one if neither can be written.
 
     Returns:
         the folder, and all folders that were made for it, the innermost first.
@@ -236,7 +236,7 @@ def _new_folder(wanted: Path, output_root: Path) -> tuple[Path, list[Path]]:
             remove_empty(made)
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not output_root.is_dir():
                 raise
-            # Another user's results: what is finished can be listed all the same.
+            # Another user's results can still be listed.
             print(f"grid      cannot write to {folder}: no record is kept of this grid", flush=True)
             folder = Path(tempfile.mkdtemp(prefix=RECORDLESS))
             return folder, [folder]
@@ -248,7 +248,7 @@ def _temporary(folder: Path) -> bool:
 
 
 def _count(hydra: DictConfig) -> int | None:
-    """How many runs a grid has; None where a sweeper decides that as it goes (Optuna)."""
+    """How many runs a grid has; None if a sweeper decides that as it goes (Optuna)."""
     if not str(hydra.sweeper[TARGET]).endswith("BasicSweeper"):
         return None
     words = [*(f"{k}={v}" for k, v in (hydra.sweeper.params or {}).items()), *hydra.overrides.task]
@@ -270,7 +270,7 @@ def _read_command() -> None:
 
 
 def translate(error: Exception) -> UserError:
-    """One line for what Hydra, OmegaConf and the launchers say over many."""
+    """Hydra's, OmegaConf's and the launchers' errors of many lines, in one line each."""
     if known := launchers.explain(error):
         return known
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
@@ -291,7 +291,7 @@ def translate(error: Exception) -> UserError:
         group = next((g for g in GROUPS if g in names), "a config group")
         return ConfigError(f"{group}: must be the name of one of its options, see --help ({one_line(text)})")
     if isinstance(getattr(cause, "parent_node", None), DictConfig) and " not in " in str(cause):
-        # What is meant is a key of that name a level deeper (lr: optimizer.lr), or the nearest word beside the unknown.
+        # The user means a key of that name one level deeper (lr: optimizer.lr), or the most similar key of this level.
         allowed, key = sorted(str(k) for k in cause.parent_node if k not in (TARGET, "hydra")), cause.full_key
         word, nodes = key.rpartition(".")[2], OmegaConf.to_container(cause.parent_node, resolve=False)
         deeper = [f"{name}.{word}" for name in allowed if isinstance(nodes[name], dict) and word in nodes[name]]
@@ -301,7 +301,7 @@ def translate(error: Exception) -> UserError:
 
 
 def describe_groups() -> str:
-    """Every option of every config group with the first comment line of its file; shown by --help."""
+    """Every option of every config group, with the first comment of its file. --help prints it."""
     lines = []
     for group in GROUPS:
         lines.append(f"  {group}")

@@ -1,4 +1,4 @@
-"""A grid under way, and its closing tables and figure: strategy x test metric, mean ± standard deviation over seeds."""
+"""A grid's progress line, and its closing tables (strategy x test metric, mean ± std over seeds) and figure."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from mtl.tracking.console import duration
 
 
 def progress(folder: Path) -> str:
-    """One line on a grid that is under way: done, running, failed, and about how much longer.
+    """One line on an unfinished grid: how many runs are done, running and failed, and about how much time is left.
 
     Args:
         folder: of the grid, with grid.json and a cell-*.json for each run that has begun.
     """
-    # Without the single-task baselines that precede a cell: how many of those there will be is not known before.
+    # Single-task baselines do not count: nobody knows beforehand how many there will be.
     grid, cells = json.loads((folder / "grid.json").read_text()), _outcomes(folder, "cell-?????.json")
     counts = Counter("failed" if c["code"] else c["status"] for c in cells)
     done = len(cells) - counts["running"]
     said = ", ".join(f"{counts[s]} {s}" for s in ("finished", "failed", "running") if counts[s])
-    # What was there before took no time and says nothing of what is to come.
+    # A run that was finished before took no time, so it does not help the estimate.
     took = [c["seconds"] for c in cells if c.get("seconds", 0) > 1]
     elapsed = time.time() - grid["started"]  # not positive where the clock was set back
     left = ""
@@ -43,15 +43,15 @@ def progress(folder: Path) -> str:
 
 
 def summarise(folder: Path, kept: bool) -> tuple[int, bool]:
-    """Print the table of a grid, draw its learning curves, say what to do next.
+    """Print the table of a grid, draw its learning curves, suggest the next commands.
 
     Args:
         folder: of the grid.
         kept: whether the folder stays; a temporary one gets no figure.
 
     Returns:
-        0 when every cell finished, else the largest exit code of a cell; and whether the grid leaves nothing that its
-        record would be needed for: it was a plan, or every cell was refused.
+        0 if every cell finished, else the largest exit code of a cell; and whether nobody needs the grid's record: it
+        was a plan, or every cell was refused.
     """
     outcomes = _outcomes(folder)
     if plans := [o["plan"] for o in outcomes if o["plan"]]:
@@ -76,7 +76,7 @@ def summarise(folder: Path, kept: bool) -> tuple[int, bool]:
     if (search := folder / "optimization_results.yaml").exists():  # of Hydra's Optuna sweeper
         best = yaml.safe_load(search.read_text())
         words = " ".join(f"{key}={value}" for key, value in best["best_params"].items())
-        print(f"best validation figure: {best['best_value']:.4g}, by {words}")
+        print(f"best validation value: {best['best_value']:.4g}, by {words}")
     failed = [o for o in outcomes if o["status"] != "finished"]
     for o in failed:
         status = "interrupted" if o["status"] == "running" else o["status"]
@@ -95,11 +95,11 @@ def summarise(folder: Path, kept: bool) -> tuple[int, bool]:
 
 
 def _say_doubts(found: Collection, said: set[Path], most: int = 5) -> None:
-    """One line for each folder whose files are damaged or contradict each other, as in the report.
+    """Print a line for each folder whose files are damaged or contradict each other, as in the report.
 
     Args:
         found: the grid's runs.
-        said: folders on which there is a line already.
+        said: folders that have their line already.
         most: lines of each kind.
     """
     for kind, entries in (("left out", found.damaged), ("contradiction in a run that counts", found.doubtful)):
@@ -112,7 +112,7 @@ def _say_doubts(found: Collection, said: set[Path], most: int = 5) -> None:
 
 
 def _as_found(outcome: dict[str, Any], found: Collection) -> dict[str, Any]:
-    """The outcome of a run that the table leaves out says why: its files are damaged, or gone."""
+    """The outcome; if the table leaves a finished run out, the outcome explains why: damaged or missing files."""
     if outcome["status"] != "finished":
         return outcome
     directory = Path(outcome["directory"])
@@ -125,6 +125,6 @@ def _as_found(outcome: dict[str, Any], found: Collection) -> dict[str, Any]:
 
 
 def _outcomes(folder: Path, pattern: str = "cell-*.json") -> list[dict[str, Any]]:
-    """What is noted of every run of a grid, each run once: several cells may share a single-task baseline."""
+    """The notes of a grid's runs, one for each run: several cells may share a single-task baseline."""
     cells = [json.loads(file.read_text()) for file in sorted(folder.glob(pattern))]
     return list({c["directory"] or c["command"]: c for c in cells}.values())

@@ -1,7 +1,7 @@
-"""Cells that run in other processes than the command (`hydra/launcher=joblib`, Slurm, Ray): what differs there.
+"""Cells in other processes than the command's (`hydra/launcher=joblib`, Slurm, Ray): their console, GPU and end.
 
-A cell's directory follows from its identity and an interrupted cell resumes, so a launcher has only to start it, as
-often as it likes. The presets are in conf/hydra/launcher/.
+A cell's directory follows from its identity, and an interrupted cell resumes. So a launcher may start a cell as often
+as it likes. The presets are in conf/hydra/launcher/.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from mtl.errors import Busy, ConfigError, SetupError, Terminated, UserError, one
 log = logging.getLogger("mtl")
 T = TypeVar("T")
 
-# The options of hydra/launcher that our presets build on, and the plugin that has them: hydra-…-launcher.
+# {option of hydra/launcher that our presets build on: its plugin, hydra-…-launcher}.
 PLUGINS = {"joblib": "joblib", "submitit_slurm": "submitit", "submitit_local": "submitit", "ray": "ray"}
 
 # Both belong to a process that a launcher started, whatever runs it works on.
 _slots: list[FileLock] = []  # of its GPU: held for as long as this process lives
 _at_work = threading.Event()  # whether it runs a cell now: its signal handler must know
-POLL, PATIENCE = 1.0, 60.0  # seconds between two looks at the parent; for a cell to note that it was interrupted
+POLL, PATIENCE = 1.0, 60.0  # seconds: between two checks of the parent; for a cell to note that it was interrupted
 
 
 def announce(hydra: DictConfig) -> str:
-    """What the command says before cells start elsewhere; empty where they run one after another in its own process."""
+    """The command's line before cells start elsewhere; empty if they run in its own process, one after another."""
     plugin = _plugin(hydra)
     if plugin == "joblib":
         return f"grid      {hydra.launcher.n_jobs} cells at a time; train.log in a cell's directory has its epochs"
@@ -54,7 +54,7 @@ def enter(hydra: DictConfig, console: logging.Handler) -> None:
 
     Args:
         hydra: Hydra's config.
-        console: prints the log. Where processes share one, what a run says stays in its train.log.
+        console: prints the log. If processes share it, a run's own lines appear in its train.log only.
     """
     plugin = _plugin(hydra)
     if plugin == "submitit":  # every job prints to a file of its own
@@ -75,11 +75,11 @@ def enter(hydra: DictConfig, console: logging.Handler) -> None:
 
 @contextmanager
 def at_work() -> Iterator[None]:
-    """A cell runs in here: a signal that ends this process lets it note that it was interrupted."""
+    """A cell runs in this block. If a signal ends the process, the cell can still note that it was interrupted."""
     _at_work.set()
     try:
         yield
-    except Terminated as error:  # of `end_with_parent`; joblib's loop would only wait for the next cell
+    except Terminated as error:  # raised in `end_with_parent`; joblib's loop would only wait for the next cell
         sys.stdout.flush()
         os._exit(error.code)
     finally:
@@ -87,16 +87,16 @@ def at_work() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """End this process soon after the command that started it is gone: killed, it could tell nobody.
+    """End this process soon after the command that started it has ended. A killed command cannot end its workers.
 
-    joblib's workers would go on to train, or idle for minutes, and hold locks and the command's output open.
+    joblib's workers would go on to train, or idle for minutes. They would hold locks and keep the output open.
     """
     parent, heard = os.getppid(), threading.Event()
 
     def stop(number: int, frame: object) -> None:
         if not _at_work.is_set():  # joblib's loop, which waits for the next cell
             os._exit(128 + number)
-        if not heard.is_set():  # the run is left in peace while it notes that
+        if not heard.is_set():  # later ones are ignored, while the run notes the first
             heard.set()
             raise Terminated(128 + number)
 
@@ -122,7 +122,7 @@ def _plugin(hydra: DictConfig) -> str:
 
 
 def _take_gpu(folder: Path) -> None:
-    """Let this process see one of several GPUs, the same number of processes each."""
+    """Let this process see one of several GPUs. Each GPU gets the same number of processes."""
     from torch.cuda import device_count  # late: torch takes a second; it does not start CUDA to count
 
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -143,7 +143,7 @@ def _take_gpu(folder: Path) -> None:
 def when_free(start: Callable[[], T], seconds: float = 1.0) -> T:
     """Wait until no other process holds the run's lock, then run it.
 
-    The lock is held in three cases. Another cell of the grid is the same run. Another cell needs the same single-task
+    The lock is held in three cases. Another cell of the grid is the same run. Another cell trains the same single-task
     baseline. Or a preempted job has died on a network disk, and its lock is not gone yet.
 
     Args:
@@ -160,7 +160,7 @@ def when_free(start: Callable[[], T], seconds: float = 1.0) -> T:
 
 
 def explain(error: Exception) -> UserError | None:
-    """One line for the ways in which a launcher itself fails; None for all other errors."""
+    """One line for an error of a launcher itself; None for all other errors."""
     if isinstance(error, MissingConfigException):
         plugin = PLUGINS.get(str(error.missing_cfg_file).removeprefix("hydra/launcher/"))
         return plugin and SetupError(f"hydra/launcher needs a package: pip install hydra-{plugin}-launcher")
@@ -170,7 +170,7 @@ def explain(error: Exception) -> UserError | None:
     origins = {type(error).__module__.partition(".")[0], _raised_in(error)} & set(PLUGINS.values())
     if not origins:
         return None
-    # Of a traceback that came from another process, the line that names the error.
+    # From a traceback of another process, take the line that names the error.
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     reason = next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception)\b", line)), lines[0])
     return SetupError(

@@ -1,4 +1,4 @@
-"""The words of a command: flags sorted to the front, the words that repeat a cell, and a saved config run again."""
+"""Command-line arguments: parse them, build the command that repeats a cell, and run a saved config again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mtl.config.identity import CONF, TARGET, today
 from mtl.config.program import divide, program
 from mtl.errors import ConfigError, one_line
 
-# The nodes that every saved config has and no hand-written primary config of Hydra's has without a defaults list.
+# Every saved config has these nodes. A hand-written primary config has all of them only with a defaults list.
 SAVED = ("data", "arch", "loss", "optimizer", "schedule", "trainer")
 AUTO = "auto"
 
@@ -50,7 +50,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 
 def spelled(arguments: argparse.Namespace) -> list[str]:
-    """The words of `arguments` with the flags first: Hydra loses overrides that stand behind a flag in the middle."""
+    """The arguments as a list, flags first: Hydra loses overrides that follow a flag in the middle."""
     flags = []
     for action in get_args_parser()._actions:
         value = getattr(arguments, action.dest, None)
@@ -81,15 +81,15 @@ def repeat(hydra: DictConfig, words: list[str]) -> str:
 
 
 def refuse_hidden(hydra: DictConfig) -> None:
-    """Look whether a chosen option has a second file, of other content, which Hydra passes over.
+    """Check that no chosen option has a second file with other content, which Hydra would ignore.
 
-    Hydra takes the first file that it finds: ours, then those of hydra.searchpath, then those of --config-dir.
+    Hydra takes the first file that it finds: ours, then hydra.searchpath's, then --config-dir's.
 
     Raises:
         ConfigError: there is one; the line names both files.
     """
     sources = [s for s in hydra.runtime.config_sources if s["schema"] == "file" and s.provider != "hydra"]
-    if not sources or Path(sources[0].path).resolve() != CONF.resolve():  # --config-path says what is to come first
+    if not sources or Path(sources[0].path).resolve() != CONF.resolve():  # the user has chosen the order
         return
     for group, option in hydra.runtime.choices.items():
         if isinstance(option, str):
@@ -98,7 +98,7 @@ def refuse_hidden(hydra: DictConfig) -> None:
 
 def refuse_second(group: str, option: str, folders: Sequence[Path]) -> None:
     """Raises:
-    ConfigError: an option has two files of different content in `folders`, of which the first one counts.
+    ConfigError: an option has two files with different content in `folders`, where only the first one counts.
     """
     files = [f for folder in folders if (f := folder / group / f"{option.removesuffix('.yaml')}.yaml").is_file()]
     for base in _bases(files[0]) if files else ():
@@ -115,13 +115,13 @@ def _bases(file: Path) -> list[str]:
     """The options of its own group that a config file builds on."""
     try:
         listed = yaml.safe_load(file.read_text()).get("defaults", [])
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):  # Hydra has read it, or will say so
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):  # Hydra has read the file, or will report it
         return []
     return [x for x in listed if isinstance(x, str) and re.fullmatch(r"(?!_self_|.*/)\S+", x) and x != file.stem]
 
 
 def _short(path: str) -> str:
-    """Relative to the current folder where it lies in it."""
+    """Relative to the current folder, if the path lies inside of it."""
     return os.path.relpath(path) if Path(path).resolve().is_relative_to(Path.cwd().resolve()) else path
 
 
@@ -141,7 +141,7 @@ def unfold(arguments: argparse.Namespace) -> argparse.Namespace:
         return arguments
     file, config = found
     run = _json(file.with_name("run.json"))
-    # The command that made the run says where its own options lie.
+    # The command that made the run names the folder of its own options.
     made = parse(divide(shlex.split(str(run.get("command", ""))))[1])
     if made.config_dir is None and any(p.is_dir() and (CONF / p.name).is_dir() for p in file.parent.iterdir()):
         made.config_dir = str(file.parent)
@@ -180,7 +180,7 @@ def _saved(arguments: argparse.Namespace) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _choices(config: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, str]:
-    """The option of every group: as run.json says, else ours that is nearest to the node."""
+    """The option of every group: from run.json, or else our option that is most similar to the node."""
     known = run.get("choices") if isinstance(run.get("choices"), dict) else {}
     groups = {group: node for group, node in config.items() if isinstance(node, dict) and (CONF / group).is_dir()}
     return {group: known.get(group) or _nearest(group, node) for group, node in groups.items()}
@@ -197,7 +197,7 @@ def _nearest(group: str, node: Mapping[str, Any]) -> str:
 
 
 def _compose(made: argparse.Namespace, words: list[str]) -> dict[str, Any]:
-    """The config that `words` alone describe, resolved."""
+    """The resolved config for these overrides alone."""
     folder = [f"hydra.searchpath=[file://{os.path.abspath(made.config_dir)}]"] if made.config_dir else []
     with initialize_config_dir(version_base="1.3", config_dir=os.path.abspath(made.config_path or CONF)):
         config = compose(made.config_name or "config", [*folder, *words])
@@ -205,7 +205,7 @@ def _compose(made: argparse.Namespace, words: list[str]) -> dict[str, Any]:
 
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any], typed: set[str], path: str = "") -> list[str]:
-    """Overrides that turn one config into another; `auto` stays where a run filled in what it stood for."""
+    """Overrides that turn one config into another. `auto` stays where the run has replaced it by results."""
     words = []
     for key, value in after.items():
         place, old = f"{path}{key}", before.get(key)
@@ -213,7 +213,7 @@ def _differences(before: Mapping[str, Any], after: Mapping[str, Any], typed: set
             words += _differences(old, value, typed, f"{place}.")
         elif (key not in before or old != value) and (old != AUTO or isinstance(value, str) or place in typed):
             words.append(f"{'' if key in before else '++'}{place}={spell(value)}")
-    # A node that is younger than the saved config keeps its default.
+    # A node that is newer than the saved config keeps its default.
     return words + ([f"~{path}{key}" for key in before if key not in after] if path else [])
 
 

@@ -1,4 +1,4 @@
-"""Plan before you pay: what of a cell is already there, and how long the rest will take on this machine."""
+"""Plan before you pay: how many epochs of a run are done, and how long the rest will take on this machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEPS = 3  # timed, after one that is not
 
 
 def plan(config: Mapping[str, Any], identity: Identity, measured: dict[str, float]) -> Outcome:
-    """Look, do not train.
+    """Find out how much of a run is left; train nothing.
 
     Args:
         config: resolved and checked, as plain Python objects.
@@ -30,8 +30,8 @@ def plan(config: Mapping[str, Any], identity: Identity, measured: dict[str, floa
         measured: seconds of an epoch of each group that was timed before; a new group is added.
 
     Returns:
-        an outcome with status "planned" and a plan: state (finished, running, interrupted, failed, …, new), epochs and
-        seconds that are left, and how the seconds are known: "from <run>", or "measured" on a few steps of it.
+        an outcome with status "planned" and a plan: the state (finished, running, interrupted, failed, …, new), the
+        epochs and seconds that are left, and the source of the seconds: "as seed0 took", or "measured" on a few steps.
 
     Raises:
         UserError: the config does not fit together, or the data is not there.
@@ -40,7 +40,7 @@ def plan(config: Mapping[str, Any], identity: Identity, measured: dict[str, floa
     directory = RunDirectory(path)
     status, epochs = directory.run.get("status", "new"), config["trainer"]["epochs"]
     if status == "running" and not directory.busy:
-        status = "interrupted"  # killed before it could say so
+        status = "interrupted"  # killed before it could note that
     left = 0 if status == "finished" else epochs - len(directory.rows())
     seconds, source = 0.0, ""
     if left:
@@ -50,7 +50,7 @@ def plan(config: Mapping[str, Any], identity: Identity, measured: dict[str, floa
 
 
 def plan_table(plans: Sequence[Mapping[str, Any]]) -> str:
-    """What `plan` found of every run, and the sum."""
+    """The table of all plans, with the total time."""
     rows = [
         [p["name"], p["state"], str(p["epochs"] or ""), duration(p["seconds"]) if p["epochs"] else "", p["source"]]
         for p in plans
@@ -66,7 +66,7 @@ def plan_table(plans: Sequence[Mapping[str, Any]]) -> str:
 def _epoch_seconds(
     config: Mapping[str, Any], identity: Identity, path: Path, measured: dict[str, float]
 ) -> tuple[float, str]:
-    """Seconds of one epoch: as this run or another seed of it took, or else measured now."""
+    """Seconds of one epoch: of this run or of another seed if one has begun, or else measured now."""
     for other in [path, *sorted(path.parent.glob("seed*"))]:
         if rows := RunDirectory(other).rows():
             return statistics.median(row["time/seconds"] for row in rows), f"as {other.name} took"

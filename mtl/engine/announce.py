@@ -1,4 +1,4 @@
-"""What a run says before its first epoch and after its last."""
+"""The header before a run's first epoch and the footer after its last."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ log = logging.getLogger("mtl")
 
 def header(config: Mapping[str, Any], identity: Identity, benchmark: Benchmark, learner: Learner,
            sizes: Mapping[str, int], steps: int, path: str, tracker: str, resumed: int) -> None:  # fmt: skip
-    """What will run, before the first epoch.
+    """Log what will be trained, before the first epoch.
 
     Args:
         config, identity, benchmark, learner: of the run.
         sizes: samples of each split.
         steps: of an epoch.
         path: where the run writes.
-        tracker: what the tracker says of itself.
+        tracker: the tracker's own line.
         resumed: epochs that are already done.
     """
     trainer, strategy, optimizer = learner.trainer, learner.strategy, config["optimizer"]
@@ -63,13 +63,13 @@ def header(config: Mapping[str, Any], identity: Identity, benchmark: Benchmark, 
 
 
 def footer(summary: Mapping[str, Any], epochs: int, directory: RunDirectory, command: str) -> None:
-    """What came of it, and how to do it again.
+    """Log the results, and the command that repeats the run.
 
     Args:
         summary: of the run, as in summary.json.
         epochs: that were trained.
         directory: of the run.
-        command: that repeats it.
+        command: that repeats the run.
     """
     chosen = summary["selected"]
     header = ["test", "best", "at epoch", f"last ({epochs})", *([f"by {chosen['by']}"] if chosen else [])]

@@ -27,7 +27,7 @@ from mtl.tracking.runlog import RunLog
 PACKAGES = ("torch", "torchvision", "hydra-core", "omegaconf", "wandb")
 
 
-PATIENCE = 1.0  # seconds that a run waits for its lock: a look at it (`busy`) takes far less
+PATIENCE = 1.0  # seconds that a run waits for its lock: a check of the lock (`busy`) takes far less
 
 
 class RunDirectory:
@@ -104,7 +104,7 @@ class RunDirectory:
         try:
             check_regular(file)
             with file.open("rb") as f:
-                # A look shares the lock with other looks, and a run waits for their end: see PATIENCE.
+                # Checks share the lock, and a run waits for their end: see PATIENCE.
                 fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return False
         except BlockingIOError:
@@ -177,7 +177,7 @@ def now() -> str:
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Commit, versions and hardware: what a figure must be able to name."""
+    """Commit, versions and hardware: where a result comes from."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "commit": _git("rev-parse", "HEAD"),

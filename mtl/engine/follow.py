@@ -1,4 +1,4 @@
-"""A run over several processes: what the others do while the leader runs the job."""
+"""A run over several processes: the part of those that do not lead."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mtl.engine.outcome import Outcome
 
 
 def hand_out(learner: Learner, epoch: int) -> int:
-    """The leader's learner, after `epoch` epochs, becomes that of all; returns the leader's epoch."""
+    """Give all processes the leader's learner, which has trained `epoch` epochs; return the leader's epoch."""
     processes = learner.processes
     state = processes.hand_out({"epoch": epoch, **learner.state()} if processes.leads else None)
     if not processes.leads:

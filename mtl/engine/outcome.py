@@ -11,11 +11,11 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-        status: finished, failed, diverged; or, where nothing was started: refused, running elsewhere, planned.
+        status: finished, failed, diverged, damaged; or, if nothing was started: refused, running elsewhere, planned.
         code: exit code.
         directory: of the run; empty when refused.
         message: the error, if any.
-        plan: what a run would be (mtl.cli.plan), where nothing was to be trained.
+        plan: the run's state and the time that is left (mtl.cli.plan), if nothing was to be trained.
     """
 
     status: str

@@ -1,4 +1,4 @@
-"""A run that is finished: are its files whole, what did a search want to know, and what does a dashboard lack."""
+"""A finished run: check its files, read the value that a search optimises, report it again to a dashboard."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ log = logging.getLogger("mtl")
 
 
 def inspect(directory: RunDirectory, name: str, epochs: int, build: Callable[[], tuple[Benchmark, Learner]]) -> None:
-    """Look whether the files of a finished run are whole; write its summary anew where that is damaged.
+    """Check that the files of a finished run are whole; write its summary anew if it is damaged.
 
     Args:
         directory: of the run.
         name: of the run.
         epochs: that it has trained.
-        build: makes its data's description and its learner, whose tasks say what the summary holds.
+        build: makes the run's benchmark and learner, whose tasks decide what the summary holds.
 
     Raises:
         SetupError: the metrics are damaged or changed, or the summary cannot be written.
@@ -69,7 +69,7 @@ def _summary(directory: RunDirectory) -> dict[str, Any] | None:
 
 
 def _agrees(summary: Mapping[str, Any], rows: list[dict[str, float]]) -> bool:
-    """Whether a summary says what the rows say."""
+    """Whether a summary agrees with the rows."""
     try:
         expected = {"status": "finished", **summarise(rows, summary["higher_is_better"], *_chosen_by(summary))}
         return all(plain(summary[key]) == plain(value) for key, value in expected.items())
@@ -98,10 +98,10 @@ def _best(directory: RunDirectory, name: str, rows: list[dict[str, float]]) -> s
 
 
 def objective(directory: str | Path) -> float | None:
-    """The best validation figure of a finished run: of its first task's main metric, over epochs.
+    """The best validation value of a finished run: of its first task's main metric, over epochs.
 
     Returns:
-        None without validation data (`data.val_fraction=0`): a search that looked at test data would be dishonest.
+        None without validation data (`data.val_fraction=0`): a search on test data would be dishonest.
 
     Raises:
         SetupError: the summary is damaged.
@@ -117,7 +117,7 @@ def objective(directory: str | Path) -> float | None:
 
 
 def repeat(tracker: Tracker, config: Mapping[str, Any], identity: Identity, directory: Path) -> None:
-    """Tell `tracker` a finished run from its first epoch to its last."""
+    """Report a finished run to `tracker`, from its first epoch to its last."""
     summary, rows = read_json(directory / "summary.json"), RunDirectory(directory).rows()
     best = dict(summary["higher_is_better"])
     if summary["selected"]:

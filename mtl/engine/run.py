@@ -1,4 +1,4 @@
-"""From a config to a finished run: check, identify, build, train, note the outcome."""
+"""One run in its directory, from a checked config to an outcome: build, train, save, report."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def prepare(
     leads = processes is None or processes.leads
     done = RunDirectory(path).run if leads else {}
     if done.get("name", identity.name) != identity.name:
-        raise Damaged(f"{path}/run.json is that of another run, {done['name']}; restore it, or delete it")
+        raise Damaged(f"{path}/run.json belongs to another run, {done['name']}; restore it, or delete it")
     if done.get("status") == "finished":
         _look_again(config, identity, path, done["finished"])
         yield Outcome("finished", 0, str(path))
@@ -107,7 +107,7 @@ class Job:
     tracker: Tracker
     rows: list[dict[str, float]] = field(default_factory=list)  # of metrics.jsonl: the epochs that are saved
     digest: bytes = START  # of these rows
-    told: int = 0  # rows that the tracker has
+    told: int = 0  # how many rows the tracker has
     begun: bool = False  # whether run.json says that the run is running
     failed: Outcome | None = None
 
@@ -208,7 +208,7 @@ class Job:
             checkpoint.link(self.directory.last, self.directory.best)
 
     def _tell(self) -> None:
-        """Give the tracker the rows that it has not been given yet."""
+        """Give the tracker the rows that it does not have yet."""
         for row in self.rows[self.told :]:
             self.tracker.log(row)
             self.told += 1
@@ -222,14 +222,14 @@ class Job:
             return
         raise Diverged(f"{what or 'a weight became nan or inf'} in epoch {row['epoch']}")
 
-    # -- what is chosen and reported ----------------------------------------------------------------------------------
+    # -- selection and reports ----------------------------------------------------------------------------------------
 
     @property
     def _selector(self) -> tuple[str, bool]:
         return selector(self.learner.tasks, "val" in self.evaluations)
 
     def summary(self) -> dict[str, Any]:
-        """The run's figures: best over epochs (each metric on its own), last epoch, and chosen on validation data."""
+        """The run's results: best over epochs (each metric on its own), last epoch, and chosen on validation data."""
         return {
             **summarise(self.rows, metrics(self.learner.tasks, "test"), *self._selector),
             "tasks": owned(self.learner.tasks),
@@ -243,7 +243,8 @@ class Job:
         summary = {"status": "finished", **self.summary()}
         write_json(self.directory.summary, summary)
         self._tell()
-        self.tracker.finish(flatten(summary), ok=True)  # a signal in here leaves an interrupted run, told again later
+        # After a signal in here the run counts as interrupted, and is reported again.
+        self.tracker.finish(flatten(summary), ok=True)
         with deferred():
             self.directory.update(status="finished", error=None, finished=now(), metrics_digest=self.digest.hex())
 

@@ -1,4 +1,4 @@
-"""Where a run's figures go besides its own directory: nowhere (`Tracker`), W&B, or TensorBoard."""
+"""Trackers: they send a run's metrics to W&B or TensorBoard. The base class `Tracker` sends nothing."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from mtl.config.identity import Identity
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a tracker needs to know of a run.
+    """A run as a tracker needs to know it.
 
     Attributes:
         identity: names, group and seed.
         directory: of this run.
         output_root: of all runs.
         config: the resolved config, flattened: {"loss.temperature": 2.0, …}.
-        best: for each metric key whether higher is better.
-        rows: of metrics.jsonl, of the epochs before a resumed run goes on.
+        best: whether higher is better, for each metric's key.
+        rows: of metrics.jsonl: the epochs that a resumed run has behind it.
     """
 
     identity: Identity
@@ -32,10 +32,10 @@ class RunInfo:
 
 
 class Tracker:
-    """Base and no-op. A tracker mirrors what metrics.jsonl holds; training never depends on it.
+    """Base class; does nothing. A tracker mirrors metrics.jsonl; training never depends on it.
 
     Attributes:
-        repeats: whether a run that is already finished is to be told once more.
+        repeats: whether a run that is already finished is reported once more.
     """
 
     repeats = False

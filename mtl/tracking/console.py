@@ -1,4 +1,4 @@
-"""What a person sees: header, one line per epoch (and a live one on a terminal), footer."""
+"""Lines for a person to read: tables, durations, one line for each epoch, a live line on a terminal."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def epoch_line(row: Mapping[str, float], tasks: Mapping[str, tuple[str, str]], e
 
     Args:
         row: as in metrics.jsonl.
-        tasks: for each task name its main metric and that metric's unit.
+        tasks: {task: (its main metric, that metric's unit)}.
         epochs: of the whole run.
-        remaining: seconds, for the ETA.
+        remaining: seconds that are left.
     """
     digits = len(str(epochs))
     parts = [f"epoch {int(row['epoch']):{digits}d}/{epochs}"]
@@ -54,7 +54,7 @@ def epoch_line(row: Mapping[str, float], tasks: Mapping[str, tuple[str, str]], e
 
 
 class Progress:
-    """One live line on a terminal, nothing elsewhere (a log file would fill with it)."""
+    """One live line on a terminal. It prints nothing into a file, which it would fill."""
 
     # The process's own, not a run's: `mtl.cli.launchers.enter` forbids it where several processes share the terminal.
     allowed = True

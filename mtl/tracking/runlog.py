@@ -1,4 +1,4 @@
-"""train.log: every run's own lines, also where a process has several runs under way."""
+"""train.log holds one run's own lines, also if a process works on several runs."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import logging
 from contextvars import ContextVar
 from pathlib import Path
 
-# The log of the run that this thread or task is at work on.
+# The log of the run that this thread works on.
 _current: ContextVar[RunLog | None] = ContextVar("run log", default=None)
 
 
 class RunLog(logging.FileHandler):
-    """Takes what is logged between `begin` and `end`, except other runs' lines.
+    """Writes all lines between `begin` and `end`, except other runs' lines.
 
-    A line of a thread that no run has begun in, such as a library's own, goes to all runs.
+    A line goes to all runs if no run has begun in its thread: a library's own thread, say.
 
     Raises:
         OSError: the file cannot be opened.
@@ -39,5 +39,5 @@ class RunLog(logging.FileHandler):
 
 
 def of_a_run(record: logging.LogRecord) -> bool:
-    """Whether a record, which is being logged now, is a run's own line and so stands in its train.log."""
+    """Whether a record that is logged now is a run's own line, and so part of its train.log."""
     return _current.get() is not None

@@ -14,7 +14,7 @@ log = logging.getLogger("mtl")
 
 
 class TensorBoardTracker(Tracker):
-    """One scalar curve per key, over epochs.
+    """One curve over epochs for each key.
 
     Raises:
         mtl.errors.SetupError: the package tensorboard is not installed.
@@ -28,8 +28,8 @@ class TensorBoardTracker(Tracker):
         self._writer_class, self._writer = SummaryWriter, None
 
     def start(self, info: RunInfo) -> str:
-        # A kill may have kept the last rows out of an earlier file. So all are written again, and `purge_step` lets
-        # readers forget the first ones.
+        # A kill may have kept the last rows out of an earlier file. So all rows are written again, and `purge_step`
+        # makes readers drop the earlier ones.
         folder = info.directory / "tensorboard"
         with self._harmless():
             self._writer = self._writer_class(str(folder), purge_step=1 if folder.exists() else None)

@@ -1,9 +1,10 @@
 """Weights & Biases: online when logged in and reachable, else offline; never a prompt, never a run lost to a dashboard.
 
-All runs share <output_root>/wandb, so `wandb leet <output_root>/wandb` shows them side by side without an account and
-`wandb sync` uploads them later. A resumed run goes on in a second folder with the same id. W&B writes what it holds
-only now and then, so a kill loses the last steps of a folder: the next one begins with those that no folder holds.
-`wandb sync <output_root>/wandb/*` uploads the folders of one id one after the other, in the order in which they began.
+All runs share <output_root>/wandb. `wandb leet <output_root>/wandb` shows them side by side without an account.
+`wandb sync <output_root>/wandb/*` uploads them later, the folders of one id in the order in which they began.
+
+A resumed run goes on in a second folder with the same id. W&B writes to a folder only now and then, so a kill loses its
+last steps. The second folder begins with the steps that no folder holds.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from mtl.tracking import RunInfo, Tracker
 
 log = logging.getLogger("mtl")
 
-# W&B itself tries for 90 s to begin a run and for as long as it takes to end one. A grid without a network would wait
-# so in every cell.
-PROBE, BEGIN, END = 5.0, 30.0, 600.0  # seconds: to reach the server at all; to open a run; to upload what is left
+# By default W&B tries for 90 s to begin a run, and without a limit to end one. A grid without a network would wait so
+# in every cell.
+PROBE, BEGIN, END = 5.0, 30.0, 600.0  # seconds: to reach the server at all; to open a run; to upload the rest
 INSPECT = 60.0  # seconds: to read one earlier folder of a run
 
 ID, NAME, TAG = 64, 128, 64  # characters that W&B accepts
@@ -38,16 +39,16 @@ FORBIDDEN = "/\\#?%:"  # in a project
 
 
 class WandbTracker(Tracker):
-    """One W&B run per run: id and name from the identity, group = everything but the seed, epoch as the x-axis.
+    """One W&B run for each run: id and name from the identity, group = everything except the seed, epoch as the x-axis.
 
-    In a sweep (`wandb agent`) W&B chooses the id, so a run that was finished or begun before is told from its start.
+    In a sweep (`wandb agent`) W&B chooses the id. A run that was begun or finished before is reported from its start.
 
     Args:
         project, entity: where online runs go.
-        mode: auto and online are online when W&B is logged in and reachable, else offline; WANDB_MODE=disabled is
-            obeyed.
+        mode: auto and online are online if W&B is logged in and reachable, else offline. The environment variable
+            WANDB_MODE=disabled comes first.
         tags: added to data, arch and loss.
-        artifact: best uploads best.pt as a model artifact, at the end of a run that finished.
+        artifact: best uploads best.pt as a model artifact, when a run has finished.
 
     Raises:
         ValueError: W&B accepts no such project or tag.
@@ -70,7 +71,7 @@ class WandbTracker(Tracker):
 
     @property
     def repeats(self) -> bool:
-        """In a sweep: W&B takes a run that reports nothing for a crash, and its search would learn nothing from it."""
+        """In a sweep, yes: W&B takes a run without a report for a crash, and its search would learn nothing from it."""
         return "WANDB_SWEEP_ID" in os.environ
 
     def start(self, info: RunInfo) -> str:
@@ -83,7 +84,7 @@ class WandbTracker(Tracker):
             if os.environ.get("WANDB_MODE") == "disabled":
                 mode = "disabled"
             elif mode != "offline":
-                # Asked without a prompt, and before init, which would ask with one.
+                # Before init, which would prompt the user for a login.
                 mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
                 if mode == "offline":
                     wish = "not logged in (wandb login), so " if self.mode == "online" else ""
@@ -95,15 +96,15 @@ class WandbTracker(Tracker):
             except Exception as error:
                 if mode != "online":
                     raise
-                # Its service holds the id of a run that it could not begin.
+                # Until this, W&B's service keeps the id of the run that it could not begin.
                 wandb.teardown()
                 mode, wish = "offline", f"W&B refused ({_first_line(error)}), so "
                 self.run = self._open(wandb, mode)
             self.run.define_metric("epoch", hidden=True)
             self.run.define_metric("*", step_metric="epoch")
             for key, higher in info.best.items():
-                # With "last" too: "max" alone would remove the plain key from the summary. (Of a resumed run this
-                # maximum knows the epochs since; what `finish` adds, "best/<metric>", knows all.)
+                # With "last" too: "max" alone would remove the plain key from the summary. After a resume this maximum
+                # is over the epochs since. The key "best/<metric>", which `finish` adds, is over all.
                 self.run.define_metric(key, step_metric="epoch", summary="max,last" if higher else "min,last")
             missing = self._missing(mode)
         except Exception as error:
@@ -131,8 +132,8 @@ class WandbTracker(Tracker):
 
     def _open(self, wandb: Any, mode: str) -> Any:
         identity, config = self.info.identity, self.info.config
-        # Beside the flat config, names without a dot, which W&B's panels and filters would read as nesting. They are
-        # also what a sweep calls its parameters, and a sweep's values are locked.
+        # Beside the flat config there are names without a dot: W&B's panels and filters read a dot as nesting. A sweep
+        # uses these names for its parameters, too, and locks their values.
         tags = [_fit(name, TAG) for name in (identity.data, identity.arch, identity.loss)]
         names = {"data": identity.data, "arch": identity.arch, "loss": identity.loss, "lr": config.get("optimizer.lr")}
         return wandb.init(
@@ -190,7 +191,7 @@ class WandbTracker(Tracker):
 
 
 def _steps(file: Path) -> set[int]:
-    """The steps that a .wandb file holds; none where nobody can tell: a row told twice is better than a lost one."""
+    """The steps in a .wandb file; none if it cannot be read, since a row reported twice is better than a lost one."""
     if file.stat().st_size <= 7:  # its header: a kill came before anything was written
         return set()
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
@@ -203,7 +204,7 @@ def _steps(file: Path) -> set[int]:
 
 
 def _fit(text: str, limit: int, forbidden: str = r"[\x00-\x1f]") -> str:
-    """`text` as W&B accepts it; where that takes a change, a hash keeps different texts apart."""
+    """`text` as W&B accepts it. If the text must change, a hash keeps different texts apart."""
     accepted = re.sub(forbidden, "-", text).strip()
     if accepted == text and len(text) <= limit:
         return text
@@ -211,18 +212,18 @@ def _fit(text: str, limit: int, forbidden: str = r"[\x00-\x1f]") -> str:
 
 
 def _slashed(key: str) -> str:
-    """best.test/fine_accuracy.value as best/fine_accuracy: without a dot, which W&B would read as nesting."""
+    """best.test/fine_accuracy.value as best/fine_accuracy: W&B would read a dot as nesting."""
     return key.removesuffix(".value").replace(".test/", "/").replace(".", "/")
 
 
 def _reachable(url: str) -> bool:
-    """Whether a server answers, whatever it answers; proxies count as W&B counts them, by HTTPS_PROXY."""
+    """Whether a server answers at all. A proxy in HTTPS_PROXY is used, as W&B does."""
     try:
         with urllib.request.urlopen(url, timeout=PROBE):
             return True
     except urllib.error.HTTPError:
         return True
-    except OSError as error:  # a certificate that Python does not know may be known to W&B
+    except OSError as error:  # W&B may know a certificate that Python does not know
         return isinstance(getattr(error, "reason", error), ssl.SSLError)
 
 
