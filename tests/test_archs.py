@@ -192,7 +192,7 @@ def count(net, f):
     (lambda: Own(count, calls=0), "other features"),
     (lambda: nn.Sequential(nn.ReLU(inplace=True), Own()), "Sequential needs an int"),
     (lambda: Own(lambda net, f: f, lazy=nn.LazyLinear(3)), "the parameter backbone.lazy.weight has no shape yet"),
-    (lambda: Own(unused=nn.Linear(2, 2).requires_grad_(False)), r"no task uses the parameter backbone.unused.weight and 1 more; .*Identity"),
+    (lambda: Own(unused=nn.Linear(2, 2)), r"no task uses the parameter backbone.unused.weight and 1 more; .*Identity"),
 ])  # fmt: skip
 def test_a_backbone_that_cannot_be_trained_is_refused(backbone, message):
     with pytest.raises(ArchError, match=message):

@@ -17,7 +17,7 @@ from torch import Tensor
 from mtl.config.source import blame
 from mtl.data.columns import Batch, Split
 from mtl.data.inputs import Input
-from mtl.errors import SetupError, one_line, suggest
+from mtl.errors import SetupError, UserError, one_line, suggest
 from mtl.metrics.base import Metric, Score
 from mtl.metrics.tally import Tally
 from mtl.tasks import Task
@@ -123,6 +123,8 @@ def check_tasks(tasks: Sequence[Task], predictions: Sequence[Any], batch: Batch)
     for task, prediction in zip(tasks, predictions, strict=True):
         try:
             _check_task(task, prediction, batch[task.column])
+        except UserError:
+            raise
         except Exception as error:  # whatever a user's own task raises
             raise SetupError(f"data: task {task.name!r}: {_message(error)}") from error
 
