@@ -34,7 +34,7 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from mtl.archs.model import MultiTaskModel
+from mtl.archs.model import HardSharing
 from mtl.cli.command import CONF
 from mtl.config import schema
 from mtl.data.batches import TrainingBatches
@@ -90,14 +90,14 @@ def backbone(arch: str) -> torch.nn.Module:
 
 def plain(arch: str, images: int, device: str, batch: int = BATCH) -> Epoch:
     """As `ours`, for the tutorial's loop."""
-    model = MultiTaskModel(backbone(arch), Synthetic.tasks).to(device)
+    model = HardSharing(backbone(arch), Synthetic.tasks).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     loader = DataLoader(Pictures(images), batch, shuffle=True, num_workers=2, persistent_workers=True)
 
     def epoch() -> float:
         started = time.perf_counter()
         for x, fine, coarse in loader:
-            a, b = model(x.to(device))
+            a, b = model({"image": x.to(device)}).predictions
             loss = F.cross_entropy(a, fine.to(device)) + F.cross_entropy(b, coarse.to(device))
             optimizer.zero_grad()
             loss.backward()
@@ -111,7 +111,7 @@ def plain(arch: str, images: int, device: str, batch: int = BATCH) -> Epoch:
 def in_memory(arch: str, precision: str, layout: str, images: int, device: str, batch: int = BATCH) -> Epoch:
     """As `ours`, for a plain loop whose normalised images are on the device."""
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    model = MultiTaskModel(backbone(arch), Synthetic.tasks).to(device, memory_format=memory_format)
+    model = HardSharing(backbone(arch), Synthetic.tasks).to(device, memory_format=memory_format)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     generator = torch.Generator().manual_seed(0)
     pictures = torch.randn(images, 3, 32, 32, generator=generator).to(device)
@@ -122,7 +122,7 @@ def in_memory(arch: str, precision: str, layout: str, images: int, device: str, 
         for chosen in torch.randperm(images, device=device).split(batch):
             x, y = pictures[chosen].to(memory_format=memory_format), fine[chosen]
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
-                a, b = model(x)
+                a, b = model({"image": x}).predictions
             loss = F.cross_entropy(a.float(), y) + F.cross_entropy(b.float(), y // 5)
             optimizer.zero_grad()
             loss.backward()

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mtl.archs.check import ArchError, check_model
-from mtl.archs.model import MultiTaskModel, count_macs, count_parameters
+from mtl.archs.model import HardSharing, count_macs, count_parameters
 from mtl.archs.resnet import ResNet, WideResNet
 from mtl.archs.vgg import VGG16BN
 from mtl.config import schema
@@ -25,17 +25,21 @@ FINE, COARSE, INK = Classification("fine", 100), Classification("coarse", 20), R
 SMALL = {"wide_resnet": {"width": 1}}
 
 
-def build(arch: str, tasks=(FINE, COARSE), in_channels: int = 3, seed: int = 0, **overrides) -> MultiTaskModel:
+def build(arch: str, tasks=(FINE, COARSE), in_channels: int = 3, seed: int = 0, **overrides) -> HardSharing:
     """The model of a config file; `overrides` as on the command line."""
     torch.manual_seed(seed)
     node = {**yaml.safe_load(FILES[arch].read_text()), **overrides}
-    return MultiTaskModel(schema.build(node, "arch", in_channels=in_channels), tasks)
+    return HardSharing(schema.build(node, "arch", in_channels=in_channels), tasks)
+
+
+def images(*shape: int) -> dict[str, torch.Tensor]:
+    return {"image": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
 
 
 def sizes(arch: str, tasks) -> tuple[int, int]:
     with torch.device("meta"):
         model = build(arch, tasks)
-        return count_parameters(model), count_macs(model, (3, 32, 32))
+        return count_parameters(model), count_macs(model, images(1, 3, 32, 32))
 
 
 @torch.no_grad()
@@ -91,14 +95,14 @@ def test_outputs_equal_torchvisions(net):
 def test_forward_and_parameters(arch, in_channels):
     """One finite prediction a task, in order, whose gradient reaches all; heads and backbone partition the model."""
     model = build(arch, (FINE, COARSE, Regression("ink")), in_channels, **SMALL.get(arch, {}))
-    predictions = model(torch.randn(2, in_channels, 32, 32))
+    predictions = model(images(2, in_channels, 32, 32)).predictions
     assert [tuple(p.shape) for p in predictions] == [(2, 100), (2, 20), (2, 1)]
     assert all(p.isfinite().all() for p in predictions)
     sum(p.square().sum() for p in predictions).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    parts = [*model.shared_parameters(), *(p for t in model.heads for p in model.head_parameters(t))]
+    parts = [*model.shared_parameters(), *(p for t in model.heads for p in model.own_parameters(t))]
     assert sorted(map(id, parts)) == sorted(map(id, model.parameters()))
-    assert [p.shape for p in model.head_parameters("coarse")] == [(20, model.backbone.out_features), (20,)]
+    assert [p.shape for p in model.own_parameters("coarse")] == [(20, model.backbone.out_features), (20,)]
 
 
 @pytest.mark.parametrize("arch", ["resnet20", "vgg16_bn", "wide_resnet"])
@@ -118,7 +122,7 @@ def test_initialisation_is_a_function_of_the_seed(arch):
 def test_refusals():
     """A backbone without an int out_features, by name; a Wide ResNet whose depth is not 6n + 4."""
     with pytest.raises(ValueError, match="Flatten needs an int attribute out_features"):
-        MultiTaskModel(nn.Flatten(), (FINE,))
+        HardSharing(nn.Flatten(), (FINE,))
     for depth in (4, 20, 29):
         with pytest.raises(ValueError, match=f"depth: {depth} is not"):
             WideResNet(3, depth=depth)
@@ -129,7 +133,7 @@ def test_counting_macs_leaves_the_model_alone(training):
     """The same number in both modes; mode, batch-norm statistics and gradients stay as they were."""
     model = with_statistics(build("resnet20")).train(training)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    assert count_macs(model, (3, 32, 32)) == 40_820_224
+    assert count_macs(model, images(1, 3, 32, 32)) == 40_820_224
     assert all(m.training is training for m in model.modules())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
@@ -153,11 +157,11 @@ class Own(nn.Module):
         return self.step(self, self.conv(x).mean((2, 3)))
 
 
-def try_out(backbone, tasks=(FINE, INK)) -> MultiTaskModel:
+def try_out(backbone, tasks=(FINE, INK)) -> HardSharing:
     """As `build_learner` does it."""
-    model = MultiTaskModel(backbone, tasks)
-    count_macs(model, (1, 8, 8))
-    check_model(model, torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    model = HardSharing(backbone, tasks)
+    count_macs(model, images(1, 1, 8, 8))
+    check_model(model, images(2, 1, 8, 8), [task.name for task in tasks])
     return model
 
 
@@ -179,7 +183,7 @@ def count(net, f):
     (lambda: Own(lambda net, f: f[..., None, None]), r"\(1, 8, 1, 1\) .*\.mean\(\(2, 3\)\)"),
     (lambda: Own(lambda net, f: f.sum(0)), r"features of shape \(8,\)"),
     (lambda: Own(lambda net, f: None), "a NoneType"),
-    (lambda: Own(lambda net, f: f.half()), "float16 features for float32 images"),
+    (lambda: Own(lambda net, f: f.half()), "float16 features for float32 inputs"),
     (lambda: Own(lambda net, f: f.to(torch.complex64)), "complex64 features"),
     (lambda: Own(lambda net, f: f.detach()), "no loss reaches a parameter of Own"),
     (lambda: Own(lambda net, f: net.w * f, w=torch.ones(8, requires_grad=True)), r"1 .*shape \(8,\).*nn.Parameter"),
@@ -188,6 +192,7 @@ def count(net, f):
     (lambda: Own(count, calls=0), "other features"),
     (lambda: nn.Sequential(nn.ReLU(inplace=True), Own()), "Sequential needs an int"),
     (lambda: Own(lambda net, f: f, lazy=nn.LazyLinear(3)), "the parameter backbone.lazy.weight has no shape yet"),
+    (lambda: Own(unused=nn.Linear(2, 2)), r"no task uses the parameter backbone.unused.weight and 1 more; .*Identity"),
 ])  # fmt: skip
 def test_a_backbone_that_cannot_be_trained_is_refused(backbone, message):
     with pytest.raises(ArchError, match=message):
@@ -198,27 +203,19 @@ def test_images_changed_in_place_are_refused():
     """FAMO and others look at the same batch again."""
     net = nn.Sequential(nn.ReLU(inplace=True), Own())
     net.out_features = 8
-    with pytest.raises(ArchError, match="changes its images in place"):
+    with pytest.raises(ArchError, match="changes its inputs in place"):
         try_out(net)
 
 
-def test_heads_are_checked():
-    class NoModule(Regression):
-        def head(self, features):
-            return None
-
+def test_decoders_are_checked():
     class Mean(nn.Linear):
         def forward(self, x):
             return super().forward(x).mean(0)
 
-    class MeanTask(Regression):
-        def head(self, features):
-            return Mean(features, 1)
-
-    with pytest.raises(ArchError, match=r"NoModule.head made a NoneType for task 'a'"):
-        try_out(Own(), (NoModule("a"),))
-    with pytest.raises(ArchError, match=r"the head of task 'a' returned \(1,\) for 2 images"):
-        try_out(Own(), (MeanTask("a"),))
+    with pytest.raises(ArchError, match=r"Own.decoder made a NoneType for task 'a'"):
+        try_out(Own(decoder=lambda task: None), (Regression("a"),))
+    with pytest.raises(ArchError, match=r"the head of task 'a' returned \(1,\) for 2 samples"):
+        try_out(Own(decoder=lambda task: Mean(8, 1)), (Regression("a"),))
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
@@ -227,11 +224,11 @@ def test_heads_are_checked():
     lambda: Own(lambda net, f: (f * net.w).real, w=nn.Parameter(torch.ones(8, dtype=torch.complex64))),
     lambda: Own(lambda net, f: net.late(f), late=nn.Dropout(0.5)), lambda: Own(out_features=np.int64(8)),
     lambda: Own(lambda net, f: f + torch.rand(()) + float(np.random.rand()) + random.random()),
-    lambda: Own(lambda net, f: f if net.training else f.detach()), lambda: Own(unused=nn.Linear(2, 2)),
+    lambda: Own(lambda net, f: f if net.training else f.detach()), lambda: Own(unused=nn.Linear(2, 2).requires_grad_(False)),
     lambda: Own(lambda net, f: checkpoint(nn.functional.relu, f, use_reentrant=True)),
 ])  # fmt: skip
 def test_a_backbone_that_can_be_trained_passes(backbone):
-    """Lazy, frozen, complex, random, with dropout, with unused or half-frozen parts, with re-entrant checkpoints."""
+    """Lazy, frozen, complex, random, with dropout, with unused frozen or half-frozen parts, with re-entrant checkpoints."""
     assert all(p.grad is None for p in try_out(backbone()).parameters())
 
 
@@ -246,11 +243,11 @@ def test_trying_out_leaves_model_and_generators_alone():
 
     net = Own(first_batch, scale=nn.Parameter(torch.ones(8)), norm=nn.BatchNorm1d(8))
     net.register_buffer("done", torch.tensor(False))
-    model = MultiTaskModel(net.train(), (FINE,))
+    model = HardSharing(net.train(), (FINE,))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     states = [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
-    count_macs(model, (1, 8, 8))
-    check_model(model, torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    count_macs(model, images(1, 1, 8, 8))
+    check_model(model, images(2, 1, 8, 8), ["fine"])
     assert states == [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert model.training and all(p.grad is None for p in model.parameters())
@@ -258,5 +255,5 @@ def test_trying_out_leaves_model_and_generators_alone():
 
 def test_a_task_may_bear_the_name_of_a_method():
     model = try_out(Own(), (Regression("type"), Regression("values"), Regression("train")))
-    assert list(model.heads) == ["type", "values", "train"] and len(list(model.head_parameters("values"))) == 2
+    assert list(model.heads) == ["type", "values", "train"] and len(list(model.own_parameters("values"))) == 2
     assert sum(k.startswith("heads.") for k in model.state_dict()) == 6

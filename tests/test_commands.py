@@ -407,7 +407,7 @@ def test_an_own_net_that_does_not_fit_names_its_line(cli, own):
     importlib.invalidate_caches()
     result = cli("data=digits", "logger=none", "arch._target_=net.Net", "~arch.depth")
     assert result.code == 2 and len(result.err.splitlines()) == 1, result.err
-    assert "does not fit the images" in result.err and "net.py:8 in forward; traceback in" in result.err
+    assert "does not fit the inputs of data (1x8x8)" in result.err and "net.py:8 in forward; traceback in" in result.err
 
 
 def test_an_error_in_own_data_names_its_line(cli, own):

@@ -6,6 +6,7 @@ import pickle
 import re
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
@@ -18,15 +19,17 @@ import torchvision.transforms.functional as TF
 from conftest import REAL_CIFAR100, needs_real_data
 from scipy.stats import chisquare
 
-from mtl.data import batches, cifar100
+from mtl.data import cifar100
 from mtl.data.base import Benchmark, Split
-from mtl.data.batches import EvaluationBatches, TrainingBatches, draw, resident_bytes
+from mtl.data.batches import EvaluationBatches, TrainingBatches
 from mtl.data.cifar100 import CIFAR100
 from mtl.data.digits import Digits
+from mtl.data.inputs import Image
 from mtl.data.synthetic import Synthetic
 from mtl.errors import SetupError, UserError
 from mtl.random import stream
 from mtl.tasks import Classification
+from mtl.views import Crop, Flip
 
 CPU = torch.device("cpu")
 RESIDENCES = [("device", 0), ("host", 0), ("host", 2)]
@@ -39,31 +42,32 @@ class Numbered(Benchmark):
 
     size: int = 70
 
-    tasks, image_shape = (Classification("number", 2**16),), (3, 8, 8)
-    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
-    crop_padding, flip = 4, True
+    tasks = (Classification("number", 2**16),)
+    inputs = {"image": Image((3, 8, 8), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))}
+    augment = (Crop(4), Flip())
 
     def load(self):
         n = torch.arange(self.size)
         colour = torch.stack([n // 256, n % 256, torch.full_like(n, 255)], 1).to(torch.uint8)
-        split = Split(colour[:, None, None].expand(-1, 8, 8, -1).contiguous(), {"number": n})
-        return split, split.take(n.flip(0))
+        split = Split({"image": colour[:, None, None].expand(-1, 8, 8, -1).contiguous(), "number": n})
+        return {"train": split, "test": Split(split.batch(n.flip(0)))}
 
     def epoch(self, epoch: int, split: Split | None = None) -> list:
-        return list(TrainingBatches(split or self.load()[0], self, CPU, seed=0).epoch(epoch))
+        return list(TrainingBatches(split or self.load()["train"], self, CPU, seed=0).epoch(epoch))
 
     @staticmethod
     def read(seen) -> tuple[list[int], list[int]]:
         """The numbers that the images spell and those that the labels say."""
-        images, (mean, std) = torch.cat([x for x, _ in seen]), torch.tensor([Numbered.mean, Numbered.std])
+        images, image = torch.cat([batch["image"] for batch in seen]), Numbered.inputs["image"]
+        mean, std = torch.tensor([image.mean, image.std])
         high, low, _ = ((images.amax((2, 3)) * std + mean) * 255).round().long().unbind(1)
-        return (256 * high + low).tolist(), torch.cat([t["number"] for _, t in seen]).tolist()
+        return (256 * high + low).tolist(), torch.cat([batch["number"] for batch in seen]).tolist()
 
 
 def assert_same(actual: list, expected: list) -> None:
-    for (images, targets), (others, labels) in zip(actual, expected, strict=True):
-        assert torch.equal(images, others) and images.stride() == others.stride()
-        assert torch.equal(targets["number"], labels["number"])
+    for batch, other in zip(actual, expected, strict=True):
+        assert batch.keys() == other.keys() == {"image", "number"} and torch.equal(batch["image"], other["image"])
+        assert batch["image"].stride() == other["image"].stride() and torch.equal(batch["number"], other["number"])
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
@@ -73,20 +77,23 @@ def assert_same(actual: list, expected: list) -> None:
 def test_batches_are_bitwise_torchvisions(residency):
     """pad, crop, flip, to_tensor and normalise of each PIL image at the offsets drawn; evaluation without the first."""
     images = torch.randint(256, (60, 32, 32, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    split, draws = Split(images, {"fine": torch.arange(60)}), draw(60, 5, 2, padding=4, flip=True)
+    split, image = Split({"image": images, "fine": torch.arange(60)}), CIFAR100.inputs["image"]
+    draws = drawn(60, 5, 2)
     benchmark = CIFAR100(batch_size=25, residency=residency, workers=0)
     seen = list(TrainingBatches(split, benchmark, CPU, seed=5).epoch(2))
-    assert torch.equal(torch.cat([t["fine"] for _, t in seen]), draws.order)
-    for i, top, left, flip, actual in zip(*vars(draws).values(), torch.cat([x for x, _ in seen]), strict=True):
-        image = TF.pad(TF.to_pil_image(images[i].permute(2, 0, 1)), 4, fill=0)
-        image = TF.crop(image, int(top), int(left), 32, 32)
-        expected = TF.to_tensor(TF.hflip(image) if flip else image)
-        assert torch.equal(actual, TF.normalize(expected, CIFAR100.mean, CIFAR100.std))
-    ((evaluated, _),) = EvaluationBatches(split, benchmark, CPU)
+    assert torch.equal(torch.cat([batch["fine"] for batch in seen]), draws["order"])
+    shown = torch.cat([batch["image"] for batch in seen])
+    for i, (top, left), flip, actual in zip(draws["order"], draws["crop"].T, draws["flip"], shown, strict=True):
+        peer = TF.pad(TF.to_pil_image(images[i].permute(2, 0, 1)), 4, fill=0)
+        peer = TF.crop(peer, int(top), int(left), 32, 32)
+        expected = TF.to_tensor(TF.hflip(peer) if flip else peer)
+        assert torch.equal(actual, TF.normalize(expected, image.mean, image.std))
+    (batch,) = EvaluationBatches(split, benchmark, CPU)
+    evaluated = batch["image"]
     assert evaluated.is_contiguous(memory_format=torch.channels_last) and not evaluated.is_contiguous()
-    assert all(x.is_contiguous(memory_format=torch.channels_last) for x, _ in seen)
-    for image, actual in zip(images, evaluated, strict=True):
-        assert torch.equal(actual, TF.normalize(TF.to_tensor(image.numpy()), CIFAR100.mean, CIFAR100.std))
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in (b["image"] for b in seen))
+    for one, actual in zip(images, evaluated, strict=True):
+        assert torch.equal(actual, TF.normalize(TF.to_tensor(one.numpy()), image.mean, image.std))
 
 
 @pytest.mark.parametrize("residency, workers", RESIDENCES)
@@ -97,8 +104,8 @@ def test_an_epoch_visits_every_sample_once(residency, workers, size, sizes):
     """Images keep their labels; the last batch may be smaller, but a remainder of exactly one is left out."""
     benchmark = Numbered(size=size, batch_size=32, residency=residency, workers=workers)
     seen = benchmark.epoch(0)
-    assert [len(x) for x, _ in seen] == sizes
-    assert len(TrainingBatches(benchmark.load()[0], benchmark, CPU, seed=0)) == len(sizes)
+    assert [len(batch["image"]) for batch in seen] == sizes
+    assert len(TrainingBatches(benchmark.load()["train"], benchmark, CPU, seed=0)) == len(sizes)
     spelt, labels = Numbered.read(seen)
     assert spelt == labels and len(set(labels)) == len(labels) == sum(sizes)
 
@@ -109,11 +116,11 @@ def test_residency_does_not_change_a_bit(workers, mapped, tmp_path):
     """Batches from the host, memory-mapped or not, equal those from the device, in training and evaluation."""
     resident = Numbered(size=501, batch_size=100, residency="device")
     host = Numbered(size=501, batch_size=100, residency="host", workers=workers)
-    split = elsewhere = resident.load()[0]
+    split = elsewhere = resident.load()["train"]
     if mapped:
-        split.images.numpy().tofile(tmp_path / "images")
-        images = np.memmap(tmp_path / "images", np.uint8, "r+", shape=tuple(split.images.shape))
-        elsewhere = Split(torch.from_numpy(images), split.targets)
+        split.columns["image"].numpy().tofile(tmp_path / "images")
+        images = np.memmap(tmp_path / "images", np.uint8, "r+", shape=tuple(split.columns["image"].shape))
+        elsewhere = Split({**split.columns, "image": torch.from_numpy(images)})
     assert_same(host.epoch(1, elsewhere), resident.epoch(1))
     evaluation = list(EvaluationBatches(split, resident, CPU))
     assert_same(list(EvaluationBatches(elsewhere, host, CPU)), evaluation)
@@ -123,38 +130,29 @@ def test_residency_does_not_change_a_bit(workers, mapped, tmp_path):
 @pytest.mark.parametrize("residency, workers", RESIDENCES)
 @pytest.mark.parametrize("padding", [0, 4])
 def test_selected_rows_give_the_batches_of_a_copy(residency, workers, padding, monkeypatch):
-    """A selection of a selection, in training and evaluation, wherever the data lives and whether it is padded."""
-    monkeypatch.setattr(Numbered, "crop_padding", padding)
+    """A selection of a selection, in training and evaluation, wherever the data lives and whether it is cropped."""
+    monkeypatch.setattr(Numbered, "augment", (Crop(padding), Flip()))
     benchmark = Numbered(size=300, batch_size=32, residency=residency, workers=workers)
-    split, rows = benchmark.load()[0], torch.randperm(300, generator=torch.Generator().manual_seed(3))
+    split, rows = benchmark.load()["train"], torch.randperm(300, generator=torch.Generator().manual_seed(3))
     even = torch.arange(250) % 2 == 0
-    chosen, copy = split.select(rows).select(slice(250)).select(even), split.take(rows[:250][even])
-    assert chosen.all_images is split.images and len(chosen) == len(copy) == 125
-    assert torch.equal(chosen.images, copy.images) and torch.equal(chosen.labels("number"), copy.targets["number"])
-    assert torch.equal(chosen.take(slice(3, 9)).images, copy.images[3:9])
+    chosen, copy = split.select(rows).select(slice(250)).select(even), Split(split.batch(rows[:250][even]))
+    assert chosen.columns["image"] is split.columns["image"] and len(chosen) == len(copy) == 125
+    assert all(torch.equal(chosen.column(name), copy.columns[name]) for name in ("image", "number"))
+    assert torch.equal(chosen.batch(slice(3, 9))["image"], copy.columns["image"][3:9])
     assert_same(benchmark.epoch(1, chosen), benchmark.epoch(1, copy))
     assert_same(list(EvaluationBatches(chosen, benchmark, CPU)), list(EvaluationBatches(copy, benchmark, CPU)))
 
 
-def test_labels_of_selected_rows_cannot_be_replaced_unnoticed():
-    part = Numbered().load()[0].select(torch.arange(5))
-    with pytest.raises(AttributeError):
-        part.targets.update(number=torch.zeros(5))
-    with pytest.raises(TypeError):
-        part.targets["number"] = torch.zeros(5)
-
-
-def test_residency_counts_padding_and_labels_of_selected_rows():
+def test_residency_counts_all_columns_of_selected_rows():
     """On the host's own 4 GiB: 2^18 images of 10 KB fit, and neither do the float maps beside them."""
     images, numbers = torch.zeros(10, 8, 6, 3, dtype=torch.uint8), torch.zeros(10).long()
-    split = Split(images, {"number": numbers, "map": torch.zeros(10, 5, 5)}).select(torch.tensor([7, 1, 2, 2]))
-    assert resident_bytes(split, 0) == 4 * (8 * 6 * 3 + 8 + 4 * 25)
-    assert resident_bytes(split, 4) == 4 * (16 * 14 * 3 + 8 + 4 * 25)
+    split = Split({"image": images, "number": numbers, "map": torch.zeros(10, 5, 5)})
+    assert split.select(torch.tensor([7, 1, 2, 2])).bytes == 4 * (8 * 6 * 3 + 8 + 4 * 25)
     many = torch.zeros(1, 100, 100, 1, dtype=torch.uint8).expand(2**18, -1, -1, -1)
     maps = torch.zeros(1, 100, 100).expand(2**18, -1, -1)
-    with_maps = Split(many, {"map": maps})
+    alone, with_maps = Split({"image": many}), Split({"image": many, "map": maps})
     few = with_maps.select(torch.arange(1000))
-    assert [EvaluationBatches(s, Numbered(), CPU).resident for s in (Split(many, {}), with_maps, few)] == [1, 0, 1]
+    assert [EvaluationBatches(s, Numbered(), CPU).resident for s in (alone, with_maps, few)] == [1, 0, 1]
 
 
 def resident_memory() -> int:
@@ -164,18 +162,16 @@ def resident_memory() -> int:
 
 @dataclass
 class Mapped(Numbered):
-    """Large images in a file: blank, since nobody looks at them."""
+    """Large images in a file, cropped and flipped: blank, since nobody looks at them."""
 
     file: Path | None = None
 
-    image_shape, crop_padding = (3, 100, 100), 0
+    inputs = {"image": Image((3, 100, 100))}
 
     def load(self):
-        shape = (self.size, 100, 100, 3)
-        split = Split(
-            torch.from_numpy(np.memmap(self.file, np.uint8, "r+", shape=shape)), {"number": torch.arange(self.size)}
-        )
-        return split, split
+        images = torch.from_numpy(np.memmap(self.file, np.uint8, "r+", shape=(self.size, 100, 100, 3)))
+        split = Split({"image": images, "number": torch.arange(self.size)})
+        return {"train": split, "test": split}
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux counts memory there")
@@ -203,9 +199,12 @@ def test_mapped_images_are_not_copied(residency, tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------------------- draws
 
 
-def drawn(seed=1, epoch=2, padding=4, flip=True) -> dict[str, torch.Tensor]:
-    draws = draw(500, seed, epoch, padding, flip)
-    return {"order": draws.order, "crop": torch.stack([draws.top, draws.left]), "flip": draws.flip}
+def drawn(size=500, seed=1, epoch=2, padding=4, stream=stream) -> dict[str, torch.Tensor]:
+    """An epoch's order, the corners of its crops in the padded images, and whether they are flipped."""
+    draws = partial(stream, seed)
+    crop, flip = (a.draw(size, (32, 32), lambda name: draws(name, epoch)) for a in (Crop(padding), Flip()))
+    order = torch.randperm(size, generator=draws("order", epoch))
+    return {"order": order, "crop": crop.b.long().T + padding, "flip": flip.a[:, 1] < 0}
 
 
 def changes(before, after) -> set[str]:
@@ -214,12 +213,13 @@ def changes(before, after) -> set[str]:
 
 def test_draws_are_uniform_and_independent():
     """All 9 x 9 corners, with and without flip, are equally likely; the order is a permutation."""
-    draws = draw(81_000, 3, 1, padding=4, flip=True)
-    assert [f(t).item() for t in (draws.top, draws.left) for f in (torch.min, torch.max)] == [0, 8, 0, 8]
-    cells = torch.bincount((draws.top * 9 + draws.left) * 2 + draws.flip, minlength=162)
+    draws = drawn(81_000, 3, 1)
+    (top, left), flip, order = draws["crop"], draws["flip"], draws["order"]
+    assert [f(t).item() for t in (top, left) for f in (torch.min, torch.max)] == [0, 8, 0, 8]
+    cells = torch.bincount((top * 9 + left) * 2 + flip, minlength=162)
     assert len(cells) == 162 and chisquare(cells.numpy()).pvalue > 0.001
-    assert torch.equal(draws.order.sort().values, torch.arange(81_000))
-    assert abs(np.corrcoef(draws.order, np.arange(81_000))[0, 1]) < 0.02
+    assert torch.equal(order.sort().values, torch.arange(81_000))
+    assert abs(np.corrcoef(order, np.arange(81_000))[0, 1]) < 0.02
 
 
 def test_draws_are_a_function_of_seed_and_epoch(monkeypatch):
@@ -228,17 +228,21 @@ def test_draws_are_a_function_of_seed_and_epoch(monkeypatch):
     torch.manual_seed(99)
     assert not changes(first, drawn())
     for seed, epoch in ((1, 3), (2, 2), (2, 1), (12, 0)):
-        assert changes(first, drawn(seed, epoch)) == set(first)
+        assert changes(first, drawn(500, seed, epoch)) == set(first)
     assert changes(first, drawn(padding=0)) == {"crop"} and not drawn(padding=0)["crop"].any()
-    assert changes(first, drawn(flip=False)) == {"flip"} and not drawn(flip=False)["flip"].any()
     for name in first:
-        monkeypatch.setattr(batches, "stream", lambda seed, n, epoch, name=name: stream(seed + (n == name), n, epoch))
-        assert changes(first, drawn()) == {name}
+        other = drawn(stream=lambda seed, n, epoch, name=name: stream(seed + (n == name), n, epoch))
+        assert changes(first, other) == {name}
+    seen = {}
+    for augment in ((Crop(4), Flip()), (Crop(4),), (Flip(),), ()):
+        monkeypatch.setattr(Numbered, "augment", augment)
+        seen[augment] = Numbered.read(Numbered().epoch(2))
+    assert len({tuple(map(tuple, spelt)) for spelt in seen.values()}) == 1  # the order is the same without them
 
 
 def test_an_epoch_does_not_depend_on_those_before():
     """What a resumed run relies on."""
-    train = TrainingBatches(Numbered().load()[0], Numbered(), CPU, seed=0)
+    train = TrainingBatches(Numbered().load()["train"], Numbered(), CPU, seed=0)
     third = [list(train.epoch(k)) for k in range(3)][2]
     assert_same(Numbered().epoch(2), third)
 
@@ -249,16 +253,16 @@ def test_an_epoch_does_not_depend_on_those_before():
 def test_splits():
     """Validation data is disjoint, mixed, taken after the limit, and the same whatever was drawn before."""
     plain = Numbered(limit_train=50, limit_test=3).splits()
-    assert {k: s.targets["number"].tolist() for k, s in plain.items()} == {"train": [*range(50)], "test": [69, 68, 67]}
+    assert {k: s.column("number").tolist() for k, s in plain.items()} == {"train": [*range(50)], "test": [69, 68, 67]}
     splits = Numbered(limit_train=50, val_fraction=0.2).splits()
     torch.manual_seed(7)
     again = Numbered(limit_train=50, val_fraction=0.2, batch_size=8).splits()
     assert {k: len(s) for k, s in splits.items()} == {"train": 40, "val": 10, "test": 70}
-    train, val, _ = (splits[k].targets["number"].tolist() for k in ("train", "val", "test"))
+    train, val, _ = (splits[k].column("number").tolist() for k in ("train", "val", "test"))
     assert sorted(train + val) == list(range(50)) and val not in (list(range(10)), list(range(40, 50)))
     for name, split in splits.items():
-        assert torch.equal(split.targets["number"], again[name].targets["number"])
-        assert split.images[:, 0, 0, 1].tolist() == split.targets["number"].tolist()
+        assert torch.equal(split.column("number"), again[name].column("number"))
+        assert split.column("image")[:, 0, 0, 1].tolist() == split.column("number").tolist()
 
 
 def test_a_validation_split_is_never_silently_empty():
@@ -314,10 +318,12 @@ def fake(tmp_path, monkeypatch):
 
 def test_cifar100_layout(fake, tmp_path):
     """Rows are a red, a green and a blue plane; both label lists are read; nothing is downloaded."""
-    for name, split in zip(("train", "test"), CIFAR100(root=str(fake.write(tmp_path))).load(), strict=True):
-        assert split.images.dtype == torch.uint8 and np.array_equal(split.images.numpy(), fake.images[name])
-        assert split.targets["fine"].tolist() == list(range(len(split)))
-        assert torch.equal(split.targets["coarse"], 19 - split.targets["fine"])
+    splits = CIFAR100(root=str(fake.write(tmp_path))).load()
+    assert list(splits) == ["train", "test"]
+    for name, split in splits.items():
+        image, fine, coarse = (split.columns[key] for key in ("image", "fine", "coarse"))
+        assert image.dtype == torch.uint8 and np.array_equal(image.numpy(), fake.images[name])
+        assert fine.tolist() == list(range(len(split))) and torch.equal(coarse, 19 - fine)
 
 
 @pytest.mark.parametrize("name", ["train", "test"])
@@ -375,8 +381,9 @@ def test_cifar100_download(fake, tmp_path):
             (root / FOLDER / "notes.txt").write_text("of the user's own")
         calls = fake.serve(fake.write)
         for _ in range(2):  # the second time it is there
-            train, test = CIFAR100(root=str(root)).load()
-            assert np.array_equal(train.images.numpy(), fake.images["train"]) and len(test) == 4
+            splits = CIFAR100(root=str(root)).load()
+            assert np.array_equal(splits["train"].columns["image"].numpy(), fake.images["train"])
+            assert len(splits["test"]) == 4
         assert calls == [(source.url, source.filename, source.tgz_md5)], before
         assert [p.name for p in root.iterdir()] == [FOLDER]
         calls.clear()
@@ -415,11 +422,12 @@ def real():
 @needs_real_data
 def test_cifar100_classes(real):
     """Balanced in both splits; the coarse class of every image is the documented superclass of its fine one."""
-    for split, size in zip(real, (50_000, 10_000), strict=True):
-        assert split.images.shape == (size, 32, 32, 3)
+    for split, size in zip(real.values(), (50_000, 10_000), strict=True):
+        assert split.columns["image"].shape == (size, 32, 32, 3)
         for name, classes in (("fine", 100), ("coarse", 20)):
-            assert torch.bincount(split.targets[name]).tolist() == [size // classes] * classes
-    pairs = {pair for s in real for pair in zip(s.targets["fine"].tolist(), s.targets["coarse"].tolist(), strict=True)}
+            assert torch.bincount(split.columns[name]).tolist() == [size // classes] * classes
+    labels = [[s.columns[name].tolist() for name in ("fine", "coarse")] for s in real.values()]
+    pairs = {pair for columns in labels for pair in zip(*columns, strict=True)}
     names = pickle.loads((REAL_CIFAR100 / FOLDER / "meta").read_bytes(), encoding="latin1")
     fine, coarse = names["fine_label_names"], names["coarse_label_names"]
     table = [line.split(": ") for line in re.split("[;\n] *", SUPERCLASSES.strip())]
@@ -430,13 +438,18 @@ def test_cifar100_classes(real):
 @needs_real_data
 def test_cifar100_images(real):
     """A few hundred equal torchvision's; the constants are the training images' mean and standard deviation."""
-    for split, peer in zip(real, (torchvision.datasets.CIFAR100(REAL_CIFAR100, t) for t in (True, False)), strict=True):
+    for split, peer in zip(
+        real.values(), (torchvision.datasets.CIFAR100(REAL_CIFAR100, t) for t in (True, False)), strict=True
+    ):
         for i in torch.randperm(len(peer), generator=torch.Generator().manual_seed(0))[:300].tolist():
             image, label = peer[i]
-            assert np.array_equal(split.images[i].numpy(), np.asarray(image)) and split.targets["fine"][i] == label
-    values = np.arange(256) / 255
-    for channel, constants in enumerate(zip(CIFAR100.mean, CIFAR100.std, strict=True)):
-        share = torch.bincount(real[0].images[..., channel].flatten(), minlength=256).numpy() / (50_000 * 1024)
+            assert np.array_equal(split.columns["image"][i].numpy(), np.asarray(image))
+            assert split.columns["fine"][i] == label
+    values, image = np.arange(256) / 255, CIFAR100.inputs["image"]
+    for channel, constants in enumerate(zip(image.mean, image.std, strict=True)):
+        share = torch.bincount(real["train"].columns["image"][..., channel].flatten(), minlength=256).numpy() / (
+            50_000 * 1024
+        )
         mean = share @ values
         assert (mean, (share @ (values - mean) ** 2) ** 0.5) == pytest.approx(constants, abs=1e-3)
 
@@ -448,36 +461,34 @@ def test_digits_are_scikit_learns():
     """Every image once, with its digit, parity and standardised ink; the constants normalise the training images."""
     from sklearn.datasets import load_digits
 
-    (train, test), data = Digits().load(), load_digits()
-    assert (len(train), len(test)) == (1297, 500) and train.images.shape[1:] == (8, 8, 1)
+    both, data = Digits().load(), load_digits()
+    joined = {name: torch.cat([both[part].column(name) for part in ("train", "test")]) for name in Digits().columns}
+    assert [len(split) for split in both.values()] == [1297, 500] and joined["image"].shape[1:] == (8, 8, 1)
     ink = data.images.mean((1, 2))
     columns = (data.target, data.target % 2, (ink - ink.mean()) / ink.std(ddof=1))
     expected = np.column_stack([data.images.reshape(-1, 64), *columns])
-    pixels = (torch.cat([train.images, test.images]).flatten(1) / 255 * 16).round()
-    actual = np.column_stack(
-        [pixels, *(torch.cat([train.targets[t.name], test.targets[t.name]]) for t in Digits.tasks)]
-    )
+    pixels = (joined["image"].flatten(1) / 255 * 16).round()
+    actual = np.column_stack([pixels, *(joined[t.name] for t in Digits.tasks)])
     ordered = [rows[np.lexsort(rows[:, :64].T)] for rows in (actual, expected)]
     np.testing.assert_allclose(*ordered, atol=1e-5)
-    assert torch.bincount(test.targets["digit"], minlength=10).min() > 30  # mixed before it is split
-    images = train.images / 255
-    assert (images.mean().item(), images.std().item()) == pytest.approx((*Digits.mean, *Digits.std), abs=0.005)
+    assert torch.bincount(both["test"].column("digit"), minlength=10).min() > 30  # mixed before it is split
+    images, image = both["train"].column("image") / 255, Digits.inputs["image"]
+    assert (images.mean().item(), images.std().item()) == pytest.approx((*image.mean, *image.std), abs=0.005)
 
 
 def test_synthetic_data():
     """Deterministic; 20 groups of 5; larger sets start with smaller ones, across a chunk of 4,096 too; learnable: the
     nearest class mean is far above chance (1 % and 5 %) on test images."""
-    train, test = Synthetic(train_size=4100, test_size=40).load()
-    assert train.targets["fine"].unique().tolist() == list(range(100))
-    assert torch.equal(train.targets["coarse"], train.targets["fine"] // 5)
+    train, test = (s.columns for s in Synthetic(train_size=4100, test_size=40).load().values())
+    assert train["fine"].unique().tolist() == list(range(100))
+    assert torch.equal(train["coarse"], train["fine"] // 5)
     for size in (7, 40, 4097):
         torch.manual_seed(size)
-        small, others = Synthetic(train_size=size, test_size=min(size, 40)).load()
+        small, others = (s.columns for s in Synthetic(train_size=size, test_size=min(size, 40)).load().values())
         for part, whole in ((small, train), (others, test)):
-            assert torch.equal(part.images, whole.images[: len(part)])
-            assert all(torch.equal(part.targets[k], whole.targets[k][: len(part)]) for k in ("fine", "coarse"))
-    x, y = train.images.flatten(1).float(), test.images.flatten(1).float()
+            assert all(torch.equal(part[k], whole[k][: len(part[k])]) for k in ("image", "fine", "coarse"))
+    x, y = train["image"].flatten(1).float(), test["image"].flatten(1).float()
     assert torch.cdist(y, x).min() > 0  # no test image is a training image
     for task in Synthetic.tasks:
-        means = torch.stack([x[train.targets[task.name] == c].mean(0) for c in range(task.outputs)])
-        assert (torch.cdist(y, means).argmin(1) == test.targets[task.name]).float().mean() > 0.8
+        means = torch.stack([x[train[task.name] == c].mean(0) for c in range(task.outputs)])
+        assert (torch.cdist(y, means).argmin(1) == test[task.name]).float().mean() > 0.8

@@ -24,12 +24,14 @@ from mtl.archs.resnet import WideResNet
 from mtl.cli.command import Terminated
 from mtl.data.base import Benchmark, Split
 from mtl.data.batches import EvaluationBatches, TrainingBatches
+from mtl.data.inputs import Image
 from mtl.engine.backward import Switches
 from mtl.engine.device import Execution
 from mtl.engine.learner import Learner
 from mtl.losses.hooks import defines
 from mtl.parallel.signals import ENDING
 from mtl.tasks import Classification, Regression
+from mtl.views import Crop, Flip
 
 # ---------------------------------------------------------------------------- every method, in float64, in one torchrun
 
@@ -39,31 +41,29 @@ class Few(Benchmark):
     """30 training images in batches of 11, 11 and 8: uneven parts, also of halves and thirds. Few have labels."""
 
     batch_size: int = 11
-    tasks = (Classification("digit", 3, True), Classification("odd", 2, True), Regression("ink", partial=True))
-    image_shape = (1, 6, 6)
-    mean, std = (0.5,), (0.25,)
-    crop_padding, flip = 1, True
+    tasks = (Classification("digit", 3), Classification("odd", 2), Regression("ink"))
+    inputs = {"image": Image((1, 6, 6), mean=(0.5,), std=(0.25,))}
+    augment = (Crop(1), Flip())
 
-    def load(self) -> tuple[Split, Split]:
+    def load(self) -> dict[str, Split]:
         def split(size: int) -> Split:
             i, noise = torch.arange(size), torch.Generator().manual_seed(size)
             images = torch.randint(0, 256, (size, 6, 6, 1), dtype=torch.uint8, generator=noise)
             digit, odd = torch.where(i % 3 == 0, i % 5 % 3, -100), torch.where((i == 1) | (i == 14), i % 2, -100)
-            return Split(images, {"digit": digit, "odd": odd, "ink": torch.where(i % 4 == 2, i / 10 - 1, torch.nan)})
+            ink = torch.where(i % 4 == 2, i / 10 - 1, torch.nan)
+            return Split({"image": images, "digit": digit, "odd": odd, "ink": ink})
 
-        return split(30), split(11)
+        return {"train": split(30), "test": split(11)}
 
 
 @dataclass
 class Full(Few):
     """With all labels."""
 
-    tasks = (Classification("digit", 3), Classification("odd", 2), Regression("ink"))
-
-    def load(self) -> tuple[Split, Split]:
-        for split in (splits := super().load()):
+    def load(self) -> dict[str, Split]:
+        for split in (splits := super().load()).values():
             i = torch.arange(len(split))
-            split.targets.update(digit=i % 5 % 3, odd=i % 2, ink=i / 10 - 1)
+            split.columns.update(digit=i % 5 % 3, odd=i % 2, ink=i / 10 - 1)
         return splits
 
 
@@ -238,9 +238,9 @@ def fail(learner, batches) -> None:
 
 
 def train_for_ever(learner, batches) -> None:
-    (images, _), *_ = batches.epoch(0)
+    batch, *_ = batches.epoch(0)
     while True:
-        learner.predict(images)
+        learner.predict(batch)
 
 
 def read(root: str) -> tuple[Path, dict, list[dict]]:
@@ -313,8 +313,8 @@ def test_every_method_and_a_stopped_run(whole, tmp_path):
 
 def test_some_batches_lack_a_task_and_parts_are_uneven():
     _, batches, _ = build(CASES[0])
-    counts = [[int(t.count(targets[t.name])) for t in Few.tasks] for _, targets in batches.epoch(0)]
-    assert [len(images) for images, _ in batches.epoch(0)] == [11, 11, 8]
+    counts = [[int(t.count(batch[t.name])) for t in Few.tasks] for batch in batches.epoch(0)]
+    assert [len(batch["image"]) for batch in batches.epoch(0)] == [11, 11, 8]
     assert any(0 in batch for batch in counts)
 
 
@@ -388,7 +388,7 @@ def test_a_backbone_whose_draws_cannot_be_divided_is_refused(module, name):
 
     images = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
     before, stream = copy.deepcopy(module.state_dict()), torch.get_rng_state()
-    look = lambda: Processes(0, 2, 0, None).check(module, images)  # noqa: E731
+    look = lambda: Processes(0, 2, 0, None).check(module, [images])  # noqa: E731
     if name is None:
         look()
     else:
@@ -421,7 +421,7 @@ def test_each_signal_ends_training_with_its_own_code_in_all_processes(handlers, 
     leader = Processes(0, 2, 0, store)
     with pytest.raises((KeyboardInterrupt, Terminated)) as ended, leader.guard():
         signal.raise_signal(number)
-        leader.forward(nn.Identity(), images)
+        leader.forward(nn.Identity(), [images])
     assert _code(ended.value) == _code(Processes(1, 2, 1, store)._news()) == 128 + number
 
 

@@ -24,7 +24,6 @@ from mtl.engine import checkpoint
 from mtl.engine.directory import RunDirectory
 from mtl.engine.learner import Learner
 from mtl.engine.trained import NothingTrained
-from mtl.tasks import Classification, Regression
 from mtl.tracking import Tracker
 
 # 50 samples make batches of 32 and 18; a run of three epochs takes less than a second.
@@ -60,15 +59,14 @@ class Sparse(Digits):
     """Few labels: many batches lack a task's, some lack all; a `blind` one has no label of `odd` at all."""
 
     blind: bool = False
-    tasks = (Classification("digit", 10, True), Classification("odd", 2, True), Regression("ink", partial=True))
 
-    def load(self) -> tuple[Split, Split]:
-        train, test = super().load()
-        i = torch.arange(len(train))
-        train.targets["digit"][i % 4 != 0] = -100
-        train.targets["odd"][(i % 8 != 1) | self.blind] = -100
-        train.targets["ink"][i % 16 != 2] = torch.nan
-        return train, test
+    def load(self) -> dict[str, Split]:
+        splits = super().load()
+        train, i = splits["train"].columns, torch.arange(len(splits["train"]))
+        train["digit"][i % 4 != 0] = -100
+        train["odd"][(i % 8 != 1) | self.blind] = -100
+        train["ink"][i % 16 != 2] = torch.nan
+        return splits
 
 
 @pytest.fixture
@@ -355,16 +353,16 @@ def test_training_equals_a_plain_loop(build, double, options, tasks):
     for epoch, rate in enumerate((0.01, 0.005)):
         optimizer.param_groups[0]["lr"] = rate
         expected = dict.fromkeys((f"train/{task}_loss" for task in tasks), 0.0)
-        for images, targets in batches.epoch(epoch):
+        for batch in batches.epoch(epoch):
             losses = [
-                F.smooth_l1_loss(y[:, 0], targets[t]) if t == "ink" else F.cross_entropy(y, targets[t])
-                for t, y in zip(tasks, model(images), strict=True)
+                F.smooth_l1_loss(y[:, 0], batch[t]) if t == "ink" else F.cross_entropy(y, batch[t])
+                for t, y in zip(tasks, model(batch).predictions, strict=True)
             ]
             optimizer.zero_grad()
             sum(losses).backward()
             optimizer.step()
             for task, loss in zip(tasks, losses, strict=True):
-                expected[f"train/{task}_loss"] += loss.item() * len(images) / 50
+                expected[f"train/{task}_loss"] += loss.item() * len(batch["image"]) / 50
         row = learner.train_epoch(batches, epoch)
         assert {key: row[key] for key in (*expected, "lr")} == pytest.approx({**expected, "lr": rate}, rel=1e-10)
         torch.testing.assert_close(list(learner.model.parameters()), list(model.parameters()), rtol=0, atol=1e-11)
@@ -412,8 +410,9 @@ def test_evaluation_is_the_mean_over_all_samples(build, monkeypatch):
     split = benchmark.splits()["test"]
     row = learner.evaluate(EvaluationBatches(split, benchmark, learner.device), "test")
     with torch.no_grad():
-        *outputs, ink = learner.model.eval()(((split.images / 255 - 0.305) / 0.376).permute(0, 3, 1, 2))
-    targets = split.targets
+        images = ((split.column("image") / 255 - 0.305) / 0.376).permute(0, 3, 1, 2)
+        *outputs, ink = learner.model.eval()({"image": images}).predictions
+    targets = split.batch(slice(None))
     expected = {
         "test/ink_loss": F.smooth_l1_loss(ink[:, 0], targets["ink"]),
         "test/ink_mae": F.l1_loss(ink[:, 0], targets["ink"]),
@@ -430,7 +429,7 @@ def test_missing_labels_leave_no_mark(build, options, blind):
     """Finite parameters whatever is missing, and a head without a single label stays as it was made."""
     sparse = f"data._target_={__name__}.Sparse +data.blind={blind} data.batch_size=5 data.limit_train=80"
     learner, batches = build(f"{options} {sparse} optimizer.weight_decay=0")
-    labels = [[bool(t.count(targets[t.name])) for t in Sparse.tasks] for _, targets in batches.epoch(0)]
+    labels = [[bool(t.count(batch[t.name])) for t in Sparse.tasks] for batch in batches.epoch(0)]
     assert (
         [] != [batch for batch in labels if not any(batch)] != labels
     )  # a batch without any label at all, but not all

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from mtl.engine import learner as trainer_module
+from mtl.metrics.tally import Tally
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 
@@ -44,13 +44,13 @@ def test_no_step_waits_for_the_device(loss, precision, monkeypatch):
     """A host synchronisation anywhere in the epoch is an error, up to the one read at its end."""
     learner, batches = learner_on("cuda", loss, f"trainer.precision={precision}")
     learner.train_epoch(batches, 0)  # cuDNN's benchmark mode and lazy initialisation may wait
-    read = trainer_module.Sums.read
+    read = Tally.read
 
-    def read_at_the_end(sums):
+    def read_at_the_end(tally):
         torch.cuda.set_sync_debug_mode("default")
-        return read(sums)
+        return read(tally)
 
-    monkeypatch.setattr(trainer_module.Sums, "read", read_at_the_end)
+    monkeypatch.setattr(Tally, "read", read_at_the_end)
     torch.cuda.set_sync_debug_mode("error")
     try:
         row = learner.train_epoch(batches, 1)

@@ -16,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from torch import nn
 
-from mtl.archs.model import MultiTaskModel
+from mtl.archs.model import HardSharing
 from mtl.archs.resnet import ResNet, WideResNet
 from mtl.archs.vgg import VGG16BN
 from mtl.config import schema
@@ -24,7 +24,7 @@ from mtl.config.identity import identify
 from mtl.data.batches import TrainingBatches
 from mtl.engine.build import build_learner
 from mtl.inspect.microscope import GradientObserver, Microscope, layer_groups
-from mtl.metrics.tally import Sums
+from mtl.metrics.tally import Tally
 from mtl.tasks import Classification, Regression
 from mtl.tracking import Tracker
 
@@ -73,7 +73,7 @@ class Net(nn.Module):
 
 
 OF_NET = {"conv": "conv", "norm": "norm", "body": "body", "scale": "scale"}  # the first part of a name is its group
-TASKS = [Classification("a", 3, True), Classification("b", 2, True), Regression("c", partial=True)]
+TASKS = [Classification("a", 3), Classification("b", 2), Regression("c")]
 WEIGHTS = (0.5, 2.0, 3.0)
 
 
@@ -106,7 +106,7 @@ class Oracle:
 
     def gradient(self, of):
         model = copy.deepcopy(self.model)
-        of(model(self.images)).backward()
+        of(model({"image": self.images}).predictions).backward()
         parts = defaultdict(list)
         for name, p in model.backbone.named_parameters():
             if p.requires_grad:
@@ -150,7 +150,7 @@ def batch(model, size, c):
     targets["a"][1] = targets["b"][1] = -100
     targets["c"][c] = torch.randn(len(c), dtype=torch.float64)
     if c:
-        targets["c"][c[0]] = copy.deepcopy(model)(images)[2][c[0], 0].detach()
+        targets["c"][c[0]] = copy.deepcopy(model)({"image": images}).predictions[2][c[0], 0].detach()
     return images, targets
 
 
@@ -158,18 +158,18 @@ def test_against_loops_in_numpy():
     """Two observed steps: one with rare labels and a zero gradient, one with fewer samples than asked for and without
     any label of c. A figure is the mean over the steps that have one."""
     torch.manual_seed(0)
-    model = MultiTaskModel(Net(), TASKS).double().train()
-    sums, expected = Sums(), defaultdict(list)
-    observer = GradientObserver(4, TASKS, model, False, False, sums)
+    model = HardSharing(Net(), TASKS).double().train()
+    tally, expected = Tally(), defaultdict(list)
+    observer = GradientObserver(4, TASKS, model, False, False, tally)
     for size, c in ((6, [0, 2, 3, 5]), (3, [])):
         images, targets = batch(model, size, c)
         for key, value in Oracle(model, images, targets, 4).figures().items():
             expected[key].append(value)
-        predictions = model(images)
+        predictions = model({"image": images}).predictions
         observer.before(predictions, [t.loss(p, targets[t.name]) for t, p in zip(TASKS, predictions, strict=True)],
                         targets)  # fmt: skip
         observer.after(torch.tensor(WEIGHTS))
-    found = observer.figures(sums.read())
+    found = observer.figures(tally.read())
     assert set(found) == set(expected) and len(found) == 6 * 3 * 5
     assert len(expected["micro/samples/c/cosine/all"]) == 1 and len(expected["micro/tasks/cosine/all"]) == 2
     assert found == pytest.approx({key: np.mean(v) for key, v in expected.items()}, rel=1e-6, abs=1e-7)
@@ -278,7 +278,7 @@ def test_nothing_waits_for_the_device(monkeypatch):
 
 
 def sizes(backbone):
-    return {name: sum(p.numel() for p in group) for name, group in layer_groups(backbone).items()}
+    return {name: sum(p.numel() for p in group) for name, group in layer_groups(HardSharing(backbone, TASKS)).items()}
 
 
 def test_layer_groups():

@@ -198,15 +198,13 @@ class Grabbed(BaseException):
 class Sparse(Digits):
     """Few labels: many batches lack a task's, and none has one of `odd`."""
 
-    tasks = (Classification("digit", 10, True), Classification("odd", 2, True), Regression("ink", partial=True))
-
-    def load(self) -> tuple[Split, Split]:
-        train, test = super().load()
-        i = torch.arange(len(train))
-        train.targets["digit"][i % 4 != 0] = -100
-        train.targets["odd"][:] = -100
-        train.targets["ink"][i % 16 != 2] = torch.nan
-        return train, test
+    def load(self) -> dict[str, Split]:
+        splits = super().load()
+        train, i = splits["train"].columns, torch.arange(len(splits["train"]))
+        train["digit"][i % 4 != 0] = -100
+        train["odd"][:] = -100
+        train["ink"][i % 16 != 2] = torch.nan
+        return splits
 
 
 @pytest.fixture
@@ -295,11 +293,11 @@ def test_what_does_not_fit_is_refused(run, options):
 
 def test_looking_ahead_draws_the_same_dropout_masks(build, monkeypatch):
     learner, batches = build("loss=auto_lambda arch.dropout=0.5")
-    images, targets = next(iter(batches.epoch(0)))
+    batch = next(iter(batches.epoch(0)))
     seen = []
     monkeypatch.setattr(type(learner.strategy), "look_ahead", lambda self, of, *_: seen.extend([of(0), of(0), of(1)]))
     state = torch.get_rng_state()
-    learner.step()._look_ahead(learner.forward(images, targets), len(images), None)
+    learner.step()._look_ahead(learner.forward(batch), len(batch["image"]), None)
     assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
     assert torch.equal(state, torch.get_rng_state())
 
@@ -311,17 +309,17 @@ def test_rotograd_predicts_from_rotated_features(build):
     benchmark = Digits(limit_test=40)
     split = benchmark.splits()["test"]
     row = learner.evaluate(EvaluationBatches(split, benchmark, learner.device), "test")
-    images = ((split.images / 255 - 0.305) / 0.376).permute(0, 3, 1, 2)
+    images = ((split.column("image") / 255 - 0.305) / 0.376).permute(0, 3, 1, 2)
     for train in (False, True):
         learner.model.train(train)
         with torch.no_grad():
             z = learner.model.backbone(images)
             expected = [head(z @ turn.T) for head, turn in zip(heads, turns, strict=True)]
-            torch.testing.assert_close(learner.predict(images)[0], expected)
+            torch.testing.assert_close(learner.predict({"image": images}).predictions, expected)
         if not train:
-            loss = F.cross_entropy(expected[0], split.targets["digit"]).item()
+            loss = F.cross_entropy(expected[0], split.column("digit")).item()
             assert row["test/digit_loss"] == pytest.approx(loss, rel=1e-5)
-            plain = F.cross_entropy(learner.model(images)[0], split.targets["digit"]).item()
+            plain = F.cross_entropy(learner.model({"image": images}).predictions[0], split.column("digit")).item()
             assert abs(loss - plain) > 1e-4
 
 
@@ -329,9 +327,9 @@ def test_rotograd_predicts_from_rotated_features(build):
 def test_looking_ahead_leaves_no_trace(build, options):
     """Neither in parameters nor in running statistics."""
     learner, batches = build(options)
-    images, targets = next(iter(batches.epoch(0)))
+    batch = next(iter(batches.epoch(0)))
     before, weights = copy.deepcopy([learner.model.state_dict(), learner.strategy.state_dict()])
-    learner.step()._look_ahead(learner.forward(images, targets), len(images), None)
+    learner.step()._look_ahead(learner.forward(batch), len(batch["image"]), None)
     torch.testing.assert_close(learner.model.state_dict(), before, rtol=0, atol=0)
     norms = [m for m in learner.model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms and all(m.track_running_stats for m in norms)
@@ -342,13 +340,14 @@ def test_looking_ahead_leaves_no_trace(build, options):
 def test_auto_lambda_in_the_engine(build):
     """Against differences of the second half's loss, in λ, after a step with the gradient of the first half's."""
     learner, batches = build("loss=auto_lambda")
-    images, targets = next(iter(batches.epoch(0)))
+    batch = next(iter(batches.epoch(0)))
     learner.model.double(), learner.strategy.double()
-    halves = [(images[part].double(), {n: y[part] for n, y in targets.items()}) for part in (slice(32), slice(32, 64))]
+    batch["image"] = batch["image"].double()
+    halves = [{name: column[part] for name, column in batch.items()} for part in (slice(32), slice(32, 64))]
 
     def losses(model, half):
-        inputs, labels = halves[half]
-        return torch.stack([t.loss(y, labels[t.name]) for t, y in zip(learner.tasks, model(inputs), strict=True)])
+        outputs = model(halves[half]).predictions
+        return torch.stack([t.loss(y, halves[half][t.name]) for t, y in zip(learner.tasks, outputs, strict=True)])
 
     def outer(weights):
         model = copy.deepcopy(learner.model)
@@ -361,7 +360,7 @@ def test_auto_lambda_in_the_engine(build):
     start, h = torch.full((3,), 0.1, dtype=torch.float64), 1e-3
     slope = [(outer(start + h * e) - outer(start - h * e)) / (2 * h) for e in torch.eye(3, dtype=torch.float64)]
     learner.optimizer.param_groups[0]["lr"] = 0.01
-    learner.step()._look_ahead(learner.forward(images.double(), targets), len(images), None)
+    learner.step()._look_ahead(learner.forward(batch), len(batch["image"]), None)
     error = (learner.strategy.meta.first / 0.1 - torch.stack(slope)).abs().max()
     assert error < 0.2 * max(map(abs, slope))  # 0.15: the difference is as wide as the authors'
 
@@ -375,8 +374,9 @@ def test_the_engine_equals_a_plain_loop(build, double, options):
     params = dict(model.named_parameters())
     others = [torch.optim.Adam(model.parameters(), lr, eps=1e-2) for _ in range(3)]
     rules = {n: [oracle.Adam(eps=1e-2) for _ in range(3)] for n in params}
-    for images, targets in batches.epoch(0):
-        losses = lambda: [t.loss(y, targets[t.name]) for t, y in zip(learner.tasks, model(images), strict=True)]  # noqa: E731, B023
+    for batch in batches.epoch(0):
+        outputs = lambda: zip(learner.tasks, model(batch).predictions, strict=True)  # noqa: E731, B023
+        losses = lambda: [t.loss(y, batch[t.name]) for t, y in outputs()]  # noqa: E731, B023
         if "mtl_io" in options:
             for k, optimizer in enumerate(others):
                 optimizer.zero_grad()
@@ -397,13 +397,14 @@ def test_the_engine_equals_a_plain_loop(build, double, options):
 
 def test_an_absent_task_misses_its_turn(build):
     learner, batches = build(f"optimizer=mtl_io data._target_={__name__}.Sparse")
-    images, targets = next(iter(batches.epoch(0)))
-    targets = {n: torch.zeros_like(y) for n, y in targets.items()}
-    shared, step, labelled = list(learner.model.shared_parameters()), learner.step(), torch.ones(len(images), 3).bool()
-    step(learner.forward(images, targets), len(images), labelled)
+    batch = next(iter(batches.epoch(0)))
+    size = len(batch["image"])
+    batch.update({t.name: torch.zeros_like(batch[t.name]) for t in learner.tasks})
+    shared, step, labelled = list(learner.model.shared_parameters()), learner.step(), torch.ones(size, 3).bool()
+    step(learner.forward(batch), size, labelled)
     before = learner.optimizer.state[shared[0]]["m"].clone()
-    targets["odd"][:] = -100
+    batch["odd"][:] = -100
     labelled[:, 1] = False
-    step(learner.forward(images, targets), len(images), labelled)
+    step(learner.forward(batch), size, labelled)
     after = learner.optimizer.state[shared[0]]["m"]
     assert not torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])

@@ -101,7 +101,10 @@ def test_the_strategy_is_what_its_docstring_says():
 
 def test_the_strategy_architecture_and_data_set_train_together(cli, tmp_path, monkeypatch):
     """As docs/own-data.md says, with its own YAML files."""
-    sources = [next(source for _, source in BLOCKS if f"class {name}" in source) for name in ("Mine", "Tiny", "Shapes")]
+    sources = [
+        next(source for _, source in BLOCKS if f"class {name}" in source)
+        for name in ("Mine", "Tiny", "Shapes", "Table", "Masks")
+    ]
     (tmp_path / "my_package.py").write_text("from __future__ import annotations\n" + "\n".join(sources))
     files = {"Mine": "loss/mine", "Tiny": "arch/tiny", "Shapes": "data/shapes"}
     for text in re.findall(r"```yaml\n(.*?)```", TEXT[ROOT / "docs" / "own-data.md"], re.DOTALL):
@@ -115,6 +118,13 @@ def test_the_strategy_architecture_and_data_set_train_together(cli, tmp_path, mo
     run = cli(*options)
     assert run.code == 0, run.err
     assert "shape_accuracy" in run.out and "size_mae" in run.out
+    for data, arch, metrics in (("Table", "MLP", ("positive_accuracy", "total_mae")),
+                                ("Masks", "Dense", ("mask_accuracy", "bright_accuracy"))):  # fmt: skip
+        shown = f"data=shapes arch=tiny data._target_=my_package.{data} arch._target_=my_package.{arch}"
+        assert f"--config-dir my_conf {shown}" in TEXT[ROOT / "docs" / "own-data.md"]
+        run = cli("--config-dir", "my_conf", *shown.split(), "trainer.epochs=1", "logger=none", "loss=pcgrad")
+        assert run.code == 0, run.err
+        assert all(metric in run.out for metric in metrics)
     refused = cli(*options, "loss.power=-1")
     assert refused.code == 2 and refused.err.strip() == "error: loss.power=-1: must be greater than 0"
 

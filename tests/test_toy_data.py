@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from torch import nn
 
-from mtl.archs.model import MultiTaskModel
+from mtl.archs.model import HardSharing
 from mtl.archs.point import Point
 from mtl.cli.command import describe_groups
 from mtl.config.identity import CONF
@@ -161,7 +161,7 @@ def test_a_grid_of_starts_and_a_second_run(cli):
 @pytest.mark.parametrize(("words", "code", "told"), [
     ("experiment=toy loss=rotograd", 2, ("RotoGrad", "no parameters")),
     ("experiment=toy loss=dtp trainer.epochs=1 data.steps=1", 1, ("DTP needs accuracies",)),
-    ("data=toy", 2, ("arch", "a point in the plane, not of 64 features", "arch=point")),
+    ("data=toy", 2, ("arch", "a point in the plane, not of (1,)", "arch=point")),
     ("arch=point data=digits", 2, ("1x8x8", "data=toy")),
     ("experiment=toy data.batch_size=4", 2, ("data.batch_size=4", "greater than or equal to 6")),
     ("experiment=toy arch.start=[1]", 2, ("arch.start=[1]",)),
@@ -185,7 +185,7 @@ def test_heads_are_drawn_as_linear_layers_in_the_order_of_the_tasks():
     backbone = nn.Flatten()
     backbone.out_features = 4
     torch.manual_seed(0)
-    model = MultiTaskModel(backbone, (Classification("fine", 100), Regression("ink"), Classification("coarse", 20)))
+    model = HardSharing(backbone, (Classification("fine", 100), Regression("ink"), Classification("coarse", 20)))
     torch.manual_seed(0)
     for head, expected in zip(
         model.heads.values(), (nn.Linear(4, 100), nn.Linear(4, 1), nn.Linear(4, 20)), strict=True
@@ -194,12 +194,16 @@ def test_heads_are_drawn_as_linear_layers_in_the_order_of_the_tasks():
 
 
 def test_a_point_is_the_same_for_every_image():
-    model = MultiTaskModel(Point(1, (3.0, -8.0)), Toy(scale=0.1).tasks)
-    assert [p.shape for p in model.parameters()] == [(2,)] and not list(model.head_parameters("L1"))
+    tasks = Toy(scale=0.1).tasks
+    model = HardSharing(Point(1, (3.0, -8.0)), tasks)
+    assert [p.shape for p in model.parameters()] == [(2,)] and not list(model.own_parameters("L1"))
     for size in (0, 1, 8):
-        predictions = model(torch.zeros(size, 1, 1, 1))
-        for p, expected in zip(predictions, problem(3.0, -8.0, 0.1)[0], strict=True):
-            assert p.shape == (size, 1) and p.flatten().tolist() == pytest.approx([expected] * size)
+        predictions = model({"image": torch.zeros(size, 1, 1, 1)}).predictions
+        for task, p, expected in zip(tasks, predictions, problem(3.0, -8.0, 0.1)[0], strict=True):
+            assert p.shape == (size, 2) and task.at(p).tolist() == pytest.approx([expected] * size)
+            assert (task.criterion(p, torch.zeros(size)) - task.at(p)).tolist() == pytest.approx(
+                [21 * task.scale] * size
+            )
 
 
 def test_pivrg_serves_the_task_that_lost_most_of_a_negative_result():

@@ -155,7 +155,9 @@ def _check_features(backbone: nn.Module, features: Any, first: Tensor) -> None:
             f"{name} returned features of shape {tuple(features.shape)} for a batch of {size}{width}; "
             f"{needed} is needed{hint}"
         )
-    if features.dtype != first.dtype and first.is_floating_point():
+    device = first.device.type  # meta has no autocast, where sizes are counted without memory
+    mixed = device != "meta" and torch.is_autocast_enabled(device)  # features may then be bf16
+    if features.dtype != first.dtype and first.is_floating_point() and not mixed:
         given, wanted = (str(t.dtype).removeprefix("torch.") for t in (features, first))
         raise ArchError(f"{name} returned {given} features for {wanted} inputs; convert them to {wanted}")
 

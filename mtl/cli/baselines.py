@@ -61,7 +61,7 @@ def fill(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, Any
     for task in build_benchmark(config["data"]).tasks:
         alone, chosen, _ = single_task(config, choices, [], task.name)
         directory = RunDirectory(identify(alone, chosen).directory(config["output_root"]))
-        name = f"{task.name}_{task.metrics[0].name}"
+        name = f"{task.name}_{task.scores[0].name}"
         if directory.run.get("status") == "finished":
             last = directory.rows()[-1]
             results[task.name] = last.get(f"val/{name}", last[f"train/{name}"])

@@ -17,7 +17,7 @@ from torch import Tensor
 from mtl.config.source import blame
 from mtl.data.columns import Batch, Split
 from mtl.data.inputs import Image, Input
-from mtl.errors import SetupError, one_line, suggest
+from mtl.errors import SetupError, UserError, one_line, suggest
 from mtl.metrics.base import Metric, Score
 from mtl.metrics.tally import Tally
 from mtl.tasks import Task
@@ -25,6 +25,11 @@ from mtl.views import Augment
 
 NAME = re.compile(r"\w[\w-]*")  # becomes a part of metric names, of the checkpoint's keys and of config keys
 PIECE = 2**26  # bytes of a column that are looked at together
+INPUTS = 'inputs = {"image": mtl.data.inputs.Image(shape, mean, std)}'
+AUGMENT = "augment = (mtl.views.Crop(padding), mtl.views.Flip())"
+INSTEAD = {  # what was a Benchmark's, and what to write now
+    "image_shape": INPUTS, "mean": INPUTS, "std": INPUTS, "crop_padding": AUGMENT, "flip": AUGMENT,
+}  # fmt: skip
 
 
 def check_declared(benchmark: Any) -> None:
@@ -33,6 +38,10 @@ def check_declared(benchmark: Any) -> None:
     Raises:
         ValueError: one is missing or wrong; the message begins with its name.
     """
+    fields = getattr(type(benchmark), "__dataclass_fields__", {})
+    for name, now in INSTEAD.items():
+        if hasattr(type(benchmark), name) and name not in fields:
+            raise ValueError(f"{name}: no Benchmark has it any more; write {now}")
     for name in ("tasks", "inputs"):
         if not hasattr(type(benchmark), name) and not hasattr(benchmark, name):
             raise ValueError(f"{name}: missing; a Benchmark needs tasks and inputs")
@@ -60,8 +69,12 @@ def check_loaded(benchmark: Any, loaded: Any) -> None:
     """
     where = f"data: {type(benchmark).__name__}.load()"
     if not isinstance(loaded, Mapping) or not all(isinstance(part, Split) for part in loaded.values()):
-        kinds = [type(x).__name__ for x in loaded] if isinstance(loaded, tuple | list) else type(loaded).__name__
-        raise SetupError(f'{where} returned {kinds}; {{"train": Split(…), "test": Split(…)}} is needed')
+        kind = f"a {type(loaded).__name__}"
+        if isinstance(loaded, Mapping | tuple | list):
+            kind += " of " + ", ".join(
+                type(x).__name__ for x in (loaded.values() if isinstance(loaded, Mapping) else loaded)
+            )
+        raise SetupError(f'{where} returned {kind}; {{"train": Split(…), "test": Split(…)}} is needed')
     if not {"train", "test"} <= set(loaded) <= {"train", "val", "test"}:
         raise SetupError(
             f"{where} returned the splits {_listed(loaded)}; needed are train, test, and val if there is one"
@@ -112,6 +125,8 @@ def check_tasks(tasks: Sequence[Task], predictions: Sequence[Any], batch: Batch)
     for task, prediction in zip(tasks, predictions, strict=True):
         try:
             _check_task(task, prediction, batch[task.column])
+        except UserError:
+            raise
         except Exception as error:  # whatever a user's own task raises
             raise SetupError(f"data: task {task.name!r}: {_message(error)}") from error
 
@@ -157,6 +172,8 @@ def _check_names(tasks: Any) -> None:
             raise ValueError(f"tasks: the name {task.name!r} may hold letters, digits, _ and - only, and not be empty")
         if task.name == "training":  # an attribute of every nn.Module, which the heads' container would lose
             raise ValueError("tasks: no task can have the name 'training'; rename it")
+        if not isinstance(task.target, str):
+            raise ValueError(f"tasks: {task.name} has target={task.target!r}; the name of a column is needed")
         if not isinstance(task.outputs, Integral) or task.outputs < 1:
             raise ValueError(f"tasks: {task.name} has outputs={task.outputs!r}; a whole number from 1 is needed")
         if names.count(task.name) > 1:
@@ -184,8 +201,6 @@ def _check_names(tasks: Any) -> None:
 def _check_columns(split: Split, benchmark: Any) -> None:
     """All columns are there, as tensors of one length, and the inputs are what the network reads."""
     columns = split.columns
-    if not isinstance(columns, Mapping):
-        raise ValueError(f"columns: a {type(columns).__name__}; a dict from names to tensors is needed")
     known = {str(name) for name in columns}
     for name in benchmark.inputs:
         if name not in columns:

@@ -25,6 +25,13 @@ class Split:
     columns: Mapping[str, Tensor]
     rows: Tensor | None = None
 
+    def __post_init__(self):
+        if not isinstance(self.columns, Mapping):
+            kind = type(self.columns).__name__
+            raise TypeError(
+                f'Split takes a dict of columns, as in Split({{"image": images, "size": sizes}}), not a {kind}'
+            )
+
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()))) if self.rows is None else len(self.rows)
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mtl.data.base import Benchmark, Split
 from mtl.data.inputs import Image
+from mtl.errors import ConfigError
 from mtl.metrics.base import Mean, Metric, Score
 from mtl.tasks import Task
 
@@ -91,10 +92,13 @@ class ToyTask(Task):
         """(N,) the scaled loss at points (N, 2).
 
         Raises:
-            ValueError: these are no points of the plane.
+            ConfigError: these are no points of the plane.
         """
         if points.shape[1:] != (2,):
-            raise ValueError(f"a loss of a point in the plane, not of {tuple(points.shape[1:])}; use arch=point")
+            shape = tuple(points.shape[1:])
+            raise ConfigError(
+                f"arch: the toy's losses are those of a point in the plane, not of {shape}; use arch=point"
+            )
         return self.scale * toy_loss(points, self.sign)
 
     def units(self, target: Tensor) -> Tensor:

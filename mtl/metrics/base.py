@@ -37,6 +37,14 @@ class Metric(ABC):
 
     scores: Sequence[Score]
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if {"name", "unit", "higher_is_better"} & vars(cls).keys() and "scores" not in vars(cls):
+            shown = getattr(cls, "name", "f1")
+            raise TypeError(
+                f"{cls.__name__}: a Metric says scores = (Score({shown!r}),) now, instead of a name and unit"
+            )
+
     @abstractmethod
     def zero(self) -> Tensor:
         """The state before the first batch: zeros of any fixed shape, int64 or float64."""

@@ -13,6 +13,12 @@ from torch import Tensor
 from mtl.metrics.base import Metric, Score
 from mtl.views import Fixed, Moves
 
+INSTEAD = {  # what was a Task's, and what to write now
+    "labelled": "units(target), the number of labelled units of each sample",
+    "head": "a backbone with a method decoder(task)",
+    "check": "wrong(target), which marks the wrong labels",
+}
+
 
 @dataclass(frozen=True)
 class Task(ABC):
@@ -34,6 +40,12 @@ class Task(ABC):
 
     moves: ClassVar[Moves] = Fixed()
     allowed: ClassVar[str] = "a label must be a finite number"
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for name, now in INSTEAD.items():
+            if callable(vars(cls).get(name)):
+                raise TypeError(f"{cls.__name__} defines {name}, which no Task has any more; write {now}")
 
     @property
     @abstractmethod
