@@ -220,6 +220,7 @@ def test_absent_classes():
     metric, prediction = ConfusionMatrix(5), nn.functional.one_hot(classes, 5).movedim(-1, 1).float()
     state = metric.zero()
     metric.update(state, prediction, target)
+    assert state.nonzero().tolist() == [[0, 0], [0, 3], [1, 1]] and state.sum() == 3  # labels by predictions
     assert metric.compute(state) == pytest.approx({"miou": 100 * (0.5 + 1 + 0) / 3, "pixel_accuracy": 200 / 3})
 
 
