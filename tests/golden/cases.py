@@ -39,6 +39,7 @@ def _archs() -> dict[str, tuple[str, ...]]:
         cases[name] += ("optimizer.momentum=0", "trainer.epochs=1")
     cases["vgg16_bn"] = (*SYNTHETIC, *cases["vgg16_bn"][len(DIGITS) :], "data.batch_size=4", "data.limit_train=8")
     cases["wide_resnet"] += ("arch.width=1", "arch.dropout=0.3")
+    cases["fcn"] = ("data=rooms", "data.height=16", "data.width=24", *cases["fcn"][1:], "arch.width=4")
     cases["point"] = ("experiment=toy", "data.steps=3", "trainer.epochs=7", "trainer.device=cpu")
     return cases
 

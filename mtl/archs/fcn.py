@@ -1,0 +1,73 @@
+"""A small fully convolutional network for maps: Long et al., "Fully Convolutional Networks", CVPR 2015, in miniature.
+
+For tours, tests and a CPU; no published table is of it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch.nn.functional as F
+from annotated_types import Ge
+from torch import Tensor, nn
+
+from mtl.tasks import Task
+from mtl.views import Fixed
+
+STRIDE = 4
+
+
+class FCN(nn.Module):
+    """Five convolutions with batch norm; features are maps (N, 4 · width, H/4, W/4).
+
+    The last two are dilated by 2 and by 4, so that a feature sees 67 pixels along each axis.
+
+    Args:
+        in_channels: image channels; height and width must be multiples of 4.
+        width: channels of the first convolution.
+    """
+
+    def __init__(self, in_channels: int, width: Annotated[int, Ge(1)] = 16):
+        super().__init__()
+        self.out_features = 4 * width
+        self.stem = _Layer(in_channels, width, stride=2)
+        self.down = _Layer(width, 2 * width, stride=2)
+        self.deep = _Layer(2 * width, 4 * width)
+        self.wide = _Layer(4 * width, 4 * width, dilation=2)
+        self.wider = _Layer(4 * width, 4 * width, dilation=4)
+
+    def decoder(self, task: Task) -> nn.Module:
+        """Of a task with maps two convolutions, shown at the images' size; of another one a mean and a linear layer."""
+        if isinstance(task.moves, Fixed):  # a label of the whole image, which follows no view
+            return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(self.out_features, task.outputs))
+        return nn.Sequential(
+            nn.Conv2d(self.out_features, self.out_features // 2, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(self.out_features // 2, task.outputs, 1),
+            nn.Upsample(scale_factor=STRIDE, mode="bilinear", align_corners=False),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (N, C, H, W) to maps of features.
+
+        Raises:
+            ValueError: height or width is no multiple of 4.
+        """
+        height, width = x.shape[2:]
+        if height % STRIDE or width % STRIDE:
+            raise ValueError(f"FCN needs images whose height and width are multiples of {STRIDE}, not {height}x{width}")
+        x = self.deep(self.down(self.stem(x)))
+        x = x + self.wide(x)
+        return x + self.wider(x)
+
+
+class _Layer(nn.Module):
+    """Convolution 3x3, batch norm, ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, dilation: int = 1):
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 3, stride, padding=dilation, dilation=dilation, bias=False)
+        self.bn = nn.BatchNorm2d(outputs)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))

@@ -1,0 +1,141 @@
+"""Tasks with a map of labels for each image: classes, depth, surface normals.
+
+Losses and masks are those of Liu et al., "End-to-End Multi-Task Learning with Attention" (MTAN), CVPR 2019, pooled over
+the labelled pixels of a batch. A pixel without a label has loss 0 and exactly no gradient, whatever is predicted there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtl.metrics.base import Metric
+from mtl.metrics.dense import Angles, ConfusionMatrix, DepthErrors
+from mtl.tasks.base import Task
+from mtl.tasks.labels import wrong_classes
+from mtl.views import Directions, Metres, Moves, Pixels
+
+SHORTEST = 1e-3
+
+
+@dataclass(frozen=True)
+class Segmentation(Task):
+    """Cross-entropy of the class of each pixel, over `outputs` classes.
+
+    Predictions (N, outputs, H, W), targets (N, H, W) of any integer type; −100 where a pixel has no label, which int8
+    holds in one byte.
+    """
+
+    moves: ClassVar[Moves] = Pixels()
+
+    @property
+    def metrics(self) -> Sequence[Metric]:
+        return (ConfusionMatrix(self.outputs),)
+
+    @property
+    def allowed(self) -> str:
+        return f"a map (N, H, W) of classes from 0 to {self.outputs - 1} is needed, -100 where a pixel has no label"
+
+    def wrong(self, target: Tensor) -> Tensor:
+        _check_labels(target, 3)
+        return wrong_classes(target, self.outputs)
+
+    def units(self, target: Tensor) -> Tensor:
+        return _count(target.long() != -100)
+
+    def criterion(self, prediction: Tensor, target: Tensor) -> Tensor:
+        _check_prediction(self, prediction, target)
+        target = target.long()
+        # Filled first: a NaN that is masked afterwards would come back in the gradient.
+        known = prediction.masked_fill((target == -100)[:, None], 0.0)
+        return F.cross_entropy(known, target, ignore_index=-100, reduction="none").sum((1, 2))
+
+
+@dataclass(frozen=True)
+class Depth(Task):
+    """L1 loss of the depth of each pixel: predictions (N, 1, H, W), targets (N, H, W) in metres.
+
+    A pixel has no label where its depth is 0, as in MTAN's files, or NaN, as outside of a view.
+    """
+
+    moves: ClassVar[Moves] = Metres()
+    allowed = "a map (N, H, W) of depths from 0 is needed, 0 or NaN where a pixel has no label"
+
+    @property
+    def metrics(self) -> Sequence[Metric]:
+        return (DepthErrors(),)
+
+    def wrong(self, target: Tensor) -> Tensor:
+        _check_labels(target, 3)
+        values = target.float()  # in which losses are computed: 1e300 is infinite there
+        return (values < 0) | values.isinf()
+
+    def units(self, target: Tensor) -> Tensor:
+        return _count(target > 0)
+
+    def criterion(self, prediction: Tensor, target: Tensor) -> Tensor:
+        _check_prediction(self, prediction, target)
+        error = prediction.squeeze(1) - target.to(prediction.dtype)
+        return error.masked_fill(~(target > 0), 0.0).abs().sum((1, 2))
+
+
+@dataclass(frozen=True)
+class Normals(Task):
+    """1 − cos of the angle between the predicted and the true surface normal of each pixel.
+
+    Predictions (N, 3, H, W) of any length, which are normalised here; targets (N, H, W, 3) unit vectors as (x along the
+    columns, y along the rows, z). A pixel has no label where its normal is (0, 0, 0), as in MTAN's files, or NaN.
+    Labels that interpolation has shortened stay so, as in MTAN. Its code divides by the prediction's length; here by
+    1e-3 at least, so that no gradient is longer than 1000, even where the prediction is zero.
+    """
+
+    outputs: int = 3
+
+    moves: ClassVar[Moves] = Directions()
+    allowed = "a map (N, H, W, 3) of unit vectors is needed, zeros or NaN where a pixel has no label"
+
+    @property
+    def metrics(self) -> Sequence[Metric]:
+        return (Angles(),)
+
+    def wrong(self, target: Tensor) -> Tensor:
+        _check_labels(target, 4)
+        if target.shape[3] != 3:
+            raise ValueError(f"shape {tuple(target.shape)}")
+        too_long = ~(target.float().norm(dim=3) <= 1.01) & ~target.isnan().all(3)  # NaN in some components only, too
+        return too_long[..., None].expand(target.shape)
+
+    def units(self, target: Tensor) -> Tensor:
+        return _count(_directed(target))
+
+    def criterion(self, prediction: Tensor, target: Tensor) -> Tensor:
+        _check_prediction(self, prediction, target)
+        unknown = ~_directed(target)
+        normal = target.to(prediction.dtype).movedim(-1, 1).masked_fill(unknown[:, None], 0.0)
+        direction = F.normalize(prediction.masked_fill(unknown[:, None], 0.0), dim=1, eps=SHORTEST)
+        return (1 - (direction * normal).sum(1)).masked_fill(unknown, 0.0).sum((1, 2))
+
+
+def _directed(normals: Tensor) -> Tensor:
+    return normals.square().sum(-1) > 0  # not so of NaN
+
+
+def _count(known: Tensor) -> Tensor:
+    """(N,) how many entries of (N, …) are true."""
+    return known.flatten(1).sum(1)
+
+
+def _check_labels(target: Tensor, dimensions: int) -> None:
+    if target.dim() != dimensions:
+        hint = "; drop the last dimension with squeeze(-1)" if target.shape[dimensions:] == (1,) else ""
+        raise ValueError(f"shape {tuple(target.shape)}{hint}")
+
+
+def _check_prediction(task: Task, prediction: Tensor, target: Tensor) -> None:
+    wanted = (len(target), task.outputs, *target.shape[1:3])
+    if prediction.shape != wanted:
+        raise ValueError(f"{task.name} needs predictions {wanted}, but the model's have {tuple(prediction.shape)}")
