@@ -192,3 +192,16 @@ def test_generators_of_parameters_last_for_all_steps():
         step(forward_of(loop, *batch(k)), 12)
         step_of(other)(forward_of(other, *batch(k)), 12)
     equal(loop, other)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_weights_of_a_step_stay_what_they_were(name):
+    """ExcessMTL returned its own float64 buffer, and the next step changed what a loop had kept."""
+    loop = Loop(name)
+    step, kept = step_of(loop), []
+    step.start_epoch(0, 1)
+    for k in range(3):
+        info = step(forward_of(loop, *batch(k)), 12)
+        if info.weights is not None:
+            kept.append((info.weights, info.weights.clone()))
+    assert all(torch.equal(weights, then) for weights, then in kept)

@@ -158,5 +158,7 @@ def gradients(
             if each:
                 found.rows = jacobian * weights[:, None]
             found.direction = direction
+            # A method may have returned its own buffer, which its next step changes.
+            weights = None if weights is None else weights.clone()
             found.info = Info(weights, norm, norm / equal, *similarity(gramian, one.present))
     return found
