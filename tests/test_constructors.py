@@ -70,7 +70,7 @@ class Smoother(Smooth):
     (lambda: MTLIO(PARAMETERS, betas=(0.9, 1.0)), "^betas: "),
     (lambda: Signum(PARAMETERS, momentum=1), "^momentum: 1"),
     (lambda: schedules.Cosine(final=2), r"^final: 2 must be less than or equal to 1 \(Cosine\)"),
-    (lambda: schedules.Step(every=0), "^every: 0"),
+    (lambda: schedules.StepDecay(every=0), "^every: 0"),
     (lambda: schedules.MultiStep(milestones=[1, "a"]), "^milestones: "),
     (lambda: schedules.OneCycle(interval="epoc"), "^interval: 'epoc' is none of epoch, step"),
 ])  # fmt: skip

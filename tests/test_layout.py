@@ -18,9 +18,6 @@ ROOT = Path(__file__).parents[1]
 FLOORS = ("errors", "random", "config", "losses", "optim", "views", "metrics", "tasks", "data", "archs", "parallel",
           "inspect", "tracking", "engine", "report", "cli", "certify", "studies", "train")  # fmt: skip
 
-# `mtl.Step` makes an update, and `schedule=step` names the class of a schedule: it is part of saved configs.
-TWICE = {"Step"}
-
 
 @cache
 def modules() -> dict[str, tuple[Path, ast.Module]]:
@@ -81,7 +78,7 @@ def test_a_public_class_name_occurs_once():
         for node in tree.body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places[node.name].append(name)
-    assert not {k: v for k, v in places.items() if len(v) > 1 and k not in TWICE}
+    assert not {k: v for k, v in places.items() if len(v) > 1}
 
 
 @pytest.mark.parametrize("what", ["mtl.errors", "mtl.config", "mtl.cli.command"])

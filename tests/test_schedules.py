@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler as peers
 
-from mtl.optim.schedules import Constant, Cosine, MultiStep, OneCycle, Polynomial, Step
+from mtl.optim.schedules import Constant, Cosine, MultiStep, OneCycle, Polynomial, StepDecay
 
 E, STEPS = 20, 7  # epochs of a run, steps of an epoch
 # Class, arguments, and torch's scheduler over e epochs of n calls.
@@ -12,7 +12,7 @@ CASES = {
     "constant": (Constant, {}, lambda o, e, n: peers.ConstantLR(o, factor=1.0)),
     "cosine": (Cosine, {}, lambda o, e, n: peers.CosineAnnealingLR(o, e * n)),
     "cosine_final": (Cosine, {"final": 0.1}, lambda o, e, n: peers.CosineAnnealingLR(o, e * n, eta_min=0.1)),
-    "step": (Step, {"every": 6, "gamma": 0.3}, lambda o, e, n: peers.StepLR(o, 6 * n, gamma=0.3)),
+    "step": (StepDecay, {"every": 6, "gamma": 0.3}, lambda o, e, n: peers.StepLR(o, 6 * n, gamma=0.3)),
     "multistep": (MultiStep, {"milestones": (4, 9)}, lambda o, e, n: peers.MultiStepLR(o, [4 * n, 9 * n], gamma=0.2)),
     "polynomial": (Polynomial, {"power": 0.9}, lambda o, e, n: peers.PolynomialLR(o, e * n, power=0.9)),
 }  # fmt: skip

@@ -47,6 +47,7 @@ MOVED: dict[str, str] = {
     "mtl.cli.command.Grid": "mtl.config.cli.Grid",
     "mtl.engine.device.Execution": "mtl.engine.trainer.Trainer",
     "mtl.inspect.microscope.Microscope": "mtl.engine.microscope.Microscope",
+    "mtl.optim.schedules.StepDecay": "mtl.optim.schedules.Step",
 }
 
 LABEL = 39  # characters; a W&B group has three labels and the digest, and W&B allows 128

@@ -82,7 +82,7 @@ class Cosine(Schedule):
 
 
 @dataclass
-class Step(Schedule):
+class StepDecay(Schedule):
     """Multiplied by `gamma` every `every` epochs."""
 
     every: Annotated[int, Ge(1)] = 30
