@@ -61,7 +61,7 @@ def test_a_claim_that_does_not_hold_is_named(monkeypatch, capsys):
 
 def test_a_broken_method_loses_its_properties_its_oracle_and_its_optimum(monkeypatch):
     honest = UPGrad.weights
-    monkeypatch.setattr(UPGrad, "weights", lambda self, *args: honest(self, *args).flip(0))
+    monkeypatch.setattr(UPGrad, "weights", lambda self, G, present=None: honest(self, G, present).flip(0))
     broken = certify("upgrad")
     assert broken.failed == ["linear", "non_conflicting"]
     assert not broken.properties["permutation"] and not broken.properties["exact_absence"]
@@ -72,7 +72,7 @@ def test_a_broken_method_loses_its_properties_its_oracle_and_its_optimum(monkeyp
 
 
 def test_a_method_without_numbers_is_no_agreement(monkeypatch):
-    monkeypatch.setattr(UPGrad, "weights", lambda self, gramian, *args: gramian[0] * torch.nan)
+    monkeypatch.setattr(UPGrad, "weights", lambda self, gramian, present=None: gramian[0] * torch.nan)
     broken = certify("upgrad")
     assert len(broken.complaints()) == 5 and agreement.bound(broken.oracle) == "no number"
 
@@ -138,8 +138,14 @@ def test_permuted_tasks_keep_their_draws(monkeypatch):
 
 def test_absence_finds_a_method_that_counts_the_absent(monkeypatch):
     honest = PCGrad.weights
-    monkeypatch.setattr(PCGrad, "weights", lambda self, G, *args: honest(self, G, *args) * len(G))
+    monkeypatch.setattr(PCGrad, "weights", lambda self, G, present=None: honest(self, G, present) * len(G))
     assert not properties.exact_absence("pcgrad", HISTORY)
+
+
+def test_a_method_that_cannot_know_of_absence_has_no_exact_absence(monkeypatch):
+    """It is certified all the same: an absent task would be refused."""
+    monkeypatch.setattr(UPGrad, "weights", lambda self, gramian: torch.ones_like(gramian[0]))
+    assert not properties.exact_absence("upgrad", HISTORY) and properties.exact_absence("mgda", HISTORY)
 
 
 # ------------------------------------------------------------------------------------------------------- optimality

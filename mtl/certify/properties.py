@@ -34,6 +34,7 @@ from mtl.certify.problem import (
     step,
 )
 from mtl.losses import Custom, Strategy
+from mtl.losses.hooks import knows_absent
 
 TOLERANCE = 1e-5  # largest angle in radians of equal directions, and largest relative error of equal steps
 SMALL = 1e-4  # largest relative length that counts as 0; iterations and floors of a method leave this much
@@ -219,6 +220,8 @@ def exact_absence(name: str, history: int) -> bool | None:
     old = experienced(name, steps=history)
     if old.tasks == 1:
         return True
+    if not knows_absent(old):  # an absent task is refused
+        return False
     # A loss with a fixed number of arguments cannot be called without a task.
     if fixed(name) or (isinstance(old, Custom) and history):
         return None

@@ -102,6 +102,7 @@ def noted(hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
         strategy.calls.note(hook)
         return result
 
+    wrapper.blind = blind
     return wrapper
 
 
@@ -155,6 +156,12 @@ def optional(function: Callable[..., Any]) -> Callable[..., Any]:
 def defines(strategy: Any, hook: str) -> bool:
     """Whether the method has its own `hook`, so that there is something to do."""
     return not hasattr(getattr(type(strategy), hook), "optional")
+
+
+def knows_absent(strategy: Any) -> bool:
+    """Whether all functions of the method take `present`, so that a task may be absent."""
+    told = all(signatures.taken(strategy, name, present=None) for name in (strategy.rule, "regulariser"))
+    return told and not any(getattr(getattr(type(strategy), hook), "blind", False) for hook in MARKED)
 
 
 def differentiates(strategy: Any) -> bool:
