@@ -45,6 +45,7 @@ def _by_gain(gains: dict[str, dict[int, float]]) -> list[str]:
         return [f"Only {first} can be held against single-task learning: Δm is {_percent(means[first])}."]
     above = sum(m > 0 for m in means.values())
     better = "no strategy is" if not above else f"{above} of them {'is' if above == 1 else 'are'}"
+    better = "all of them are" if above == len(means) else better
     leads = f"By Δm, {first} is the best of {len(means)} strategies ({_percent(means[first])}); {better} better than "
     leads += "single-task learning on average."
     pairs = []
@@ -54,6 +55,10 @@ def _by_gain(gains: dict[str, dict[int, float]]) -> list[str]:
     adjusted = holm([d.p for d in pairs])
     words = [verdict(d, p, True) for d, p in zip(pairs, adjusted, strict=True)]
     holds = words.count("better")
+    if len(others) == 1:
+        held = "holds" if holds else "does not hold"
+        why = "" if holds else f" ({words[0].replace(':', ',')})"
+        return [leads, f"Its lead over {others[0]} {held} {TEST}{why}."]
     if holds == len(others):
         return [leads, f"Its lead holds against all {len(others)} others {TEST}."]
     nearest = next(i for i, word in enumerate(words) if word != "better")

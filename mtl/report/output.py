@@ -107,7 +107,7 @@ def write(content: Content, out: Path, asked: Sequence[str], failed: Failures) -
         gaps = attempt(
             "report.html",
             lambda: page.write(content.collection, content.benchmarks, shown, out / "report.html", content.findings,
-                               content.refresh),
+                               content.refresh, list(failed)),
             failed,
         )  # fmt: skip
         if gaps is not None:

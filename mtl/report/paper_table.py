@@ -34,7 +34,7 @@ _DELTA = {
 
 
 def latex(benchmarks: Sequence[Protocol]) -> str:
-    """One table for each benchmark and architecture on which a strategy has finished; needs booktabs and graphicx."""
+    """One table for each benchmark and architecture on which a strategy has finished, with values of the last epoch."""
     tables = [
         _table(Scores(benchmark, arch)) for benchmark in benchmarks for arch in benchmark.archs if benchmark.of(arch)
     ]
@@ -47,7 +47,7 @@ def bibliography() -> str:
 
 
 def _table(scores: Scores) -> str:
-    at = scores.benchmark.main
+    at = "last"
     columns = list(scores.compared)
     gains = {g.label: scores.delta_m(g, at) for g in scores.groups}
     ranks = scores.mean_ranks(at)
@@ -74,7 +74,7 @@ def _table(scores: Scores) -> str:
         if rank:
             row.append(_cell([r] if not math.isnan(r := ranks[group.label]) else [], 2, best_rank, spread=False))
         rows.append(row)
-    rows += [[_name(g), *[NONE] * (len(columns) + delta + rank)] for g in scores.lost if g.task is None]
+    rows += [[_name(g), *[NONE] * (len(columns) + delta + rank)] for g in scores.lost if g.task is None and g.failures]
     return _environment(scores, columns, rows, delta, rank)
 
 
@@ -128,7 +128,7 @@ def _caption(scores: Scores, delta: bool, rank: bool) -> str:
     number = f"{many} seed{'' if counts == [1] else 's'} ({', '.join(map(str, seeds))})"
     what = "mean and standard deviation over" if counts[-1] > 1 else "of"
     parts = [
-        f"{tex(bench.name)}, {tex(scores.arch)}: test metrics, {SELECTIONS[bench.main]}, {what} {number}.",
+        f"{tex(bench.name)}, {tex(scores.arch)}: test metrics, {SELECTIONS['last']}, {what} {number}.",
         "Bold: the best multi-task method." if len(scores.groups) > 1 else "",
         rf"$\Delta_m$: mean relative gain over single-task learning \cite{{maninis2019astmt}}, {_DELTA[bench.delta_m]}."
         if delta
@@ -173,9 +173,14 @@ def _entry(reference: dict[str, str]) -> str:
     if not reference["venue"]:
         kind = "misc"
     fields = {
-        "author": tex(reference["authors"]), "key": "" if reference["authors"] else tex(reference["title"]), "title": f"{{{tex(reference['title'])}}}", place: tex(reference["venue"]),
-        "year": reference["year"], "eprint": reference["arxiv"], "archiveprefix": "arXiv" if reference["arxiv"] else "",
-    }  # fmt: skip
+        "author": tex(reference["authors"]),
+        "key": "" if reference["authors"] else tex(reference["title"]),  # to sort by
+        "title": f"{{{tex(reference['title'])}}}",
+        place: tex(reference["venue"]),
+        "year": reference["year"],
+        "eprint": reference["arxiv"],
+        "archiveprefix": "arXiv" if reference["arxiv"] else "",
+    }
     lines = [f"  {key} = {{{value}}}," for key, value in fields.items() if value]
     return "\n".join([f"@{kind}{{{reference['key']},", *lines, "}\n"])
 

@@ -99,7 +99,7 @@ def metrics_table(scores: Scores) -> Table:
     for kind in scores.kinds.values() if scores.crowded else ():
         if len(kind.metrics) > 1:
             ends = [extremes(scores, g, kind, bench.main) for g in finished]
-            header += [f"best {kind.word}\n{bench.main}", f"worst {kind.word}\n{bench.main}"]
+            header += [f"best task's {kind.word}\n{bench.main}", f"worst task's {kind.word}\n{bench.main}"]
             for row, pair in zip(rows, ends + [(NONE, NONE)] * len(scores.lost), strict=True):
                 row += pair
     if scores.crowded and scores.baselines and scores.groups:
@@ -161,9 +161,10 @@ def multi_task(scores: Scores, at: str) -> Table:
             n = by_label.get(group.label)
             row.append(NONE if n is None or not seeds else Entry(f"{n} of {seeds}", n))
         rows.append(row)
-    metrics = bench.tasks.values() if bench.delta_m == "main" else bench.metrics
+    metrics = list(bench.tasks.values() if bench.delta_m == "main" else bench.metrics)
+    names = f"{len(metrics)} metrics" if scores.crowded else ", ".join(metrics)
     note = (
-        f"Δm is taken {_DELTA[bench.delta_m]} ({some(list(metrics), sep=', ')}), {pairing(scores)}. Achievement takes "
+        f"Δm is taken {_DELTA[bench.delta_m]} ({names}), {pairing(scores)}. Achievement takes "
         f"the main metrics. Pareto: among {len(optimal)} runs. {excuses(scores)}"
     )
     header = ["strategy", "n", "Δm %", "achievement %", "MR", "Pareto", *(f"wins\n{m}" for m in won)]

@@ -172,7 +172,8 @@ def _limits(panel: Panel) -> Panel:
 
     As many of the others are shown as that length allows.
     """
-    points = [(x, y) for t in panel.traces for ys in (t.y, t.low, t.high) for x, y in zip(t.x, ys, strict=False)]
+    ended = [t for t in panel.traces if not t.unfinished] or panel.traces
+    points = [(x, y) for t in ended for ys in (t.y, t.low, t.high) for x, y in zip(t.x, ys, strict=False)]
     epochs = sorted({x for x, _ in points})
 
     def ends(start: float) -> tuple[float, float]:
@@ -184,6 +185,9 @@ def _limits(panel: Panel) -> Panel:
     low, high = next((low, high) for low, high in map(ends, epochs) if high - low <= longest)
     if panel.log or len(epochs) < FEW or (low, high) == ends(epochs[0]):
         return panel
+    for y in (t.y[-1] for t in panel.traces):  # where an unfinished run stands, unless that is far off
+        if max(high, y) - min(low, y) <= 2 * longest:
+            low, high = min(low, y), max(high, y)
     return replace(panel, limits=(low - 0.05 * (high - low), high + 0.05 * (high - low)))
 
 

@@ -48,18 +48,18 @@ class _Page:
     drawn: list[str] = field(default_factory=list)
     tables: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     figures: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    said: int = 0  # of `failed`, the lines that the page shows already
 
     def part(self, name: str, make: Callable[[], str]) -> str:
         """Its HTML; where it cannot be made, a line that says so."""
-        before = len(self.failed)
         made = attempt(name, make, self.failed)
-        said = "".join(f'<p class="note">Not made: {escape(line)}</p>' for line in self.failed[before:])
-        return (made or "") + said
+        new, self.said = self.failed[self.said :], len(self.failed)
+        return (made or "") + _not_made(new)
 
 
 def write(
     collection: Collection, benchmarks: Sequence[Protocol], tables: Sequence[Table], file: Path,
-    findings: Findings | None = None, refresh: float | None = None,
+    findings: Findings | None = None, refresh: float | None = None, gone: Sequence[str] = (),
 ) -> Failures:  # fmt: skip
     """Write the page; what could not be made, as lines that the page shows in its place.
 
@@ -70,6 +70,7 @@ def write(
         file: replaced in one step.
         findings: {(benchmark, arch): sentences}, for the box on top.
         refresh: seconds after which the page loads itself again.
+        gone: what could not be made before.
     """
     page = _Page()
     names = {b.name for b in benchmarks}
@@ -80,6 +81,7 @@ def write(
         f"<header><h1>{escape(title)}</h1>",
         page.part("Summary", lambda: f'<p class="lede">{escape(_lede(collection, benchmarks))}</p>'),
         page.part("Findings", lambda: _findings(findings or {})),
+        _not_made(gone),
         f'<nav class="contents">{_contents(benchmarks, general, collection)}</nav></header>',
         '<p class="filter"><label for="filter">Strategies</label>'
         '<input id="filter" type="search" placeholder="filter, e.g. grad" autocomplete="off"></p>'
@@ -156,6 +158,10 @@ def _findings(findings: Findings) -> str:
     if not boxes:
         return ""
     return f'<section id="findings"><h2>What the runs show, and what they do not</h2>{"".join(boxes)}</section>'
+
+
+def _not_made(lines: Sequence[str]) -> str:
+    return "".join(f'<p class="note">Not made: {escape(line)}</p>' for line in lines)
 
 
 def _count(number: int, one: str, many: str = "") -> str:

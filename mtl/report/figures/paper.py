@@ -94,7 +94,7 @@ def render(figure: Figure, looks: Mapping[str, Style], title: str) -> plt.Figure
     """The figure in matplotlib: names at the ends of curves, a legend beside points."""
     count = len(figure.panels)
     direct = figure.curves and count <= DIRECT
-    columns = min(count, 2 if direct else 3 if count <= 9 else 5)
+    columns = min(count, 2 if direct else 3 if count <= 12 else 5)
     rows = -(-count // columns)
     width = 5.0 if count == 1 else 7.2
     height = (3.2 if count == 1 else 2.5 if columns < 5 else 1.6) * rows + 0.6
@@ -138,11 +138,13 @@ def _panel(axis: plt.Axes, panel: Panel, looks: Mapping[str, Style]) -> None:
         (axis.axvline if rule.vertical else axis.axhline)(
             rule.value, color=GREY, linewidth=0.8, linestyle=LINES["dot"], zorder=2
         )
-        place = {"xy": (rule.value, 0.02), "xycoords": axis.get_xaxis_transform(), "xytext": (-2, 0), "rotation": 90}
+        # At opposite ends, so that the names of two rules that cross do not meet.
+        place = {"xy": (rule.value, 0.98), "xycoords": axis.get_xaxis_transform(), "xytext": (-2, 0), "rotation": 90,
+                 "va": "top"}  # fmt: skip
         if not rule.vertical:
-            place = {"xy": (0.98, rule.value), "xycoords": axis.get_yaxis_transform(), "xytext": (0, 2)}
+            place = {"xy": (0.98, rule.value), "xycoords": axis.get_yaxis_transform(), "xytext": (0, 2), "va": "bottom"}
         axis.annotate(_legible(rule.name), **place, fontsize=6, color=GREY, textcoords="offset points", ha="right",
-                      va="bottom", path_effects=[withStroke(linewidth=2, foreground="white")])  # fmt: skip
+                      path_effects=[withStroke(linewidth=2, foreground="white")])  # fmt: skip
     if len(panel.front) > 1:
         axis.plot(*zip(*panel.front, strict=True), color=GREY, linewidth=0.7, zorder=1.5)
     axis.set(title=_legible(panel.title), xlabel=_legible(panel.x), ylabel=_legible(panel.y))
@@ -183,6 +185,7 @@ def _names(axis: plt.Axes, panel: Panel, looks: Mapping[str, Style]) -> None:
         return
     box = axis.get_window_extent()
     ends = [(axis.transData.transform((t.x[-1], t.y[-1])) - (box.x0, box.y0)) / (box.width, box.height) for t in named]
+    ends = [(x, min(max(y, 0.0), 1.0)) for x, y in ends]  # a value beyond the scale would take the line off the page
     heights = spread([y for _, y in ends], 8.5 * axis.figure.dpi / 72 / box.height)
     for trace, (x, y), height in zip(named, ends, heights, strict=True):
         colour, where = looks[trace.label].colour, axis.transAxes
