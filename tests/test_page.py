@@ -182,7 +182,8 @@ def test_the_legend_stays_in_view_and_tables_stand_beside_their_figures(runs):
         const before = top();
         scrollTo(0, last.getBoundingClientRect().top + scrollY - 200);
         await new Promise(done => setTimeout(done, 50));
-        const order = [...document.querySelectorAll("section[id^=benchmark] > figure, section[id^=benchmark] > details")];
+        const here = "section[id^=benchmark] > ";
+        const order = [...document.querySelectorAll(`${here}figure, ${here}details`)];
         const terms = [...document.querySelectorAll("#words dt")].map(t => t.textContent);
         return { before, after: top(), scrolled: scrollY, terms,
                  open: [...document.querySelectorAll("details")].some(d => d.open),
@@ -233,6 +234,7 @@ def test_a_dark_screen_gets_a_dark_page_and_paper_a_light_one_of_one_width(runs,
         dispatchEvent(new Event("beforeprint"));
         const paper = state();
         dispatchEvent(new Event("afterprint"));
+        await new Promise(done => setTimeout(done, 500));  // Plotly takes its time to fit the screen again
         return { background: luminance(getComputedStyle(document.documentElement).getPropertyValue("--paper") === "#fff"
                    ? "rgb(255, 255, 255)" : style.backgroundColor), text: luminance(style.color), screen, paper,
                  again: state() };

@@ -188,7 +188,8 @@ def _limits(panel: Panel) -> Panel:
     for y in (t.y[-1] for t in panel.traces):  # where an unfinished run stands, unless that is far off
         if max(high, y) - min(low, y) <= 2 * longest:
             low, high = min(low, y), max(high, y)
-    return replace(panel, limits=(low - 0.05 * (high - low), high + 0.05 * (high - low)))
+    room = 0.05 * ((high - low) or abs(high) or 1.0)
+    return replace(panel, limits=(low - room, high + room))
 
 
 def _drawable(values: NDArray) -> NDArray:
