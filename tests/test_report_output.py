@@ -302,7 +302,6 @@ def test_before_any_run_has_finished_there_is_a_report_of_curves(tmp_path, capsy
 
 def test_watch_rebuilds_when_a_run_has_written_and_only_then(tmp_path, capsys, plotless, monkeypatch):  # noqa: F811
     root, out = tmp_path / "runs", tmp_path / "out"
-    root.mkdir()
     folder, seen = None, []
 
     def sleep(seconds):
@@ -321,7 +320,7 @@ def test_watch_rebuilds_when_a_run_has_written_and_only_then(tmp_path, capsys, p
     assert main([str(root), "--out", str(out), "--watch", "3"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if re.match(r"\d\d:", line)]
     assert [line.split("  ", 1)[1] for line in lines] == [
-        f"{root}: no finished run", *[f"0 finished, 1 running: {out / 'report.html'}"] * 2
+        f"{root}: no such folder yet", *[f"0 finished, 1 running: {out / 'report.html'}"] * 2
     ]  # fmt: skip
     assert seen[0] == "" and "3 of 10 epochs" in seen[1] and seen[2] == seen[1] and "4 of 10 epochs" in seen[3]
     assert '<meta http-equiv="refresh" content="3">' in seen[1]

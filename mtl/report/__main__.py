@@ -104,6 +104,8 @@ def _watch(*settings, every: float) -> int:
             if now != before:
                 before = now
                 try:
+                    if absent := [p for p in paths if not p.is_dir()]:
+                        raise NoRuns(f"{absent[0]}: no such folder yet")
                     with contextlib.redirect_stdout(io.StringIO()):
                         failed = report(*settings, refresh=every)
                     found = load(paths)

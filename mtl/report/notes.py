@@ -24,7 +24,8 @@ def excuses(scores: Scores) -> str:
         if (bad := list(dict.fromkeys(m for at in scores.benchmark.selections for m in scores.broken(r, at))))
     ]
     unknown = [m for m in scores.metrics if m not in scores.known] if scores.groups else []
-    parts = [f"Without a result: {some(stopped)}; their means are over the other seeds."] if stopped else []
+    rest = "; their means are over the other seeds" if scores.groups else ""
+    parts = [f"Without a result: {some(stopped)}{rest}."] if stopped else []
     if broken:
         parts.append(f"Not finite: {some(broken)}; these means are over the other seeds, with their number (n=…).")
     if unknown:
@@ -59,6 +60,8 @@ def pairing(scores: Scores) -> str:
 def provenance(scores: Scores) -> str:
     """How many runs, of which commit, on which machines."""
     runs = [r for g in [*scores.groups, *scores.baselines] for r in g.runs]
+    if not runs:
+        return ""
     commits = Counter((r.info.get("commit") or "unknown")[:7] for r in runs)
     devices = sorted({r.info.get("hardware", {}).get("gpu") or "CPU" for r in runs})
     dirty = sum(bool(r.info.get("dirty")) for r in runs)
