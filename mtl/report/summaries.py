@@ -141,8 +141,8 @@ def multi_task(scores: Scores, at: str) -> Table:
     """Δm, mean rank, average achievement, Pareto-optimal runs and wins, for one selection."""
     bench, ranks, optimal = scores.benchmark, scores.mean_ranks(at), scores.pareto(at)
     fair, sizes = [scores.comparable(g, at) for g in scores.groups], [len(g.runs) for g in scores.groups]
-    alone = [0.0 if scores.delta_m(g, at) else math.nan for g in scores.groups]
-    deltas = spreads([list(scores.delta_m(g, at).values()) for g in scores.groups], sizes, fair, True, 2, alone)
+    gains = [list(scores.delta_m(g, at).values()) for g in scores.groups]
+    deltas = spreads(gains, sizes, fair, True, 2, alone=[0.0] * len(gains))  # Δm of single-task learning
     reached = spreads([list(scores.achievement(g, at).values()) for g in scores.groups], sizes, fair, True, 2)
     won = {m: scores.wins(m, at) for m in bench.metrics}
     if scores.crowded and won:
