@@ -366,6 +366,7 @@ def test_the_command_writes_every_table_and_says_so(tmp_path, capsys):
         (["empty"], "empty: no finished run"),
         (["runs", "--reference", "equa"], "--reference equa: no such strategy here; one of equal; did you mean equal?"),
         (["runs", "--format", "docx"], "--format docx: one of csv, md, tex, html"),
+        (["runs", "--delta-m", "flatt"], "--delta-m flatt: one of main, flat, task; did you mean flat?"),
         (["broken"], "broken: no finished run; 1 run without a result"),
     ],
 )

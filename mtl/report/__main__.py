@@ -27,6 +27,7 @@ from mtl.report.runs import fingerprint, load
 from mtl.report.scores import Scores
 from mtl.report.tables import Table
 
+DELTA_M = ("main", "flat", "task")
 SECONDS = 10.0  # between two looks of --watch
 
 
@@ -46,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         allowed = (*FORMATS, *FIGURES)
         if wrong := [f for f in formats if f not in allowed]:
             raise ConfigError(f"--format {wrong[0]}: one of {', '.join(allowed)}{suggest(wrong[0], allowed)}")
+        if options.delta_m not in DELTA_M:
+            close = suggest(options.delta_m, DELTA_M)
+            raise ConfigError(f"--delta-m {options.delta_m}: one of {', '.join(DELTA_M)}{close}")
         formats += [PAPER] if options.paper else []
         settings = (options.path, options.reference, out, formats, options.wandb, options.delta_m)
         if options.watch is not None:
@@ -69,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--format", metavar="A,B", help=f"of the tables: {', '.join(FORMATS)} (default: all); figures in addition: "
         f"{', '.join(FIGURES)}; formats that are in DIR already are brought up to date")  # fmt: skip
     add("--paper", action="store_true", help="also write the table of a paper, paper.tex, and methods.bib")
-    add("--delta-m", choices=("main", "flat", "task"), default="main",
+    add("--delta-m", default="main", metavar="main|flat|task",
         help="metrics in Δm: the main one of each task (default), all alike, or all averaged by task")  # fmt: skip
     add("--watch", nargs="?", type=seconds, const=SECONDS, metavar="SECONDS",
         help=f"look for new epochs again and again, and rebuild the report; default: every {SECONDS:g} s")  # fmt: skip
