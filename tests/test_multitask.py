@@ -26,6 +26,11 @@ def test_delta_m_and_achievement_by_hand():
     mgda = [30.47, 59.90, 0.6070, 0.2555, 24.88, 19.45, 29.18, 56.88, 69.36]
     higher = [True, True, False, False, False, False, True, True, True]
     assert -multitask.delta_m(mgda, single, higher) == pytest.approx(1.38, abs=0.005)
+    tasks = ["segmentation"] * 2 + ["depth"] * 2 + ["normals"] * 5  # averaged within the tasks first, as LibMTL does
+    gains = 100 * np.where(higher, 1, -1) * (np.array(mgda) / single - 1)
+    expected = np.mean([gains[:2].mean(), gains[2:4].mean(), gains[4:].mean()])
+    assert multitask.delta_m(mgda, single, higher, tasks) == pytest.approx(expected)
+    assert -expected == pytest.approx(1.66, abs=0.005)
 
 
 def test_ranks_are_those_of_scipy():

@@ -11,6 +11,7 @@ from urllib.parse import unquote
 import pytest
 from tree import write_run
 
+from mtl.report.__main__ import main
 from mtl.report.figures import page
 from mtl.report.protocols import benchmarks
 from mtl.report.runs import load
@@ -39,7 +40,13 @@ def write(root, tables=(TABLE,)):
     return root / "report.html"
 
 
-def browse(file, script, width=1280):
+def write_all(root):
+    """The page as the command writes it."""
+    assert main([str(root / "runs"), "--out", str(root), "--format", "html"]) == 0
+    return root / "report.html"
+
+
+def browse(file, script, width=1280, dark=False):
     """What `script` (the body of an async function that returns JSON) finds on the page once all plots are drawn.
 
     The second result is what must not be: errors, console messages, and all that was fetched or that the page's policy
@@ -65,7 +72,8 @@ def browse(file, script, width=1280):
     onmessage = e => document.querySelector("output").textContent = encodeURIComponent(e.data);
     </script></body>""")
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={file.parent / 'profile'}",
-               "--virtual-time-budget=60000", "--dump-dom", frame.as_uri()]  # fmt: skip
+               "--virtual-time-budget=60000", "--dump-dom", f"--blink-settings=preferredColorScheme={1 - dark}",
+               frame.as_uri()]  # fmt: skip
     dom = subprocess.run(command, capture_output=True, text=True, timeout=300).stdout
     result = json.loads(unquote(re.search("<output>(.+?)</output>", dom)[1]))
     return result["found"], result["seen"]
@@ -162,6 +170,82 @@ def test_many_strategies_can_be_filtered_and_a_narrow_screen_does_not_scroll_sid
     assert found["left"] == found["on"] == ["strategy_with_a_long_name_07"]
     assert found["rows"] == 0 and found["again"] == 40
     assert found["width"] == 390 and found["excess"] == 0
+
+
+@needs_browser
+def test_the_legend_stays_in_view_and_tables_stand_beside_their_figures(runs):
+    found, seen = browse(
+        write_all(runs),
+        """
+        const last = [...document.querySelectorAll("section[id^=benchmark] .plot")].pop();
+        const chips = document.querySelector(".chips"), top = () => Math.round(chips.getBoundingClientRect().top);
+        const before = top();
+        scrollTo(0, last.getBoundingClientRect().top + scrollY - 200);
+        await new Promise(done => setTimeout(done, 50));
+        const here = "section[id^=benchmark] > ";
+        const order = [...document.querySelectorAll(`${here}figure, ${here}details`)];
+        const terms = [...document.querySelectorAll("#words dt")].map(t => t.textContent);
+        return { before, after: top(), scrolled: scrollY, terms,
+                 open: [...document.querySelectorAll("details")].some(d => d.open),
+                 order: order.map(f => f.querySelector("figcaption b, summary").textContent) };
+        """,
+    )
+    assert seen == []
+    assert found["before"] > 100 and found["scrolled"] > 500 and found["after"] == 0
+    names = [re.sub(r"^(Table|Figure) \d+\. |synthetic, resnet20: |\.$", "", name) for name in found["order"]]
+    assert [re.sub(r"^synthetic, resnet20: |\.$", "", n) for n in names] == [
+        "test metrics", "Learning curves", "multi-task metrics, last epoch", "All metrics", "Task against task",
+        "differences from equal, last epoch", "Accuracy and cost", "The same tables for the best test epoch",
+    ]  # fmt: skip
+    assert not found["open"] and len(found["terms"]) == len(set(found["terms"])) >= 8
+
+
+@needs_browser
+def test_what_the_pointer_lights_up_has_the_strategys_colour_and_no_band_gets_an_outline(runs):
+    found, seen = browse(
+        write(runs),
+        """
+        const chip = document.querySelector('.chips button[data-label="dwa"]');
+        chip.dispatchEvent(new Event("pointerenter"));
+        const colour = document.querySelector(".plot").data.find(t => t.meta === "dwa" && t.hovertemplate).line.color;
+        const lines = [...document.querySelectorAll(".lit path.js-line")].map(p => getComputedStyle(p));
+        return { colour, lines: lines.map(s => [s.stroke, Number(s.strokeOpacity), s.strokeWidth]) };
+        """,
+    )
+    assert seen == []
+    rgb = tuple(int(found["colour"][i : i + 2], 16) for i in (1, 3, 5))
+    visible = {stroke for stroke, opacity, _ in found["lines"] if opacity > 0}
+    assert visible == {f"rgb{rgb}"} and any(opacity == 0 for _, opacity, _ in found["lines"])
+
+
+@needs_browser
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_dark_screen_gets_a_dark_page_and_paper_a_light_one_of_one_width(runs, dark):
+    found, seen = browse(
+        write_all(runs),
+        """
+        const luminance = colour => colour.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + Number(b), 0) / 765;
+        const lines = () => [...document.querySelectorAll(".plot")].map(p => p.data.find(t => t.meta === "equal"
+                                                                                      && t.hovertemplate).line.color);
+        const state = () => ({ lines: [...new Set(lines())], ink: document.querySelector(".plot").layout.font.color,
+                               sizes: [...document.querySelectorAll(".plot")].map(p => p._fullLayout.width) });
+        const style = getComputedStyle(document.body);
+        const screen = state();
+        dispatchEvent(new Event("beforeprint"));
+        const paper = state();
+        dispatchEvent(new Event("afterprint"));
+        await new Promise(done => setTimeout(done, 500));  // Plotly takes its time to fit the screen again
+        return { background: luminance(getComputedStyle(document.documentElement).getPropertyValue("--paper") === "#fff"
+                   ? "rgb(255, 255, 255)" : style.backgroundColor), text: luminance(style.color), screen, paper,
+                 again: state() };
+        """,
+        dark=dark,
+    )
+    assert seen == []
+    assert (found["background"] < 0.2, found["text"] > 0.8) == (dark, dark)
+    assert found["screen"]["lines"] == (["#f4f2ec"] if dark else ["#000000"])
+    assert found["paper"]["lines"] == ["#000000"] and found["paper"]["ink"] == "#1c1b19"
+    assert set(found["paper"]["sizes"]) == {320, 600} and found["again"] == found["screen"]
 
 
 @pytest.mark.parametrize("strategies", [2, 12])

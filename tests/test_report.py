@@ -328,7 +328,7 @@ def test_a_table_in_four_formats():
                    [Entry("z"), Entry("–"), Entry("2", 2)]])  # fmt: skip
     rows = list(csv.reader(table.csv().splitlines()))
     assert rows == [["strategy", "a_b, last", "a_b, last, std", "a_b, best"], ["x|y", "1.2345", "0.1", "-0.5"],
-                    ["z", "–", "", "2"]]  # fmt: skip
+                    ["z", "", "", "2"]]  # fmt: skip
     assert r"| x\|y | **1.23 ± 0.10** | -0.5 |" in table.markdown()
     assert r"x$|$y & \textbf{1.23 $\pm$ 0.10} & $-$0.5 \\" in table.latex()
     assert r"\multicolumn{2}{c}{a\_b}" in table.latex() and r"5 \% \& more" in table.latex()
@@ -366,6 +366,7 @@ def test_the_command_writes_every_table_and_says_so(tmp_path, capsys):
         (["empty"], "empty: no finished run"),
         (["runs", "--reference", "equa"], "--reference equa: no such strategy here; one of equal; did you mean equal?"),
         (["runs", "--format", "docx"], "--format docx: one of csv, md, tex, html"),
+        (["runs", "--delta-m", "flatt"], "--delta-m flatt: one of main, flat, task; did you mean flat?"),
         (["broken"], "broken: no finished run; 1 run without a result"),
     ],
 )

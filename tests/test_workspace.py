@@ -77,6 +77,9 @@ def test_what_stands_in_the_way_is_one_line(monkeypatch):
     monkeypatch.setattr(wandb, "login", lambda **options: False)
     with pytest.raises(SetupError, match="wandb login"):
         wandb_workspace.create([], "someone/mtl")
+    monkeypatch.setattr(wandb, "login", lambda **options: True)
+    nothing = SimpleNamespace(name="digits", metrics={}, groups=[], baselines=[])  # no run has finished
+    assert wandb_workspace.create([nothing], "someone/mtl") == []
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
     with pytest.raises(SetupError, match="pip install"):
         wandb_workspace.build(SimpleNamespace(), "someone", "mtl")

@@ -3,73 +3,140 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import itertools
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Container, Sequence
+import time
+from collections.abc import Container, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from mtl.errors import ConfigError, SetupError, UserError, suggest
-from mtl.report import summaries
-from mtl.report.attempt import attempt
-from mtl.report.files import replace_text
+from mtl.report import output, summaries
+from mtl.report.attempt import Failures, attempt
+from mtl.report.findings import findings
+from mtl.report.glossary import used
 from mtl.report.names import slug, visible
-from mtl.report.protocols import Protocol, benchmarks
-from mtl.report.runs import Collection, load
+from mtl.report.output import FIGURES, FORMATS, PAPER, Content
+from mtl.report.protocols import benchmarks
+from mtl.report.runs import fingerprint, load
 from mtl.report.scores import Scores
 from mtl.report.tables import Table
 
-FORMATS = ("csv", "md", "tex", "html")
-FIGURES = ("png", "pdf", "svg")
+DELTA_M = ("main", "flat", "task")
+SECONDS = 10.0  # between two looks of --watch
+
+
+class NoRuns(ConfigError):
+    """There is nothing to report yet."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m mtl.report", description=__doc__.partition(":")[0] + ".")
-    parser.add_argument("path", nargs="*", type=Path, default=[Path("outputs")],
-                        help="folders of runs, at any depth; default: outputs")  # fmt: skip
-    parser.add_argument(
-        "--reference", metavar="NAME", help="strategy that the others are compared with; default: equal"
-    )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; default: PATH/report")
-    parser.add_argument("--format", default=",".join(FORMATS), metavar="A,B",
-                        help=f"of the files; default: %(default)s; figures: {', '.join(FIGURES)}")  # fmt: skip
-    parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="also make a W&B workspace that compares the runs")
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter shows its code
         with suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")
+    out = options.out or options.path[0] / "report"
     try:
-        formats = options.format.split(",")
+        formats = options.format.split(",") if options.format else []
         allowed = (*FORMATS, *FIGURES)
         if wrong := [f for f in formats if f not in allowed]:
             raise ConfigError(f"--format {wrong[0]}: one of {', '.join(allowed)}{suggest(wrong[0], allowed)}")
-        failed = report(
-            options.path, options.reference, options.out or options.path[0] / "report", formats, options.wandb
-        )
+        if options.delta_m not in DELTA_M:
+            close = suggest(options.delta_m, DELTA_M)
+            raise ConfigError(f"--delta-m {options.delta_m}: one of {', '.join(DELTA_M)}{close}")
+        formats += [PAPER] if options.paper else []
+        settings = (options.path, options.reference, out, formats, options.wandb, options.delta_m)
+        if options.watch is not None:
+            return _watch(*settings, every=options.watch)
+        failed = report(*settings)
     except UserError as error:
         print(f"error: {visible(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    return _complain(failed, out)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m mtl.report", description=__doc__.partition(":")[0] + ".")
+    add = parser.add_argument
+    add("path", nargs="*", type=Path, default=[Path("outputs")],
+        help="folders of runs, at any depth; default: outputs")  # fmt: skip
+    add("--reference", metavar="NAME", help="strategy that the others are compared with; default: equal")
+    add("--out", type=Path, metavar="DIR", help="where to write; default: PATH/report")
+    add("--format", metavar="A,B", help=f"of the tables: {', '.join(FORMATS)} (default: all); figures in addition: "
+        f"{', '.join(FIGURES)}; formats that are in DIR already are brought up to date")  # fmt: skip
+    add("--paper", action="store_true", help="also write the table of a paper, paper.tex, and methods.bib")
+    add("--delta-m", default="main", metavar="main|flat|task",
+        help="metrics in Δm: the main one of each task (default), all alike, or all averaged by task")  # fmt: skip
+    add("--watch", nargs="?", type=seconds, const=SECONDS, metavar="SECONDS",
+        help=f"look for new epochs again and again, and rebuild the report; default: every {SECONDS:g} s")  # fmt: skip
+    add("--wandb", metavar="ENTITY/PROJECT", help="also make a W&B workspace that compares the runs")
+    return parser
+
+
+def seconds(text: str) -> float:
+    """A positive number; argparse names this function in its error."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value
+
+
+def _complain(failed: Failures, out: Path) -> int:
+    """Say what could not be made; the exit code."""
     for line in failed:
         print(f"error: not made: {line}", file=sys.stderr)
+    if failed:
+        print(f"the tracebacks are in {out / output.ERRORS}", file=sys.stderr)
     return 1 if failed else 0
 
 
+def _watch(*settings, every: float) -> int:
+    """Rebuild the report whenever a run has written something, until Ctrl-C. Raises UserError as `report` does."""
+    paths, out, before = settings[0], settings[2], None
+    _say(f"watching {', '.join(map(str, paths))}; Ctrl-C ends it")
+    with suppress(KeyboardInterrupt):
+        while True:
+            now = fingerprint(paths)
+            if now != before:
+                before = now
+                try:
+                    if absent := [p for p in paths if not p.is_dir()]:
+                        raise NoRuns(f"{absent[0]}: no such folder yet")
+                    with contextlib.redirect_stdout(io.StringIO()):
+                        failed = report(*settings, refresh=every)
+                    found = load(paths)
+                    going = sum(r.status == "running" for r in found.stopped)
+                    text = f"{len(found.runs)} finished, {going} running: {out / 'report.html'}"
+                    _complain(failed, out)
+                except NoRuns as error:
+                    text = str(error)
+                _say(f"{time.strftime('%H:%M:%S')}  {text}")
+            time.sleep(every)
+    return 0
+
+
 def report(
-    paths: Sequence[Path], reference: str | None, out: Path, formats: Sequence[str], wandb: str | None = None
-) -> list[str]:
+    paths: Sequence[Path], reference: str | None, out: Path, formats: Sequence[str], wandb: str | None = None,
+    delta_m: str = "main", refresh: float | None = None,
+) -> Failures:  # fmt: skip
     """Print the main tables of all runs below `paths`; write tables, figures and the page into `out`.
 
     Args:
         paths: output trees, or directories of runs.
         reference: strategy that the others are compared with; None is equal, where it was run.
-        out: folder.
-        formats: of FORMATS and FIGURES.
+        out: folder; what an earlier report wrote there is brought up to date or removed.
+        formats: of FORMATS (none stands for all), and of FIGURES or PAPER in addition.
         wandb: "entity/project", in which a W&B workspace is made.
+        delta_m: as in `Protocol`.
+        refresh: seconds after which the page loads itself again.
 
     Returns:
         a line for each part that could not be made; the others are there.
@@ -80,26 +147,34 @@ def report(
     """
     collection = load(paths)
     left, doubtful = summaries.missing(collection), summaries.doubtful(collection)
-    if not collection.runs:
+    if not collection.runs and not any(r.open for r in collection.stopped):
         first = f"; {left.title}, the first: {', '.join(c.text for c in left.rows[0])}" if left else ""
-        raise ConfigError(f"{', '.join(map(str, paths))}: no finished run{first}")
-    found = benchmarks(collection.runs, collection.stopped)
+        raise NoRuns(f"{', '.join(map(str, paths))}: no finished run{first}")
+    found = [replace(b, delta_m=delta_m) for b in benchmarks(collection.runs, collection.stopped)]
     if reference is not None:
         summaries.check_reference(reference, found)
-    failed: list[str] = []
-    tables: dict[str, Table] = {}
+    failed = Failures()
+    content = Content(collection, found, refresh=refresh)
     for benchmark in found:
         for arch in benchmark.archs:
-            part = f"tables of {benchmark.name} on {arch}"
-            made = attempt(part, lambda b=benchmark, a=arch: _tables(b, a, reference or "equal"), failed) or {}
-            prefix = _unused(slug(f"{benchmark.name} {arch}"), tables)
-            tables |= {f"{prefix}-{kind}": table for kind, table in made.items()}
+            name = f"{benchmark.name} on {arch}"
+            scores = attempt(f"tables of {name}", lambda b=benchmark, a=arch: Scores(b, a), failed)
+            if scores is None:
+                continue
+            prefix = _unused(slug(f"{benchmark.name} {arch}"), content.tables)
+            for kind, table in _tables(scores, reference or "equal", failed).items():
+                content.tables[f"{prefix}-{kind}"] = table
+            said = attempt(f"findings of {name}", lambda s=scores: findings(s, reference or "equal"), failed)
+            content.findings[benchmark.name, arch] = said or []
+    _glossary(content.tables.values())
     for name, table in (("contradictions", doubtful), ("missing", left)):
         if table:
             _say(table.terminal() + "\n")
-            tables[name] = table
+            content.tables[name] = table
+    for (name, arch), sentences in content.findings.items():
+        _say(textwrap.fill(f"{name}, {arch}: {' '.join(sentences)}", 120) + "\n")
     try:
-        files = _write(tables, found, collection, out, formats, failed)
+        files = output.write(content, out, formats, failed)
     except OSError as error:
         raise SetupError(f"cannot write to {error.filename or out}: {error.strerror}; choose another --out") from error
     _say("\n".join(map(str, files)))
@@ -110,25 +185,28 @@ def report(
     return failed
 
 
-def _tables(benchmark: Protocol, arch: str, reference: str) -> dict[str, Table]:
+def _tables(scores: Scores, reference: str, failed: Failures) -> dict[str, Table]:
     """{kind: table} of one benchmark on one architecture; the main ones are printed."""
-    scores = Scores(benchmark, arch)
-    tables = {"figures": summaries.metrics_table(scores)}
-    _show(tables["figures"])
-    for at in benchmark.selections if scores.groups else ():
-        made = {
-            "multi-task": summaries.multi_task(scores, at),
-            "differences": summaries.differences(scores, reference, at),
-            "optimizers": summaries.optimizers(scores, at),
-        }
-        made = {kind: table for kind, table in made.items() if table is not None}
-        tables |= {f"{kind}-{at}": table for kind, table in made.items()}
-        if at == benchmark.main:
-            for table in made.values():
-                _show(table)
-            if "differences" not in made:
-                _say(f"no differences from {reference}: no other strategy on {arch} shares its config\n")
-    if command := summaries.baseline_command(scores):
+    name, tables = f"of {scores.benchmark.name} on {scores.arch}", {}
+
+    def add(kind: str, make, shown: bool) -> bool:
+        table = attempt(f"{kind} {name}", make, failed)
+        if table is not None:
+            tables[kind] = table
+            if shown:
+                _say(f"{table.terminal()}\n{textwrap.fill(table.note, 120)}\n")
+        return table is not None
+
+    add("figures", lambda: summaries.metrics_table(scores), True)
+    for at in scores.benchmark.selections if scores.groups else ():
+        main = at == scores.benchmark.main
+        add(f"tasks-{at}", lambda at=at: summaries.tasks_table(scores, at), False)
+        add(f"multi-task-{at}", lambda at=at: summaries.multi_task(scores, at), main)
+        compared = add(f"differences-{at}", lambda at=at: summaries.differences(scores, reference, at), main)
+        add(f"optimizers-{at}", lambda at=at: summaries.optimizers(scores, at), main)
+        if main and not compared:
+            _say(f"no differences from {reference}: no other strategy on {scores.arch} shares its config\n")
+    if command := attempt(f"baselines {name}", lambda: summaries.baseline_command(scores), failed):
         _say(f"Δm needs single-task baselines with the same config: {command}\n")
     return tables
 
@@ -139,8 +217,11 @@ def _unused(prefix: str, names: Container[str]) -> str:
     return next(p for p in numbered if f"{p}-figures" not in names)
 
 
-def _show(table: Table) -> None:
-    _say(f"{table.terminal()}\n{textwrap.fill(table.note, 120)}\n")
+def _glossary(tables) -> None:
+    words = used(term for table in tables if not table.folded for term in table.terms)
+    lines = [textwrap.fill(f"{t}: {text}", 120, subsequent_indent="    ") for t, text in words.items()]
+    if lines:
+        _say("\n".join(lines) + "\n")
 
 
 def _say(text: str) -> None:
@@ -149,43 +230,6 @@ def _say(text: str) -> None:
         print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _write(
-    tables: dict[str, Table], found: Sequence[Protocol], collection: Collection, out: Path, formats: Sequence[str],
-    failed: list[str],
-) -> list[Path]:  # fmt: skip
-    """Every file, or a line in `failed`. Raises OSError."""
-    out.mkdir(parents=True, exist_ok=True)
-    files: list[Path] = []
-
-    def save(name: str, make: Callable[[], str]) -> None:
-        if (text := attempt(name, make, failed)) is not None:
-            files.append(out / name)
-            replace_text(files[-1], text)
-
-    if "md" in formats:
-        save("report.md", lambda: "# Report\n\n" + "\n".join(t.markdown() for t in tables.values()))
-    for name, table in tables.items():
-        for suffix, make in (("csv", table.csv), ("tex", table.latex)):
-            if suffix in formats:
-                save(f"{name}.{suffix}", make)
-    if "csv" in formats:
-        save("runs.csv", lambda: summaries.per_run(found).csv())
-    if "html" in formats:
-        from mtl.report.figures import page  # here and below: what only some formats need takes a second to import
-
-        shown = [table for name, table in tables.items() if name != "missing"]  # the page has its own list
-        gaps = attempt("report.html", lambda: page.write(collection, found, shown, out / "report.html"), failed)
-        if gaps is not None:
-            failed += gaps
-            files.append(out / "report.html")
-    if kinds := [f for f in formats if f in FIGURES]:
-        from mtl.report.figures import paper
-
-        for b in found:
-            files += attempt(f"figures of {b.name}", lambda b=b: paper.draw(b, out, kinds), failed) or []
-    return files
 
 
 if __name__ == "__main__":

@@ -12,7 +12,24 @@ from mtl.errors import UserError, one_line
 T = TypeVar("T")
 
 
-def attempt(part: str, make: Callable[[], T], failed: list[str]) -> T | None:
+class Failures(list[str]):
+    """A line for each part that could not be made.
+
+    Attributes:
+        tracebacks: of each, for whoever mends it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tracebacks: list[str] = []
+
+    def add(self, others: Failures) -> None:
+        """Take over those of a part."""
+        self += others
+        self.tracebacks += others.tracebacks
+
+
+def attempt(part: str, make: Callable[[], T], failed: Failures) -> T | None:
     """What `make` returns; None after an error of ours, which becomes a line in `failed`.
 
     Args:
@@ -29,4 +46,5 @@ def attempt(part: str, make: Callable[[], T], failed: list[str]) -> T | None:
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(last.filename).name}:{last.lineno}"
         failed.append(f"{part}: {type(error).__name__}: {one_line(error)} ({where})")
+        failed.tracebacks.append(f"{part}\n{traceback.format_exc()}")
         return None

@@ -27,17 +27,17 @@ class Unreadable(Exception):
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises Damaged."""
+    """A JSON object. Raises Unreadable."""
     return _read(file, lambda text: plain(from_json(text)))
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """A YAML mapping. Raises Damaged."""
+    """A YAML mapping. Raises Unreadable."""
     return _read(file, _config)
 
 
 def read_rows(file: Path) -> Iterator[Any]:
-    """The JSON value of each line; None for a line that is none. Raises Damaged."""
+    """The JSON value of each line; None for a line that is none. Raises Unreadable."""
     try:
         _regular(file)
         with file.open("rb") as lines:

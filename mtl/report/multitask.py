@@ -5,21 +5,27 @@ Arrays are (runs or strategies, figures); `higher` says for each figure whether 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 
-def delta_m(values: ArrayLike, baselines: ArrayLike, higher: ArrayLike) -> float:
+def delta_m(values: ArrayLike, baselines: ArrayLike, higher: ArrayLike, tasks: Sequence[str] | None = None) -> float:
     """Mean relative gain over single-task learning, in percent; above 0 is better.
 
     Δm = 100 / T · Σ_t (−1)^{l_t} (M_t − B_t) / B_t, with l_t = 1 where lower is better: Maninis, Radosavovic &
     Kokkinos, "Attentive Single-Tasking of Multiple Tasks", CVPR 2019. The denominator here is |B_t|, so that a negative
     score that rises is a gain too.
 
+    Of several metrics per task, papers take the mean in two ways: over all metrics (`tasks` None: CAGrad, Nash-MTL,
+    FAMO, FairGrad), so that a task with more metrics counts more; or within each task first (LibMTL, DB-MTL).
+
     Args:
-        values: (T,) one metric per task of the multi-task network.
-        baselines: (T,) the same of networks trained on one task each.
-        higher: (T,).
+        values: (K,) the metrics of the multi-task network, one per task or more.
+        baselines: (K,) the same of networks trained on one task each.
+        higher: (K,).
+        tasks: (K,) the task of each metric, to average within the tasks first.
 
     Returns:
         NaN where a figure is missing or not finite, or a baseline is 0.
@@ -27,6 +33,9 @@ def delta_m(values: ArrayLike, baselines: ArrayLike, higher: ArrayLike) -> float
     values, baselines = _finite(values), _finite(baselines)
     with np.errstate(over="ignore", invalid="ignore"):
         gain = np.where(higher, 1.0, -1.0) * (values - baselines) / np.where(baselines == 0, np.nan, np.abs(baselines))
+        if tasks is not None:
+            names = np.asarray(tasks)
+            gain = np.array([gain[names == task].mean() for task in dict.fromkeys(tasks)])
         return _finite_mean(gain)
 
 

@@ -61,6 +61,11 @@ class Group:
         return _key({k: v for k, v in _decisive(self.any).items() if k not in ("loss", "step")})
 
     @property
+    def open(self) -> list[Run]:
+        """Runs that have not finished and have epochs to show."""
+        return [r for r in self.stopped if r.open]
+
+    @property
     def failures(self) -> list[Run]:
         """Runs that ended without a result, of their own fault: they count against the strategy."""
         return [r for r in self.stopped if r.status in ("diverged", "failed")]
@@ -76,19 +81,22 @@ class Protocol:
 
     Attributes:
         name: "cifar100"; with what differs if there are several: "cifar100, 8 epochs, 3,600 images".
-        metrics: test metrics, {"fine_accuracy": higher is better, …}.
+        metrics: test metrics, {"fine_accuracy": higher is better, …}; None for better before any run has finished.
         groups: multi-task strategies with at least one finished run.
         baselines: single-task learning, one group per arch and task (and optimizer).
         tasks: the main metric of each task, {"fine": "fine_accuracy", …}.
         lost: groups without a finished run.
+        delta_m: which metrics Δm takes: "main" (the main one of each task), "flat" (all alike) or "task" (all, those
+            of one task averaged first).
     """
 
     name: str
-    metrics: dict[str, bool]
+    metrics: dict[str, bool | None]
     groups: list[Group]
     baselines: list[Group]
     tasks: dict[str, str] = field(default_factory=dict)
     lost: list[Group] = field(default_factory=list)
+    delta_m: str = "main"
 
     @property
     def archs(self) -> list[str]:
@@ -148,10 +156,12 @@ def _benchmark(name: str, groups: list[Group]) -> Protocol:
     groups.sort(key=lambda g: (g.arch, g.label))
     finished = [g for g in groups if g.runs]
     strategies = [g for g in finished if g.task is None]
-    metrics: dict[str, bool] = {}
+    metrics: dict[str, bool | None] = {}
     tasks: dict[str, str] = {}
     for group in strategies or finished:
         metrics |= group.runs[0].metrics
+    if not finished:
+        metrics |= {k: v for g in groups for r in g.open for k, v in r.metrics.items()}
     for group in strategies[:1] or finished:
         tasks |= group.runs[0].tasks
     return Protocol(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -24,6 +25,8 @@ from mtl.tracking import flatten
 
 SELECTIONS = {"last": "last epoch", "best": "best epoch", "selected": "chosen on validation data"}
 _DRAWN = ("test/", "weights/", "grad/", "micro/tasks/")  # what figures show over epochs
+FILES = ("run.json", "config.yaml", "metrics.jsonl", "summary.json")
+UNFINISHED = ("running", "interrupted")  # the status of a run that may go on
 _PRUNED = ("wandb", "multirun")  # of an output tree: no runs in there
 
 
@@ -37,7 +40,7 @@ class Run:
         config: config.yaml.
         summary: summary.json; empty for a run that did not finish.
         curves: {"test/fine_accuracy": (E,) one value per epoch, NaN where there is none, …}: of metrics.jsonl what
-            figures show over epochs; empty for a run that did not finish.
+            figures show over epochs. Of a run that has not finished, the epochs so far; empty for one that failed.
     """
 
     directory: Path
@@ -82,9 +85,20 @@ class Run:
         """One of `validate.FACTS`; NaN where the run does not know it."""
         return number(self.summary.get(name))
 
+    @property
+    def open(self) -> bool:
+        """Whether it has not finished, and may still do so, and has epochs to show."""
+        return self.status in UNFINISHED and bool(self.curves)
+
     @cached_property
-    def metrics(self) -> dict[str, bool]:
-        """{"fine_accuracy": higher is better, …}, in the order of the tasks, the main metric of each first."""
+    def metrics(self) -> dict[str, bool | None]:
+        """{"fine_accuracy": higher is better, …}, in the order of the tasks, the main metric of each first.
+
+        Only the summary knows which is better: None for a run that has not finished.
+        """
+        if not self.summary:
+            tests = [k.removeprefix("test/") for k in self.curves if k.startswith("test/")]
+            return dict.fromkeys(k for k in tests if not k.endswith("_loss"))
         higher = self.summary.get("higher_is_better")
         if higher is None:  # written before runs noted it: the best epoch tells
             higher = {}
@@ -157,6 +171,18 @@ def load(paths: Sequence[str | Path]) -> Collection:
     return found
 
 
+def fingerprint(paths: Sequence[str | Path]) -> dict[str, tuple[int, int]]:
+    """{file: (time of change, size)} of all files of runs: it differs once a run has written something."""
+    found = {}
+    for path in paths:
+        for directory in _directories(Path(path), []):
+            for name in FILES:
+                with suppress(OSError):
+                    state = os.stat(directory / name)
+                    found[str(directory / name)] = state.st_mtime_ns, state.st_size
+    return found
+
+
 def _without_edited(runs: Sequence[Run], found: Collection) -> list[Run]:
     """Note the configs that are not those of their digest. Where another seed has the digest's config, that counts."""
     genuine = {id(r): validate.genuine(r.info, r.config) for r in runs}
@@ -222,6 +248,8 @@ def _read(directory: Path) -> Run:
     validate.check_info(directory, info)
     config = today(read_yaml(directory / "config.yaml"))
     validate.check_config(config, info)
+    if info["status"] in UNFINISHED:
+        return Run(directory, info, config, {}, _curves(_rows_so_far(directory)))
     if info["status"] != "finished":
         return Run(directory, info, config, {})
     summary, rows = read_json(directory / "summary.json"), _rows(directory)
@@ -232,6 +260,15 @@ def _read(directory: Path) -> Run:
 def _rows(directory: Path) -> list[dict[str, float]]:
     rows = enumerate(read_rows(directory / "metrics.jsonl"), start=1)
     return [validate.check_row(row, place) for place, row in rows]
+
+
+def _rows_so_far(directory: Path) -> list[dict[str, float]]:
+    """The rows of a run that may be writing one right now."""
+    found: list[dict[str, float]] = []
+    with suppress(Unreadable):
+        for place, row in enumerate(read_rows(directory / "metrics.jsonl"), start=1):
+            found.append(validate.check_row(row, place))
+    return found
 
 
 def _curves(rows: Sequence[Mapping[str, float]]) -> dict[str, NDArray]:

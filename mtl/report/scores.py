@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 
 from mtl.report import multitask
+from mtl.report.overall import MANY, Kind, kinds
 from mtl.report.protocols import Group, Protocol, counterpart
 from mtl.report.runs import Run
 from mtl.report.statistics import mean
@@ -26,13 +27,15 @@ class Scores:
 
     Attributes:
         groups: its strategies, by mean rank; those without one last.
-        baselines: its single-task groups.
+        baselines: its single-task groups, in the order of the tasks.
         lost: its groups without a finished run.
     """
 
     def __init__(self, benchmark: Protocol, arch: str):
         self.benchmark, self.arch = benchmark, arch
-        self.baselines = [b for b in benchmark.baselines if b.arch == arch]
+        order = {task: i for i, task in enumerate(benchmark.tasks)}
+        baselines = [b for b in benchmark.baselines if b.arch == arch]
+        self.baselines = sorted(baselines, key=lambda b: (order.get(b.task, len(order)), b.label))
         self.lost = [g for g in benchmark.lost if g.arch == arch]
         self.groups = benchmark.of(arch)
         place = self.mean_ranks(benchmark.main)
@@ -63,24 +66,74 @@ class Scores:
         runs = [r for g in self.groups for r in g.runs]
         return {m: up for m, up in self.metrics.items() if any(math.isfinite(r.figure(m)) for r in runs)}
 
+    @property
+    def crowded(self) -> bool:
+        """Whether there are too many tasks to show each in a column."""
+        return len(self.benchmark.tasks) > MANY
+
+    @cached_property
+    def kinds(self) -> dict[str, Kind]:
+        """{"mean accuracy of 40 tasks": …}: what stands for the tasks where there are many of them."""
+        return kinds(self.benchmark)
+
+    @cached_property
+    def compared(self) -> dict[str, bool]:
+        """{metric: higher is better} that strategies are compared in: the test metrics, or the means of many."""
+        return {name: kind.higher for name, kind in self.kinds.items()} if self.crowded else self.metrics
+
+    def by_seed(self, group: Group, metric: str, at: str) -> dict[int, float]:
+        """{seed: finite value} of a test metric or of a mean over tasks."""
+        if metric in self.metrics or metric not in self.kinds:
+            return group.by_seed(metric, at)
+        each = [group.by_seed(m, at) for m in self.kinds[metric].metrics]
+        return {seed: mean([e[seed] for e in each]) for seed in each[0] if all(seed in e for e in each)}
+
+    def alone(self, group: Group, metric: str, at: str) -> float:
+        """What single-task learning with the strategy's config reaches, as a mean over seeds; NaN if it was not run."""
+        parts = self.kinds[metric].metrics if metric not in self.metrics and metric in self.kinds else [metric]
+        found = [self.benchmark.baseline(group, self.owner.get(m, "")) for m in parts]
+        return (
+            math.nan
+            if None in found
+            else mean([mean(b.by_seed(m, at).values()) for b, m in zip(found, parts, strict=True)])
+        )
+
+    @cached_property
+    def owner(self) -> dict[str, str]:
+        """{metric: its task}."""
+        found = {metric: task for task, metric in self.benchmark.tasks.items()}
+        for run in (g.runs[0] for g in [*self.groups, *self.baselines]):
+            for task, metrics in (run.summary.get("tasks") or {}).items():
+                found |= {m: task for m in metrics if m not in found}
+        for metric in self.metrics:
+            if metric not in found and (names := [t for t in self.benchmark.tasks if metric.startswith(f"{t}_")]):
+                found[metric] = max(names, key=len)
+        return found
+
     def delta_m(self, group: Group, at: str) -> dict[int, float]:
-        """{seed: Δm in %}; without the seeds that lack a figure or a baseline."""
-        return self._against_baselines(group, at, multitask.delta_m)
+        """{seed: Δm in %}, as `Protocol.delta_m` defines it; without the seeds that lack a figure or a baseline."""
+        if self.benchmark.delta_m == "main":
+            return self._against_baselines(group, at, multitask.delta_m, self.mains)
+        metrics = [m for m in self.metrics if m in self.owner]
+        tasks = [self.owner[m] for m in metrics] if self.benchmark.delta_m == "task" else None
+        return self._against_baselines(group, at, partial(multitask.delta_m, tasks=tasks), metrics)
 
     def achievement(self, group: Group, at: str) -> dict[int, float]:
         """{seed: average achievement in %}, likewise."""
-        return self._against_baselines(group, at, multitask.achievement)
+        return self._against_baselines(group, at, multitask.achievement, self.mains)
 
-    def _against_baselines(self, group: Group, at: str, measure) -> dict[int, float]:
-        found = {task: self.benchmark.baseline(group, task) for task in self.benchmark.tasks}
-        if not found or None in found.values():
+    def _against_baselines(
+        self, group: Group, at: str, measure: Callable[..., float], metrics: Sequence[str]
+    ) -> dict[int, float]:
+        found = [self.benchmark.baseline(group, self.owner[metric]) for metric in metrics]
+        if not found or None in found:
             return {}
-        metrics = list(self.benchmark.tasks.values())
-        known = [found[task].by_seed(metric, at) for task, metric in self.benchmark.tasks.items()]
+        known = [baseline.by_seed(metric, at) for baseline, metric in zip(found, metrics, strict=True)]
+        higher = [self.metrics[m] for m in metrics]
         scores = {}
         for run in group.runs:  # against the baselines of the same seed where there is one, else against their mean
             potentials = [k[run.seed] if run.seed in k else mean(k.values()) for k in known]
-            scores[run.seed] = measure([run.figure(m, at) for m in metrics], potentials, self.higher)
+            scores[run.seed] = measure([run.figure(m, at) for m in metrics], potentials, higher)
         return {seed: score for seed, score in scores.items() if not math.isnan(score)}
 
     def mean_ranks(self, at: str) -> dict[str, float]:
@@ -107,7 +160,12 @@ class Scores:
 
     def points(self, runs: Sequence[Run], at: str) -> list[list[float]]:
         """(N, T) the main metric of each task."""
-        return [[r.figure(m, at) for m in self.benchmark.tasks.values()] for r in runs]
+        return [[r.figure(m, at) for m in self.mains] for r in runs]
+
+    @property
+    def mains(self) -> list[str]:
+        """(T,) the main metric of each task."""
+        return list(self.benchmark.tasks.values())
 
     @property
     def metrics(self) -> dict[str, bool]:
@@ -117,7 +175,7 @@ class Scores:
     @property
     def higher(self) -> list[bool]:
         """(T,) whether higher is better for the main metric of each task."""
-        return [self.metrics[m] for m in self.benchmark.tasks.values()]
+        return [self.metrics[m] for m in self.mains]
 
     def wins(self, metric: str, at: str) -> tuple[dict[str, int], int]:
         """({label: seeds in which it is the best}, number of seeds); ties count for each.

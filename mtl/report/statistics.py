@@ -103,7 +103,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def verdict(difference: Difference, adjusted: float, higher: bool) -> str:
-    """The difference in plain words; `RULE` says how they are chosen.
+    """The difference in plain words; the glossary's "verdict" says how they are chosen.
 
     Args:
         difference: of `paired`.
@@ -122,12 +122,3 @@ def verdict(difference: Difference, adjusted: float, higher: bool) -> str:
         return f"{n} seeds: too few to tell" if n < FEW else "no difference seen"
     word = "better" if (difference.mean > 0) == higher else "worse"
     return word if adjusted < 1 - LEVEL else f"perhaps {word}"
-
-
-RULE = (
-    "Verdict: better or worse, where Student's t interval excludes 0 and the paired t test stays below "
-    f"{1 - LEVEL:.2f} after Holm's correction (1979) for all comparisons of the table; perhaps, where only the "
-    f"interval does; too few to tell, with fewer than {FEWEST} seeds, or fewer than {FEW} where it holds 0. "
-    f"The percentile bootstrap ({RESAMPLES:,} resamples, fixed seed) is no evidence at such n: with 3, 5, 10, 20 seeds "
-    "its 95 % intervals held the true mean of normal samples in 74, 84, 89, 92 % of cases (cf. Colas et al. 2018)"
-)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 from mtl.report import names
+from mtl.report.glossary import define
 from mtl.tracking.console import table
 
 
@@ -20,6 +22,7 @@ class Entry:
         text: as printed.
         value: in full precision, None for a word.
         best: of its column.
+        beats: it is better than single-task learning.
         spread: standard deviation that belongs to the value; CSV gives it a column of its own.
         count: of the values behind this one, where it is not that of the row; a column of its own in CSV as well.
     """
@@ -29,6 +32,12 @@ class Entry:
     best: bool = False
     spread: float | None = None
     count: int | None = None
+    beats: bool = False
+
+    @property
+    def mark(self) -> str:
+        """What stands behind the text: * for the best, † for better than single-task learning."""
+        return "*" * self.best + "†" * self.beats
 
 
 @dataclass
@@ -37,22 +46,28 @@ class Table:
 
     Attributes:
         title: what it shows.
-        note: how to read it: definitions, sources, what was left out.
+        note: what is special about it: sources, what was left out.
         header: of each column; a line break may part it in two.
         rows: as long as the header each.
+        terms: words of `glossary.TERMS` that it uses.
+        about: benchmark and architecture; empty for a table on all runs.
+        kind: "metrics", "multi-task", …: what the table shows, for the place that it gets in the page.
+        folded: too long, or too seldom needed, to be seen at once.
     """
 
     title: str
     note: str
     header: list[str]
     rows: list[list[Entry]]
+    terms: tuple[str, ...] = ()
+    about: tuple[str, str] = ("", "")
+    kind: str = ""
+    folded: bool = False
 
     def terminal(self) -> str:
         """Plain text; the best of a column is starred."""
-        starred = any(c.best for row in self.rows for c in row)
-        rows = [
-            [c.text + ("*" if c.best else " " if starred and i else "") for i, c in enumerate(r)] for r in self.rows
-        ]
+        width = max((len(c.mark) for row in self.rows for c in row), default=0)
+        rows = [[c.text + (c.mark.ljust(width) if i else "") for i, c in enumerate(row)] for row in self.rows]
         above, below = self._lines()
         if not any(above):
             return f"{self.title}\n{table(below, rows)}"
@@ -60,15 +75,16 @@ class Table:
         return "\n".join([self.title, first, second, rule, *rest])
 
     def csv(self) -> str:
-        """Numbers in full precision, the standard deviation in a column of its own."""
+        """The standard deviation in a column of its own. A column with a number holds numbers, or nothing."""
         columns: list[list[str]] = []
         words = names.spreadsheet
         for i, header in enumerate(self._header()):
             cells = [row[i] for row in self.rows]
-            columns.append([words(header), *(words(c.text) if c.value is None else str(c.value) for c in cells)])
+            numeric = any(c.value is not None for c in cells) or all(c.text in ("", "–") for c in cells)
+            columns.append([words(header), *(_number(c.value) if numeric else words(c.text) for c in cells)])
             for name, further in (("std", [c.spread for c in cells]), ("n", [c.count for c in cells])):
                 if any(x is not None for x in further):
-                    columns.append([words(f"{header}, {name}"), *("" if x is None else str(x) for x in further)])
+                    columns.append([words(f"{header}, {name}"), *map(_number, further)])
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerows(zip(*columns, strict=True))
@@ -84,7 +100,7 @@ class Table:
             return "| " + " | ".join(cells) + " |"
 
         md = names.markdown
-        rows = [[f"**{md(c.text)}**" if c.best else md(c.text) for c in row] for row in self.rows]
+        rows = [[(f"**{md(c.text)}**" if c.best else md(c.text)) + "†" * c.beats for c in r] for r in self.rows]
         rule = ["---", *["---:"] * (len(self.header) - 1)]
         lines = [line([md(h) for h in self._header()]), line(rule), *map(line, rows)]
         return f"### {md(self.title)}\n\n" + "\n".join(lines) + f"\n\n{md(self.note)}\n"
@@ -92,7 +108,10 @@ class Table:
     def latex(self) -> str:
         r"""A booktabs table for `\input`; the best of a column in bold."""
         tex = names.latex
-        rows = [[rf"\textbf{{{tex(c.text)}}}" if c.best else tex(c.text) for c in row] for row in self.rows]
+        rows = [
+            [(rf"\textbf{{{tex(c.text)}}}" if c.best else tex(c.text)) + tex("†" * c.beats) for c in r]
+            for r in self.rows
+        ]
         kinds = ["r" if any(r[i].value is not None for r in self.rows) else "l" for i in range(len(self.header))]
         above, below = self._lines()
         spans = [(top, len(list(same))) for top, same in groupby(above)]
@@ -100,6 +119,7 @@ class Table:
         head = [" & ".join(tops)] if any(above) else []
         lines = [f"{line} \\\\" for line in [*head, " & ".join(map(tex, below))]]
         body = [" & ".join(row) + r" \\" for row in rows]
+        note = f"{self.note} {define(self.terms)}".strip()
         return "\n".join([
             r"% needs \usepackage{booktabs,graphicx}; letters that pdflatex's fonts lack are spelled U+...",
             r"\begin{table}",
@@ -110,7 +130,7 @@ class Table:
             *(f"    {line}" for line in [r"\toprule", *lines, r"\midrule", *body, r"\bottomrule"]),
             r"  \end{tabular}}",
             "",  # a paragraph of its own
-            rf"  \medskip\parbox{{\linewidth}}{{{tex(self.note)}}}",
+            rf"  \medskip\parbox{{\linewidth}}{{{tex(note)}}}",
             r"\end{table}",
             "",
         ])  # fmt: skip
@@ -118,3 +138,10 @@ class Table:
     def _lines(self) -> tuple[list[str], list[str]]:
         """The header's upper and lower line."""
         return tuple(map(list, zip(*(h.split("\n") if "\n" in h else ("", h) for h in self.header), strict=True)))
+
+
+def _number(value: float | None) -> str:
+    """In twelve digits, so that 99.7 is not 99.69999999999999; empty where there is no finite number."""
+    if value is None or not math.isfinite(value):
+        return ""
+    return str(value) if isinstance(value, int) else repr(float(f"{value:.12g}"))

@@ -85,7 +85,7 @@ _SUMMARY_MAY = {
 
 
 def check_info(directory: Path, info: Mapping[str, Any]) -> None:
-    """run.json by itself, and against its place. Raises Damaged."""
+    """run.json by itself, and against its place. Raises Unreadable."""
     _check("run.json", info, _RUN, _RUN_MAY)
     names = Identity(*(info[k] for k in ("data", "arch", "loss", "digest", "seed")))
     if info["group"] != names.group:
@@ -105,7 +105,7 @@ def check_info(directory: Path, info: Mapping[str, Any]) -> None:
 
 
 def check_config(config: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-    """config.yaml by itself, and its seed against run.json. Raises Damaged."""
+    """config.yaml by itself, and its seed against run.json. Raises Unreadable."""
     _check("config.yaml", config, _CONFIG, _CONFIG_MAY)
     for node in ("data", "optimizer"):
         if config[node]["_target_"].startswith(("mtl.", "torch.")):
@@ -117,7 +117,7 @@ def check_config(config: Mapping[str, Any], info: Mapping[str, Any]) -> None:
 
 
 def check_row(row: Any, number: int) -> dict[str, float]:
-    """The row of epoch `number` (from 1) of metrics.jsonl. Raises Damaged."""
+    """The row of epoch `number` (from 1) of metrics.jsonl. Raises Unreadable."""
     if not isinstance(row, dict) or type(row.get("epoch")) is not int or row["epoch"] != number:
         raise Unreadable(f"metrics.jsonl: line {number} is not the row of epoch {number}")
     if wrong := [k for k, v in row.items() if type(v) is not float and not NUMBER[1](v)]:
@@ -126,7 +126,7 @@ def check_row(row: Any, number: int) -> dict[str, float]:
 
 
 def check_summary(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """summary.json by itself, and against the rows of metrics.jsonl. Raises Damaged."""
+    """summary.json by itself, and against the rows of metrics.jsonl. Raises Unreadable."""
     _check("summary.json", summary, _SUMMARY, _SUMMARY_MAY)
     epochs, last, best = summary["epochs"], summary["last"], summary["best"]
     if len(rows) != epochs:

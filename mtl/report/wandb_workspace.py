@@ -19,7 +19,7 @@ EXPLAINED = (("weights/", "Task weights"), ("grad/", "Gradient statistics"), ("l
 
 
 def create(benchmarks: Iterable[Protocol], target: str) -> list[str]:
-    """Save one workspace per benchmark; their addresses.
+    """Save one workspace per benchmark with a finished run; their addresses.
 
     Args:
         benchmarks: as `mtl.report.protocols.benchmarks` sorts runs; the same runs should be in W&B.
@@ -31,7 +31,8 @@ def create(benchmarks: Iterable[Protocol], target: str) -> list[str]:
     """
     if not re.fullmatch(r"[^/\s]+/[^/\s]+", target):
         raise ConfigError(f"--wandb {target}: must be ENTITY/PROJECT, as in the address of a W&B project")
-    workspaces = [build(benchmark, *target.split("/")) for benchmark in benchmarks]
+    finished = [b for b in benchmarks if b.groups or b.baselines]
+    workspaces = [build(benchmark, *target.split("/")) for benchmark in finished]
     import wandb
 
     if not wandb.login(prompt=False, verify=False):

@@ -24,6 +24,7 @@ class Trace:
         values: (K, S) the numbers behind y.
         line: points are joined.
         marked: points are drawn: "", "large" or "small".
+        unfinished: of a run that has not finished; its last point is marked.
     """
 
     label: str
@@ -35,6 +36,7 @@ class Trace:
     values: Sequence[Sequence[float]] = ()
     line: bool = True
     marked: str = ""
+    unfinished: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Panel:
         ticks: names at x = 0, 1, … instead of numbers.
         ends: (low, high) at the lower and upper end of each tick's own scale, for parallel coordinates.
         log: "x", "y", "xy" or "".
+        limits: (low, high) of y, where the axis does not show all values.
     """
 
     title: str
@@ -69,6 +72,7 @@ class Panel:
     ticks: Sequence[str] = ()
     ends: Sequence[tuple[float, float]] = ()
     log: str = ""
+    limits: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def figure(
     if at:
         note += f" At the {'epoch ' if benchmark.main == 'selected' else ''}{SELECTIONS[benchmark.main]}."
     seeds = sorted({len(g.runs) for g in benchmark.groups})
-    if not several(benchmark):
+    if seeds and not several(benchmark):
         note += " One seed each."
     elif any(len(t.low) for p in panels for t in p.traces):
         count = f"{seeds[0]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
@@ -131,5 +135,6 @@ def axis(metric: str) -> str:
     return title(metric) + (" (%)" if metric.endswith("_accuracy") else "")
 
 
-def arrow(higher: bool) -> str:
-    return "↑" if higher else "↓"
+def arrow(higher: bool | None) -> str:
+    """Which way is better; nothing before a run has finished."""
+    return {True: "↑", False: "↓", None: ""}[higher]

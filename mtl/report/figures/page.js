@@ -24,11 +24,25 @@ for (const table of document.querySelectorAll("table.sortable")) {
   }));
 }
 
-// Plots: drawn one after the other, so that the text can be read at once.
+// Plots: drawn one after the other, first what is on the screen, so that the text can be read at once.
 const coarse = matchMedia("(pointer: coarse)").matches;  // there a drag is for scrolling
+const dark = matchMedia("(prefers-color-scheme: dark)");
 const options = { responsive: true, displayModeBar: false };
-const plots = JSON.parse(document.getElementById("plots").textContent);
+const DARK = /* DARK */ {};
+const source = document.getElementById("plots").textContent;
 const boxes = [...document.querySelectorAll(".plot")];
+const parsed = {};
+
+// The data of a plot, in the colours of the reader's screen.
+function plot(box, night) {
+  parsed[night] ??= JSON.parse(night ? source.replace(/"#[0-9a-fA-F]{6}"/g, c => `"${DARK[c.slice(1, -1)] ?? c.slice(1, -1)}"`)
+                                             .replaceAll('"rgba(0,0,0,0.13)"', '"rgba(244,242,236,0.13)"') : source);
+  const { data, layout } = parsed[night][box.dataset.plot];
+  const visible = shown(box.closest("section"));
+  for (const trace of data) trace.visible = trace.meta === null || visible.has(trace.meta);
+  if (coarse) layout.dragmode = false;
+  return [data, layout];
+}
 
 function shown(section) {
   const on = section.querySelectorAll('.chips button[aria-pressed="true"]');
@@ -51,14 +65,16 @@ function light(section, label) {
   }
 }
 
+const onScreen = box => {
+  const { top, bottom } = box.getBoundingClientRect();
+  return bottom > 0 && top < innerHeight;
+};
+
 function drawNext() {
-  const box = boxes.find(b => !b.classList.contains("drawn"));
-  if (!box) { document.documentElement.dataset.drawn = "all"; return; }
-  const { data, layout } = plots[box.dataset.plot];
-  const visible = shown(box.closest("section"));
-  for (const trace of data) trace.visible = trace.meta === null || visible.has(trace.meta);
-  if (coarse) layout.dragmode = false;
-  Plotly.newPlot(box, data, layout, options);
+  const left = boxes.filter(b => !b.classList.contains("drawn"));
+  if (!left.length) { document.documentElement.dataset.drawn = "all"; return; }
+  const box = left.find(onScreen) ?? left[0];
+  Plotly.newPlot(box, ...plot(box, dark.matches), options);
   box.classList.add("drawn");
   box.on("plotly_hover", event => light(box.closest("section"), event.points[0].data.meta));
   box.on("plotly_unhover", () => light(box.closest("section"), null));
@@ -96,7 +112,20 @@ if (filter) filter.addEventListener("input", () => {
   for (const button of document.querySelectorAll('[data-set="matching"]')) button.hidden = !words.length;
 });
 
-addEventListener("beforeprint", () => {
-  for (const details of document.querySelectorAll("details")) details.open = true;
-  for (const box of document.querySelectorAll(".plot.drawn")) Plotly.Plots.resize(box);
-});
+// The colours of the screen, and those of paper. Plots get the size that they have on the page that is printed.
+function repaint(night, printed) {
+  for (const box of boxes.filter(b => b.classList.contains("drawn"))) {
+    const [data, layout] = plot(box, night), alone = box.parentElement.children.length === 1;
+    const size = printed ? { width: alone ? 600 : 320, height: alone ? 290 : 220, autosize: false } : {};
+    Plotly.react(box, data, { ...layout, ...size }, options);
+    if (!printed) Plotly.Plots.resize(box);
+  }
+}
+if (window.Plotly) {
+  dark.addEventListener("change", () => repaint(dark.matches, false));
+  addEventListener("beforeprint", () => {
+    while (boxes.some(b => !b.classList.contains("drawn"))) drawNext();
+    repaint(false, true);
+  });
+  addEventListener("afterprint", () => repaint(dark.matches, false));
+}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import matplotlib
@@ -17,6 +17,7 @@ from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
+from mtl.report.attempt import Failures, attempt
 from mtl.report.figures import per_run
 from mtl.report.figures.data import Figure, Panel, Trace
 from mtl.report.figures.style import REST, Style, colour_note
@@ -24,6 +25,7 @@ from mtl.report.names import minus, slug
 from mtl.report.protocols import Protocol
 
 FORMATS = ("png", "pdf", "svg")
+MAKER = "mtl.report"  # by which a later report knows its files
 LOOK = {
     "font.size": 8,
     "axes.titlesize": 8.5,
@@ -46,8 +48,9 @@ DIRECT = 6  # panels: with more, names at the ends of lines leave no room for th
 
 
 def draw(
-    benchmark: Protocol, folder: Path, formats: Sequence[str] = ("png",), only: Container[str] | None = None
-) -> list[Path]:
+    benchmark: Protocol, folder: Path, formats: Sequence[str] = ("png",), only: Container[str] | None = None,
+    failed: Failures | None = None,
+) -> list[Path]:  # fmt: skip
     """Every figure for which there are data, one file per figure, architecture and format.
 
     Args:
@@ -55,20 +58,23 @@ def draw(
         folder: made if it does not exist.
         formats: of FORMATS.
         only: names of the figures to draw; None draws all.
+        failed: gets a line for each figure that cannot be made; None raises its error.
 
     Returns:
         The files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     looks, files = per_run.styles(benchmark), []
-    for arch, figures in per_run.figures(benchmark).items():
+    for arch, figures in per_run.figures(benchmark, failed).items():
         for figure in figures:
             if only is not None and figure.name not in only:
                 continue
             title = f"{benchmark.name}, {arch}: {figure.title[0].lower()}{figure.title[1:]}"
             stem = f"{slug(f'{benchmark.name} {arch}')}-{figure.name}"
             figure = replace(figure, caption=f"{figure.caption} {colour_note(looks)}".strip())
-            files += save(figure, looks, title, [folder / f"{stem}.{f}" for f in formats])
+            targets = [folder / f"{stem}.{f}" for f in formats]
+            drawing = partial(save, figure, looks, title, targets)
+            files += drawing() if failed is None else attempt(title, drawing, failed) or []
     return files
 
 
@@ -77,7 +83,8 @@ def save(figure: Figure, looks: Mapping[str, Style], title: str, files: Sequence
     with plt.rc_context(LOOK):
         canvas = render(figure, looks, title)
         for file in files:
-            undated = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[file.suffix[1:]]
+            undated = {"png": {"Software": MAKER}, "pdf": {"CreationDate": None, "Creator": MAKER},
+                       "svg": {"Date": None, "Creator": MAKER}}[file.suffix[1:]]  # fmt: skip
             canvas.savefig(file, dpi=200, metadata=undated)
         plt.close(canvas)
     return list(files)
@@ -87,7 +94,7 @@ def render(figure: Figure, looks: Mapping[str, Style], title: str) -> plt.Figure
     """The figure in matplotlib: names at the ends of curves, a legend beside points."""
     count = len(figure.panels)
     direct = figure.curves and count <= DIRECT
-    columns = min(count, 2 if direct else 3 if count <= 9 else 5)
+    columns = min(count, 2 if direct else 3 if count <= 12 else 5)
     rows = -(-count // columns)
     width = 5.0 if count == 1 else 7.2
     height = (3.2 if count == 1 else 2.5 if columns < 5 else 1.6) * rows + 0.6
@@ -114,9 +121,13 @@ def _panel(axis: plt.Axes, panel: Panel, looks: Mapping[str, Style]) -> None:
         look = looks[trace.label]
         above = 3 if look.prominent else 1
         if trace.line:
-            weight, dots = (1.4 if look.prominent else 0.6), (trace.marked and look.prominent) or len(trace.x) == 1
+            weight = 1.4 if look.prominent and not trace.unfinished else 0.6
+            dots = (trace.marked and look.prominent) or len(trace.x) == 1
+            if trace.unfinished:
+                axis.plot(trace.x[-1:], trace.y[-1:], "o", markerfacecolor="none", color=look.colour, markersize=4)
             axis.plot(trace.x, trace.y, color=look.colour, linestyle=LINES[look.dash], linewidth=weight, zorder=above,
-                      marker=look.marker if dots else "", markersize=3.5, label=trace.label)  # fmt: skip
+                      marker=look.marker if dots else "", markersize=3.5,
+                      label=None if trace.unfinished else trace.label)  # fmt: skip
             if len(trace.low) and look.prominent:
                 axis.fill_between(trace.x, trace.low, trace.high, color=look.colour, alpha=0.13, linewidth=0)
         else:
@@ -127,11 +138,13 @@ def _panel(axis: plt.Axes, panel: Panel, looks: Mapping[str, Style]) -> None:
         (axis.axvline if rule.vertical else axis.axhline)(
             rule.value, color=GREY, linewidth=0.8, linestyle=LINES["dot"], zorder=2
         )
-        place = {"xy": (rule.value, 0.02), "xycoords": axis.get_xaxis_transform(), "xytext": (-2, 0), "rotation": 90}
+        # At opposite ends, so that the names of two rules that cross do not meet.
+        place = {"xy": (rule.value, 0.98), "xycoords": axis.get_xaxis_transform(), "xytext": (-2, 0), "rotation": 90,
+                 "va": "top"}  # fmt: skip
         if not rule.vertical:
-            place = {"xy": (0.98, rule.value), "xycoords": axis.get_yaxis_transform(), "xytext": (0, 2)}
+            place = {"xy": (0.98, rule.value), "xycoords": axis.get_yaxis_transform(), "xytext": (0, 2), "va": "bottom"}
         axis.annotate(_legible(rule.name), **place, fontsize=6, color=GREY, textcoords="offset points", ha="right",
-                      va="bottom", path_effects=[withStroke(linewidth=2, foreground="white")])  # fmt: skip
+                      path_effects=[withStroke(linewidth=2, foreground="white")])  # fmt: skip
     if len(panel.front) > 1:
         axis.plot(*zip(*panel.front, strict=True), color=GREY, linewidth=0.7, zorder=1.5)
     axis.set(title=_legible(panel.title), xlabel=_legible(panel.x), ylabel=_legible(panel.y))
@@ -139,6 +152,8 @@ def _panel(axis: plt.Axes, panel: Panel, looks: Mapping[str, Style]) -> None:
         axis.set_xscale("log")
     if "y" in panel.log:
         axis.set_yscale("log")
+    if panel.limits:
+        axis.set_ylim(*panel.limits)
     if panel.ticks:
         _scales(axis, panel)
     elif panel.x == "epoch":
@@ -164,11 +179,13 @@ def _scales(axis: plt.Axes, panel: Panel) -> None:
 
 def _names(axis: plt.Axes, panel: Panel, looks: Mapping[str, Style]) -> None:
     """The prominent strategies' names at the ends of their lines, moved apart where they would overlap."""
-    named = [t for t in panel.traces if looks[t.label].prominent]
+    named = list({t.label: t for t in sorted(panel.traces, key=lambda t: not t.unfinished)
+                  if looks[t.label].prominent}.values())  # fmt: skip
     if not named:
         return
     box = axis.get_window_extent()
     ends = [(axis.transData.transform((t.x[-1], t.y[-1])) - (box.x0, box.y0)) / (box.width, box.height) for t in named]
+    ends = [(x, min(max(y, 0.0), 1.0)) for x, y in ends]  # a value beyond the scale would take the line off the page
     heights = spread([y for _, y in ends], 8.5 * axis.figure.dpi / 72 / box.height)
     for trace, (x, y), height in zip(named, ends, heights, strict=True):
         colour, where = looks[trace.label].colour, axis.transAxes

@@ -9,10 +9,12 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
+from mtl.report.attempt import Failures, attempt
 from mtl.report.figures.data import Figure, Panel, Rule, Trace, axis, drawable, figure, several, title
 from mtl.report.figures.over_epochs import gradients, layers, learning_curves, weights
 from mtl.report.figures.style import Style, palette
 from mtl.report.multitask import pareto_optimal
+from mtl.report.overall import MANY, kinds
 from mtl.report.protocols import Group, Protocol, rateless
 from mtl.report.runs import Run
 from mtl.report.scores import Scores
@@ -21,18 +23,28 @@ from mtl.report.statistics import mean
 PANELS = 5  # tasks against each other: so many at most, ten panels
 
 
-def figures(benchmark: Protocol) -> dict[str, list[Figure]]:
-    """{arch: every figure for which there are data}."""
+def figures(benchmark: Protocol, failed: Failures | None = None) -> dict[str, list[Figure]]:
+    """{arch: every figure for which there are data}.
+
+    Args:
+        failed: gets a line for each figure that cannot be made; None raises its error.
+    """
     makers = (learning_curves, weights, gradients, layers, parallel_coordinates, pareto, cost, learning_rates)
-    archs = dict.fromkeys(g.arch for g in benchmark.groups)
-    here = {arch: _on(benchmark, arch) for arch in archs}
-    return {arch: [f for make in makers if (f := make(part)).panels] for arch, part in here.items()}
+    found: dict[str, list[Figure]] = {}
+    for arch in dict.fromkeys(g.arch for g in [*benchmark.groups, *benchmark.lost] if g.runs or g.open):
+        part, found[arch] = _on(benchmark, arch), []
+        for make in makers:
+            name = f"{make.__name__.replace('_', ' ')} of {benchmark.name}, {arch}"
+            made = make(part) if failed is None else attempt(name, lambda make=make, part=part: make(part), failed)
+            found[arch] += [made] if made is not None and made.panels else []
+    return found
 
 
 def _on(benchmark: Protocol, arch: str) -> Protocol:
     """The benchmark on one architecture. The functions below, but for `styles`, take such a one."""
     baselines = [b for b in benchmark.baselines if b.arch == arch]
-    return replace(benchmark, groups=benchmark.of(arch), baselines=baselines, lost=[])
+    return replace(benchmark, groups=benchmark.of(arch), baselines=baselines,
+                   lost=[g for g in benchmark.lost if g.arch == arch])  # fmt: skip
 
 
 def styles(benchmark: Protocol) -> dict[str, Style]:
@@ -41,20 +53,24 @@ def styles(benchmark: Protocol) -> dict[str, Style]:
     for arch in dict.fromkeys(g.arch for g in benchmark.groups):
         for place, group in enumerate(Scores(benchmark, arch).groups):
             places.setdefault(group.label, []).append(place)
-    return palette(sorted(places, key=lambda k: mean(places[k])), reference(benchmark))
+    unfinished = [g.label for g in benchmark.lost if g.open and g.label not in places]
+    return palette([*sorted(places, key=lambda k: mean(places[k])), *dict.fromkeys(unfinished)], reference(benchmark))
 
 
 def reference(benchmark: Protocol) -> str | None:
     """The label of equal weighting; of several, the one with the optimizer that most strategies have."""
     optimizers = [g.optimizer for g in benchmark.groups]
-    equal = [g for g in benchmark.groups if g.name == "equal"]
+    equal = [g for g in benchmark.groups if g.name == "equal"] or [g for g in benchmark.lost if g.name == "equal"]
     return max(equal, key=lambda g: (optimizers.count(g.optimizer), -len(g.label))).label if equal else None
 
 
 def parallel_coordinates(benchmark: Protocol) -> Figure:
     """Every strategy as a line across the metrics, each on its own scale with the better end up."""
+    shown = benchmark.metrics
+    if len(benchmark.tasks) > MANY:
+        shown = {name: kind.higher for name, kind in kinds(benchmark).items()}
     columns = {metric: (higher, {g.label: final(benchmark, g, metric) for g in benchmark.groups})
-               for metric, higher in benchmark.metrics.items()}  # fmt: skip
+               for metric, higher in shown.items()}  # fmt: skip
     changes = delta_m(benchmark)
     if changes:
         columns["Δm"] = (True, changes)
@@ -99,12 +115,13 @@ def pareto(benchmark: Protocol) -> Figure:
 
 
 def cost(benchmark: Protocol) -> Figure:
-    """The first metric against the time of a step."""
-    metric = next(iter(benchmark.metrics))
-    traces = []
+    """The first metric, or the mean of many, against the time of a step."""
+    metric, traces = _first(benchmark), []
     for group in benchmark.groups:
-        runs = [r for r in group.runs if step_time(r) is not None and drawable(r.figure(metric, benchmark.main))]
-        traces += _scatter(group, [step_time(r) for r in runs], [r.figure(metric, benchmark.main) for r in runs], runs)
+        known = [(r, time, _values(benchmark, replace(group, runs=[r]), metric))
+                 for r in group.runs if (time := step_time(r)) is not None]  # fmt: skip
+        known = [(r, time, values[0]) for r, time, values in known if values]
+        traces += _scatter(group, [t for _, t, _ in known], [y for _, _, y in known], [r for r, _, _ in known])
     times = [x for t in traces for x in t.x]
     log = "x" if times and max(times) > 8 * min(times) else ""
     hardware = [r.info.get("hardware", {}) for g in benchmark.groups for r in g.runs]
@@ -118,7 +135,7 @@ def cost(benchmark: Protocol) -> Figure:
 
 def learning_rates(benchmark: Protocol) -> Figure:
     """The first metric against the learning rate, for what was run at several."""
-    metric = next(iter(benchmark.metrics))
+    metric = _first(benchmark)
     families: dict[str, dict[float, Group]] = {}
     for group in benchmark.groups:
         rate = group.runs[0].config["optimizer"].get("lr")
@@ -130,7 +147,7 @@ def learning_rates(benchmark: Protocol) -> Figure:
         if len(known) > 1:
             each = [_values(benchmark, g, metric) for g in known.values()]
             means = [mean(v) for v in each]
-            best = means.index(max(means) if benchmark.metrics[metric] else min(means))
+            best = means.index(max(means) if _higher(benchmark, metric) else min(means))
             label = list(known.values())[best].label
             low, high = (list(map(pick, each)) if max(map(len, each)) > 1 else () for pick in (min, max))
             traces.append(Trace(label, list(known), means, low, high, marked="large"))
@@ -141,6 +158,8 @@ def learning_rates(benchmark: Protocol) -> Figure:
 
 def delta_m(benchmark: Protocol) -> dict[str, float]:
     """{label: Δm in %, mean over seeds} where there are baselines."""
+    if not benchmark.groups:
+        return {}
     scores = Scores(benchmark, benchmark.archs[0])
     found = {g.label: scores.delta_m(g, benchmark.main).values() for g in benchmark.groups}
     return {label: mean(values) for label, values in found.items() if values and drawable(mean(values))}
@@ -153,8 +172,9 @@ def final(benchmark: Protocol, group: Group, metric: str) -> float | None:
 
 
 def _values(benchmark: Protocol, group: Group, metric: str) -> list[float]:
-    """Of the runs that have a finite one."""
-    return [v for r in group.runs if drawable(v := r.figure(metric, benchmark.main))]
+    """Of the runs that have a finite one; `metric` may be the mean of a kind."""
+    metrics = [metric] if metric in benchmark.metrics else kinds(benchmark)[metric].metrics
+    return [v for r in group.runs if drawable(v := mean([r.figure(m, benchmark.main) for m in metrics]))]
 
 
 def step_time(run: Run) -> float | None:
@@ -163,6 +183,15 @@ def step_time(run: Run) -> float | None:
     if not isinstance(batch, int) or not drawable(rate) or rate <= 0:
         return None
     return 1000 * batch / rate if drawable(1000 * batch / rate) else None
+
+
+def _higher(benchmark: Protocol, metric: str) -> bool | None:
+    return benchmark.metrics[metric] if metric in benchmark.metrics else kinds(benchmark)[metric].higher
+
+
+def _first(benchmark: Protocol) -> str:
+    """The metric that stands for all where there is room for one."""
+    return next(iter(kinds(benchmark) if len(benchmark.tasks) > MANY else benchmark.metrics), "")
 
 
 def _against(benchmark: Protocol, first: str, second: str) -> Panel:

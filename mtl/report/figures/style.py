@@ -9,6 +9,12 @@ from dataclasses import dataclass
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
 REFERENCE, REST = "#000000", "#C4C4C4"
 DASHES = ("solid", "dash", "dashdot", "dot")
+# The same on a dark screen, where the darkest would be lost; also the plots' ink, rules and paper.
+DARK = {
+    "#000000": "#f4f2ec", "#0072B2": "#4aa3df", "#882255": "#c94f8a", "#999933": "#b9b950", "#D55E00": "#e8731a",
+    "#009E73": "#1bb388", "#C4C4C4": "#5d5952", "#1c1b19": "#e9e6df", "#6b675f": "#a39e93", "#e6e3db": "#35332f",
+    "#ffffff": "#1b1a18",
+}  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 
 

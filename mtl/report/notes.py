@@ -1,0 +1,74 @@
+"""What the notes under the tables say of the runs behind them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from mtl.report.cells import value
+from mtl.report.scores import Scores
+
+
+def excuses(scores: Scores) -> str:
+    """Which strategies lack what: runs without a result, values that are not finite, seeds."""
+    stopped = [
+        f"{g.label}, seed {', '.join(f'{r.seed} {r.status}' for r in g.stopped)}"
+        for g in [*scores.groups, *scores.baselines, *scores.lost]
+        if g.stopped
+    ]
+    fewer = [f"{g.label} ({len(g.runs)})" for g in scores.groups if not scores.complete(g)]
+    broken = [
+        f"{g.label}, seed {r.seed} ({', '.join(f'{m} {value(r, m)}' for m in bad)})"
+        for g in scores.groups
+        for r in g.runs
+        if (bad := list(dict.fromkeys(m for at in scores.benchmark.selections for m in scores.broken(r, at))))
+    ]
+    unknown = [m for m in scores.metrics if m not in scores.known] if scores.groups else []
+    rest = "; their means are over the other seeds" if scores.groups else ""
+    parts = [f"Without a result: {some(stopped)}{rest}."] if stopped else []
+    if broken:
+        parts.append(f"Not finite: {some(broken)}; these means are over the other seeds, with their number (n=…).")
+    if unknown:
+        parts.append(f"No run has a finite value of {some(unknown, sep=', ')}. A test split without labels has none.")
+    if fewer:
+        parts.append(f"Fewer than {scores.usual} seeds: {some(fewer)}.")
+    if scores.usual == 1:
+        parts.append("One seed a strategy: nothing here tells a better strategy from a luckier one.")
+    return " ".join(parts)
+
+
+def pairing(scores: Scores) -> str:
+    """Which baselines the runs of a strategy are held against."""
+    same = averaged = 0
+    without = []
+    for group in scores.groups:
+        baselines = [scores.benchmark.baseline(group, t) for t in scores.benchmark.tasks]
+        if None in baselines:
+            without.append(group.label)
+            continue
+        seeds = set.intersection(*({r.seed for r in b.runs} for b in baselines))
+        both = sum(r.seed in seeds for r in group.runs)
+        same, averaged = same + both, averaged + len(group.runs) - both
+    parts = [
+        f"against the baseline of the same seed ({same} runs)" if same else "",
+        f"against the mean of the baselines where one lacks the seed ({averaged} runs)" if averaged else "",
+        f"not where a task has no baseline with the same config ({some(without)})" if without else "",
+    ]
+    return ", ".join(filter(None, parts)) or "without baselines"
+
+
+def provenance(scores: Scores) -> str:
+    """How many runs, of which commit, on which machines."""
+    runs = [r for g in [*scores.groups, *scores.baselines] for r in g.runs]
+    if not runs:
+        return ""
+    commits = Counter((r.info.get("commit") or "unknown")[:7] for r in runs)
+    devices = sorted({r.info.get("hardware", {}).get("gpu") or "CPU" for r in runs})
+    dirty = sum(bool(r.info.get("dirty")) for r in runs)
+    text = f"{len(runs)} runs, commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
+    return text + (f" ({dirty} with uncommitted changes)" if dirty else "") + f", on {', '.join(devices)}."
+
+
+def some(words: Sequence[str], most: int = 6, sep: str = "; ") -> str:
+    """The first few of a list, and how many more there are."""
+    return sep.join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")

@@ -1,0 +1,36 @@
+"""What stands for the tasks where there are many of them: their mean, by kinds of metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mtl.report.protocols import Protocol
+
+MANY = 6  # tasks: with more, a table with a column for each is too wide for a page
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Main metrics of the same kind, whose values have one unit.
+
+    Attributes:
+        word: "accuracy".
+        higher: is better.
+        metrics: their names.
+    """
+
+    word: str
+    higher: bool
+    metrics: list[str]
+
+
+def kinds(benchmark: Protocol) -> dict[str, Kind]:
+    """{"mean accuracy of 40 tasks": …}; a metric that is alone of its kind keeps its own name."""
+    found: dict[tuple[str, bool], list[str]] = {}
+    for task, metric in benchmark.tasks.items():
+        if metric in benchmark.metrics:
+            found.setdefault((metric.removeprefix(f"{task}_"), benchmark.metrics[metric]), []).append(metric)
+    return {
+        f"mean {word} of {len(metrics)} tasks" if len(metrics) > 1 else metrics[0]: Kind(word, higher, metrics)
+        for (word, higher), metrics in found.items()
+    }
