@@ -195,6 +195,50 @@ def test_a_task_without_a_labelled_pixel_is_not_there(loss, switches):
     assert all(rows[0][f"train/{t}_loss"] == pytest.approx(rows[1][f"train/{t}_loss"]) for t in ("depth",))
 
 
+# ------------------------------------------------------------------------------------------------------------ learning
+
+
+class Some(Rooms):
+    """Enough to learn something within two seconds."""
+
+    def __init__(self):
+        super().__init__(batch_size=8, train_size=128, test_size=32, height=24, width=32)
+
+
+def constant(benchmark: Rooms, split: Split) -> dict[str, float]:
+    """The scores of the best maps of one value: the commonest class, the median depth, the mean normal."""
+    classes, depth, normals = (split.columns[name] for name in ("segmentation", "depth", "normals"))
+    commonest = classes[classes >= 0].long().mode().values
+    values = {
+        "segmentation": torch.nn.functional.one_hot(commonest, benchmark.tasks[0].outputs).float(),
+        "depth": depth.nanmedian()[None],
+        "normals": normals.nanmean((0, 1, 2)),
+    }
+    found = {}
+    for task in benchmark.tasks:
+        (metric,) = task.metrics
+        state, target = metric.zero(), split.columns[task.name]
+        metric.update(state, values[task.name][None, :, None, None].expand(len(split), -1, *target.shape[1:3]), target)
+        found |= {f"{task.name}_{name}": number for name, number in metric.compute(state).items()}
+    return found
+
+
+def test_three_tasks_are_learned():
+    learner, batches, benchmark = build("equal", Some)
+    learner.trainer = Execution(6)
+    test = benchmark.splits()["test"]
+    for group in learner.optimizer.param_groups:
+        group["initial_lr"] = 0.01
+    for epoch in range(6):
+        learner.train_epoch(batches, epoch)
+    row = learner.evaluate(EvaluationBatches(test, benchmark, learner.device), "test")
+    trivial = constant(benchmark, test)
+    assert row["test/segmentation_miou"] > 2.5 * trivial["segmentation_miou"]
+    assert row["test/segmentation_pixel_accuracy"] > 1.3 * trivial["segmentation_pixel_accuracy"]
+    assert row["test/depth_abs_err"] < 0.8 * trivial["depth_abs_err"]
+    assert row["test/normals_mean"] < 0.7 * trivial["normals_mean"]
+
+
 # --------------------------------------------------------------------------------------------------------- whole runs
 
 SMALL = ("experiment=rooms", "data.train_size=16", "data.test_size=8", "data.height=16", "data.width=24",
@@ -229,6 +273,18 @@ def test_a_table_of_maps(cli):
     names = ["segmentation_miou", "segmentation_pixel_accuracy", "depth_abs_err", "depth_rel_err", "normals_mean",
              "normals_median", "normals_11", "normals_22", "normals_30"]  # fmt: skip
     assert [line.split()[0] for line in result.out.splitlines() if re.match(r"\w+_\w+ +[\d.]+ ", line)] == names
+
+
+@pytest.mark.parametrize("options, message", [
+    (("data.height=18",), "FCN needs images whose height and width are multiples of 4, not 18x24"),
+    (("arch=resnet20",), "a map (2, 6, 16, 24) of predictions, but the model predicts the shape (2, 6)"),
+])  # fmt: skip
+def test_what_makes_no_maps_is_refused_in_a_line(cli, options, message):
+    """Before an image is trained on."""
+    result = cli(*(word for word in SMALL if word != "arch.width=4"), *options)
+    assert (
+        result.code in (1, 2) and message in result.err and result.err.count("\n") == 1 and not Path("outputs").exists()
+    )
 
 
 def test_nobody_else_knows_of_pixels():

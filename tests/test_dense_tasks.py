@@ -106,7 +106,7 @@ def test_a_prediction_of_another_size_is_refused():
     for kind, task in TASKS.items():
         prediction, target, _ = make(kind)
         shapes = (rf"\(6, {task.outputs}, 7, {width}\)" for width in (9, 8))
-        wanted = "{} needs predictions {}, but the model's have {}".format(task.name, *shapes)
+        wanted = "{} needs a map {} of predictions, but the model predicts the shape {}".format(task.name, *shapes)
         with pytest.raises(ValueError, match=wanted):
             task.loss(prediction[..., :8], target)
 

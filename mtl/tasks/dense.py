@@ -138,4 +138,5 @@ def _check_labels(target: Tensor, dimensions: int) -> None:
 def _check_prediction(task: Task, prediction: Tensor, target: Tensor) -> None:
     wanted = (len(target), task.outputs, *target.shape[1:3])
     if prediction.shape != wanted:
-        raise ValueError(f"{task.name} needs predictions {wanted}, but the model's have {tuple(prediction.shape)}")
+        shape = tuple(prediction.shape)
+        raise ValueError(f"{task.name} needs a map {wanted} of predictions, but the model predicts the shape {shape}")
