@@ -17,7 +17,7 @@ class Score:
 
     Attributes:
         name: key in logs and tables.
-        unit: shown behind the number ("%" or "").
+        unit: shown behind the number ("%", "°" or "").
         higher_is_better: direction, for choosing the best epoch and the best strategy.
     """
 
