@@ -100,7 +100,10 @@ def test_the_strategy_is_what_its_docstring_says():
 
 def test_the_strategy_architecture_and_data_set_train_together(cli, tmp_path, monkeypatch):
     """As docs/own-data.md says, with its own YAML files."""
-    sources = [next(source for _, source in BLOCKS if f"class {name}" in source) for name in ("Mine", "Tiny", "Shapes", "Table", "Masks")]
+    sources = [
+        next(source for _, source in BLOCKS if f"class {name}" in source)
+        for name in ("Mine", "Tiny", "Shapes", "Table", "Masks")
+    ]
     (tmp_path / "my_package.py").write_text("from __future__ import annotations\n" + "\n".join(sources))
     files = {"Mine": "loss/mine", "Tiny": "arch/tiny", "Shapes": "data/shapes"}
     for text in re.findall(r"```yaml\n(.*?)```", TEXT[ROOT / "docs" / "own-data.md"], re.DOTALL):

@@ -277,9 +277,7 @@ def test_official_validation_data_selects(own):
     assert summary["selected"]["test/size_mae"] == best["test/size_mae"]
     held_out = own("Table", "MLP", "+data.official=true", "data.val_fraction=0.2", "output_root=other")
     (line,) = held_out.err.splitlines()
-    assert held_out.code == 2 and line == (
-        "error: data.val_fraction=0.2: Table has validation data of its own; use 0"
-    )
+    assert held_out.code == 2 and line == ("error: data.val_fraction=0.2: Table has validation data of its own; use 0")
 
 
 def test_a_network_that_reads_another_column_is_refused(own):

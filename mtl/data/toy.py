@@ -96,7 +96,9 @@ class ToyTask(Task):
         """
         if points.shape[1:] != (2,):
             shape = tuple(points.shape[1:])
-            raise ConfigError(f"arch: the toy's losses are those of a point in the plane, not of {shape}; use arch=point")
+            raise ConfigError(
+                f"arch: the toy's losses are those of a point in the plane, not of {shape}; use arch=point"
+            )
         return self.scale * toy_loss(points, self.sign)
 
     def units(self, target: Tensor) -> Tensor:
