@@ -224,11 +224,12 @@ def test_decoders_are_checked():
     lambda: Own(lambda net, f: (f * net.w).real, w=nn.Parameter(torch.ones(8, dtype=torch.complex64))),
     lambda: Own(lambda net, f: net.late(f), late=nn.Dropout(0.5)), lambda: Own(out_features=np.int64(8)),
     lambda: Own(lambda net, f: f + torch.rand(()) + float(np.random.rand()) + random.random()),
-    lambda: Own(lambda net, f: f if net.training else f.detach()), lambda: Own(unused=nn.Linear(2, 2).requires_grad_(False)),
+    lambda: Own(lambda net, f: f if net.training else f.detach()),
+    lambda: Own(unused=nn.Linear(2, 2).requires_grad_(False)),
     lambda: Own(lambda net, f: checkpoint(nn.functional.relu, f, use_reentrant=True)),
 ])  # fmt: skip
 def test_a_backbone_that_can_be_trained_passes(backbone):
-    """Lazy, frozen, complex, random, with dropout, with unused frozen or half-frozen parts, with re-entrant checkpoints."""
+    """Lazy, frozen, complex, random, with dropout, unused frozen or half-frozen parts, re-entrant checkpoints."""
     assert all(p.grad is None for p in try_out(backbone()).parameters())
 
 

@@ -18,7 +18,6 @@ from mtl.engine.build import assemble, open_batches
 from mtl.engine.learner import Learner
 from mtl.errors import SetupError
 from mtl.losses import Equal
-from mtl.tasks import Classification, Regression
 
 SMALL = ("data=digits", "data.limit_train=24", "data.limit_test=8", "data.batch_size=8",
          "arch=wide_resnet", "arch.depth=10", "arch.width=1", "optimizer.lr=0.01", "trainer.epochs=2",

@@ -1,5 +1,6 @@
 """Batches against torchvision's transforms, their draws, and the benchmarks against what their sources document."""
 
+import gc
 import hashlib
 import http.client
 import pickle
@@ -194,6 +195,38 @@ def test_mapped_images_are_not_copied(residency, tmp_path, monkeypatch):
 
     read(100)  # what the first use of everything allocates
     assert read(2000) < 2000 * 30_000 / 20
+
+
+def tensors_outside(mapped: torch.Tensor) -> int:
+    """Bytes of all tensors of this process whose memory is not that of `mapped`."""
+    start, found = mapped.data_ptr(), {}
+    for value in gc.get_objects():
+        if type(value) is torch.Tensor and value.device == CPU and value.layout == torch.strided:
+            storage = value.untyped_storage()
+            if not start <= storage.data_ptr() < start + mapped.nbytes:
+                found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("residency", ["host", "auto"])
+def test_no_tensor_beside_mapped_images_is_large(residency, tmp_path, monkeypatch):
+    """In a whole epoch with crop and flip, and in evaluation: less than a twentieth of 60 MB, at any batch."""
+    monkeypatch.setattr(EvaluationBatches, "batch_size", 4)
+    benchmark = Mapped(batch_size=4, limit_train=1990, val_fraction=0.1, residency=residency, workers=0)
+    benchmark.size, benchmark.file = 2000, tmp_path / "images"
+    with benchmark.file.open("wb") as file:
+        file.truncate(2000 * 30_000)
+    loaded = benchmark.load()
+    monkeypatch.setattr(benchmark, "load", lambda: loaded)
+    mapped, splits = loaded["train"].columns["image"], benchmark.splits()
+    before, seen = tensors_outside(mapped), 0
+    train = TrainingBatches(splits["train"], benchmark, CPU, seed=0)
+    for part in (train.epoch(0), *(EvaluationBatches(splits[name], benchmark, CPU) for name in ("val", "test"))):
+        for i, batch in enumerate(part):
+            seen += len(batch["image"])
+            if i % 250 == 1:
+                assert tensors_outside(mapped) - before < mapped.nbytes / 20
+    assert seen == 1791 + 199 + 2000
 
 
 # --------------------------------------------------------------------------------------------------------------- draws

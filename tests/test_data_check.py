@@ -9,9 +9,9 @@ import torch
 from mtl.data.base import Benchmark, Split, build_benchmark
 from mtl.data.batches import TrainingBatches
 from mtl.data.check import check_loaded
+from mtl.data.inputs import Image, Numbers
 from mtl.data.synthetic import Synthetic
 from mtl.errors import ConfigError, SetupError
-from mtl.data.inputs import Image, Numbers
 from mtl.metrics.base import Score
 from mtl.metrics.labels import Accuracy
 from mtl.tasks import Classification, Regression
@@ -44,7 +44,8 @@ def with_metric(metric: type, name: str = "a") -> tuple[Classification]:
     ({"tasks": (Regression("a"), Regression("a"))}, "two tasks have the name 'a'"),
     ({"tasks": (Regression("training"),)}, "the name 'training'"),
     ({"tasks": (Regression("a", 0),)}, "a has outputs=0"),
-    ({"tasks": with_metric(called("loss"))}, "task 'a' with its loss and task 'a' with its loss share the name 'a_loss'"),
+    ({"tasks": with_metric(called("loss"))},
+     "task 'a' with its loss and task 'a' with its loss share the name 'a_loss'"),
     ({"tasks": with_metric(called("b_c")) + with_metric(called("c"), "a_b")},
      "task 'a' with its metric 'b_c' and task 'a_b' with its metric 'c' share the name 'a_b_c' in the results"),
     ({"tasks": (*with_metric(called("loss_loss")), Regression("a_loss"))},

@@ -158,7 +158,7 @@ def one_image(processes) -> float:
     """The largest difference in features, gradients and running statistics; the first process has no image at all."""
     backbone = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(True), nn.Dropout(0.3), nn.Flatten())
     image, found = torch.randn(1, 2, 5, 5, generator=torch.Generator().manual_seed(0)), []
-    for forward in (backbone, lambda x: processes.forward(backbone, x)):
+    for forward in (backbone, lambda x: processes.forward(backbone, [x])):
         torch.manual_seed(1)
         backbone[1].reset_running_stats()
         features = forward(image)

@@ -486,7 +486,7 @@ def test_a_weight_that_is_no_number_is_divergence(run, monkeypatch):
     def spoil(self, batches, name):
         with torch.no_grad():
             next(iter(self.model.heads["ink"].parameters())).fill_(math.nan)
-        return {f"{name}/{t.name}_{m}": 1.0 for t in self.tasks for m in ("loss", t.metrics[0].name)}
+        return {f"{name}/{t.name}_{m}": 1.0 for t in self.tasks for m in ("loss", t.scores[0].name)}
 
     monkeypatch.setattr(Learner, "evaluate", spoil)
     refused(run("a"), "a weight became nan or inf in epoch 1")

@@ -28,7 +28,6 @@ from mtl.engine.learner import Learner
 from mtl.losses import LDCMTL, ConsMTL, Equal, RepMTL, Static
 from mtl.optim.signum import Signum
 from mtl.optim.taskwise import MTLIO, AdaTask
-from mtl.tasks import Classification, Regression
 
 # --------------------------------------------------------------------------------------------------------- optimizers
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import sys
 import textwrap
 from pathlib import Path
 
@@ -237,3 +238,22 @@ def test_heads_of_any_memory_layout_train_alike_with_a_fused_optimizer(own, loss
         assert run.code == 0, run.err
         rows.append({k: v for k, v in last_row(f"fused_{fused}").items() if k.startswith(("train/", "test/"))})
     assert rows[0] == pytest.approx(rows[1], rel=1e-4)
+
+
+OLD = {
+    "class OldTask(Regression):\n    def head(self, features):\n        return None\n": "OldTask defines head, .*decoder",
+    "class OldMetric(MeanAbsoluteError):\n    name = 'f1'\n": r"OldMetric: a Metric says scores = \(Score\('f1'\),\)",
+    "class Old(Shapes):\n    image_shape = (1, 8, 8)\n": r"data: Old\.image_shape: no Benchmark .* write inputs = ",
+    "class Old(Shapes):\n    flip = False\n": r"data: Old\.flip: no Benchmark .* write augment = ",
+    "class Old(Shapes):\n    def load(self):\n        return tuple(super().load().values())\n":
+        r"Old\.load\(\) returned a tuple of Split, Split; {\"train\": Split",
+    "class Old(Shapes):\n    def load(self):\n        return Split(torch.zeros(4, 8, 8, 1), {'shape': torch.zeros(4)})\n":
+        r"Old\.load\(\): TypeError: Split takes a dict of columns.*old_classes\.py:\d+",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("source", "message"), OLD.items())
+def test_a_class_of_the_old_shape_is_told_what_to_write(own, tmp_path, monkeypatch, source, message):
+    monkeypatch.delitem(sys.modules, "old_classes", raising=False)
+    (tmp_path / "old_classes.py").write_text(f"from own_classes import *\n\n\n{source}\n\n")
+    assert re.search(message, one_line(own("Shapes", "data._target_=old_classes.Old")))

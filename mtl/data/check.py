@@ -182,7 +182,7 @@ def _check_names(tasks: Any) -> None:
         if not _is_sequence(metrics) or not len(metrics) or not all(isinstance(m, Metric) for m in metrics):
             raise ValueError(f"tasks: {task.name} has the metrics {metrics!r:.80}; a tuple of at least one is needed")
         for metric in metrics:
-            scores: Any = getattr(metric, "scores", None)
+            scores: Any = getattr(metric, "scores", ())
             if not _is_sequence(scores) or not len(scores) or not all(isinstance(one, Score) for one in scores):
                 kind = type(metric).__name__
                 raise ValueError(
