@@ -69,7 +69,7 @@ def prepare(
     path = identity.directory(config["output_root"])
     leads = processes is None or processes.leads
     done = RunDirectory(path).run if leads else {}
-    # The folder is named after a hash of the config. Another name in it means that somebody copied or renamed a folder.
+    # The folder's path follows from the config. Another name in its run.json means that somebody renamed a folder.
     if done.get("name", identity.name) != identity.name:
         raise Damaged(f"{path}/run.json belongs to another run, {done['name']}; restore it, or delete it")
     if done.get("status") == "finished":
