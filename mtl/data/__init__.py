@@ -1,1 +1,1 @@
-"""Benchmarks (one module each) and the batches that training draws from them."""
+"""Data sets (one module each), and the batches for training and evaluation."""

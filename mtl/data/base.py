@@ -1,4 +1,7 @@
-"""What a benchmark is: tasks, inputs, the augmentation of its protocol, and the splits that it loads."""
+"""The base class of every data set: tasks, inputs, the augmentation of its protocol, and the splits that it loads.
+
+Example: `mtl.data.digits` is a complete one in forty lines.
+"""
 
 from __future__ import annotations
 
@@ -23,22 +26,22 @@ from mtl.views import Augment
 
 @dataclass
 class Benchmark(ABC):
-    """A data set with its tasks and its protocol's augmentation. Subclass it, say the class attributes, write `load`.
+    """A data set with its tasks and augmentation. A subclass sets `tasks`, `inputs` and `augment`, and writes `load`.
 
     Args:
-        batch_size: training samples a step; the last batch of an epoch may be smaller.
-        limit_train: use only the first so many training samples.
-        limit_test: use only the first so many test samples.
-        val_fraction: share of the training samples held out for validation (after limit_train); the same samples
-            for every seed, so that seeds differ in training only.
-        residency: where inputs and labels live. auto: on the training device when they fit into half of its free
-            memory.
-        workers: DataLoader processes when the data stays on the host.
+        batch_size: training samples in a step; the last batch of an epoch may be smaller.
+        limit_train: use only the first `limit_train` training samples; None uses all.
+        limit_test: use only the first `limit_test` test samples; None uses all.
+        val_fraction: share of the training samples held out for validation, after limit_train. Every seed holds out the
+            same samples, so that seeds differ in training only.
+        residency: where inputs and labels live: on the training device, or on the host. auto: on the device if they
+            fit into half of its free memory.
+        workers: number of DataLoader processes, if the data stays on the host.
 
     Attributes:
-        tasks: the tasks; the first one's main score chooses the best epoch.
-        inputs: what the network reads, by column. Images are called "image".
-        augment: random views of the training images, in this order. All pictures of a sample follow: image and maps.
+        tasks: the tasks. The first task's main metric chooses the best epoch.
+        inputs: the columns that the network reads, by name. Images are called "image".
+        augment: random views of the training images, applied in this order. Label maps follow their image.
     """
 
     batch_size: Annotated[int, Ge(1)] = 128
@@ -54,9 +57,9 @@ class Benchmark(ABC):
 
     @abstractmethod
     def load(self) -> Mapping[str, Split]:
-        """Read {"train": …, "test": …}, and "val" where the data set has validation data of its own.
+        """Read the data: {"train": …, "test": …}, and "val" if the data set has its own validation data.
 
-        Called once, after all checks of the config.
+        It is called once, after all checks of the config.
 
         Raises:
             mtl.errors.SetupError: the data is missing, damaged or cannot be downloaded.
@@ -72,26 +75,30 @@ class Benchmark(ABC):
         return {name: one.example(size, generator) for name, one in self.inputs.items()}
 
     def one(self) -> Batch:
-        """Random inputs of one sample, always the same, to count what a network computes."""
+        """Random inputs of one sample, the same at every call, to count a network's operations."""
         return self.example(1, torch.Generator().manual_seed(0))
 
     def splits(self) -> dict[str, Split]:
-        """`train`, `test` and maybe `val`, limited as the fields say; they share what `load` returned.
+        """Load the data, check it, and apply limit_train, limit_test and val_fraction. No column is copied.
+
+        Returns:
+            "train", "test" and maybe "val".
 
         Raises:
-            mtl.errors.SetupError: `load` fails, or what it returned does not fit the tasks or inputs.
+            mtl.errors.SetupError: `load` fails, or its splits do not fit the tasks or inputs.
         """
         try:
             loaded = self.load()
         except UserError:
             raise
         except Exception as error:  # whatever a user's own code raises
-            if out_of_memory(error):
+            if out_of_memory(error):  # not a mistake in the user's code: let the process end with its usual message
                 raise
             what = f"{type(self).__name__}.load(): {type(error).__name__}: {one_line(error)}"
             raise SetupError(f"data: {what}{blame(error)}") from error
         check_loaded(self, loaded)
-        # Other columns go no further, such as the labels of tasks that a subclass has dropped.
+        # Columns that nobody reads are dropped here, such as the labels of tasks that a subclass leaves out. Otherwise
+        # they would take memory on the device.
         splits = {name: split.only(self.columns) for name, split in loaded.items()}
         splits["train"] = splits["train"].select(slice(self.limit_train))
         splits["test"] = splits["test"].select(slice(self.limit_test))
@@ -103,17 +110,18 @@ class Benchmark(ABC):
             raise ConfigError(f"data.val_fraction={self.val_fraction}: {name} has validation data of its own; use 0")
         train, test = splits["train"], splits["test"]
         held_out = max(1, round(len(train) * self.val_fraction))
+        # Seed 0, whatever the run's seed is: the validation samples are a part of the protocol.
         order = torch.randperm(len(train), generator=stream(0, "val_split"))
-        # Sorted, so that memory-mapped images are read in file order.
+        # Sorted, because memory-mapped images are read faster in file order.
         val = train.select(order[:held_out].sort().values)
         return {"train": train.select(order[held_out:].sort().values), "val": val, "test": test}
 
 
 def build_benchmark(node: Mapping[str, Any]) -> Benchmark:
-    """Build the data set that a checked data node describes; nothing is read yet.
+    """Build the data set that a checked data node describes. No data is read yet.
 
     Raises:
-        ConfigError: it is no Benchmark, or its class attributes do not fit together.
+        ConfigError: the class is not a Benchmark, or its class attributes do not fit together.
     """
     benchmark = schema.build(node, "data")
     if not isinstance(benchmark, Benchmark):
@@ -121,7 +129,8 @@ def build_benchmark(node: Mapping[str, Any]) -> Benchmark:
     try:
         check_declared(benchmark)
     except Exception as error:
-        # What we refuse begins with the attribute's name; the rest comes from a property of the user's own.
+        # Our own errors begin with the attribute's name. Any other error comes from the user's code, such as a property
+        # `tasks`; its message needs the kind of error, and the file and line.
         ours = isinstance(error, ValueError) and not blame(error)
         what = f".{error}" if ours else f": {type(error).__name__}: {one_line(error)}{blame(error)}"
         raise ConfigError(f"data: {type(benchmark).__name__}{what}") from error

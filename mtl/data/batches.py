@@ -1,7 +1,7 @@
-"""Batches for training and evaluation, from data on the device or, when too large for it, through a DataLoader.
+"""Batches for training and evaluation. The data lives on the device, or comes from the host through a DataLoader.
 
-Both paths share the draws (made on the CPU, once an epoch, for all samples) and the arithmetic, so a run's numbers do
-not depend on where its data lives.
+Random numbers (order, crops, flips) are drawn on the CPU, once per epoch, for all samples. Both ways use the same draws
+and the same arithmetic. So a run's results do not depend on where its data lives.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from mtl.views import View
 
 
 class TrainingBatches:
-    """An epoch's augmented batches; `epoch(k)` is a function of (seed, k) alone.
+    """The augmented batches of each epoch. They depend only on the seed and the number of the epoch.
 
     Args:
         split: the training samples.
         benchmark: gives batch size, inputs, tasks and augmentation.
         device: of the batches.
         seed: of the run.
-        smallest: an epoch's last batch is left out when it has fewer samples (batch norm needs two in each part that a
-            strategy splits a batch into).
+        smallest: the last batch of an epoch is dropped if it has fewer samples than this. Batch norm needs two samples
+            in each part of a batch, and some methods split a batch into two or three parts.
 
     Attributes:
-        partial: names of the tasks that lack the label of some sample.
+        partial: names of the tasks for which some sample has no label.
     """
 
     def __init__(self, split: Split, benchmark: Benchmark, device: torch.device, seed: int, smallest: int = 2):
@@ -53,14 +53,16 @@ class TrainingBatches:
         return self.steps
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of epoch `epoch`, counted from 0: inputs and labels by column."""
+        """The batches of epoch number `epoch`, counted from 0. A batch holds inputs and labels by column."""
         size = self.benchmark.batch_size
         order = torch.randperm(self.size, generator=stream(self.seed, "order", epoch))
         view = self._view(epoch)
         if self.resident:
+            # Only row numbers are computed here. `ready` gathers the rows together with the crop, in one operation.
             order = order.to(self.device, non_blocking=True)
             gathered = ((self.split.columns, self.split.positions(index)) for index in order.split(size))
         else:
+            # The DataLoader's processes gather the rows, so `ready` gets batches (rows is None).
             batches = stream_batches(self.split, order.split(size)[: self.steps], self.benchmark.workers, self.device)
             gathered = ((batch, None) for batch in batches)
         for i, (columns, rows) in enumerate(islice(gathered, self.steps)):
@@ -68,18 +70,19 @@ class TrainingBatches:
             yield ready(self.benchmark, columns, rows, seen)
 
     def _view(self, epoch: int) -> View | None:
-        """What each sample shows of its picture, in the order of training."""
+        """The random view (crop, flip) of each sample, in the order of training; None without augmentation."""
         view, draws = None, partial(stream, self.seed)
         for augment in self.benchmark.augment:
+            # Each kind of augmentation has its own random stream. So adding a flip does not change the crops.
             drawn = augment.draw(self.size, picture(self.benchmark), lambda name: draws(name, epoch))
             view = drawn if view is None else view.then(drawn)
         return None if view is None else view.to(self.device)
 
 
 class EvaluationBatches:
-    """All samples in order, not augmented.
+    """All samples in order, without augmentation.
 
-    Args: as `TrainingBatches`; the batches are larger because no gradient is kept.
+    The arguments are as in `TrainingBatches`. The batches are larger, because no activations are kept for gradients.
     """
 
     batch_size = 500
@@ -103,16 +106,17 @@ class EvaluationBatches:
 def ready(
     benchmark: Benchmark, columns: Mapping[str, Tensor], rows: Tensor | None = None, view: View | None = None
 ) -> Batch:
-    """A batch as the network and the tasks get it.
+    """Make a batch for the network and the tasks: select rows, apply the views, normalise the images.
 
     Args:
-        columns: by name, on the device.
-        rows: (B,) which rows of the columns; None for all, in this order.
-        view: what the B samples show of their pictures; None for all of them.
+        columns: the columns by name, on the device.
+        rows: (B,) the rows to select; None for all, in this order.
+        view: the views of the B samples; None without augmentation.
     """
     batch = {}
     for name, one in benchmark.inputs.items():
         batch[name] = one.ready(one.moves(columns[name], rows, view))
+    # Label maps follow their image's view: `moves` says how. Two tasks may share a column, which is then moved once.
     for task in benchmark.tasks:
         if task.column not in batch and task.column in columns:
             batch[task.column] = task.moves(columns[task.column], rows, view)
@@ -120,20 +124,21 @@ def ready(
 
 
 def picture(benchmark: Benchmark) -> tuple[int, int]:
-    """(height, width) of the images, which a random view is drawn for."""
+    """(height, width) of the images, for which views are drawn."""
     return next(one.shape[1:] for one in benchmark.inputs.values() if isinstance(one, Image))
 
 
 def _resident(split: Split, benchmark: Benchmark, device: torch.device) -> bool:
+    """Whether the split is kept on the training device."""
     if benchmark.residency != "auto":
         return benchmark.residency == "device"
     if device.type == "cuda":
         return split.bytes < torch.cuda.mem_get_info(device)[0] // 2
-    return split.bytes < 4 * 2**30  # the host's own memory: beyond this, memory-mapped columns are read as needed
+    return split.bytes < 4 * 2**30  # 4 GiB; larger memory-mapped columns are read from disk as needed
 
 
 class _Chunks(Dataset):
-    """One item is one batch: DataLoader workers gather whole batches, not single images."""
+    """A data set for DataLoader with one item per batch: a worker gathers a whole batch at once, not single images."""
 
     def __init__(self, split: Split, indices: Sequence[Tensor]):
         self.split, self.indices = split, list(indices)
@@ -148,7 +153,8 @@ class _Chunks(Dataset):
 def stream_batches(
     split: Split, indices: Sequence[Tensor], workers: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
-    """The rows at each of the `indices`, read by DataLoader processes and sent to the device."""
+    """One batch for each of the `indices`, gathered by DataLoader processes and sent to the device."""
+    # Only from pinned memory can a batch be copied to a GPU while the GPU computes.
     pinned = device.type == "cuda"
     for batch in DataLoader(_Chunks(split, indices), batch_size=None, num_workers=workers, pin_memory=pinned):
         yield {name: column.to(device, non_blocking=True) for name, column in batch.items()}

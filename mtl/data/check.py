@@ -1,7 +1,7 @@
-"""Own data, looked at once: what a benchmark declares before anything is read, and what its `load` returned.
+"""Checks of a user's own data set: its class attributes before anything is read, and then the result of `load`.
 
-A wrong label trains without a word and spoils every figure. So all labels are looked at, and of the images, which may
-be memory-mapped, only type and shape.
+A wrong label raises no error in training, but spoils every metric. So every label is checked. Images may be
+memory-mapped and large, so only their type and shape are checked.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from mtl.metrics.tally import Tally
 from mtl.tasks import Task
 from mtl.views import Augment
 
-NAME = re.compile(r"\w[\w-]*")  # becomes a part of metric names, of the checkpoint's keys and of config keys
-PIECE = 2**26  # bytes of a column that are looked at together
+NAME = re.compile(r"\w[\w-]*")  # a task's name becomes a part of metric names, checkpoint keys and config keys
+PIECE = 2**26  # bytes of a column that are checked together
 INPUTS = 'inputs = {"image": mtl.data.inputs.Image(shape, mean, std)}'
 AUGMENT = "augment = (mtl.views.Crop(padding), mtl.views.Flip())"
-INSTEAD = {  # what was a Benchmark's, and what to write now
+INSTEAD = {  # attributes of older versions, and their replacements, for the error message
     "image_shape": INPUTS, "mean": INPUTS, "std": INPUTS, "crop_padding": AUGMENT, "flip": AUGMENT,
 }  # fmt: skip
 
 
 def check_declared(benchmark: Any) -> None:
-    """Look at the class attributes of a Benchmark.
+    """Check the class attributes of a Benchmark.
 
     Raises:
-        ValueError: one is missing or wrong; the message begins with its name.
+        ValueError: an attribute is missing or wrong; the message begins with its name.
     """
     fields = getattr(type(benchmark), "__dataclass_fields__", {})
     for name, now in INSTEAD.items():
@@ -55,17 +55,17 @@ def check_declared(benchmark: Any) -> None:
             raise ValueError(f"tasks: {task.name} has its labels in the column {task.column!r}, which is an input")
     if not _is_sequence(augment) or not all(isinstance(one, Augment) for one in augment):
         raise ValueError(f"augment: {augment!r:.80}; a tuple is needed, such as (mtl.views.Flip(),)")
-    if len({type(one) for one in augment}) < len(augment):  # they would draw the same numbers
+    if len({type(one) for one in augment}) < len(augment):  # two of one kind would share a random stream
         raise ValueError(f"augment: {augment!r:.80}; each kind of view can occur once")
     if augment and not any(isinstance(one, Image) for one in inputs.values()):
         raise ValueError("augment: no input is an image; use ()")
 
 
 def check_loaded(benchmark: Any, loaded: Any) -> None:
-    """Look at what the `load()` of a Benchmark returned, before it is limited or divided.
+    """Check the result of a Benchmark's `load()`, before it is limited or divided.
 
     Raises:
-        SetupError: it has no training or test split, or one does not fit the tasks or the inputs.
+        SetupError: there is no training or test split, or a split does not fit the tasks or the inputs.
     """
     where = f"data: {type(benchmark).__name__}.load()"
     if not isinstance(loaded, Mapping) or not all(isinstance(part, Split) for part in loaded.values()):
@@ -90,7 +90,10 @@ def check_loaded(benchmark: Any, loaded: Any) -> None:
 
 
 def few(split: Split, tasks: Sequence[Task]) -> Batch:
-    """At most two samples and, for each task, the first one without a label."""
+    """A small batch to try the tasks on: two samples (or one) and, for each task, the first sample without a label.
+
+    Samples without a label are where a user's own loss or metric is most often wrong.
+    """
     chosen = set(range(min(2, len(split))))
     for task in tasks:
         start = 0
@@ -104,7 +107,7 @@ def few(split: Split, tasks: Sequence[Task]) -> Batch:
 
 
 def pieces(split: Split, column: str) -> Iterator[Tensor]:
-    """One column's rows, in pieces of at most 64 MiB: a memory-mapped column is never copied as a whole."""
+    """The rows of one column, in pieces of at most 64 MiB. So a memory-mapped column is never copied as a whole."""
     values = split.columns[column]
     size = max(1, PIECE // max(1, values.shape[1:].numel() * values.element_size()))
     for start in range(0, len(split), size):
@@ -116,11 +119,11 @@ def check_tasks(tasks: Sequence[Task], predictions: Sequence[Any], batch: Batch)
     """Try loss and metrics of each task on the samples that `few` chose.
 
     Args:
-        predictions: each task's, in the order of the tasks.
-        batch: the same samples as the tasks get them.
+        predictions: the predictions of each task, in the order of the tasks.
+        batch: the samples, as `mtl.data.batches.ready` makes them.
 
     Raises:
-        SetupError: a loss or metric fails, or is not what training adds up.
+        SetupError: a loss or metric fails, or returns something that training cannot add up.
     """
     for task, prediction in zip(tasks, predictions, strict=True):
         try:
@@ -132,6 +135,11 @@ def check_tasks(tasks: Sequence[Task], predictions: Sequence[Any], batch: Batch)
 
 
 def _check_task(task: Task, prediction: Any, target: Tensor) -> None:
+    """Try loss and metrics of one task.
+
+    Raises:
+        ValueError: a sample without a label adds something, or a shape, dtype or name is wrong.
+    """
     loss, missing = task.loss(prediction, target), ~task.labelled(target)
     if (wrong := task.criterion(prediction, target)[missing]).any():
         raise ValueError(f"its loss of a sample without a label is {wrong[0].item()}; it must be 0")
@@ -164,7 +172,9 @@ def _check_names(tasks: Any) -> None:
     if not _is_sequence(tasks) or not len(tasks):
         raise ValueError(f"tasks: {tasks!r:.80}; a tuple of at least one task is needed, as in (Regression('size'),)")
     names = [getattr(task, "name", None) for task in tasks]
-    keys: dict[str, str] = {}  # of metrics.jsonl, without the split; and whose they are, in words
+    # For each key of metrics.jsonl (without the split) its owner, for the message. Different tasks can give one key:
+    # task "a" with metric "b_c", and task "a_b" with metric "c".
+    keys: dict[str, str] = {}
     for task in tasks:
         if not isinstance(task, Task):
             raise ValueError(f"tasks: {task!r:.80} is no mtl.tasks.Task")
@@ -199,7 +209,7 @@ def _check_names(tasks: Any) -> None:
 
 
 def _check_columns(split: Split, benchmark: Any) -> None:
-    """All columns are there, as tensors of one length, and the inputs are what the network reads."""
+    """Check that the input columns exist, as tensors of one length, with the dtype and shape that the network reads."""
     columns = split.columns
     known = {str(name) for name in columns}
     for name in benchmark.inputs:
@@ -271,10 +281,11 @@ def _check_labels(split: Split, task: Task, benchmark: Any) -> None:
 
 
 def _wrong(task: Task, target: Tensor) -> Tensor:
-    """Which labels the task cannot be trained on.
+    """Mark the labels that the task cannot be trained on.
 
     Raises:
-        ValueError: it cannot tell, or its `units` are not one number for each sample.
+        ValueError: the labels have another dtype or shape than the task needs, or `units` does not return one integer
+            for each sample.
     """
     try:
         wrong = task.wrong(target)

@@ -32,8 +32,8 @@ class CIFAR100(Benchmark):
     """Two classification tasks on CIFAR-100, with the standard augmentation: RandomCrop(32, padding=4) and flip.
 
     Args:
-        root: the folder that holds (or receives) cifar-100-python/.
-        download: fetch the data when it is missing.
+        root: the folder that contains cifar-100-python/, or into which it is downloaded.
+        download: whether to download the data if it is missing.
     """
 
     root: str = "data"
@@ -56,6 +56,7 @@ class CIFAR100(Benchmark):
 
 
 def _complete(folder: Path) -> bool:
+    # Only whether the files exist. `_read` checks their content.
     return all((folder / name).is_file() for name in MD5)
 
 
@@ -65,7 +66,7 @@ def _download(root: Path) -> None:
     lock = root / ".cifar-100.lock"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock):  # of several processes one fetches it, the others wait and find it
+        with FileLock(lock):  # of several processes one downloads; the others wait, and then find the data
             try:
                 if not _complete(root / FOLDER):
                     _fetch(root)
@@ -85,25 +86,26 @@ def _download(root: Path) -> None:
 
 def _fetch(root: Path) -> None:
     print(f"downloading CIFAR-100 (169 MB) to {root}", flush=True)
-    # Beside the target, so that the finished folder arrives in one rename and an interruption leaves nothing.
+    # On the same disk as the target. So the finished folder appears in one rename, and an interruption leaves nothing.
     with tempfile.TemporaryDirectory(dir=root, prefix=".cifar-100-") as work:
         source = torchvision_CIFAR100
         download_and_extract_archive(source.url, work, filename=source.filename, md5=source.tgz_md5)
         if not (root / FOLDER).exists():
             (Path(work) / FOLDER).rename(root / FOLDER)
             return
-        for file in (Path(work) / FOLDER).iterdir():  # an incomplete folder: whatever else lies there is the user's
+        for file in (Path(work) / FOLDER).iterdir():  # an incomplete folder: other files in it are the user's and stay
             os.replace(file, root / FOLDER / file.name)
 
 
 def _read(file: Path) -> Split:
-    # The md5 first: a pickle from a damaged or foreign file must not be opened at all.
+    # The md5 comes first, because opening a pickle runs code. A file that is not the published one is never opened.
     if calculate_md5(file) != MD5[file.name]:
         raise SetupError(
             f"{file.resolve()} is damaged (its md5 is not {MD5[file.name]}); delete it and run again to fetch it anew"
         )
     with file.open("rb") as f:
         content = pickle.load(f, encoding="bytes")
+    # The file stores channels first. Channels last is the order of every image column here.
     images = torch.from_numpy(content[b"data"]).view(-1, 3, 32, 32).permute(0, 2, 3, 1).contiguous()
     labels = {name: torch.tensor(content[f"{name}_labels".encode()]) for name in ("fine", "coarse")}
     return Split({"image": images, **labels})

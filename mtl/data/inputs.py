@@ -1,4 +1,4 @@
-"""What a network is fed with: a column of the data set, made ready on the device."""
+"""Inputs of a network: how a column of the data set is checked, and prepared on the device."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Input(ABC):
     """A column that the network reads.
 
     Args:
-        shape: of one sample as the network gets it; channels first.
+        shape: of one sample as the network gets it, channels first.
 
     Attributes:
-        moves: how the column follows the view of its sample.
+        moves: how the column follows a sample's view (crop, flip). A table's row, for example, stays as it is.
     """
 
     moves: ClassVar[Moves] = Fixed()
@@ -34,12 +34,14 @@ class Input(ABC):
 
     @abstractmethod
     def check(self, column: Tensor) -> None:
-        """Raises:
-        ValueError: the column's dtype or shape is not what this input reads.
+        """Check the dtype and shape of a column, before training.
+
+        Raises:
+            ValueError: the column has another dtype or shape than this input needs.
         """
 
     def ready(self, gathered: Tensor) -> Tensor:
-        """(B, …) rows of the column, on the device → (B, *shape) as the network gets them."""
+        """Prepare rows (B, …) of the column, on the device, for the network: (B, *shape)."""
         return gathered
 
     def example(self, size: int, generator: torch.Generator) -> Tensor:
@@ -48,11 +50,11 @@ class Input(ABC):
 
 
 class Image(Input):
-    """Images (M, H, W, C) uint8, given to the network as float32 (B, C, H, W): (x / 255 − mean) / std.
+    """Images: a column (M, H, W, C) uint8. The network gets float32 (B, C, H, W), normalised: (x / 255 − mean) / std.
 
     Args:
         shape: (channels, height, width).
-        mean, std: of each channel, of images scaled to [0, 1].
+        mean, std: mean and standard deviation of each channel, for images scaled to [0, 1].
 
     Raises:
         ValueError: the message begins with the name of the argument.
@@ -81,9 +83,10 @@ class Image(Input):
             raise ValueError(f"{dtype} of shape {shape}; {'; '.join([needed, *hints])}")
 
     def ready(self, gathered: Tensor) -> Tensor:
-        """The result is a view in channels_last order, which is what the fast convolutions want."""
+        """Normalise. The result is a view in channels_last order, in which convolutions are fast."""
         mean, std = _constants(self.mean, gathered.device), _constants(self.std, gathered.device)
-        # In place, except where bilinear augmentation has already made floats of other memory.
+        # float() makes one copy; the rest is in place. After bilinear augmentation the rows already are floats, so no
+        # copy is made.
         return gathered.float().div_(255).sub_(mean).div_(std).permute(0, 3, 1, 2)
 
     def example(self, size: int, generator: torch.Generator) -> Tensor:
@@ -91,7 +94,7 @@ class Image(Input):
 
 
 class Numbers(Input):
-    """Numbers (M, *shape) of any float dtype, given to the network as float32: a table's row, a series, a signal.
+    """Numbers, such as a table's row or a time series: a column (M, *shape) of any float dtype. Passed on as float32.
 
     Args:
         shape: of one sample.
@@ -109,11 +112,12 @@ class Numbers(Input):
 
 @cache
 def _constants(values: tuple[float, ...], device: torch.device) -> Tensor:
+    # Cached, because a copy from the host in every step would make the host wait for a GPU.
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _numbers(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """One finite number for each channel; a single number serves all channels."""
+    """One finite number for each channel. A single number is used for all channels."""
     try:
         found = tuple(float(v) for v in ([values] if isinstance(values, Real) else values))
     except (TypeError, ValueError):

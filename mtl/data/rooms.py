@@ -1,8 +1,8 @@
-"""Rendered rooms with exact classes, depth and surface normals: any size, no file, for tours and tests of dense tasks.
+"""Rendered rooms with exact classes, depth and surface normals, to try and test dense tasks without a download.
 
 A camera looks into a room with boxes and balls on its floor and windows in its walls. Each pixel casts one ray, so all
-maps come from the geometry. Coordinates of the camera: x to the right along the columns, y down along the rows, z into
-the picture; depth is z, as a depth camera measures it. No published table is of these images.
+label maps come from the geometry. The camera's coordinates: x to the right along the columns, y down along the rows, z
+into the picture. Depth is z, as a depth camera measures it. No paper reports results on these images.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ CHUNK = 32  # rooms that are drawn and rendered together
 
 @dataclass
 class Rooms(Benchmark):
-    """Classes, depth and normals of rendered rooms. 3 % of the pixels have no class, 3 % neither depth nor normal.
+    """Segmentation, depth and normals of rendered rooms. 3 % of the pixels lack a class, 3 % lack depth and normal.
 
     Args:
-        train_size, test_size: number of images; the same prefix whatever the size.
+        train_size, test_size: number of images. A larger data set starts with the images of a smaller one.
         height, width: of the images, in pixels.
     """
 
@@ -77,7 +77,7 @@ def _sample(name: str, size: int, height: int, width: int) -> Split:
 
 
 def damage(maps: dict[str, Tensor], draws: torch.Generator) -> None:
-    """Take away labels, as of a camera whose depth has holes and of an annotator who leaves pixels out; in place."""
+    """Remove some labels and add noise, in place. Real depth cameras have holes, and annotators leave pixels out."""
     shape = maps["depth"].shape
     maps["segmentation"][torch.rand(shape, generator=draws) < MISSING] = -100
     holes = torch.rand(shape, generator=draws) < MISSING
@@ -87,7 +87,7 @@ def damage(maps: dict[str, Tensor], draws: torch.Generator) -> None:
 
 
 def draw_rooms(size: int, draws: torch.Generator) -> dict[str, Tensor]:
-    """Random rooms, in metres and radians; y points down, and the floor is at y = 0.
+    """Random rooms, in metres and radians. y points down, so heights are negative; the floor is at y = 0.
 
     Returns:
         {name: (size, …)}: the room's `low` and `high` corner, camera, boxes, balls, windows, lamp, colours.
@@ -99,11 +99,12 @@ def draw_rooms(size: int, draws: torch.Generator) -> dict[str, Tensor]:
     half, depth, ceiling = uniform(1.5, 3.0), uniform(4.0, 7.0), uniform(2.3, 3.2)
     zero = torch.zeros(size)
     across, along = uniform(-0.9, 0.9, BOXES + BALLS), uniform(0.0, 1.0, BOXES + BALLS)
-    # From 2 m before the camera to the end of the room; further to the side where it is further away.
+    # Objects stand between 2 m from the camera and the far wall. The farther away, the farther to the side they may be,
+    # because the camera sees more there.
     z = 2.0 + along * (depth[:, None] - 2.5)
     x = across * torch.minimum(half[:, None] - 0.4, 0.6 * z)
     there = uniform(0, 1, BOXES + BALLS) < 0.75
-    where = torch.stack([x, z], -1).masked_fill(~there[..., None], 1e4)  # behind the walls, where no ray ends
+    where = torch.stack([x, z], -1).masked_fill(~there[..., None], 1e4)  # a missing object is put far behind the walls
     sides, radius = uniform(0.15, 0.5, BOXES, 3), uniform(0.15, 0.45, BALLS)
     return {
         "low": torch.stack([-half, -ceiling, zero - 0.5], 1),
@@ -125,21 +126,21 @@ def draw_rooms(size: int, draws: torch.Generator) -> dict[str, Tensor]:
 
 
 def render(rooms: dict[str, Tensor], height: int, width: int) -> dict[str, Tensor]:
-    """What the cameras see.
+    """Render the camera's image of each room, with its label maps.
 
     Returns:
         {"image": (N, H, W, 3) from 0 to 255, "segmentation": (N, H, W) int8, "depth": (N, H, W) metres,
-        "normals": (N, H, W, 3) unit vectors towards the camera}, without any hole.
+        "normals": (N, H, W, 3) unit vectors towards the camera}. Every pixel has all labels.
     """
     rotation = _rotation(rooms["yaw"], rooms["pitch"])
     focal = FOCAL * max(height, width)
     x, y = ((torch.arange(n) + 0.5 - n / 2) / focal for n in (width, height))
     rays = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width), torch.ones(height, width)], -1)
-    # z of a ray is 1, so that its length t is the depth.
+    # A ray is (x, y, 1) in the camera's coordinates. So the factor t at which it hits a surface is the depth z itself.
     rays = torch.einsum("nij,hwj->nhwi", rotation, rays)
     depth, normal, kind, colour = _walls(rooms, rays)
     for k, (t, n, of) in enumerate(_objects(rooms, rays)):
-        nearer = t < depth
+        nearer = t < depth  # the object hides whatever was drawn before it
         depth, normal = torch.where(nearer, t, depth), torch.where(nearer[..., None], n, normal)
         kind = kind.masked_fill(nearer, of)
         colour = torch.where(nearer[..., None], _wide(rooms["colours"][:, 3 + k]), colour)
@@ -169,7 +170,8 @@ def _wide(values: Tensor) -> Tensor:
 
 
 def _walls(rooms: dict[str, Tensor], rays: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Depth, normal, class and colour of the room itself, in which each ray ends."""
+    """Depth, normal, class and colour of the empty room (floor, ceiling, walls), where each ray ends."""
+    # Along each axis, the ray leaves the room at one of two planes. The nearest of the three planes is the one hit.
     ends = torch.where(rays > 0, _wide(rooms["high"]), _wide(rooms["low"])) - _wide(rooms["camera"])
     t = torch.where(rays == 0, torch.inf, ends / rays)
     depth, axis = t.min(-1)
@@ -177,6 +179,7 @@ def _walls(rooms: dict[str, Tensor], rays: Tensor) -> tuple[Tensor, Tensor, Tens
     places = _wide(rooms["camera"]) + depth[..., None] * rays
     kind = torch.where(axis == 1, torch.where(rays[..., 1] > 0, FLOOR, CEILING), WALL)
     colour = rooms["colours"][torch.arange(len(kind))[:, None, None], kind]
+    # A chequered floor. The small offset keeps rounding from deciding the tile of the floor's own plane.
     tiles = (places / _wide(rooms["tiles"])[..., None] + 1e-3).floor().sum(-1) % 2
     colour = torch.where(((kind == FLOOR) & (tiles == 1))[..., None], 0.6 * colour, colour)
     return depth, normal, kind.masked_fill(_in_window(rooms, places, axis, rays), WINDOW), colour
@@ -204,7 +207,8 @@ def _objects(rooms: dict[str, Tensor], rays: Tensor) -> Iterator[tuple[Tensor, T
 
 
 def _box(start: Tensor, rays: Tensor, sides: Tensor, yaw: Tensor) -> tuple[Tensor, Tensor]:
-    """Depth, infinite where a ray passes by, and normal of a box that is turned about the vertical axis."""
+    """Depth and normal of a box that is turned about the vertical axis. Depth is infinite if a ray misses the box."""
+    # The usual slab test, in the box's own coordinates: a ray hits if it enters all three slabs before it leaves one.
     turn = _turn(yaw)
     start, rays = torch.einsum("nji,nj->ni", turn, start), torch.einsum("nji,nhwj->nhwi", turn, rays)
     rays = torch.where(rays == 0, 1e-9, rays)
@@ -217,7 +221,8 @@ def _box(start: Tensor, rays: Tensor, sides: Tensor, yaw: Tensor) -> tuple[Tenso
 
 
 def _ball(start: Tensor, rays: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-    """Depth, infinite where a ray passes by, and normal of a ball."""
+    """Depth and normal of a ball. Depth is infinite if a ray misses it."""
+    # The smaller root of |start + t · ray|² = radius², a quadratic equation in t.
     start, radius = _wide(start), _wide(radius)
     a, b = rays.square().sum(-1), (rays * start).sum(-1)
     root = b.square() - a * (start.square().sum(-1) - radius.square())
@@ -228,7 +233,7 @@ def _ball(start: Tensor, rays: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _light(rooms: dict[str, Tensor], places: Tensor, normal: Tensor) -> Tensor:
-    """(N, H, W) how bright a matt surface is under the lamp; objects throw no shadow."""
+    """(N, H, W) the brightness of a matt surface under the lamp. Objects cast no shadows."""
     way = _wide(rooms["lamp"]) - places
     distance = way.square().sum(-1).sqrt()
     return 0.35 + 1.1 * ((way * normal).sum(-1) / distance).clamp(min=0) / (1 + 0.1 * distance.square())

@@ -1,7 +1,7 @@
-"""Procedural 32x32 images with 100 fine classes in 20 groups: any size, no file, for speed tests and smoke runs.
+"""Procedural 32x32 images with 100 fine classes in 20 groups, for speed tests and smoke runs without a download.
 
-Every group has a smooth random pattern, every class adds a weaker one of its own, and every image scales the sum and
-adds noise. Easy to learn: it shows that a run works and how fast, not which strategy is better.
+Every group has a smooth random pattern. Every class adds a weaker pattern of its own. Every image scales the sum and
+adds noise. This is easy to learn: it shows that a run works and how fast it is, but not which method is better.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Synthetic(Benchmark):
     """Fine and coarse classification of procedural images.
 
     Args:
-        train_size, test_size: number of images; the same prefix whatever the size.
+        train_size, test_size: number of images. A larger data set starts with the images of a smaller one.
     """
 
     train_size: Annotated[int, Ge(2)] = 5000
@@ -43,7 +43,7 @@ class Synthetic(Benchmark):
 
 
 def _smooth(count: int, generator: torch.Generator) -> Tensor:
-    """(count, 3, 32, 32) random fields with 4x4 degrees of freedom a channel."""
+    """(count, 3, 32, 32) smooth random images: 4x4 random numbers per channel, interpolated."""
     coarse = torch.randn(count, 3, 4, 4, generator=generator)
     return F.interpolate(coarse, size=32, mode="bicubic", align_corners=False)
 

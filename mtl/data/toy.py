@@ -1,16 +1,17 @@
-"""The two-dimensional toy problem of CAGrad as a data set, so that any strategy can be watched on it.
+"""The two-dimensional toy problem of CAGrad as a data set, so that every method can be tried on it.
 
 Liu et al., "Conflict-Averse Gradient Descent for Multi-task Learning", NeurIPS 2021, appendix: two losses of x in R²,
 with s = (1, −1) and u_i = −x₁/2 + s_i (tanh x₂ − 7/2),
 
     L_i = c₊ (log max(|u_i|, 5e-6) + 6) + c₋ ([(x₁ − 7 s_i)² + 0.1 (x₂ + 8)²] / 10 − 20),   c± = max(± tanh(x₂/2), 0),
 
-narrow valleys above x₂ = 0 and two bowls below. Pareto set: x₂ = −8.3552, |x₁| ≤ 7; least average loss −15.09 in its
-middle. Nash-MTL (Navon et al., ICML 2022) multiplies L_1 by 0.1, which moves that minimum to x₁ = −5.7.
+The losses have narrow valleys above x₂ = 0 and two bowls below. The Pareto set is x₂ = −8.3552, |x₁| ≤ 7. The least
+average loss is −15.09, in its middle. Nash-MTL (Navon et al., ICML 2022) multiplies L_1 by 0.1, which moves this
+minimum to x₁ = −5.7.
 
-Images are blank and all alike. `arch=point` predicts x for every task, and each task's criterion is its loss there.
-A strategy sees the losses above their lower bounds, −21 · scale and −21, as in FAMO's code: logarithms and ratios of
-negative losses mean nothing, and a constant changes no gradient. The metric `value` is the loss itself.
+Images are blank and all alike. `arch=point` predicts the point x for every task, and each task's loss is L_i(x).
+L_i is negative in places, but some methods take logarithms or ratios of losses. So, as in FAMO's code, a method sees
+L_i minus its lower bound (−21 · scale and −21). A constant changes no gradient. The metric `value` is L_i itself.
 `mtl.studies.toy_descent` follows the same trajectories in plain float64 numbers.
 """
 
@@ -35,7 +36,7 @@ SIGNS = (1.0, -1.0)  # s_1 and s_2
 
 
 def toy_loss(points: Tensor, sign: float) -> Tensor:
-    """(…) the loss with s_i = `sign` at points (…, 2), in their dtype, before any scale; differentiable twice.
+    """(…) the unscaled loss with s_i = `sign` at points (…, 2), in their dtype. It can be differentiated twice.
 
     At x₂ = 0 both gates have a kink. We use their one-sided derivatives there, as older torch.clamp did. torch 2.15
     uses 0, which would freeze every method at Nash-MTL's start (0, 0).
@@ -50,16 +51,16 @@ def toy_loss(points: Tensor, sign: float) -> Tensor:
 
 
 def toy_losses(points: Tensor, scale: float = 1.0) -> Tensor:
-    """(…, 2) both losses at points (…, 2), the first times `scale`."""
+    """(…, 2) both losses at points (…, 2). The first one is multiplied by `scale`."""
     first, second = (toy_loss(points, sign) for sign in SIGNS)
     return torch.stack([scale * first, second], -1)
 
 
 class Value(Mean):
-    """The toy's loss itself: how far its criterion is from the loss's lower bound, moved back.
+    """The metric: the loss L_i itself, which may be negative.
 
     Args:
-        task: whose loss it is.
+        task: the task of the loss.
     """
 
     scores = (Score("value", higher_is_better=False),)
@@ -73,7 +74,7 @@ class Value(Mean):
 
 @dataclass(frozen=True)
 class ToyTask(Task):
-    """One of the two losses. Its predictions are points (N, 2), and its criterion is the loss above its lower bound.
+    """One of the two losses as a task. Predictions are points (N, 2); the criterion is the loss minus its lower bound.
 
     Args:
         name, outputs, target: as in `Task`.
@@ -92,7 +93,7 @@ class ToyTask(Task):
         """(N,) the scaled loss at points (N, 2).
 
         Raises:
-            ConfigError: these are no points of the plane.
+            ConfigError: the points do not have two coordinates.
         """
         if points.shape[1:] != (2,):
             shape = tuple(points.shape[1:])
@@ -114,9 +115,9 @@ class Toy(Benchmark):
 
     Args:
         scale: of the first loss: 1 in CAGrad, 0.1 in Nash-MTL.
-        steps: in an epoch (fewer with limit_train or val_fraction).
-        batch_size: blank images in a step; changes no loss, but a strategy may split them into three parts of two. A
-            mean over a power of two is exact.
+        steps: number of steps in an epoch (fewer with limit_train or val_fraction).
+        batch_size: number of blank images in a step. It changes no loss, but at least 6 are needed: some methods split
+            a batch into three parts of two. A power of two makes the mean over the batch exact.
     """
 
     batch_size: Annotated[int, Ge(6)] = 8

@@ -1,4 +1,11 @@
-"""From a config to the objects of a run: checked, built, and tried out on each other."""
+"""From a config to the objects of a run.
+
+1. `check` compares the config with the signatures of the classes that it names. Nothing is built.
+2. `assemble` builds model, method and optimizer, and runs the model once on random inputs. No data is loaded.
+3. `open_batches` loads the data, and evaluates each split's first samples once.
+
+So most mistakes appear in the first second, before a folder is made or data is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +37,8 @@ from mtl.parallel.processes import Processes
 from mtl.random import seeded, stream
 from mtl.tasks import Task
 
-# The nodes of a config, and what the engine adds to each when it builds it.
+# The nodes of a config, with the arguments that the engine adds. A config must not give these: loss.tasks, for example,
+# comes from the data.
 NODES: dict[str, tuple[str, ...]] = {
     "data": (),
     "arch": ("in_channels", "tasks"),
@@ -47,16 +55,19 @@ NODES: dict[str, tuple[str, ...]] = {
 
 def _root(seed: Annotated[int, Ge(0)], output_root: str, data: dict, arch: dict, loss: dict, optimizer: dict,
           schedule: dict, step: dict, microscope: dict, trainer: dict, logger: dict, study: dict) -> None:  # fmt: skip
-    """The signature of a config's top level."""
+    """Never called. Its signature describes the config's top level, in the form in which classes describe nodes."""
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """Compare the whole config with the signatures of what it builds.
+    """Compare the whole config with the signatures of the classes that it names.
+
+    Nothing is built or written.
 
     Raises:
-        ConfigError: at the first thing that is wrong; nothing has been built or written.
+        ConfigError: the first mistake, such as an unknown argument or a number out of its range.
     """
-    if isinstance(root := config.get("output_root"), str) and not root.strip():  # the report takes it for damage
+    # An empty path would mean the current folder, but later the report would take it for a damaged file.
+    if isinstance(root := config.get("output_root"), str) and not root.strip():
         raise ConfigError(f"output_root={root!r}: must name a folder; output_root=. is the current one")
     schema.check_arguments(_root, {key: {} if key in NODES else value for key, value in config.items()}, "")
     for name, supplied in NODES.items():
@@ -64,23 +75,29 @@ def check(config: Mapping[str, Any]) -> None:
 
 
 def assemble(config: Mapping[str, Any], processes: Processes | None = None) -> tuple[Benchmark, Learner]:
-    """Build what a checked config describes, all but its data and its tracker.
+    """Build what a checked config describes, except its data and its tracker.
+
+    Args:
+        config: resolved and checked.
+        processes: the processes that share the work; None if there is only this one.
 
     Raises:
         UserError: two nodes do not fit each other, or the machine has no such device.
     """
-    # A user's own class may draw from the global generators: each is built under a stream of its own.
+    # A user's own class may draw from the global generators. Each object gets its own stream, so that another loss, for
+    # example, does not change the model's initial weights.
     with seeded(config["seed"], "data"):
         benchmark = build_benchmark(config["data"])
     with seeded(config["seed"], "loss"):
         strategy: Strategy = schema.build(config["loss"], "loss", tasks=[t.name for t in benchmark.tasks])
+    # Some methods divide each batch, and every part needs a sample. See `parts`.
     if benchmark.batch_size < parts(strategy):
         name = type(strategy).__name__
         raise ConfigError(
             f"data.batch_size={benchmark.batch_size}: {name} divides a batch into {parts(strategy)} parts, none "
             f"of which may be empty; use {parts(strategy)} or more, and {2 * parts(strategy)} or more with batch norm"
         )
-    # A strategy may train fewer tasks than there are (loss=single): the others then do not exist in this run.
+    # The single-task baseline (loss=single) trains one task of several. The others do not exist in such a run.
     tasks = [task for task in benchmark.tasks if task.name in strategy.names]
     trainer: Execution = schema.build(config["trainer"], "trainer")
     switches: Switches = schema.build(config["step"], "step")
@@ -90,14 +107,16 @@ def assemble(config: Mapping[str, Any], processes: Processes | None = None) -> t
         raise ConfigError(f"step.{error}") from error
     if (warmup := config["schedule"].get("warmup_epochs", 0)) >= trainer.epochs:
         raise ConfigError(f"schedule.warmup_epochs={warmup}: must be less than trainer.epochs={trainer.epochs}")
+    # A method with lazy buffers keeps averages of the shared gradients; their length must not change between stages.
     keeps = type(strategy).__name__ if strategy.lazy else None
     check_stages(trainer.plan, [task.name for task in tasks], warmup, keeps)
     if processes is not None:
         trainer = replace(trainer, device=processes.device(trainer.device))
     device = trainer.open_device()
-    with trainer.flags():  # what a deterministic run refuses, the trial passes find
+    with trainer.flags():  # with the run's flags, the trial passes find operations that a deterministic run refuses
         learner = build_learner(config, benchmark, tasks, strategy, trainer, device, switches)
     if processes is not None:
+        # Processes divide the backbone's work, so the model must say what its backbone is.
         if not isinstance(learner.model, HardSharing):
             kind = type(learner.model).__name__
             raise ConfigError(f"arch: {kind} cannot be divided among processes yet; train it without torchrun")
@@ -108,17 +127,20 @@ def assemble(config: Mapping[str, Any], processes: Processes | None = None) -> t
 
 
 def open_batches(benchmark: Benchmark, learner: Learner) -> tuple[TrainingBatches, dict[str, EvaluationBatches]]:
-    """Load the data: training batches, and one set of evaluation batches for each other split.
+    """Load the data, and try the tasks on it: training batches, and evaluation batches of every other split.
 
     Raises:
         UserError: the data is missing or wrong, or a task's loss or metrics do not work on it.
     """
     with seeded(learner.seed, "load"):
         strategy, splits = learner.strategy, benchmark.splits()
+    # Batch norm cannot normalise a single sample, so each part of a batch needs two.
     smallest = 2 * parts(strategy)
     if len(splits["train"]) < smallest:
         raise ConfigError(f"data: {len(splits['train'])} training samples; batch norm needs at least {smallest}")
     train = TrainingBatches(splits["train"], benchmark, learner.device, learner.seed, smallest)
+    # Try each task's loss and metrics on a few samples of each split. A mistake in a user's own task appears now, and
+    # not after the first epoch. `as_before` puts the model back afterwards.
     for split in splits.values():
         columns = {name: column.to(learner.device) for name, column in few(split, learner.tasks).items()}
         with as_before(learner.model), learner.trainer.flags(), torch.no_grad():
@@ -130,7 +152,7 @@ def open_batches(benchmark: Benchmark, learner: Learner) -> tuple[TrainingBatche
 
 
 def parts(strategy: Strategy) -> int:
-    """How many parts a step divides its batch into."""
+    """The number of parts into which a step divides its batch: 1 for most methods, 2 for Auto-Lambda and MoDo."""
     return max(strategy.samples, 2 if defines(strategy, "look_ahead") else 1)
 
 
@@ -143,12 +165,14 @@ def build_learner(
     device: torch.device,
     switches: Switches | None = None,
 ) -> Learner:
-    """Model and optimizer of a checked config, on the device; the initial weights are a function of the seed.
+    """Build model and optimizer on the device, and put all parts into a `Learner`.
+
+    The initial weights depend on the seed alone. So two methods with the same seed start from the same weights.
 
     Raises:
-        ConfigError: the architecture does not fit the images or the microscope the batches, or the optimizer refuses
-            its arguments.
-        SetupError: nothing in the model can be trained.
+        ConfigError: the architecture does not fit the images, the microscope does not fit the batches, or the optimizer
+            refuses its arguments.
+        SetupError: no parameter of the model can be trained.
     """
     microscope: Microscope = schema.build(config["microscope"], "microscope")
     try:
@@ -159,17 +183,21 @@ def build_learner(
     with seeded(seed, "schedule"):
         schedule = schema.build(config["schedule"], "schedule")
     with seeded(seed, "init"):
+        # The trial pass has two samples, because batch norm refuses one. It has one only if the run's batches do.
         size = max(1, min(2, benchmark.batch_size // parts(strategy)))
         model, outputs = _build_model(config, benchmark, tasks, trainer, size)
         _check_features(model, outputs, strategy, tasks, switches or Switches())
+        # RotoGrad, for example, makes a rotation matrix for each task. It needs the width of the features.
         if outputs.features is not None:
             strategy.prepare(outputs.features[0].numel())
     if not any(p.requires_grad for p in model.parameters()):
         raise SetupError("arch: every parameter of the model is frozen (requires_grad=False); nothing would be trained")
     model, strategy = trainer.place(model, device), strategy.to(device)
+    # Group 0: the model. Group 1: the method's own parameters, such as the log variances of uncertainty weighting.
     groups = [{"params": list(model.parameters())}]
     if own := list(strategy.parameters()):
-        # The method's parameters train at their own rate and without decay, unless its config follows the optimizer.
+        # They may have their own rate, and by default no weight decay: it would pull the log variances to 0. None
+        # follows the optimizer's setting.
         settings = {"lr": strategy.lr, "weight_decay": strategy.weight_decay}
         groups.append({"params": own, **{k: v for k, v in settings.items() if v is not None}})
     with seeded(seed, "optimizer"):
@@ -184,6 +212,7 @@ def build_learner(
             switches.check_per_task(strategy)
         except ValueError as error:
             raise ConfigError(f"optimizer=adatask: {error}") from error
+    # Every step computes lr = initial_lr · schedule anew. So a resumed run cannot apply the schedule twice.
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return Learner(trainer, model, tasks, strategy, optimizer, schedule, device, seed, switches, microscope)
@@ -192,9 +221,17 @@ def build_learner(
 def _build_model(
     config: Mapping[str, Any], benchmark: Benchmark, tasks: list[Task], trainer: Execution, size: int
 ) -> tuple[Model, Outputs]:
-    """The model, tried out on `size` random samples, and what it returned for them."""
+    """Build the model, and run it on `size` random samples.
+
+    Returns:
+        the model, and its outputs for the samples.
+
+    Raises:
+        ConfigError: the model fails on inputs of the data's shapes, or its outputs do not fit the tasks.
+    """
     node, first = config["arch"], next(iter(benchmark.inputs.values()))
     parameters = inspect.signature(schema.locate(node[schema.TARGET], f"arch.{schema.TARGET}")).parameters
+    # A class gets the engine's arguments only if its signature has them. A user's own network may need neither.
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     supplied: dict[str, Any] = {}
     if takes_all or "in_channels" in parameters:
@@ -204,6 +241,7 @@ def _build_model(
     built = schema.build(node, "arch", **supplied)
     batch = benchmark.example(size, stream(0, "arch_check"))
     try:
+        # A plain backbone becomes a hard-sharing model, with one head for each task. A `Model` brings its own heads.
         model = built if isinstance(built, Model) else HardSharing(built, tasks)
         if missing := [name for name in model.inputs if name not in batch]:
             raise ArchError(f"{type(model.trunk).__name__} reads {missing[0]}; the data has {', '.join(batch)}")
@@ -219,11 +257,12 @@ def _build_model(
 
 
 def _check_features(model: Model, outputs: Outputs, strategy: Strategy, tasks: list[Task], switches: Switches) -> None:
-    """Whether the model has the features that the method needs.
+    """Check that the model has the features that the method needs, such as a vector for each sample.
 
     Raises:
-        ConfigError: it has not.
+        ConfigError: the model has no features, or they have another shape, or heads without parameters.
     """
+    # Most methods need no features at all.
     name, kind = type(strategy).__name__, type(model.trunk).__name__
     if not (strategy.flat or defines(strategy, "views") or switches.of_features(strategy)):
         return

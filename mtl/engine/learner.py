@@ -1,4 +1,8 @@
-"""Training and evaluation of one run. Nothing in a step waits for the device; the host reads once per epoch."""
+"""Training and evaluation of one run.
+
+A step's path: `train_epoch` → `Step` → `forward` (below) → `gradients`, `accumulate` → the optimizer. Nothing in a step
+waits for the device: sums stay there as tensors, and the host reads them once per epoch (`Tally.read`).
+"""
 
 from __future__ import annotations
 
@@ -34,15 +38,15 @@ from mtl.tasks import Task
 from mtl.tracking.console import Progress
 
 log = logging.getLogger("mtl")
-STATISTICS = ("norm", "ratio", "cosine", "conflict", "magnitude")  # of `Info`: means over the epoch, as grad/…
+STATISTICS = ("norm", "ratio", "cosine", "conflict", "magnitude")  # fields of `Info`; reported as grad/<name>
 
 
 @dataclass
 class Pass(Losses):
-    """A forward pass of the learner.
+    """The result of one forward pass, with predictions for the metrics.
 
     Attributes:
-        predictions: what each task's decoder returned, in fp32.
+        predictions: the output of each task's decoder, in fp32.
     """
 
     predictions: Sequence[Any] = ()
@@ -50,7 +54,7 @@ class Pass(Losses):
 
 @dataclass
 class Look:
-    """One step under the microscope."""
+    """One step under the microscope: passes the step's tensors on to the observer, with the batch that it needs."""
 
     observer: GradientObserver
     learner: Learner
@@ -69,20 +73,21 @@ class Look:
 
 @dataclass
 class Learner:
-    """Everything that learns in a run, and the one epoch of it.
+    """Everything that learns in a run (model, method, optimizer), with the functions that train and evaluate it.
 
     Attributes:
-        trainer: precision, layout, number of epochs.
+        trainer: precision, memory layout, number of epochs.
         model: on the device.
         tasks: in the order of the model's predictions and of the strategy.
-        strategy: combines the losses or gradients.
-        optimizer: over the parameters of model and strategy; each group holds its full rate as "initial_lr".
-        schedule: multiplies the groups' rates.
+        strategy: the method; combines the losses or gradients.
+        optimizer: holds the parameters of model and strategy. Each group keeps its rate before the schedule as
+            "initial_lr".
+        schedule: the factor of the learning rates at each moment.
         device: of model and batches.
         seed: of the run.
         switches: variations of the step.
-        microscope: which steps' gradients are looked at.
-        processes: among which the backbone's work is divided; None is this one alone.
+        microscope: decides in which steps the gradients are measured.
+        processes: the processes that divide the backbone's work; None if this is the only process.
     """
 
     trainer: Execution
@@ -99,9 +104,9 @@ class Learner:
 
     def __post_init__(self) -> None:
         self._python = PythonState(self.strategy, self.model, self.device)
-        self._unsavable: str | None = None
-        self._trained = False  # whether an epoch has moved the model
-        self._idle: Idle | None = None  # why the latest one has not
+        self._unsavable: str | None = None  # why a user's own attributes cannot be saved, if they cannot
+        self._trained = False  # whether any epoch so far has changed the model
+        self._idle: Idle | None = None  # why the latest epoch has not changed it
         self._trainable = [p for p in self.model.parameters() if p.requires_grad]
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
 
@@ -112,53 +117,70 @@ class Learner:
 
     @property
     def combines(self) -> bool:
-        """Whether a step takes the gradient of each task's loss."""
+        """Whether a step computes the gradient of each task's loss separately."""
         return self.switches.combines(self.strategy, getattr(self.optimizer, "per_task", False))
 
     @property
     def one_jacobian(self) -> bool:
-        """Whether a step takes exactly the Jacobian of the task losses for the parameters, on the whole batch."""
+        """Whether the step's Jacobian is that of the task losses, for the parameters, on the whole batch.
+
+        The microscope then reuses it, instead of computing it a second time.
+        """
         strategy, switches = self.strategy, self.switches
         exact = strategy.samples == 1 and switches.transform == "none" and not switches.of_features(strategy)
         return exact and not self.alternates and self.combines
 
     @property
     def passes(self) -> int:
-        """How much a step computes, in forward passes; look-aheads of the method are not counted."""
+        """The cost of a step, in forward passes. The method's look-aheads are not counted."""
+        # The usual estimate: a backward pass costs two forward passes. A method on features needs one pass through the
+        # backbone, as loss weighting does; its T passes through the heads alone are cheap.
         tasks = len(self.tasks)
         if self.alternates:
             return 3 * tasks
         return 1 + 2 * (tasks if self.combines and not self.switches.of_features(self.strategy) else 1)
 
     def train_epoch(self, batches: TrainingBatches, epoch: int) -> dict[str, float]:
-        """Train for one epoch, counted from 0; a function of the learner's state, the seed and `epoch`.
+        """Train for one epoch. The result depends only on the learner's state, the seed and `epoch`.
+
+        Args:
+            batches: the training data.
+            epoch: number of the epoch, counted from 0.
 
         Returns:
-            the row of metrics.jsonl, without evaluation: losses and metrics of the training batches as they were
-            passed, mean task weights, gradient statistics, learning rate, speed.
+            the epoch's row of metrics.jsonl, without evaluation: losses and metrics on the training batches (measured
+            during training, before each update), mean task weights, gradient statistics, learning rate, speed.
         """
-        # Dropout and a user's own code draw from the global streams: reseeded, they too are functions of (seed, epoch).
+        # Dropout and a user's own code draw from torch's global streams. Reseeded here, their draws depend on the seed
+        # and the epoch alone. So a resumed run continues exactly as the uninterrupted run would have.
         with seeded(self.seed, "dropout", epoch), self.trainer.flags():
             started, epochs, steps = time.perf_counter(), self.trainer.epochs, len(batches)
             if epoch == 0:
-                self._python_state()  # says now if there is none to be saved
+                self._python_state()  # warns at the start, rather than after hours, if a resume will be impossible
             self.strategy.epoch_start(epoch, epochs, self.seed)
             self.model.train()
             self.strategy.train()
+            # Most runs have one stage. Others train, for example, a new head on the frozen backbone in a second stage.
+            # `counts` are the tasks whose losses count in this stage; None if all do.
             stage, first = stage_at(self.trainer.plan, epoch)
             counts = self._enter(stage, begins=0 < epoch == first)
+            # `partial`: some sample lacks a label. Without such samples, the step needs no marks of the labelled ones.
             step, tally, partial = self.step(), Tally(self.device), any(t.name in batches.partial for t in self.tasks)
             observer = GradientObserver(self.microscope.samples, self.tasks, self.model,
                                         self.switches.transform == "log", self.one_jacobian, tally)  # fmt: skip
+            # Until an epoch has changed the model, a watch checks it. A frozen model would otherwise train in vain.
             watch = None if self._trained else Watch(self.model, self.optimizer, tally)
             progress = Progress(steps, f"epoch {epoch + 1}/{epochs}")
             progress.live &= self.processes is None or self.processes.leads
             alarm = Alarm([task.name for task in self.tasks], epoch, type(self.strategy).__name__)
             for i, batch in enumerate(batches.epoch(epoch)):
+                # The schedule counts epochs from the start of the stage: epoch - first + i / steps of them are done.
                 if i == 0 or self.schedule.interval == "step":
                     self._set_rate(epoch - first + i / steps, stage.epochs)
                 labelled = self._labelled(batch, counts) if partial or counts is not None else None
                 look = Look(observer, self, batch) if self.microscope.looks(i) and observer.parameters else None
+                # One update: see `Step.__call__`. `self.forward(batch)` is a function that computes the losses, because
+                # some methods call it several times. `info` holds the weights, statistics and forward passes.
                 info = step(self.forward(batch), _size(batch), labelled, look)
                 alarm.see(self._add_up(info, batch, tally), info.norm, counts)
                 if watch is not None:
@@ -166,9 +188,9 @@ class Learner:
                 progress.update(i + 1)
             if watch is not None:
                 watch.finish()
-            read = tally.read()
+            read = tally.read()  # the host waits for the device here, once per epoch
             progress.clear()
-            if self.processes is not None:
+            if self.processes is not None:  # all processes must have computed the same sums
                 self.processes.compare(read, self.device)
             if watch is not None:
                 self._idle = watch.cause(read)
@@ -185,10 +207,12 @@ class Learner:
 
     @torch.no_grad()
     def _add_up(self, info: Info, batch: Batch, tally: Tally) -> Sequence[Tensor]:
-        """Add one step to the epoch's sums; returns its losses.
+        """Add one step to the epoch's sums on the device.
 
-        Names with a slash are the engine's: no task's name holds one.
+        Returns:
+            the step's T losses on the whole batch.
         """
+        # A name with a slash, such as "step/norm", cannot collide with a task's: no task name contains a slash.
         predictions, losses = self._whole(info.passes, batch)
         counts = self._add_tasks(predictions, batch, tally)
         for task, loss, count in zip(self.tasks, losses, counts, strict=True):
@@ -199,7 +223,11 @@ class Learner:
         return losses
 
     def _add_tasks(self, predictions: Sequence[Any], batch: Batch, tally: Tally) -> list[Tensor]:
-        """Add a batch to the metrics of all tasks; returns how many labelled units each task has in it."""
+        """Add a batch to the metrics of all tasks.
+
+        Returns:
+            T numbers () of labelled units in the batch: samples, or pixels for a dense task.
+        """
         counts = [t.count(batch[t.column]) for t in self.tasks]
         tally.add("count", torch.stack(counts))
         for task, prediction in zip(self.tasks, predictions, strict=True):
@@ -208,7 +236,7 @@ class Learner:
         return counts
 
     def _of_steps(self, read: Mapping[str, Tensor], steps: int) -> dict[str, float]:
-        """Means over the epoch's steps: the tasks' weights and the gradients' statistics."""
+        """Means over the epoch's steps: weights/<task> and grad/<statistic>."""
         row = {}
         if "step/weights" in read:
             for task, weight in zip(self.tasks, read["step/weights"].tolist(), strict=True):
@@ -219,11 +247,15 @@ class Learner:
         return row
 
     def _enter(self, stage: Stage, begins: bool) -> Tensor | None:
-        """Let the stage's parameters learn; returns (T,) bool, the tasks that count, or None where all do.
+        """Freeze and unfreeze parameters, as the stage says.
 
         Args:
-            begins: this is the stage's first epoch, and not the run's.
+            begins: whether this is the first epoch of a stage other than the first one.
+
+        Returns:
+            (T,) bool, the tasks whose losses count; None if all do.
         """
+        # A run without stages: nothing to freeze or unfreeze. What the user froze in the model stays frozen.
         if len(self.trainer.plan) == 1 and stage == Stage(stage.epochs):
             return None
         learns = {id(p) for task in self.tasks if stage.learns(task.name) for p in self.model.own_parameters(task.name)}
@@ -231,43 +263,46 @@ class Learner:
         for p in self._trainable:
             p.requires_grad_(id(p) in learns)
         known = {id(p) for p in self._trainable}
-        for module in self.model.modules():  # a frozen batch norm keeps its averages as well
+        # requires_grad=False does not stop batch norm's running averages; evaluation mode does. Only a batch norm that
+        # the stage froze is concerned: `known - learns` leaves out parameters that the user froze.
+        for module in self.model.modules():
             own = list(module.parameters(recurse=False))
             if hasattr(module, "track_running_stats") and own and all(id(p) in known - learns for p in own):
                 module.eval()
-        if begins:
+        if begins:  # each stage starts without the momentum of the stage before, as a run of its own would
             self.optimizer.state.clear()
+        # Group 0 holds the model's parameters, group 1 the method's own. A stage's `lr` concerns the model only.
         for i, (group, rate) in enumerate(zip(self.optimizer.param_groups, self._rates, strict=True)):
             group["initial_lr"] = stage.lr if stage.lr is not None and i == 0 else rate
         counts = [stage.counts(task.name) for task in self.tasks]
         return None if all(counts) else torch.tensor(counts, device=self.device)
 
     def _labelled(self, batch: Batch, counts: Tensor | None) -> Tensor:
-        """(N, T) bool: which samples have a label of which task that counts."""
-        # As one tensor, because a step may divide its batch into parts.
+        """(N, T) bool: whether sample n has a label of task t, and the task counts in this stage."""
+        # For each sample, and not only for the batch, because a step may divide the batch into parts.
         labelled = torch.stack([t.labelled(batch[t.column]) for t in self.tasks], 1)
         return labelled if counts is None else labelled & counts
 
     def step(self) -> Step:
-        """The update of this learner's parameters."""
+        """A new `Step`, which updates this learner's parameters."""
         heads = [list(self.model.own_parameters(task.name)) for task in self.tasks]
-        self.strategy.group = None  # the processes of a run have divided the batch by themselves
+        self.strategy.group = None  # the processes of a run divide the backbone only, so nothing is averaged
         return Step(
             self.strategy, self.optimizer, list(self.model.shared_parameters()), heads,
             switches=self.switches, model=self.model,
         )  # fmt: skip
 
     def _whole(self, passes: Sequence[Pass], batch: Batch) -> tuple[Sequence[Any], Sequence[Tensor]]:
-        """Each task's predictions and loss on the whole batch, from the forward passes that a step was made of."""
+        """Each task's predictions and loss on the whole batch, collected from the step's forward passes."""
         if len(passes) == 1:
             return passes[0].predictions, passes[0].values
-        if getattr(self.optimizer, "alternates", False):  # each task's own turn
+        if getattr(self.optimizer, "alternates", False):  # each task's loss from its own turn
             return [p.predictions[k] for k, p in enumerate(passes)], [p.values[k] for k, p in enumerate(passes)]
         predictions = [torch.cat(parts) for parts in zip(*(p.predictions for p in passes), strict=True)]
         return predictions, self._losses(predictions, batch)
 
     def forward(self, batch: Batch) -> Callable[[slice], Pass]:
-        """The function that computes the losses of a part of this batch."""
+        """The function that computes the losses of a part of this batch: `Step` calls it as forward(slice(0, 64))."""
 
         def forward(part: slice) -> Pass:
             piece = {name: column[part] for name, column in batch.items()}
@@ -277,7 +312,8 @@ class Learner:
         return forward
 
     def predict(self, batch: Batch) -> Outputs:
-        """Each task's prediction in fp32, and the features at which sharing ends."""
+        """Run the model: each task's prediction in fp32, and the features at the end of the shared part."""
+        # `views` and `run` are passed only if needed, so that a user's own model does not have to accept them.
         options: dict[str, Any] = {}
         if defines(self.strategy, "views") or self.switches.of_features(self.strategy):
             options["views"] = self._views
@@ -288,19 +324,25 @@ class Learner:
         return Outputs([_single(p) for p in outputs.predictions], outputs.features)
 
     def _views(self, features: Tensor) -> Sequence[Tensor]:
-        """What each decoder sees of the features."""
+        """The input of each decoder: the features themselves, or a rotated copy for each task (RotoGrad)."""
         if torch.is_grad_enabled() and not features.requires_grad and self.switches.of_features(self.strategy):
-            features.requires_grad_()  # a frozen backbone; the method still weighs by the features' gradients
+            features.requires_grad_()  # the backbone is frozen, but the method needs gradients of the features
         return self.strategy.views(features)
 
     def _losses(self, predictions: Sequence[Any], batch: Batch) -> list[Tensor]:
         return [t.loss(p, batch[t.column]) for t, p in zip(self.tasks, predictions, strict=True)]
 
     def epoch_end(self, row: dict[str, float]) -> None:
-        """Tell the strategy how the epoch went: training losses, and scores on validation data where there is some.
+        """Give the method the epoch's mean training losses and each task's main metric.
+
+        The metric is measured on validation data, or on the training batches if the data has no validation split. The
+        test set never reaches the method.
+
+        Args:
+            row: the epoch's row of metrics.jsonl, with evaluation.
 
         Raises:
-            NothingTrained: the epoch has trained nothing, and no later one can be expected to.
+            NothingTrained: the epoch has trained nothing, and no later epoch can be expected to.
         """
         if self._idle is not None:
             self._idle.judge(self.strategy.epoch, self.trainer.epochs)
@@ -314,12 +356,17 @@ class Learner:
         scores = torch.tensor([row[f"{split}/{key}"] for key in keys])
         stage, _ = stage_at(self.trainer.plan, self.strategy.epoch)
         if absent := [i for i, task in enumerate(self.tasks) if not stage.counts(task.name)]:
-            losses[absent], scores[absent] = math.nan, math.nan  # as for a task without any label
+            losses[absent], scores[absent] = math.nan, math.nan  # NaN also marks a task without any label
         higher = torch.tensor([t.scores[0].higher_is_better for t in self.tasks])
         self.strategy.epoch_end(Statistics(losses, scores, higher, percent=True))
 
     def evaluate(self, batches: Iterable, name: str) -> dict[str, float]:
-        """Losses and metrics over all samples, as {"<name>/<task>_loss": …, "<name>/<task>_<metric>": …}."""
+        """Losses and metrics over all samples of a split: {"test/fine_loss": 1.2, "test/fine_accuracy": 61.0}.
+
+        Args:
+            batches: the split's batches.
+            name: of the split.
+        """
         with seeded(self.seed, "evaluate", name), self.trainer.flags():
             return self._evaluate(batches, name)
 
@@ -331,6 +378,7 @@ class Learner:
             predictions = self.predict(batch).predictions
             self._add_tasks(predictions, batch, tally)
             for task, prediction in zip(self.tasks, predictions, strict=True):
+                # A sum over the labelled samples. `_row` divides it by their number, so that batch sizes do not matter.
                 tally.add(f"{task.name}_loss", task.criterion(prediction, batch[task.column]).sum())
         return self._row(name, tally.read())
 
@@ -352,9 +400,9 @@ class Learner:
             group["lr"] = group["initial_lr"] * factor
 
     def state(self) -> dict:
-        """All that decides the rest of the run, besides (seed, epoch): model, optimizer, strategy, a user's attributes.
+        """Everything that a resumed run needs besides (seed, epoch): model, optimizer, method, a user's attributes.
 
-        Where these cannot be saved, "unsavable" says why: the run goes on, but cannot be resumed.
+        If a user's attributes cannot be saved, the entry "unsavable" says why. The run goes on, but cannot be resumed.
         """
         state = {
             "model": self.model.state_dict(),
@@ -370,10 +418,14 @@ class Learner:
         return state
 
     def load_state(self, state: dict) -> None:
-        """Continue from `state`; its "epoch" is 0 where it is only handed to another process.
+        """Continue from `state`.
+
+        Args:
+            state: from `state`, with the number of finished epochs as "epoch". It is 0 if the state of a new run is
+                handed from one process to another.
 
         Raises:
-            SetupError: something of the state could not be saved, or belongs to other classes.
+            SetupError: a part of the state could not be saved, or the state belongs to other classes.
         """
         if (why := state.get("unsavable")) and state.get("epoch"):
             raise SetupError(
@@ -381,7 +433,9 @@ class Learner:
                 "and delete the run's folder to start afresh"
             )
         if python := state.get("python"):
-            try:  # before the rest: it makes the buffers and parameters that the first batch has made
+            # This comes first. Some modules create parameters in their first batch; these must exist before
+            # load_state_dict can fill them.
+            try:
                 self._python.restore(python)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise SetupError(f"last.pt does not fit the classes of this run: {one_line(error)}") from error
@@ -391,7 +445,7 @@ class Learner:
         self._trained = bool(state.get("epoch")) and not state.get("untrained", False)
 
     def _python_state(self) -> dict | None:
-        """What a user's own classes keep in attributes; None, and said once, if it cannot be saved."""
+        """The attributes of a user's own classes. If they cannot be saved: None, and one warning."""
         try:
             return self._python.save()
         except Unsavable as error:
@@ -406,5 +460,5 @@ def _size(batch: Batch) -> int:
 
 
 def _single(prediction: Any) -> Any:
-    """In single precision, in which losses are computed; a decoder may return something else than one tensor."""
+    """Convert a prediction to fp32, in which losses are computed. Anything other than a tensor is left as it is."""
     return prediction.float() if isinstance(prediction, Tensor) else prediction

@@ -1,4 +1,8 @@
-"""One run in its directory, from a checked config to an outcome: build, train, save, report."""
+"""One run in its directory, from a checked config to an outcome: build, train, save, report.
+
+`prepare` builds a `Job`; `Job.execute` trains it. After every epoch a row goes to metrics.jsonl and a checkpoint to
+last.pt, in this order. A run that was killed continues after its last checkpoint, with the same numbers.
+"""
 
 from __future__ import annotations
 
@@ -45,22 +49,27 @@ def prepare(
     command: str,
     processes: Processes | None = None,
 ) -> Iterator[Job | Follower | Outcome]:
-    """Build one run, whose `execute` then trains it inside this block; or the outcome of a run that is already done.
+    """Build one run. Its `execute` must be called inside this block, while the run's directory is locked.
+
+    Yields a `Job`. A process that only helps (torchrun) gets a `Follower`. A run that is already finished is not built
+    again: then its `Outcome` is yielded.
 
     Args:
         config: resolved and checked, as plain Python objects.
-        choices: the option chosen in each config group.
-        identity: where the run belongs.
+        choices: the option chosen in each config group, such as {"loss": "famo"}.
+        identity: the run's name and group, and a hash of its config.
         command: the command line, for run.json and the footer.
-        processes: that share the work. The first does all that is written and shown. None is this process alone.
+        processes: the processes that share the work. Only the first one writes files and messages. None: there is only
+            this process.
 
     Raises:
-        Busy: another process is at work on this run.
-        UserError: the config, the machine or another process stands in the way; nothing was written.
+        Busy: another process is training this run.
+        UserError: the run cannot be built; nothing was written. The config is wrong, for example, or data is missing.
     """
     path = identity.directory(config["output_root"])
     leads = processes is None or processes.leads
     done = RunDirectory(path).run if leads else {}
+    # The folder's path follows from the config. Another name in its run.json means that somebody renamed a folder.
     if done.get("name", identity.name) != identity.name:
         raise Damaged(f"{path}/run.json belongs to another run, {done['name']}; restore it, or delete it")
     if done.get("status") == "finished":
@@ -68,9 +77,11 @@ def prepare(
         yield Outcome("finished", 0, str(path))
         return
 
+    # Build everything before the directory is opened: a mistake in the config then leaves no folder behind.
     benchmark, learner = assemble(config, processes)
     tracker: Tracker = schema.build(config["logger"], "logger")
     with RunDirectory(path) if leads else nullcontext() as directory:
+        # The first process may have to download the data. The others wait, and then find it on the disk.
         with nullcontext() if processes is None else processes.leader_first():
             train, evaluations = open_batches(benchmark, learner)
         if processes is not None:
@@ -82,8 +93,9 @@ def prepare(
 
 
 def _look_again(config: Mapping[str, Any], identity: Identity, path: Path, finished: str) -> None:
-    """Inspect a finished run, and report it once more to a tracker that wants that."""
-    on_cpu = {**config, "trainer": {**config["trainer"], "device": "cpu"}}  # the run's device may not be here
+    """Check the files of a finished run, and report it again if the tracker accepts repeats (Weights & Biases)."""
+    # A damaged summary is written anew, for which the model must be built. This machine may lack the run's GPU.
+    on_cpu = {**config, "trainer": {**config["trainer"], "device": "cpu"}}
     inspect(RunDirectory(path), identity.name, config["trainer"]["epochs"], lambda: assemble(on_cpu))
     log.info(f"{identity.name}: finished {finished}, in {path} (delete that folder to run it again)")
     tracker: Tracker = schema.build(config["logger"], "logger")
@@ -93,7 +105,10 @@ def _look_again(config: Mapping[str, Any], identity: Identity, path: Path, finis
 
 @dataclass
 class Job:
-    """One run in its directory: resume if there is something to resume, train to the end, keep every file in order."""
+    """One run in its directory: resume from a checkpoint if there is one, train to the end, keep the files consistent.
+
+    The attributes up to `tracker` are the parts that `prepare` has built. The others follow the run's progress.
+    """
 
     config: Mapping[str, Any]
     choices: Mapping[str, str]
@@ -105,35 +120,40 @@ class Job:
     train: TrainingBatches
     evaluations: dict[str, EvaluationBatches]
     tracker: Tracker
-    rows: list[dict[str, float]] = field(default_factory=list)  # of metrics.jsonl: the epochs that are saved
-    digest: bytes = START  # of these rows
-    told: int = 0  # how many rows the tracker has
-    begun: bool = False  # whether run.json says that the run is running
-    failed: Outcome | None = None
+    rows: list[dict[str, float]] = field(default_factory=list)  # of metrics.jsonl: one for each saved epoch
+    digest: bytes = START  # of these rows; a checkpoint holds it, so that an edited metrics.jsonl is noticed
+    told: int = 0  # how many rows the tracker has received
+    begun: bool = False  # whether run.json already has the status "running"
+    failed: Outcome | None = None  # set by `_ends` if an error ended the run
 
     def execute(self) -> Outcome:
-        """Train; the outcome is in run.json and in the return value. Interruptions are noted and passed on.
+        """Train the run to its end.
+
+        Returns:
+            the outcome, which run.json also holds. A run that diverges or fails does not raise: its outcome says so.
 
         Raises:
-            SetupError: a file in the directory is damaged or cannot be written; the run has not begun.
+            SetupError: before the first epoch, a file in the directory is damaged or cannot be written.
+            KeyboardInterrupt, SystemExit, Terminated: the run was interrupted. run.json has the status "interrupted".
         """
         learner, processes = self.learner, self.learner.processes
         forget_peak_memory(learner.device)
         self.rows, self.digest = resume(self.directory, self.identity.name, learner)
-        self.told = len(self.rows)
+        self.told = len(self.rows)  # a resumed run's tracker already has these rows
         with self._ends():
             self._begin()
             with nullcontext() if processes is None else processes.guard(self._last_words):
+                # The other processes get the weights and the first epoch from this one: only it has read last.pt.
                 if processes is not None:
                     hand_out(learner, len(self.rows))
                 for epoch in range(len(self.rows), learner.trainer.epochs):
                     started = time.perf_counter()
                     row = {"epoch": epoch + 1, **learner.train_epoch(self.train, epoch)}
-                    self._refuse_divergence(row)
+                    self._refuse_divergence(row)  # before the evaluation, which would only take time
                     for name, batches in self.evaluations.items():
                         row.update(learner.evaluate(batches, name))
-                    self._refuse_divergence(row)
-                    learner.epoch_end(row)
+                    self._refuse_divergence(row)  # again: a metric on evaluation data or a weight may be NaN
+                    learner.epoch_end(row)  # methods such as DWA update their weights here, before the checkpoint
                     row["time/seconds"] = time.perf_counter() - started
                     self._note(row)
             self._finish()
@@ -144,11 +164,15 @@ class Job:
 
     @contextmanager
     def _ends(self) -> Iterator[None]:
-        """However the run ends inside this block, run.json and summary.json say so; an error becomes `failed`."""
+        """Note in run.json and summary.json how the run ends, if it ends early. An error is stored in `failed`.
+
+        An exception is passed on in two cases: an interruption, and a mistake of the user's before the run has begun.
+        """
         path = str(self.directory.path)
         try:
             yield
         except (KeyboardInterrupt, SystemExit, Terminated):  # SystemExit: preempted under submitit or Ray
+            # A signal may also come after the run was marked as finished; then nothing is left to note.
             if self.begun and not self.directory.finished:
                 self._close("interrupted", "stopped by a signal")
                 epochs = len(self.rows)
@@ -166,30 +190,31 @@ class Job:
         except Exception as error:
             if not self.begun and isinstance(error, SetupError):
                 raise
-            log.debug(traceback.format_exc())  # into train.log only
+            # The console shows one line, with file and line if the error is in a user's own class. train.log has all.
+            log.debug(traceback.format_exc())
             where = f"{own}; " if (own := place(error)) and own not in str(error) else ""
             what = f"{type(error).__name__}: {one_line(error)}"
             self._fail("failed", 1, f"{what} ({where}traceback in {path}/train.log)")
 
     def _begin(self) -> None:
-        """Say in run.json, to the tracker and on the console that the run begins or goes on."""
+        """Report in run.json, to the tracker and on the console that the run begins or continues."""
         directory, rows = self.directory, self.rows
-        with deferred():
+        with deferred():  # a signal waits until these files agree with each other
             directory.start(self.config, self._identity_fields(), self.learner.device)
             self.begun = True
-            directory.truncate(rows)
+            directory.truncate(rows)  # rows beyond the checkpoint are trained again
         where = self.tracker.start(self._info())
         sizes = {"train": self.train.size, **{name: b.size for name, b in self.evaluations.items()}}
         announce.header(
             self.config, self.identity, self.benchmark, self.learner, sizes, len(self.train), str(directory.path),
             where, len(rows),
         )  # fmt: skip
-        # A kill between the two files leaves best.pt one epoch behind last.pt.
+        # A kill after last.pt was written and before best.pt was leaves best.pt one epoch behind.
         if rows and (problem := mend_best(directory, self.identity.name, rows, *self._selector)):
             log.info(f"WARNING   {problem}")
 
     def _note(self, row: dict[str, float]) -> None:
-        """Save an epoch, then show it."""
+        """Save an epoch, then report it."""
         with deferred():
             self._save(row)
         self._tell()
@@ -198,22 +223,32 @@ class Job:
 
     def _save(self, row: dict[str, float]) -> None:
         """Put an epoch on disk, then into `rows`."""
-        # Row, then checkpoint: on resume, rows that no checkpoint knows are cut. best.pt is last.pt, linked.
+        # First the row, then the checkpoint. After a kill in between, the row is cut off and the epoch trained again.
+        # In the other order a row would be missing, which nothing could restore.
         self.directory.append(row)
         known = digest([row], self.digest)
         checkpoint.save(state(row["epoch"], self.identity.name, known, self.learner), self.directory.last)
         self.digest = known
         self.rows.append(row)
         if best(self.rows, *self._selector) is row:
-            checkpoint.link(self.directory.last, self.directory.best)
+            checkpoint.link(self.directory.last, self.directory.best)  # a hard link: the weights are not written twice
 
     def _tell(self) -> None:
-        """Give the tracker the rows that it does not have yet."""
+        """Send the tracker the rows that it does not have yet."""
         for row in self.rows[self.told :]:
             self.tracker.log(row)
             self.told += 1
 
     def _refuse_divergence(self, row: Mapping[str, float]) -> None:
+        """End the run if a loss, a metric, the gradient or a weight is NaN or infinite.
+
+        Args:
+            row: the epoch's values so far: after training, or also after the evaluation of some splits.
+
+        Raises:
+            Diverged: the message names the first such value.
+        """
+        # Only splits that are in the row already. A task without labels in a split has a NaN that is no divergence.
         evaluated = {
             name: b for name, b in self.evaluations.items() if f"{name}/{self.learner.tasks[0].name}_loss" in row
         }
@@ -229,7 +264,11 @@ class Job:
         return selector(self.learner.tasks, "val" in self.evaluations)
 
     def summary(self) -> dict[str, Any]:
-        """The run's results: best over epochs (each metric on its own), last epoch, and chosen on validation data."""
+        """The run's results, for summary.json.
+
+        Each test metric at its own best epoch, at the last epoch, and at the epoch that validation data chose (if any).
+        Then the model's size, the speed and the peak memory.
+        """
         return {
             **summarise(self.rows, metrics(self.learner.tasks, "test"), *self._selector),
             "tasks": owned(self.learner.tasks),
@@ -240,10 +279,11 @@ class Job:
         }
 
     def _finish(self) -> None:
+        """Write summary.json, close the tracker, and mark the run as finished. The mark comes last."""
         summary = {"status": "finished", **self.summary()}
         write_json(self.directory.summary, summary)
         self._tell()
-        # After a signal in here the run counts as interrupted, and is reported again.
+        # If a signal stops the run here, it counts as interrupted. The next attempt reports it again.
         self.tracker.finish(flatten(summary), ok=True)
         with deferred():
             self.directory.update(status="finished", error=None, finished=now(), metrics_digest=self.digest.hex())
@@ -253,7 +293,7 @@ class Job:
         self.failed = Outcome(status, code, str(self.directory.path), message)
 
     def _close(self, status: str, error: str) -> None:
-        """Note how a run ended before its time, as far as its disk allows; never raises for a file."""
+        """Note how a run ended early. A file that cannot be written is skipped: the disk may be the reason."""
         summary = {"status": status, **(self.summary() if self.rows else {})}
         with deferred():
             with suppress(WriteError):
@@ -264,6 +304,7 @@ class Job:
         self.tracker.finish(flatten(summary), ok=False)
 
     def _last_words(self, status: str, error: str) -> None:
+        # Also called from another thread (`Processes.guard`), if this process hangs because another one has ended.
         self.directory.update(status=status, error=error, finished=now())
 
     def _identity_fields(self) -> dict[str, Any]:

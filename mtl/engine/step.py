@@ -1,8 +1,8 @@
 """`mtl.Step`: one update with any method, from a function that computes the losses of a part of the batch.
 
-Some methods need more than one backward pass: fresh batches, steps that are tried out, a second look at the losses.
-`Step` makes these passes, each when its method needs it, and calls the method's hooks. The engine, the certificates and
-foreign loops all use it.
+Most methods need one forward and one backward pass per step. A few need more: gradients of independent batches, steps
+that are tried and undone, or the losses after the update. `Step` makes exactly the passes that its method needs, and
+calls the method's hooks. The engine, the certificates and a user's own training loop all use this class.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mtl.random import derive
 
 @dataclass
 class Losses:
-    """What one forward pass found.
+    """The result of one forward pass.
 
     Attributes:
         values: T scalar losses with their graph, as in `mtl.backward`.
@@ -40,20 +40,22 @@ class Losses:
     features: Tensor | None = None
 
 
+# forward(part) computes the losses of the samples `part` of the batch. It is a function, and not a list of losses,
+# because some methods compute the losses more than once: on parts of the batch, or under changed parameters.
 Forward = Callable[[slice], Losses | Sequence[Tensor] | Tensor | Mapping[str, Tensor]]
 
 
 class Observer(Protocol):
-    """Something that looks at a step without changing it, such as the gradient microscope."""
+    """Something that measures a step without changing it, such as the gradient microscope."""
 
     def before(self, passes: Sequence[Losses]) -> None:
-        """Before the backward pass: what the forward passes found, with their graphs."""
+        """Called before the backward pass, with the results of the forward passes and their graphs."""
 
     def jacobian(self, jacobian: Tensor) -> None:
-        """The (T, P) Jacobian that the step combines, if it takes one; not to be kept or changed."""
+        """Called with the (T, P) Jacobian that the step combines, if there is one. Do not keep or change it."""
 
     def after(self, weights: Tensor | None) -> None:
-        """After the backward pass: the (T,) weights of the tasks, if the method has weights."""
+        """Called after the backward pass, with the (T,) task weights if the method has weights."""
 
 
 class Step:
@@ -66,14 +68,14 @@ class Step:
             step(lambda part: losses(model(images[part]), labels[part]), size=len(images))
 
     Args:
-        strategy: of any family.
-        optimizer: over the parameters of the model and of the strategy.
+        strategy: the method, of any family.
+        optimizer: holds the parameters of the model and of the strategy.
         shared, heads: as in `mtl.backward`.
         switches: variations of the step.
-        model: the modules whose batch norm averages are left alone in passes that only try something out. Without it
-            these are the modules among `shared` and `heads`.
+        model: the module whose batch norm averages stay unchanged in trial passes. If it is not given, the modules
+            among `shared` and `heads` are used.
         scaler: the GradScaler of mixed precision; `Step` calls its `step` and `update`.
-        max_norm: norm to which the gradient of all the optimizer's parameters is clipped; None does not clip.
+        max_norm: the gradient of all the optimizer's parameters is clipped to this norm; None does not clip.
 
     Raises:
         ValueError: the optimizer cannot work with this strategy or these switches.
@@ -97,9 +99,11 @@ class Step:
         self._modules = list(_modules(self._shared, self._heads)) if model is None else [model]
         self._per_task = getattr(optimizer, "per_task", False)
         self._alternates = getattr(optimizer, "alternates", False)
-        self._sums: list[Tensor] | None = None
-        self._epoch = False  # whether the caller tells us of epochs; the engine has the mean losses already
-        self._checked = False  # whether the optimizer holds the model; groups may be added until the first step
+        self._sums: list[Tensor] | None = None  # (T,) summed losses and (T,) numbers of samples, since `start_epoch`
+        # `Step` sums the losses only for callers of `start_epoch`. The engine does not call it: it has its own sums.
+        self._epoch = False
+        # The optimizer must hold the whole model. The first step checks it: until then, groups may still be added.
+        self._checked = False
         switches.check(strategy)
         if self._alternates and (type(strategy) is not Equal or switches != PAPER):
             raise ValueError(
@@ -117,19 +121,19 @@ class Step:
         """Make one update.
 
         Args:
-            forward: forward(part) makes a fresh forward pass over the samples `part`, a slice, of the batch. It returns
-                their T losses, or `Losses`.
+            forward: forward(part) makes a fresh forward pass over a part of the batch. `part` is a slice of sample
+                numbers. It returns the part's T losses, or `Losses`.
             size: number N of samples in the batch.
-            labelled: (N, T) bool, False where a sample has no label of that task; None where all have all. A task is
-                absent from a part of the batch in which no sample has its label.
-            observer: looks at this step.
+            labelled: (N, T) bool, False where a sample has no label of that task. None: every sample has every label.
+                A task is absent from a part of the batch if no sample of the part has its label.
+            observer: measures this step.
 
         Returns:
-            what the backward pass did, with the forward passes that it was made of in `passes`: one, or one for each
+            the report of the backward pass. Its `passes` holds the forward passes of the step: one, or one for each
             independent batch, or one for each task's turn.
 
         Raises:
-            ValueError, TypeError, RuntimeError: as `mtl.backward`; or the batch is too small to be divided.
+            ValueError, TypeError, RuntimeError: as `mtl.backward`; or the batch has too few samples to be divided.
         """
         strategy, whole = self.strategy, slice(0, size)
         if not callable(forward):
@@ -137,31 +141,36 @@ class Step:
             raise TypeError(f"forward: a {type(forward).__name__}, not a function of a part of the batch: {example}")
         if not self._checked:
             self._check_optimizer()
+        # Most methods skip this. Auto-Lambda, for example, tries a step on one half of the batch, and measures its
+        # effect on the losses of the other half. From this it learns its weights. The model stays as it was.
         if defines(strategy, "look_ahead"):
             self._look_ahead(forward, size, labelled)
-        if self._alternates:
+        if self._alternates:  # only the optimizer MTL-IO: T small updates in place of one
             info = self._take_turns(forward, whole, _present(labelled, [whole]), observer)
             self._add_up(info.passes, size, labelled)
             return info
+        # `samples` is 1 for most methods: then there is one part, the whole batch. MoDo, for example, needs gradients
+        # of two independent batches. The halves of one batch serve as such: they have no sample in common.
         parts = _parts(size, strategy.samples)
         present = _present(labelled, parts)
         passes = [_losses(forward(part)) for part in parts]
         self.optimizer.zero_grad(set_to_none=True)
         if observer is not None:
             observer.before(passes)
+        # From here on `.grad` is written: `gradients` computes what to add, `accumulate` adds it.
         values = [one.values for one in passes] if len(passes) > 1 else passes[0].values
         found = gradients(
             values, strategy, self._shared, self._heads, present, passes[0].features, self.switches, self.scaler,
             each=self._per_task, inspect=None if observer is None else observer.jacobian,
         )  # fmt: skip
         info, tasks = accumulate(found), _tasks(found) if self._per_task else {}
-        del found  # the gradients of the tasks take much memory
+        del found  # frees the tasks' gradients, which take T times the model's memory, before the optimizer's step
         if observer is not None:
             observer.after(info.weights)
         with self._resting(present):
             self._update(tasks)
         if defines(strategy, "after_step"):
-            # The same samples under the new parameters.
+            # FAMO, for example, compares the losses of the same samples before and after the update.
             with torch.no_grad(), self._frozen_statistics():
                 again = _losses(forward(whole))
             strategy.after_step(torch.stack(self.switches.transformed(self._scalars(again))), present)
@@ -171,18 +180,22 @@ class Step:
     # -- epochs -------------------------------------------------------------------------------------------------------
 
     def start_epoch(self, epoch: int, epochs: int, seed: int | None = None) -> None:
-        """Tell the method that epoch number `epoch` of `epochs`, counted from 0, begins."""
+        """Announce to the method that an epoch begins.
+
+        Args:
+            epoch: number of this epoch, counted from 0.
+            epochs: number of epochs of the training.
+            seed: of the training; None if the method's draws need not be reproducible.
+        """
         self.strategy.epoch_start(epoch, epochs, seed)
         self._sums, self._epoch = None, True
 
     def end_epoch(self, scores: Tensor | None = None, higher_is_better: Tensor | None = None) -> None:
-        """Tell the method how the epoch went.
-
-        The mean losses of the epoch's steps are known here.
+        """Give the method the epoch's results. The mean training losses come from the steps made since `start_epoch`.
 
         Args:
-            scores: (T,) each task's main metric, where the method learns from it; accuracies in percent.
-            higher_is_better: (T,) bool, the direction of the scores.
+            scores: (T,) each task's main metric; accuracies in percent. Only some methods need scores, such as DTP.
+            higher_is_better: (T,) bool, False for metrics that are errors.
 
         Raises:
             RuntimeError: no step was made since `start_epoch`.
@@ -192,15 +205,16 @@ class Step:
         if self._sums is None:
             raise RuntimeError("end_epoch: no step was made since start_epoch")
         total, counts = self._sums
-        means = torch.where(counts > 0, total / counts, torch.nan)  # NaN: no label all epoch
+        means = torch.where(counts > 0, total / counts, torch.nan)  # NaN: the task had no label in the whole epoch
         self._sums = None
         self.strategy.epoch_end(Statistics(means, scores, higher_is_better))
 
     @torch.no_grad()
     def _add_up(self, passes: Sequence[Losses], size: int, labelled: Tensor | None) -> None:
-        """Add the losses to the epoch's sums, each as often as it has labelled samples."""
+        """Add the losses to the epoch's sums, each multiplied by its number of labelled samples."""
         if not self._epoch or not defines(self.strategy, "epoch_end"):
             return
+        # When tasks take turns, each pass saw the whole batch. Otherwise each pass saw its own part.
         parts = [slice(0, size)] * len(passes) if self._alternates else _parts(size, len(passes))
         for one, part in zip(passes, parts, strict=True):
             losses = torch.stack(self._scalars(one)).detach()
@@ -208,7 +222,7 @@ class Step:
                 counts = torch.full_like(losses, part.stop - part.start)
             else:
                 counts = labelled[part].sum(0).to(losses)
-            total = torch.where(counts > 0, losses * counts, 0.0)
+            total = torch.where(counts > 0, losses * counts, 0.0)  # an absent task's loss may be NaN; NaN · 0 is NaN
             self._sums = [total, counts] if self._sums is None else [self._sums[0] + total, self._sums[1] + counts]
 
     # -- the parts of a step ------------------------------------------------------------------------------------------
@@ -232,14 +246,15 @@ class Step:
         """Clip, and make the optimizer's step.
 
         Args:
-            tasks: the further arguments of an optimizer that keeps statistics for each task; else empty.
+            tasks: further arguments for an optimizer with statistics for each task (AdaTask). Empty for all others.
         """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if self.max_norm is not None:
-            if self.scaler is not None:
+            if self.scaler is not None:  # the norm must be measured on the true gradient
                 self.scaler.unscale_(self.optimizer)
             norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
-            for rows in tasks.get("rows", {}).values():  # their sum stays the gradient
+            # AdaTask's rows, one gradient for each task, must still add up to the clipped gradient.
+            for rows in tasks.get("rows", {}).values():
                 rows *= (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
         if self.scaler is None:
             self.optimizer.step(**tasks)
@@ -248,13 +263,16 @@ class Step:
             self.scaler.update()
 
     def _take_turns(self, forward: Forward, whole: slice, present: Tensor | None, observer: Observer | None) -> Info:
-        """MTL-IO: each task in turn makes a forward pass and a step with its own optimizer."""
-        if observer is not None:  # at the weights before all turns, so in a forward pass of its own
+        """MTL-IO: each task in turn makes a forward pass, and a step with its own optimizer."""
+        # All tasks are observed at the same weights, before the first turn. This takes a forward pass of its own, which
+        # must leave no trace: neither in the random stream nor in the batch norm averages.
+        if observer is not None:
             with self._frozen_statistics(), torch.random.fork_rng(self._devices):
                 observer.before([_losses(forward(whole))])
             observer.after(None)
         passes, tasks = [], self.strategy.tasks
         for k in range(tasks):
+            # A fresh pass for each task, because the turn before has changed the shared parameters.
             passes.append(_losses(forward(whole)))
             loss = self._scalars(passes[k])[k]
             self.optimizer.zero_grad(set_to_none=True)
@@ -265,6 +283,7 @@ class Step:
         return Info(torch.ones(tasks, device=loss.device), norm, passes=tuple(passes))
 
     def _look_ahead(self, forward: Forward, size: int, labelled: Tensor | None) -> None:
+        """Let the method try steps: one half of the batch may give the gradient, the other one the losses after it."""
         halves, seed = _parts(size, 2), self.strategy.base_seed()
 
         def losses_of(k: int) -> Tensor:
@@ -282,12 +301,16 @@ class Step:
 
     @property
     def _devices(self) -> list[torch.device]:
-        """The GPUs whose random stream must stay as it is in a pass that tries something out."""
+        """The GPUs whose random streams must not change in a trial pass."""
         return list({p.device for g in self.optimizer.param_groups for p in g["params"] if p.device.type == "cuda"})
 
     @contextmanager
     def _resting(self, present: Tensor | None) -> Iterator[None]:
-        """Undo the optimizer's update of what the method has learned of an absent task; momentum would move it."""
+        """Undo the optimizer's update of an absent task's own parameters in the method, such as its log variance.
+
+        Their gradient is 0, but the optimizer's momentum would still move them.
+        """
+        # Only tensors with one row for each task are concerned: the row of an absent task is put back.
         own = [] if present is None else [p for p in self.strategy.parameters() if p.shape[:1] == present.shape]
         states = [s for p in own for s in self.optimizer.state.get(p, {}).values()]
         kept = [(t, t.detach().clone()) for t in (*own, *states) if torch.is_tensor(t) and t.shape[:1] == present.shape]
@@ -298,7 +321,7 @@ class Step:
 
     @contextmanager
     def _frozen_statistics(self) -> Iterator[None]:
-        """Forward passes in here normalise by the batch, as in training, but leave the running averages alone."""
+        """Inside, batch norm uses the batch's statistics, as in training, but its running averages do not change."""
         norms = [m for one in self._modules for m in one.modules() if getattr(m, "track_running_stats", False)]
         for m in norms:
             m.track_running_stats = False
@@ -310,7 +333,7 @@ class Step:
 
 
 def _tasks(found: Gradients) -> dict[str, Any]:
-    """What an optimizer with statistics for each task needs to know: see `AdaTask.step`."""
+    """The arguments for an optimizer with statistics for each task: see `AdaTask.step`."""
     one, rows, present = found.one, {}, {}
     if found.rows is not None:
         parts = found.rows.split([p.numel() for p in one.shared], dim=1)
@@ -322,15 +345,15 @@ def _tasks(found: Gradients) -> dict[str, Any]:
 
 
 def _losses(found: Any) -> Losses:
-    """What `forward` returned, as `Losses`."""
+    """The result of `forward` as `Losses`."""
     return found if isinstance(found, Losses) else Losses(found)
 
 
 def _parts(size: int, count: int) -> list[slice]:
-    """`count` parts of `size` samples, as equal as they can be; the first ones are larger.
+    """Divide `size` samples into `count` parts of nearly equal size, larger ones first: 7 into 2 gives 4 and 3.
 
     Raises:
-        ValueError: one would be empty.
+        ValueError: a part would be empty.
     """
     if size < count:
         raise ValueError(f"size: a batch of {size} samples cannot be divided into {count} parts")
@@ -340,12 +363,12 @@ def _parts(size: int, count: int) -> list[slice]:
 
 
 def _present(labelled: Tensor | None, parts: Sequence[slice]) -> Tensor | None:
-    """(T,) bool: the tasks with labels in every part, which is what comparing the parts needs."""
+    """(T,) bool: the tasks that have labels in every part. Only for them can a method compare the parts."""
     return None if labelled is None else torch.stack([labelled[part].any(0) for part in parts]).all(0)
 
 
 def _kept(given: Any) -> Any:
-    """The owners of parameters, with lists in place of generators, which can be read once only."""
+    """Copy generators into lists: `model.parameters()` can be read once only, and every step reads it."""
     if given is None or isinstance(given, nn.Module | nn.Parameter):
         return given
     if isinstance(given, Mapping):

@@ -1,1 +1,1 @@
-"""Metrics of one task (`task`, on the device) and of several (`multitask`, of finished runs; imports no torch)."""
+"""Metrics of single tasks, computed on the device. Metrics over several tasks are in `mtl.report`."""

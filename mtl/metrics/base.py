@@ -1,4 +1,4 @@
-"""What a metric is: a state on the device that adds up over batches, and the numbers that are read from it."""
+"""The base class of metrics: a state on the device that adds up over batches, and the values computed from it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Score:
-    """One number that a metric gives, such as "accuracy".
+    """A value that a metric computes, such as "accuracy".
 
     Attributes:
         name: key in logs and tables.
-        unit: shown behind the number ("%", "°" or "").
-        higher_is_better: direction, for choosing the best epoch and the best strategy.
+        unit: shown after the value ("%", "°" or "").
+        higher_is_better: False for errors. It decides which epoch and which method is the best.
     """
 
     name: str
@@ -27,12 +27,12 @@ class Score:
 
 
 class Metric(ABC):
-    """A tensor that grows over the batches of a split, and the scores that are computed from it at the end.
+    """A metric: sums over all batches of a split, and at the end the scores computed from these sums.
 
-    Example: a confusion matrix is one state, and gives both mIoU and pixel accuracy.
+    Example: the state may be a confusion matrix. It gives both mIoU and pixel accuracy.
 
     Attributes:
-        scores: what `compute` returns; the first score of a task's first metric is the task's main score.
+        scores: the scores that `compute` returns. The first score of a task's first metric is the task's main metric.
     """
 
     scores: Sequence[Score]
@@ -47,34 +47,34 @@ class Metric(ABC):
 
     @abstractmethod
     def zero(self) -> Tensor:
-        """The state before the first batch: zeros of any fixed shape, int64 or float64."""
+        """The state before the first batch: zeros of any fixed shape, as int64 or float64."""
 
     @abstractmethod
     def update(self, state: Tensor, prediction: Any, target: Any) -> None:
-        """Add a batch to `state`, in place, on its device, without waiting for the device.
+        """Add a batch to `state`, in place. The host must not wait for the device: no `.item()`, no `bincount`.
 
         Samples without a label add nothing. The states of two halves of a split must add up to the state of the whole.
 
         Args:
-            state: as from `zero`, after the batches before.
+            state: the sums over the earlier batches, in the form that `zero` returns.
             prediction: the task's prediction of a batch, as the model returns it.
             target: the task's labels of the same batch.
         """
 
     @abstractmethod
     def compute(self, state: Tensor) -> Mapping[str, float]:
-        """{score name: value} from a final state, float64 on the host; NaN where no sample had a label."""
+        """{score name: value} from a final state, in float64 on the host; NaN if no sample had a label."""
 
 
 class Mean(Metric):
-    """A mean over all labelled units, such as samples or pixels. Subclasses say `scores`, of one score, and `add`.
+    """A mean over all labelled units: samples, or pixels. A subclass defines `add`, and `scores` with one score.
 
-    A score in percent is one hundred times the mean, which then is a share.
+    If the score's unit is "%", the mean is multiplied by 100.
     """
 
     @abstractmethod
     def add(self, prediction: Any, target: Any) -> tuple[Tensor, Tensor]:
-        """() the sum over the labelled units of a batch, and () their number."""
+        """The sum () over a batch's labelled units, and their number ()."""
 
     def zero(self) -> Tensor:
         return torch.zeros(2, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Metrics of tasks with one label a sample."""
+"""Metrics of tasks with one label per sample."""
 
 from __future__ import annotations
 
@@ -8,17 +8,23 @@ from mtl.metrics.base import Mean, Score
 
 
 class Accuracy(Mean):
-    """Share of samples whose highest score is the label, in percent. Predictions (N, C), targets (N,), −100: none."""
+    """Share of samples whose highest output is the label, in percent.
+
+    Predictions (N, C), targets (N,), −100 for a sample without a label.
+    """
 
     scores = (Score("accuracy", "%"),)
 
     def add(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        target = target.long()  # −100 as uint8 is class 156
+        target = target.long()  # in uint8, −100 would be 156
         return (prediction.argmax(1) == target).sum(), (target != -100).sum()
 
 
 class MeanAbsoluteError(Mean):
-    """Mean |prediction − target|, in the target's unit. Predictions (N, 1), targets (N,), NaN: none."""
+    """Mean |prediction − target|, in the target's unit.
+
+    Predictions (N, 1), targets (N,), NaN for a sample without a label.
+    """
 
     scores = (Score("mae", higher_is_better=False),)
 

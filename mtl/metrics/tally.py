@@ -1,4 +1,7 @@
-"""Sums that grow on the device while an epoch runs, and are read once at its end."""
+"""Sums that grow on the device during an epoch, and are read once at its end.
+
+Reading a number from a GPU makes the host wait until all queued work is done. So nothing is read in a step.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ from mtl.metrics.base import Metric
 
 
 class Tally:
-    """Named sums and metric states on one device, read by the host in a single transfer.
+    """Named sums and metric states on one device. The host reads all of them in a single transfer.
 
     Args:
-        device: of all that is added.
+        device: the device of everything that is added.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -20,8 +23,9 @@ class Tally:
         self._states: dict[str, Tensor] = {}
 
     def add(self, name: str, value: Tensor) -> None:
-        """Add `value` (any shape, the same at every call) to the sum called `name`; counts stay exact integers."""
+        """Add `value` to the sum called `name`. It may have any shape, but the same one at every call."""
         value = value.detach()
+        # Counts stay integers: float32 cannot count beyond 2²⁴.
         value = value.float() if value.is_floating_point() else value.long()
         if name in self._states:
             self._states[name] += value
@@ -35,7 +39,7 @@ class Tally:
         metric.update(self._states[name], prediction, target)
 
     def read(self) -> dict[str, Tensor]:
-        """All sums and states, float64 on the host. Only here does the host wait for the device."""
+        """All sums and states, in float64 on the host. Only here does the host wait for the device."""
         if not self._states:
             return {}
         numbers = torch.cat([t.flatten().double() for t in self._states.values()]).cpu()

@@ -1,4 +1,4 @@
-"""Tasks: what a prediction is compared with, and how."""
+"""Tasks: each has labels, a loss and metrics."""
 
 from mtl.tasks.base import Task
 from mtl.tasks.dense import Depth, Normals, Segmentation

@@ -1,4 +1,4 @@
-"""A task: a name, a loss, metrics, and the rule that tells how many labels a sample carries."""
+"""A task: a name, a loss, metrics, and the number of labels of each sample."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from mtl.metrics.base import Metric, Score
 from mtl.views import Fixed, Moves
 
-INSTEAD = {  # what was a Task's, and what to write now
+INSTEAD = {  # methods of older versions, and their replacements, for the error message
     "labelled": "units(target), the number of labelled units of each sample",
     "head": "a backbone with a method decoder(task)",
     "check": "wrong(target), which marks the wrong labels",
@@ -22,16 +22,18 @@ INSTEAD = {  # what was a Task's, and what to write now
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """Base of every task. A subclass writes `criterion`, `units` and `metrics`.
+    """Base of every task. A subclass defines `criterion`, `units` and `metrics`.
+
+    A unit is one label: the class of a sample, or of a pixel in a dense task. Losses and metrics are means over units.
 
     Args:
         name: key in configs, logs and tables.
-        outputs: numbers that the decoder predicts for each labelled unit: classes, or 1, or 3 for a direction.
-        target: the column that holds the labels; empty for the column of the task's name.
+        outputs: number of values that the decoder predicts for each unit, such as the number of classes.
+        target: the column with the labels; empty for the column with the task's own name.
 
     Attributes:
-        moves: how a label follows its image when the image is cropped, flipped or scaled.
-        allowed: what a label may be, for messages.
+        moves: how a label changes when its image is cropped, flipped or scaled.
+        allowed: description of the allowed labels, for error messages.
     """
 
     name: str
@@ -50,43 +52,43 @@ class Task(ABC):
     @property
     @abstractmethod
     def metrics(self) -> Sequence[Metric]:
-        """The first score of the first metric is the task's main score."""
+        """The task's metrics. The first score of the first metric is the main one: it chooses the best epoch."""
 
     @abstractmethod
     def criterion(self, prediction: Any, target: Any) -> Tensor:
-        """(N,) loss of each sample, summed over the sample's labelled units; 0 where there is no label."""
+        """(N,) the loss of each sample, summed over its labelled units; 0 if the sample has none."""
 
     @abstractmethod
     def units(self, target: Any) -> Tensor:
-        """(N,) int64, how many labelled units each sample has: 1 or 0 for a class, the labelled pixels of a map."""
+        """(N,) int64, the number of labelled units of each sample: 0 or 1 for a class, the labelled pixels of a map."""
 
     def wrong(self, target: Tensor) -> Tensor:
-        """Bool, of the shape of `target`: labels that the task cannot be trained on. Asked once, at loading."""
+        """Bool, of the shape of `target`: True for labels that are not allowed. Called once, when data is loaded."""
         if target.ndim == 1 and target.is_floating_point():
-            # As float32, in which losses are computed: 1e300 is infinite there.
+            # Losses are computed in float32. There, a label of 1e300 would be infinite.
             return self.labelled(target) & ~target.float().isfinite()
         return torch.zeros_like(target, dtype=torch.bool)
 
     @property
     def column(self) -> str:
-        """Name of the column with the labels."""
+        """The name of the column with the labels."""
         return self.target or self.name
 
     @property
     def scores(self) -> list[Score]:
-        """Of all metrics; the first one is the main one."""
+        """The scores of all metrics; the first one is the main one."""
         return [score for metric in self.metrics for score in metric.scores]
 
     def labelled(self, target: Any) -> Tensor:
-        """(N,) bool: which samples carry a label of this task."""
+        """(N,) bool: whether each sample has a label of this task."""
         return self.units(target) > 0
 
     def count(self, target: Any) -> Tensor:
-        """() number of labelled units, on the device."""
+        """() the number of labelled units of a batch, on the device."""
         return self.units(target).sum()
 
     def loss(self, prediction: Any, target: Any) -> Tensor:
-        """() mean loss over the labelled units; a differentiable 0 when there is none.
+        """() the mean loss over a batch's labelled units; a differentiable 0 if there are none.
 
         Raises:
             ValueError: the criterion does not return one loss for each sample.
@@ -97,7 +99,8 @@ class Task(ABC):
                 f"{type(self).__name__}.criterion returned the shape {tuple(losses.shape)} for a "
                 f"prediction {_shape(prediction)}; one loss for each sample has the shape {tuple(units.shape)}"
             )
-        # A factor of exactly 1 where each sample has one label: then this is losses.mean(), bit for bit.
+        # The same as losses.sum() / units.sum(), up to rounding. In this form the factor is exactly 1 if each sample has
+        # one label, so the result equals losses.mean() bit for bit.
         return losses.mean() * (len(losses) / units.sum().clamp(min=1).to(losses.dtype))
 
 

@@ -1,7 +1,7 @@
 """Tasks with a map of labels for each image: classes, depth, surface normals.
 
-Losses and masks are those of Liu et al., "End-to-End Multi-Task Learning with Attention" (MTAN), CVPR 2019, pooled over
-the labelled pixels of a batch. A pixel without a label has loss 0 and exactly no gradient, whatever is predicted there.
+Losses and masks follow Liu et al., "End-to-End Multi-Task Learning with Attention" (MTAN), CVPR 2019. A loss is the mean
+over all labelled pixels of a batch. A pixel without a label has loss 0 and gradient 0, even if its prediction is NaN.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from mtl.tasks.base import Task
 from mtl.tasks.labels import wrong_classes
 from mtl.views import Directions, Metres, Moves, Pixels
 
-SHORTEST = 1e-3
+SHORTEST = 1e-3  # a predicted normal is divided by its length, but at least by this
 
 
 @dataclass(frozen=True)
 class Segmentation(Task):
-    """Cross-entropy of the class of each pixel, over `outputs` classes.
+    """Segmentation: cross-entropy of each pixel's class, over `outputs` classes.
 
-    Predictions (N, outputs, H, W), targets (N, H, W) of any integer type; −100 where a pixel has no label, which int8
-    holds in one byte.
+    Predictions (N, outputs, H, W), targets (N, H, W) of any integer type. −100 marks a pixel without a label; int8 can
+    hold it, in one byte per pixel.
     """
 
     moves: ClassVar[Moves] = Pixels()
@@ -50,16 +50,17 @@ class Segmentation(Task):
     def criterion(self, prediction: Tensor, target: Tensor) -> Tensor:
         _check_prediction(self, prediction, target)
         target = target.long()
-        # Filled first: a NaN that is masked afterwards would come back in the gradient.
+        # Unlabelled pixels are filled before the loss. If the loss were masked afterwards, a NaN prediction would still
+        # give a NaN gradient, because 0 times NaN is NaN.
         known = prediction.masked_fill((target == -100)[:, None], 0.0)
         return F.cross_entropy(known, target, ignore_index=-100, reduction="none").sum((1, 2))
 
 
 @dataclass(frozen=True)
 class Depth(Task):
-    """L1 loss of the depth of each pixel: predictions (N, 1, H, W), targets (N, H, W) in metres.
+    """L1 loss of each pixel's depth: predictions (N, 1, H, W), targets (N, H, W) in metres.
 
-    A pixel has no label where its depth is 0, as in MTAN's files, or NaN, as outside of a view.
+    A pixel has no label if its depth is 0 (as in MTAN's files) or NaN (as after a crop beyond the image).
     """
 
     moves: ClassVar[Moves] = Metres()
@@ -71,7 +72,7 @@ class Depth(Task):
 
     def wrong(self, target: Tensor) -> Tensor:
         _check_labels(target, 3)
-        values = target.float()  # in which losses are computed: 1e300 is infinite there
+        values = target.float()  # losses are computed in float32, where 1e300 is infinite
         return (values < 0) | values.isinf()
 
     def units(self, target: Tensor) -> Tensor:
@@ -85,12 +86,14 @@ class Depth(Task):
 
 @dataclass(frozen=True)
 class Normals(Task):
-    """1 − cos of the angle between the predicted and the true surface normal of each pixel.
+    """Surface normals: 1 − cos of the angle between the predicted and the true normal of each pixel.
 
-    Predictions (N, 3, H, W) of any length, which are normalised here; targets (N, H, W, 3) unit vectors as (x along the
-    columns, y along the rows, z). A pixel has no label where its normal is (0, 0, 0), as in MTAN's files, or NaN.
-    Labels that interpolation has shortened stay so, as in MTAN. Its code divides by the prediction's length; here by
-    1e-3 at least, so that no gradient is longer than 1000, even where the prediction is zero.
+    Predictions (N, 3, H, W) may have any length and are normalised here. Targets (N, H, W, 3) are unit vectors: x along
+    the columns, y along the rows, z. A pixel has no label if its normal is (0, 0, 0), as in MTAN's files, or NaN.
+    Labels that interpolation has shortened are not normalised, as in MTAN.
+
+    Different from MTAN's code: a prediction is divided by its length, but at least by 1e-3. So no gradient is longer
+    than 1000, even if a prediction is zero.
     """
 
     outputs: int = 3
@@ -106,7 +109,7 @@ class Normals(Task):
         _check_labels(target, 4)
         if target.shape[3] != 3:
             raise ValueError(f"shape {tuple(target.shape)}")
-        too_long = ~(target.float().norm(dim=3) <= 1.01) & ~target.isnan().all(3)  # NaN in some components only, too
+        too_long = ~(target.float().norm(dim=3) <= 1.01) & ~target.isnan().all(3)  # a NaN in one component only is wrong, too
         return too_long[..., None].expand(target.shape)
 
     def units(self, target: Tensor) -> Tensor:
@@ -121,11 +124,11 @@ class Normals(Task):
 
 
 def _directed(normals: Tensor) -> Tensor:
-    return normals.square().sum(-1) > 0  # not so of NaN
+    return normals.square().sum(-1) > 0  # False for NaN
 
 
 def _count(known: Tensor) -> Tensor:
-    """(N,) how many entries of (N, …) are true."""
+    """(N,) the number of True entries of each sample, from (N, …)."""
     return known.flatten(1).sum(1)
 
 

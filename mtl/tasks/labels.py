@@ -1,4 +1,4 @@
-"""Tasks with one label a sample: a class, or a number."""
+"""Tasks with one label per sample: a class, or a number."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Classification(Task):
         return wrong_classes(target, self.outputs)
 
     def units(self, target: Tensor) -> Tensor:
-        # As int64, because -100 as uint8 is class 156.
+        # Converted first: in uint8, −100 would be 156.
         return (target.long() != -100).long()
 
     def criterion(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class Classification(Task):
 class Regression(Task):
     """Smooth L1 (Huber) loss of one number: predictions (N, 1), targets (N,) numbers, NaN for no label.
 
-    Its gradient is bounded, so a regression head bears the learning rates that classification is trained with.
+    Its gradient is bounded. So a regression head can be trained with the learning rates that suit classification.
     """
 
     allowed = "a number must be finite, or NaN where a sample has no label"
@@ -57,17 +57,18 @@ class Regression(Task):
         if prediction.shape != (len(target), 1):
             shape = tuple(prediction.shape)
             raise ValueError(f"{self.name} is one number for each sample, but the model predicts the shape {shape}")
-        # In the prediction's precision: labels from NumPy are float64, and would make the losses so.
+        # Labels from NumPy are float64, which would make the loss float64 as well. NaN is replaced before the loss,
+        # because a NaN that is masked afterwards would come back in the gradient.
         known = target.nan_to_num(0.0).to(prediction.dtype)
         loss = F.smooth_l1_loss(prediction.squeeze(1), known, reduction="none")
         return torch.where(target.isnan(), 0.0, loss)
 
 
 def wrong_classes(target: Tensor, classes: int) -> Tensor:
-    """Bool, of the shape of `target`: entries that are neither a class nor −100.
+    """Bool, of the shape of `target`: True for entries that are neither a class nor −100.
 
     Raises:
-        ValueError: the dtype holds no integers.
+        ValueError: the dtype is not an integer type.
     """
     if target.is_floating_point() or target.is_complex():
         raise ValueError(f"dtype {str(target.dtype).removeprefix('torch.')}; convert with .long()")
