@@ -241,13 +241,14 @@ def test_heads_of_any_memory_layout_train_alike_with_a_fused_optimizer(own, loss
 
 
 OLD = {
-    "class OldTask(Regression):\n    def head(self, features):\n        return None\n": "OldTask defines head, .*decoder",
+    "class OldTask(Regression):\n    def head(self, features):\n        return None\n":
+        "OldTask defines head, .*decoder",
     "class OldMetric(MeanAbsoluteError):\n    name = 'f1'\n": r"OldMetric: a Metric says scores = \(Score\('f1'\),\)",
     "class Old(Shapes):\n    image_shape = (1, 8, 8)\n": r"data: Old\.image_shape: no Benchmark .* write inputs = ",
     "class Old(Shapes):\n    flip = False\n": r"data: Old\.flip: no Benchmark .* write augment = ",
     "class Old(Shapes):\n    def load(self):\n        return tuple(super().load().values())\n":
         r"Old\.load\(\) returned a tuple of Split, Split; {\"train\": Split",
-    "class Old(Shapes):\n    def load(self):\n        return Split(torch.zeros(4, 8, 8, 1), {'shape': torch.zeros(4)})\n":
+    "class Old(Shapes):\n    def load(self):\n        return Split(torch.zeros(4, 8, 8, 1), {'shape': None})\n":
         r"Old\.load\(\): TypeError: Split takes a dict of columns.*old_classes\.py:\d+",
 }  # fmt: skip
 
