@@ -48,6 +48,10 @@ class Task(ABC):
     def units(self, target: Any) -> Tensor:
         """(N,) int64, how many labelled units each sample has: 1 or 0 for a class, the labelled pixels of a map."""
 
+    def answers(self, prediction: Any) -> dict[str, Tensor]:
+        """What a user reads of a prediction, {name: (N, …)}, such as the class instead of the scores of all classes."""
+        return {"prediction": prediction}
+
     def wrong(self, target: Tensor) -> Tensor:
         """Bool, of the shape of `target`: labels that the task cannot be trained on. Asked once, at loading."""
         if target.ndim == 1 and target.is_floating_point():
