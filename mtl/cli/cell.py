@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -100,6 +100,7 @@ class Cell:
         away: this process was started by a launcher.
         last: it is the run that was asked for, not one of its single-task baselines.
         refused: why there is no config to run.
+        words: the overrides that describe it.
         outcome: how the run ended.
     """
 
@@ -111,6 +112,7 @@ class Cell:
     away: bool = False
     last: bool = True
     refused: UserError | None = None
+    words: Sequence[str] = ()
     outcome: Outcome = RUNNING
 
     def begin(self) -> None:
@@ -147,7 +149,7 @@ class Cell:
 
     def end(self) -> float | None:
         """Note and print how it ended; return what a sweeper searches by."""
-        outcome, found = _objective(self.outcome)
+        outcome, found = confirmed(self.outcome)
         self.outcome = outcome
         if outcome.message and torchrun.rank() == 0:
             print(f"error: {outcome.message}", file=sys.stderr)
@@ -193,8 +195,8 @@ def prepared(
         yield job
 
 
-def _objective(outcome: Outcome) -> tuple[Outcome, float | None]:
-    """What a sweeper searches by; a finished run whose files are damaged counts as damaged, not as finished."""
+def confirmed(outcome: Outcome) -> tuple[Outcome, float | None]:
+    """The outcome and what a sweeper searches by; a finished run whose files are damaged counts as damaged, not as finished."""
     # Under torchrun the files are the first process's, which may still be writing them.
     if outcome.status != "finished" or torchrun.rank() != 0:
         return outcome, None
@@ -216,7 +218,7 @@ def _cells(config: DictConfig, hydra: DictConfig, away: bool) -> list[Cell]:
     refused = None
     try:
         refuse_hidden(hydra)
-        commands = _commands(config, choices, words)
+        commands = commands(config, choices, words)
     except UserError as error:
         commands, refused = [({}, choices, words)], error
     grid, cells = hydra.mode == RunMode.MULTIRUN, []
@@ -228,7 +230,7 @@ def _cells(config: DictConfig, hydra: DictConfig, away: bool) -> list[Cell]:
     return cells
 
 
-def _commands(config: DictConfig, choices: dict[str, str], words: list[str]) -> list[Command]:
+def commands(config: DictConfig, choices: dict[str, str], words: list[str]) -> list[Command]:
     """The command of each run.
 
     Raises:
