@@ -5,8 +5,8 @@ Two lines put any strategy into a foreign training loop::
     strategy = mtl.losses.PCGrad(tasks=3)
     mtl.backward(losses, strategy, shared=backbone.parameters(), heads=[h.parameters() for h in heads])
 
-`mtl.Step` makes a whole update, and serves the methods that need more than these lines. `mtl.train` and `mtl.grid` start
-runs as the command line does, and `mtl.load` brings a trained one back.
+`mtl.Step` makes a whole update, and serves the methods that need more than these lines. `mtl.train` and `mtl.grid`
+start runs as the command line does, and `mtl.load` brings a trained one back.
 """
 
 import importlib

@@ -196,7 +196,7 @@ def prepared(
 
 
 def confirmed(outcome: Outcome) -> tuple[Outcome, float | None]:
-    """The outcome and what a sweeper searches by; a finished run whose files are damaged counts as damaged, not as finished."""
+    """The outcome and what a sweeper searches by; a finished run whose files are damaged counts as damaged."""
     # Under torchrun the files are the first process's, which may still be writing them.
     if outcome.status != "finished" or torchrun.rank() != 0:
         return outcome, None
@@ -218,12 +218,12 @@ def _cells(config: DictConfig, hydra: DictConfig, away: bool) -> list[Cell]:
     refused = None
     try:
         refuse_hidden(hydra)
-        commands = commands(config, choices, words)
+        found = commands(config, choices, words)
     except UserError as error:
-        commands, refused = [({}, choices, words)], error
+        found, refused = [({}, choices, words)], error
     grid, cells = hydra.mode == RunMode.MULTIRUN, []
-    for i, (plain, chosen, typed) in enumerate(commands):
-        last = i == len(commands) - 1
+    for i, (plain, chosen, typed) in enumerate(found):
+        last = i == len(found) - 1
         number = hydra.job.num if grid else 0
         note = Path(hydra.sweep.dir) / f"cell-{number:05d}{'' if last else f'-{i}'}.json" if grid else None
         cells.append(Cell(plain, chosen, repeat(hydra, typed), number, note, away, last, refused))

@@ -105,9 +105,11 @@ class LoadedRun:
             except (ValueError, TypeError, RuntimeError) as error:
                 raise ConfigError(f"inputs: {name}: {one_line(error)}") from error
         sizes = {len(column) for column in columns.values()}
-        if len(sizes) > 1 or sizes == {0}:
-            shown = ", ".join(f"{name} {len(column)}" for name, column in columns.items())
-            raise ConfigError(f"inputs: the columns must have the same number of rows, at least one: {shown}")
+        if len(sizes) > 1:
+            shown = ", ".join(f"{len(column)} of {name}" for name, column in columns.items())
+            raise ConfigError(f"inputs: the columns must have the same number of rows, not {shown}")
+        if sizes == {0}:
+            raise ConfigError("inputs: there are no samples")
         return columns
 
 
