@@ -147,7 +147,7 @@ def read_changes(words: Sequence[str]) -> dict[str, Any]:
     changes = {}
     for word in words:
         try:
-            override = OverridesParser.create().parse_override(word)
+            (override,) = OverridesParser.create().parse_overrides([word])
         except Exception as error:  # Hydra's grammar
             raise translate(error, words) from error
         if override.is_sweep_override():

@@ -172,9 +172,8 @@ def _saved(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         SetupError: `path` is no run's folder, or one of them is damaged.
     """
     if not path.is_dir():
-        raise SetupError(
-            f"{path}: {'is no folder' if os.path.lexists(path) else 'no such folder'}; name a run's folder"
-        )
+        wrong = "is no folder" if os.path.lexists(path) else "no such folder"
+        raise SetupError(f"{path}: {wrong}; a run's folder is needed, such as outputs/digits/resnet20/dwa/…/seed0")
     info = RunDirectory(path).run
     if not isinstance(info.get("name"), str):
         if os.path.lexists(path / "run.json"):
