@@ -5,7 +5,8 @@ Two lines put any strategy into a foreign training loop::
     strategy = mtl.losses.PCGrad(tasks=3)
     mtl.backward(losses, strategy, shared=backbone.parameters(), heads=[h.parameters() for h in heads])
 
-`mtl.Step` makes a whole update, and serves the methods that need more than these lines.
+`mtl.Step` makes a whole update, and serves the methods that need more than these lines. `mtl.train` and `mtl.grid`
+start runs as the command line does, and `mtl.load` brings a trained one back.
 """
 
 import importlib
@@ -25,6 +26,10 @@ def __getattr__(name: str):
         return getattr(importlib.import_module("mtl.engine.backward"), name)
     if name in ("Step", "Losses"):
         return getattr(importlib.import_module("mtl.engine.step"), name)
-    if name == "losses":
-        return importlib.import_module("mtl.losses")
+    if name == "load":
+        return importlib.import_module("mtl.engine.loaded").load
+    if name == "grid":
+        return importlib.import_module("mtl.api").grid
+    if name in ("losses", "train"):  # the module mtl.train can be called
+        return importlib.import_module(f"mtl.{name}")
     raise AttributeError(f"module 'mtl' has no attribute {name!r}")

@@ -1,16 +1,23 @@
-"""The command `mtl-train`, and `python -m mtl.train`; in a checkout `python train.py` is the same."""
+"""The command `mtl-train`, and `python -m mtl.train`; in a checkout `python train.py` is the same.
+
+From Python the module itself is called: `mtl.train("loss=pcgrad", seed=0)`, see `mtl.api.train`.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import NoReturn
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from omegaconf import DictConfig
 
 from mtl.cli.command import script
 from mtl.config.identity import CONF
+
+if TYPE_CHECKING:
+    from mtl.api import RunResult
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -27,6 +34,17 @@ def command() -> NoReturn:
         sys.path.append(os.getcwd())
     script(main)
 
+
+class _Called(ModuleType):
+    """`import mtl.train` would put the module into the place of a function `mtl.train`; so the module can be called."""
+
+    def __call__(self, *words: str, **options: Any) -> RunResult:
+        from mtl.api import train  # late: it needs torch
+
+        return train(*words, **options)
+
+
+sys.modules[__name__].__class__ = _Called
 
 if __name__ == "__main__":
     command()

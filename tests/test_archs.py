@@ -21,6 +21,7 @@ from mtl.tasks import Classification, Regression
 
 FILES = {file.stem: file for file in sorted((Path(__file__).parents[1] / "conf" / "arch").glob("*.yaml"))}
 del FILES["point"]  # no network: tests/test_toy_data.py
+del FILES["timm"]  # an extra: tests/test_torchvision_arch.py
 FINE, COARSE, INK = Classification("fine", 100), Classification("coarse", 20), Regression("ink")
 SMALL = {"wide_resnet": {"width": 1}}
 

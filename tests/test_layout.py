@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up. A module may import its own package and whatever stands before it.
 FLOORS = ("errors", "random", "config", "losses", "optim", "views", "metrics", "tasks", "data", "archs", "parallel",
-          "inspect", "tracking", "engine", "report", "cli", "certify", "studies", "train")  # fmt: skip
+          "inspect", "tracking", "engine", "report", "cli", "certify", "studies", "api", "evaluate",
+          "predict", "train", "__main__")  # fmt: skip
 
 
 @cache

@@ -46,8 +46,9 @@ def block(marker: str) -> dict:
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_every_python_block_runs(number):
+def test_every_python_block_runs(number, tmp_path, monkeypatch):
     page, source = BLOCKS[number]
+    monkeypatch.chdir(tmp_path)
     module = types.ModuleType("readme_block")
     sys.modules["readme_block"] = module
     exec(compile(source, page.name, "exec"), module.__dict__)

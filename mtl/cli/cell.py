@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -100,6 +100,7 @@ class Cell:
         away: this process was started by a launcher.
         last: it is the run itself, not one of its single-task baselines.
         refused: why there is no config to run.
+        words: the overrides that describe it.
         outcome: how the run ended.
     """
 
@@ -111,6 +112,7 @@ class Cell:
     away: bool = False
     last: bool = True
     refused: UserError | None = None
+    words: Sequence[str] = ()
     outcome: Outcome = RUNNING
 
     def begin(self) -> None:
@@ -147,7 +149,7 @@ class Cell:
 
     def end(self) -> float | None:
         """Note and print the outcome; return the value that a sweeper optimises."""
-        outcome, found = _objective(self.outcome)
+        outcome, found = confirmed(self.outcome)
         self.outcome = outcome
         if outcome.message and torchrun.rank() == 0:
             print(f"error: {outcome.message}", file=sys.stderr)
@@ -193,7 +195,7 @@ def prepared(
         yield job
 
 
-def _objective(outcome: Outcome) -> tuple[Outcome, float | None]:
+def confirmed(outcome: Outcome) -> tuple[Outcome, float | None]:
     """The outcome, and the value that a sweeper optimises. A finished run with damaged files counts as damaged."""
     # Under torchrun the files are the first process's, which may still be writing them.
     if outcome.status != "finished" or torchrun.rank() != 0:
@@ -216,19 +218,19 @@ def _cells(config: DictConfig, hydra: DictConfig, away: bool) -> list[Cell]:
     refused = None
     try:
         refuse_hidden(hydra)
-        commands = _commands(config, choices, words)
+        found = commands(config, choices, words)
     except UserError as error:
-        commands, refused = [({}, choices, words)], error
+        found, refused = [({}, choices, words)], error
     grid, cells = hydra.mode == RunMode.MULTIRUN, []
-    for i, (plain, chosen, typed) in enumerate(commands):
-        last = i == len(commands) - 1
+    for i, (plain, chosen, typed) in enumerate(found):
+        last = i == len(found) - 1
         number = hydra.job.num if grid else 0
         note = Path(hydra.sweep.dir) / f"cell-{number:05d}{'' if last else f'-{i}'}.json" if grid else None
         cells.append(Cell(plain, chosen, repeat(hydra, typed), number, note, away, last, refused))
     return cells
 
 
-def _commands(config: DictConfig, choices: dict[str, str], words: list[str]) -> list[Command]:
+def commands(config: DictConfig, choices: dict[str, str], words: list[str]) -> list[Command]:
     """The command of each run.
 
     Raises:

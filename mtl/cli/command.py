@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -269,8 +269,13 @@ def _read_command() -> None:
         raise ConfigError("-m: torchrun starts one run at a time; leave -m away and call it once for each run")
 
 
-def translate(error: Exception) -> UserError:
-    """Hydra's, OmegaConf's and the launchers' errors of many lines, in one line each."""
+def translate(error: Exception, words: Sequence[str] | None = None) -> UserError:
+    """Hydra's, OmegaConf's and the launchers' errors of many lines, in one line each.
+
+    Args:
+        words: of the command line; None for this process's own.
+    """
+    words = sys.argv[1:] if words is None else words
     if known := launchers.explain(error):
         return known
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
@@ -284,10 +289,10 @@ def translate(error: Exception) -> UserError:
         return ConfigError(f"{error.override!r} is not KEY=VALUE; {advice}")
     if text.startswith("Ambiguous value for argument"):
         override = text.partition("'")[2].partition("'\n")[0]
-        command = shlex.join([*program(), "-m", *sys.argv[1:]])
+        command = shlex.join([*program(), "-m", *words])
         return ConfigError(f"{override}: several values make a grid, which needs -m: {command}")
     if text.startswith("Config group override must be"):
-        names = {arg.partition("=")[0] for arg in sys.argv[1:]}
+        names = {word.partition("=")[0] for word in words}
         group = next((g for g in GROUPS if g in names), "a config group")
         return ConfigError(f"{group}: must be the name of one of its options, see --help ({one_line(text)})")
     if isinstance(getattr(cause, "parent_node", None), DictConfig) and " not in " in str(cause):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mtl.config import source
+from mtl.errors import ConfigError
 
 _INSTALLED = Path(__file__).parents[1] / "conf"
 CONF = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "conf"  # in a wheel; in a checkout
@@ -90,6 +91,9 @@ def identify(config: Mapping[str, Any], choices: Mapping[str, str]) -> Identity:
     Args:
         config: plain Python objects.
         choices: the option chosen in each config group (`data`, `arch`, `loss`).
+
+    Raises:
+        ConfigError: the weights that the network starts from are not there.
     """
     content = decisive(config)
     data, arch, loss = (_label(group, content, choices) for group in ("data", "arch", "loss"))
@@ -97,6 +101,10 @@ def identify(config: Mapping[str, Any], choices: Mapping[str, str]) -> Identity:
         # The content of a user's own loss file decides the numbers, not its path.
         content["loss"]["file"] = hashlib.sha256(file.read_bytes()).hexdigest()
         loss = f"{loss}-{file.stem}"
+    if isinstance(name := content["arch"].get("name"), str) and not own_arch(content):
+        arch = f"{arch}-{name}"  # torchvision-resnet18
+    if (file := weights_file(content)) is not None:
+        content["arch"]["weights"] = hashlib.sha256(file.read_bytes()).hexdigest()
     if own := own_code(config):
         content["source"] = own
     # Sorted keys, so that the order of options on the command line does not matter.
@@ -211,6 +219,30 @@ def _built_in(node: Any) -> bool:
 def _loss_file(content: Mapping[str, Any]) -> Path | None:
     file = content["loss"].get("file")
     return Path(file) if isinstance(file, str) and Path(file).is_file() else None
+
+
+def own_arch(config: Mapping[str, Any]) -> bool:
+    """Whether the network is a user's own class."""
+    return not _built_in(config.get("arch"))
+
+
+def weights_file(config: Mapping[str, Any]) -> Path | None:
+    """The file with the weights that a network of ours starts from; None where they have a name, or there are none.
+
+    Raises:
+        ConfigError: there is no such file, or the folder is that of no run.
+    """
+    weights = config["arch"].get("weights")
+    if not isinstance(weights, str) or own_arch(config):
+        return None
+    path = Path(weights)
+    files = [path / "best.pt", path / "last.pt"] if path.is_dir() else [path]
+    if found := [file for file in files if file.is_file()]:
+        return found[0]
+    if re.fullmatch(r"\w+", weights) and not path.is_dir():  # a name of torchvision's, such as DEFAULT
+        return None
+    wrong = "neither best.pt nor last.pt is in it" if path.is_dir() else "no such file or folder"
+    raise ConfigError(f"arch.weights={weights}: {wrong}")
 
 
 def _label(group: str, config: Mapping[str, Any], choices: Mapping[str, str]) -> str:

@@ -7,8 +7,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
 from numbers import Integral, Real
+from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,6 +45,14 @@ class Input(ABC):
     def ready(self, gathered: Tensor) -> Tensor:
         """Prepare rows (B, …) of the column, on the device, for the network: (B, *shape)."""
         return gathered
+
+    def open(self, path: Path) -> tuple[Tensor, str]:
+        """One sample's row of the column from a file, and what had to be changed for that; empty for nothing.
+
+        Raises:
+            ValueError: this input is no picture, or the file holds none.
+        """
+        raise ValueError("the model reads no images; give its columns as an .npy or .npz file")
 
     def example(self, size: int, generator: torch.Generator) -> Tensor:
         """(size, *shape) random numbers, to try a network out before the data is loaded."""
@@ -81,6 +91,29 @@ class Image(Input):
         if hints or shape[1:] != (height, width, channels):
             needed = f"uint8 images of shape (N, {height}, {width}, {channels}) are needed"
             raise ValueError(f"{dtype} of shape {shape}; {'; '.join([needed, *hints])}")
+
+    def open(self, path: Path) -> tuple[Tensor, str]:
+        """(H, W, C) uint8 of an image file: turned upright, as grey, RGB or RGBA, and resized where it is larger or
+        smaller."""
+        from PIL import Image as Picture  # late: few runs read image files
+        from PIL import ImageOps
+
+        channels, height, width = self.shape
+        if (mode := {1: "L", 3: "RGB", 4: "RGBA"}.get(channels)) is None:
+            raise ValueError(f"the model reads images of {channels} channels; give them as an .npy file")
+        try:
+            with Picture.open(path) as opened:
+                picture = ImageOps.exif_transpose(opened)
+                picture.load()
+        except Exception as error:  # every format of PIL has errors of its own for damaged files
+            reason = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
+            raise ValueError(f"is damaged, or no image{reason}") from error
+        if picture.mode[0] in "IF":  # PIL would cut off what is above 255
+            raise ValueError(f"has more than 8 bits a channel (mode {picture.mode}); convert it to 8 bits")
+        size = picture.size
+        picture = picture.convert(mode).resize((width, height), Picture.Resampling.BILINEAR)
+        row = torch.from_numpy(np.array(picture)).view(height, width, channels)
+        return row, "" if size == (width, height) else f"resized to {width}x{height}"
 
     def ready(self, gathered: Tensor) -> Tensor:
         """Normalise. The result is a view in channels_last order, in which convolutions are fast."""

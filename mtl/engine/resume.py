@@ -42,14 +42,9 @@ def resume(directory: RunDirectory, name: str, learner: Learner) -> tuple[list[d
     last, rows = directory.last, directory.rows()
     if not os.path.lexists(last):
         return [], START
-    saved = checkpoint.load(last)
     afresh = "delete it to start the run afresh"
-    for key, kind in {"epoch": int, "model": dict, "optimizer": dict, "strategy": dict}.items():
-        if not isinstance(saved.get(key), kind):
-            raise SetupError(f"{last} is no checkpoint of this project: no {key} in it; {afresh}")
-    epoch, owner = saved["epoch"], _bytes(saved, "run")
-    if owner not in (None, name.encode()):
-        raise SetupError(f"{last} is the checkpoint of another run, {owner.decode(errors='replace')}; {afresh}")
+    saved = opened(last, name, afresh)
+    epoch = saved["epoch"]
     if len(rows) < epoch:
         raise SetupError(
             f"{directory.metrics} lacks rows that last.pt (after epoch {epoch}) has seen; "
@@ -69,6 +64,26 @@ def resume(directory: RunDirectory, name: str, learner: Learner) -> tuple[list[d
         text = text if len(text) <= 160 else f"{text[:160]}…"
         raise SetupError(f"{last} does not fit this run ({text}); {afresh}") from error
     return rows, digest(rows)
+
+
+def opened(path: Path, name: str, cure: str) -> dict[str, Any]:
+    """A run's checkpoint, after a look at whether it is one, and this run's.
+
+    Args:
+        path: of the file.
+        name: of the run.
+        cure: what to do about a wrong file, for the message.
+
+    Raises:
+        SetupError: it is not.
+    """
+    saved = checkpoint.load(path)
+    for key, kind in {"epoch": int, "model": dict, "optimizer": dict, "strategy": dict}.items():
+        if not isinstance(saved.get(key), kind):
+            raise SetupError(f"{path} is no checkpoint of this project: no {key} in it; {cure}")
+    if (owner := _bytes(saved, "run")) not in (None, name.encode()):
+        raise SetupError(f"{path} is the checkpoint of another run, {owner.decode(errors='replace')}; {cure}")
+    return saved
 
 
 def mend_best(directory: RunDirectory, name: str, rows: Sequence[Row], key: str, higher: bool) -> str:

@@ -62,6 +62,10 @@ class Task(ABC):
     def units(self, target: Any) -> Tensor:
         """(N,) int64, the number of labelled units of each sample: 0 or 1 for a class, the labelled pixels of a map."""
 
+    def answers(self, prediction: Any) -> dict[str, Tensor]:
+        """What a user reads of a prediction, {name: (N, …)}, such as the class instead of the scores of all classes."""
+        return {"prediction": prediction}
+
     def wrong(self, target: Tensor) -> Tensor:
         """Bool, of the shape of `target`: True for labels that are not allowed. Called once, when data is loaded."""
         if target.ndim == 1 and target.is_floating_point():

@@ -109,7 +109,8 @@ class Normals(Task):
         _check_labels(target, 4)
         if target.shape[3] != 3:
             raise ValueError(f"shape {tuple(target.shape)}")
-        too_long = ~(target.float().norm(dim=3) <= 1.01) & ~target.isnan().all(3)  # a NaN in one component only is wrong, too
+        # A NaN in one component only is wrong, too.
+        too_long = ~(target.float().norm(dim=3) <= 1.01) & ~target.isnan().all(3)
         return too_long[..., None].expand(target.shape)
 
     def units(self, target: Tensor) -> Tensor:

@@ -36,6 +36,11 @@ class Classification(Task):
     def criterion(self, prediction: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(prediction, target.long(), ignore_index=-100, reduction="none")
 
+    def answers(self, prediction: Tensor) -> dict[str, Tensor]:
+        """The likeliest class and its probability, (N,) each."""
+        probability, likeliest = prediction.softmax(1).max(1)
+        return {"class": likeliest, "probability": probability}
+
 
 @dataclass(frozen=True)
 class Regression(Task):
@@ -62,6 +67,10 @@ class Regression(Task):
         known = target.nan_to_num(0.0).to(prediction.dtype)
         loss = F.smooth_l1_loss(prediction.squeeze(1), known, reduction="none")
         return torch.where(target.isnan(), 0.0, loss)
+
+    def answers(self, prediction: Tensor) -> dict[str, Tensor]:
+        """The number, (N,)."""
+        return {"number": prediction.squeeze(1)}
 
 
 def wrong_classes(target: Tensor, classes: int) -> Tensor:

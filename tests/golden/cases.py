@@ -33,9 +33,11 @@ def _losses(*more: str) -> dict[str, tuple[str, ...]]:
 
 
 def _archs() -> dict[str, tuple[str, ...]]:
-    cases = {name: (*DIGITS, f"arch={name}", "optimizer.lr=0.01", "trainer.epochs=2") for name in options("arch")}
+    names = [name for name in options("arch") if name != "timm"]  # an extra, which need not be there
+    cases = {name: (*DIGITS, f"arch={name}", "optimizer.lr=0.01", "trainer.epochs=2") for name in names}
     # One epoch, and no momenta to save, where most of the time is that of writing the checkpoint.
-    for name in ("resnet18", "vgg16_bn"):
+    cases["torchvision"] += ("arch.name=shufflenet_v2_x0_5",)
+    for name in ("resnet18", "torchvision", "vgg16_bn"):
         cases[name] += ("optimizer.momentum=0", "trainer.epochs=1")
     cases["vgg16_bn"] = (*SYNTHETIC, *cases["vgg16_bn"][len(DIGITS) :], "data.batch_size=4", "data.limit_train=8")
     cases["wide_resnet"] += ("arch.width=1", "arch.dropout=0.3")

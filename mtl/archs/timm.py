@@ -1,0 +1,63 @@
+"""Any network of timm as a backbone; timm is an extra package: pip install mtl[timm]."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mtl.archs.torchvision import layers
+from mtl.archs.weights import read, start_from, wanted
+from mtl.errors import SetupError, one_line, suggest
+
+
+class TimmBackbone(nn.Module):
+    """A network of timm without its classifier: images (N, C, H, W) to features (N, F).
+
+    It sees the images as the data set normalises them. Its first layer fits any number of channels.
+
+    Args:
+        in_channels: image channels.
+        name: as timm.list_models() spells it, such as resnet18 or vit_tiny_patch16_224.augreg_in21k.
+        weights: DEFAULT for timm's own (downloaded once), a file with a state dict, or the folder of a run with the
+            same network; None for random weights.
+        frozen: the network does not learn, and its batch norms keep their averages; only the decoders are trained.
+
+    Raises:
+        SetupError: timm is not installed.
+        ValueError: there is no such network, or no such weights; the message begins with the argument's name.
+    """
+
+    def __init__(self, in_channels: int, name: str, weights: str | None = None, frozen: bool = False):
+        super().__init__()
+        try:
+            timm = importlib.import_module("timm")
+        except ImportError as error:
+            raise SetupError("arch=timm needs a package: pip install mtl[timm]") from error
+        self.frozen, own = frozen, weights is not None and not Path(weights).exists()
+        if own and weights != "DEFAULT":
+            raise ValueError(f"weights: {weights!r} is no file, no folder of a run, and not DEFAULT")
+        if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name):
+            hint = suggest(name, timm.list_models())
+            raise ValueError(f"name: {name!r} is none of timm's {len(timm.list_models())} networks{hint}")
+        try:
+            self.network = timm.create_model(
+                name, pretrained=own and wanted(weights), num_classes=0, in_chans=in_channels
+            )
+        except Exception as error:  # no network, no such weights, no such argument: each has errors of its own
+            raise ValueError(f"{'weights' if own else 'name'}: {name}: {one_line(error)}") from error
+        # A network may widen what it pools: its `num_features` then says how wide the map is.
+        self.out_features = getattr(self.network, "head_hidden_size", None) or self.network.num_features
+        if wanted(weights) and not own:
+            start_from(self.network, read(weights), weights)
+        self.layer_groups = layers(self.network)
+        self.network.requires_grad_(not frozen)
+
+    def train(self, mode: bool = True) -> TimmBackbone:
+        """Training mode, except for a frozen network."""
+        return super().train(mode and not self.frozen)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.flatten(self.network(images), 1)

@@ -1,0 +1,127 @@
+"""Any classification network of torchvision as a backbone, with or without its pretrained weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torchvision
+from torch import Tensor, nn
+
+from mtl.archs.weights import channels, first_convolution, read, start_from, wanted
+from mtl.errors import suggest
+
+CLASSES = 1000  # of ImageNet: what the last layer of torchvision's networks predicts
+
+
+class TorchvisionBackbone(nn.Module):
+    """A network of torchvision without its classifier: images (N, C, H, W) to features (N, F).
+
+    It sees the images as the data set normalises them. Its first convolution fits any number of channels.
+
+    Args:
+        in_channels: image channels.
+        name: as torchvision.models spells it, such as resnet18.
+        weights: a name of torchvision's such as DEFAULT (downloaded once), a file with a state dict, or the folder of a
+            run with the same network; None for random weights.
+        frozen: the network does not learn, and its batch norms keep their averages; only the decoders are trained.
+
+    Raises:
+        ValueError: there is no such network, or no such weights; the message begins with the argument's name.
+    """
+
+    def __init__(self, in_channels: int, name: str, weights: str | None = None, frozen: bool = False):
+        super().__init__()
+        known = torchvision.models.list_models(module=torchvision.models)
+        if name not in known:
+            hint = suggest(name, known) or f"; such as {', '.join(n for n in FAMILIES if n in known)}"
+            raise ValueError(f"name: {name!r} is none of torchvision's {len(known)} classification networks{hint}")
+        self.frozen = frozen
+        named = _named(name, weights) if wanted(weights) else None
+        self.network = torchvision.models.get_model(name, weights=None, **_options(name, weights))
+        self.out_features = _remove_classifier(self.network)
+        _see(self.network, in_channels)
+        if wanted(weights):
+            start_from(self.network, _download(named) if named else read(weights), weights)
+        self.layer_groups = layers(self.network)
+        self.network.requires_grad_(not frozen)
+
+    def train(self, mode: bool = True) -> TorchvisionBackbone:
+        """Training mode, except for a frozen network."""
+        return super().train(mode and not self.frozen)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images).flatten(1)
+
+
+FAMILIES = ("resnet18", "resnet50", "mobilenet_v3_small", "efficientnet_b0", "convnext_tiny", "vit_b_16", "swin_t")
+
+
+def layers(network: nn.Module) -> dict[str, list[str]]:
+    """The children of the attribute `network`, as layer groups of the gradient microscope."""
+    return {
+        name: [f"network.{name}"] for name, child in network.named_children() if any(True for _ in child.parameters())
+    }
+
+
+def _options(name: str, weights: str | None) -> dict[str, object]:
+    """Arguments of torchvision's constructor that its pretrained networks are built with."""
+    known = torchvision.models.get_model_weights(name).__members__
+    if name in ("googlenet", "inception_v3"):  # without the classifiers in the middle
+        return {"aux_logits": False, "init_weights": weights is None, "transform_input": weights in known}
+    if name.startswith("vit_") and weights in known:
+        return {"image_size": known[weights].meta["min_size"][0]}
+    return {}
+
+
+def _named(name: str, weights: str) -> object | None:
+    """torchvision's weights of this name; None where `weights` is a file or a folder.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    known = torchvision.models.get_model_weights(name)
+    if weights in known.__members__:
+        return known[weights]
+    if Path(weights).exists():
+        return None
+    names = list(known.__members__)
+    raise ValueError(
+        f"weights: {weights!r} is no file, no folder of a run, and none of {', '.join(names)}{suggest(weights, names)}"
+    )
+
+
+def _download(weights: object) -> dict[str, Tensor]:
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:  # no network; or a file that is not what its name says
+        raise ValueError(
+            f"weights: {weights.url} cannot be downloaded ({error}); put the file into $TORCH_HOME/hub/checkpoints, "
+            "or set arch.weights=FILE"
+        ) from error
+
+
+def _remove_classifier(network: nn.Module) -> int:
+    """Put nothing in the place of the last layer, which predicts the classes; return the width of what it saw."""
+    for path, module in reversed(list(network.named_modules())):
+        parent, _, child = path.rpartition(".")
+        if isinstance(module, nn.Linear) and module.out_features == CLASSES:
+            setattr(network.get_submodule(parent), child, nn.Identity())
+            return module.in_features
+        if isinstance(module, nn.Conv2d) and module.out_channels == CLASSES:  # SqueezeNet
+            setattr(network.get_submodule(parent), child, nn.Identity())
+            return module.in_channels
+    raise ValueError(f"name: {type(network).__name__} has no last layer that predicts {CLASSES} classes")
+
+
+def _see(network: nn.Module, in_channels: int) -> None:
+    """Let the first convolution see images of `in_channels` channels."""
+    path = first_convolution(network)
+    old = network.get_submodule(path)
+    if old.in_channels == in_channels:
+        return
+    parent, _, child = path.rpartition(".")
+    new = nn.Conv2d(in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, bias=old.bias is not None)
+    new.weight = nn.Parameter(channels(old.weight.detach(), in_channels))
+    if old.bias is not None:
+        new.bias = old.bias
+    setattr(network.get_submodule(parent), child, new)

@@ -1,0 +1,169 @@
+"""Networks of torchvision and timm as backbones: their features, their weights, and what is refused. No download."""
+
+import os
+import shutil
+import sys
+import types
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from mtl.archs.check import check_model
+from mtl.archs.model import HardSharing
+from mtl.archs.timm import TimmBackbone
+from mtl.archs.torchvision import TorchvisionBackbone
+from mtl.config.identity import identify
+from mtl.engine.loaded import load
+from mtl.tasks import Classification, Regression
+
+DIGITS = ("data=digits", "data.limit_train=32", "data.limit_test=16", "data.batch_size=16", "logger=none",
+          "trainer.epochs=1", "trainer.device=cpu", "arch=torchvision", "arch.name=shufflenet_v2_x0_5")  # fmt: skip
+
+
+def state_of(name: str) -> dict:
+    torch.manual_seed(1)
+    return torchvision.models.get_model(name, weights=None).state_dict()
+
+
+@pytest.mark.parametrize("name, width", [
+    ("squeezenet1_1", 512), ("mobilenet_v3_small", 1024), ("googlenet", 1024), ("regnet_y_400mf", 440),
+    ("shufflenet_v2_x0_5", 1024), ("mnasnet0_5", 1280),
+])  # fmt: skip
+def test_small_images_become_features_and_every_parameter_is_used(name, width):
+    torch.manual_seed(0)
+    backbone = TorchvisionBackbone(1, name)
+    model = HardSharing(backbone, [Classification("a", 3), Regression("b")])
+    outputs = check_model(model, {"image": torch.randn(2, 1, 32, 32)}, ["a", "b"])
+    assert outputs.features.shape == (2, width) == (2, backbone.out_features)
+    assert not any(getattr(m, "out_features", 0) == 1000 for m in backbone.modules())
+    assert sum(len(parts) for parts in backbone.layer_groups.values()) >= 1
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+def test_weights_of_a_file_give_torchvisions_features(name, tmp_path):
+    """A grey image gives what torchvision's network makes of it in three equal channels."""
+    peer = torchvision.models.get_model(name, weights=None).eval()
+    peer.load_state_dict(state_of(name))
+    if name == "resnet18":
+        peer.fc = nn.Identity()
+    else:
+        peer.classifier[-1] = nn.Identity()
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state_of(name).items()}}, tmp_path / "w.pth")
+    images = torch.rand(2, 1, 64, 64)
+    for channels, seen in ((1, images), (3, images.expand(-1, 3, -1, -1))):
+        ours = TorchvisionBackbone(channels, name, weights=str(tmp_path / "w.pth")).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(ours(seen), peer(images.expand(-1, 3, -1, -1)).flatten(1), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_by_name_are_torchvisions_and_only_tensors(monkeypatch):
+    asked = []
+
+    def get_state_dict(self, **how):
+        asked.append((self.name, how))
+        return state_of("shufflenet_v2_x0_5")
+
+    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", get_state_dict)
+    network = TorchvisionBackbone(3, "shufflenet_v2_x0_5", weights="DEFAULT").network
+    assert torch.equal(network.conv1[0].weight, state_of("shufflenet_v2_x0_5")["conv1.0.weight"])
+    ((name, how),) = asked
+    assert name == "IMAGENET1K_V1" and how["weights_only"] and how["check_hash"]
+
+
+def test_a_frozen_network_stays_as_it_is_and_another_starts_from_its_run(cli, tmp_path):
+    known = state_of("shufflenet_v2_x0_5")
+    torch.save(known, tmp_path / "w.pth")
+    run = cli(*DIGITS, "arch.frozen=true", "arch.weights=w.pth", "loss=pcgrad", "seed=0")
+    assert run.code == 0, run.err
+    (folder,) = tmp_path.rglob("seed0")
+    assert folder.relative_to(tmp_path / "outputs").parts[:2] == ("digits", "torchvision-shufflenet_v2_x0_5")
+    os.remove(tmp_path / "w.pth")  # a loaded run has its own weights
+    model = load(folder, "last").model
+    assert not any(p.requires_grad for p in model.backbone.parameters())
+    known["conv1.0.weight"] = known["conv1.0.weight"].sum(1, keepdim=True)
+    again = TorchvisionBackbone(1, "shufflenet_v2_x0_5", weights=str(folder))
+    for state in (model.backbone.network.state_dict(), again.network.state_dict()):
+        assert len(state) > 100 and all(torch.equal(state[key], known[key]) for key in state)
+
+
+def test_identity_is_the_weights_content_not_their_place(tmp_path):
+    def digest(weights):
+        arch = {"_target_": "mtl.archs.torchvision.TorchvisionBackbone", "name": "x", "weights": weights}
+        data, loss = {"_target_": "mtl.data.digits.Digits"}, {"_target_": "mtl.losses.Equal"}
+        return identify({"data": data, "loss": loss, "arch": arch, "seed": 0}, {}).digest
+
+    (tmp_path / "a.pth").write_bytes(b"1")
+    (tmp_path / "run").mkdir()
+    shutil.copy(tmp_path / "a.pth", tmp_path / "run" / "last.pt")
+    assert digest(f"{tmp_path}/a.pth") == digest(f"{tmp_path}/run") != digest("DEFAULT") != digest(None)
+    (tmp_path / "run" / "best.pt").write_bytes(b"2")
+    assert digest(f"{tmp_path}/a.pth") != digest(f"{tmp_path}/run")
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+@pytest.fixture(scope="module")
+def wrong_weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    torch.save({"w": Bomb()}, folder / "bomb.pth")
+    torch.save(state_of("squeezenet1_1"), folder / "other.pth")
+    torch.save([1, 2], folder / "list.pth")
+    whole = (folder / "other.pth").read_bytes()
+    (folder / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    (folder / "flipped.pth").write_bytes(whole[:100_000] + bytes([whole[100_000] ^ 64]) + whole[100_001:])
+    (folder / "empty").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("option, message", [
+    ("arch.name=resnett18", "arch.name: 'resnett18' is none of torchvision's 80 classification networks; did you mean"),
+    ("arch.name=xyz", "such as resnet18"),
+    ("arch.name=fcn_resnet50", "arch.name: 'fcn_resnet50' is none of torchvision's"),  # segments
+    ("arch.name=squeezenet1_1", "arch: does not fit the inputs of data (1x8x8): "),
+    ("arch.weights=IMAGENET", "arch.weights: 'IMAGENET' is no file, no folder of a run, and none of IMAGENET1K_V1"),
+    ("arch.weights=gone.pth", "arch.weights=gone.pth: no such file or folder"),
+    ("arch.weights=FOLDER/empty", "empty: neither best.pt nor last.pt is in it"),
+    ("arch.weights=FOLDER/bomb.pth", "bomb.pth is damaged, or holds more than tensors, which is not run"),
+    ("arch.weights=FOLDER/cut.pth", "cut.pth is damaged, or holds more than tensors"),
+    ("arch.weights=FOLDER/flipped.pth", "flipped.pth is damaged, or holds more than tensors"),
+    ("arch.weights=FOLDER/list.pth", "list.pth holds no weights by name"),
+    ("arch.weights=FOLDER/other.pth", "other.pth is of another network: it lacks conv1.0.weight and"),
+    ("arch.frozen=2", "arch.frozen=2: must be a valid boolean"),
+])  # fmt: skip
+def test_refusals(option, message, cli, tmp_path, wrong_weights):
+    run = cli(*DIGITS, option.replace("FOLDER", str(wrong_weights)))
+    assert run.code == 2 and message in run.err and run.err.count("\n") == 1, run.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_timm_is_an_extra(cli, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    run = cli(*DIGITS[:-2], "arch=timm")
+    assert (run.code, run.err) == (1, "error: arch=timm needs a package: pip install mtl[timm]\n")
+
+
+def test_a_network_of_timm(monkeypatch):
+    """With a stand-in that has timm's three functions: the package itself is an extra."""
+
+    class Net(nn.Sequential):
+        num_features = 6
+
+    def create_model(name, pretrained, num_classes, in_chans):
+        assert not pretrained and num_classes == 0
+        return Net(nn.Conv2d(in_chans, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    names = ["net", "other"]
+    fake = types.SimpleNamespace(create_model=create_model, is_model=names.__contains__, list_models=lambda: names)
+    monkeypatch.setitem(sys.modules, "timm", fake)
+    backbone = TimmBackbone(1, "net", frozen=True).train()
+    assert backbone(torch.randn(2, 1, 8, 8)).shape == (2, backbone.out_features) == (2, 6)
+    assert not backbone.network.training and not any(p.requires_grad for p in backbone.parameters())
+    with pytest.raises(ValueError, match=r"^name: 'nett' is none of timm's 2 networks; did you mean net"):
+        TimmBackbone(1, "nett")
+    with pytest.raises(ValueError, match=r"^weights: 'X' is no file"):
+        TimmBackbone(1, "net", weights="X")
