@@ -2,8 +2,6 @@
 Images", 2009. 50,000 training and 10,000 test images of 32x32 RGB; every coarse class is five fine classes.
 """
 
-from __future__ import annotations
-
 import os
 import pickle
 import tempfile
@@ -14,17 +12,15 @@ from urllib.error import URLError
 
 import torch
 from filelock import FileLock
-from torchvision.datasets import CIFAR100 as torchvision_CIFAR100
+from torchvision.datasets import CIFAR100 as Published
 from torchvision.datasets.utils import calculate_md5, download_and_extract_archive
 
-from mtl.data.base import Benchmark, Split
-from mtl.data.inputs import Image
+from mtl.data import Benchmark, Crop, Flip, Image, Split
 from mtl.errors import SetupError, one_line, remove_empty
 from mtl.tasks import Classification
-from mtl.views import Crop, Flip
 
-FOLDER = torchvision_CIFAR100.base_folder
-MD5 = dict([*torchvision_CIFAR100.train_list, *torchvision_CIFAR100.test_list])
+FOLDER = Published.base_folder
+MD5 = dict([*Published.train_list, *Published.test_list])
 
 
 @dataclass
@@ -51,7 +47,7 @@ class CIFAR100(Benchmark):
                     f"CIFAR-100 is not in {folder.resolve()} and data.download=false; "
                     "set data.root (or the environment variable MTL_DATA) to the folder that holds it"
                 )
-            _download(Path(self.root))
+            _download(Path(self.root).resolve())
         return {name: _read(folder / name) for name in ("train", "test")}
 
 
@@ -61,7 +57,6 @@ def _complete(folder: Path) -> bool:
 
 
 def _download(root: Path) -> None:
-    root = root.resolve()
     made = [folder for folder in (root, *root.parents) if not folder.exists()]
     lock = root / ".cifar-100.lock"
     try:
@@ -72,14 +67,13 @@ def _download(root: Path) -> None:
                     _fetch(root)
             finally:
                 lock.unlink(missing_ok=True)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, URLError, HTTPException, OSError, RuntimeError) as error:
         remove_empty(made)
-        raise
-    except (URLError, HTTPException, OSError, RuntimeError) as error:
-        remove_empty(made)
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise SetupError(
             f"CIFAR-100 is not in {root / FOLDER} and could not be downloaded ({one_line(error)}); either put "
-            f"cifar-100-python/ there yourself (from {torchvision_CIFAR100.url}), or set data.root or MTL_DATA to the "
+            f"cifar-100-python/ there yourself (from {Published.url}), or set data.root or MTL_DATA to the "
             "folder that holds it, or try data=digits, which needs no download"
         ) from error
 
@@ -88,8 +82,7 @@ def _fetch(root: Path) -> None:
     print(f"downloading CIFAR-100 (169 MB) to {root}", flush=True)
     # On the same disk as the target. So the finished folder appears in one rename, and an interruption leaves nothing.
     with tempfile.TemporaryDirectory(dir=root, prefix=".cifar-100-") as work:
-        source = torchvision_CIFAR100
-        download_and_extract_archive(source.url, work, filename=source.filename, md5=source.tgz_md5)
+        download_and_extract_archive(Published.url, work, filename=Published.filename, md5=Published.tgz_md5)
         if not (root / FOLDER).exists():
             (Path(work) / FOLDER).rename(root / FOLDER)
             return

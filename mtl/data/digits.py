@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mtl.data.base import Benchmark, Split
-from mtl.data.inputs import Image
+from mtl.data import Benchmark, Image, Split
 from mtl.random import stream
 from mtl.tasks import Classification, Regression
 

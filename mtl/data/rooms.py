@@ -18,11 +18,9 @@ import torch.nn.functional as F
 from annotated_types import Ge
 from torch import Tensor
 
-from mtl.data.base import Benchmark, Split
-from mtl.data.inputs import Image
+from mtl.data import Benchmark, Flip, Image, ScaleCrop, Split
 from mtl.random import stream
 from mtl.tasks import Depth, Normals, Segmentation
-from mtl.views import Flip, ScaleCrop
 
 CLASSES = ("floor", "ceiling", "wall", "window", "box", "ball")
 FLOOR, CEILING, WALL, WINDOW, BOX, BALL = range(len(CLASSES))

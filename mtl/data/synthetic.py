@@ -12,11 +12,9 @@ import torch.nn.functional as F
 from annotated_types import Ge
 from torch import Tensor
 
-from mtl.data.base import Benchmark, Split
-from mtl.data.inputs import Image
+from mtl.data import Benchmark, Crop, Image, Split
 from mtl.random import stream
 from mtl.tasks import Classification
-from mtl.views import Crop
 
 
 @dataclass

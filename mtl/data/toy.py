@@ -25,8 +25,7 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from mtl.data.base import Benchmark, Split
-from mtl.data.inputs import Image
+from mtl.data import Benchmark, Image, Split
 from mtl.errors import ConfigError
 from mtl.metrics.base import Mean, Metric, Score
 from mtl.tasks import Task
