@@ -275,7 +275,7 @@ class Learner:
         for i, (group, rate) in enumerate(zip(self.optimizer.param_groups, self._rates, strict=True)):
             group["initial_lr"] = stage.lr if stage.lr is not None and i == 0 else rate
         counts = [stage.counts(task.name) for task in self.tasks]
-        return None if all(counts) else torch.tensor(counts, device=self.device)
+        return None if all(counts) else torch.tensor(counts).to(self.device, non_blocking=True)
 
     def _labelled(self, batch: Batch, counts: Tensor | None) -> Tensor:
         """(N, T) bool: whether sample n has a label of task t, and the task counts in this stage."""

@@ -35,7 +35,7 @@ class Tally:
     def update(self, name: str, metric: Metric, prediction: object, target: object) -> None:
         """Add a batch to the state of a metric."""
         if name not in self._states:
-            self._states[name] = metric.zero().to(self.device)
+            self._states[name] = metric.zero().to(self.device, non_blocking=True)
         metric.update(self._states[name], prediction, target)
 
     def read(self) -> dict[str, Tensor]:
