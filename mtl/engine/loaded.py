@@ -54,7 +54,11 @@ class LoadedRun:
 
     @property
     def model(self) -> Model:
-        """In evaluation mode, on the device: a batch of ready inputs, {"image": (N, C, H, W), …} → predictions."""
+        """In evaluation mode, on the device: a batch of ready inputs, {"image": (N, C, H, W), …} → predictions.
+
+        Called by itself it leaves out what a method does between the backbone and the heads (RotoGrad turns the
+        features). `predict` does not.
+        """
         return self.learner.model
 
     @property
