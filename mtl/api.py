@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import logging
 import math
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from mtl.cli.cell import Cell, commands, confirmed
 from mtl.cli.command import translate
 from mtl.cli.overrides import parse, refuse_hidden, repeat, spell, unfold
-from mtl.config.identity import CONF, targets
+from mtl.config.identity import CONF
 from mtl.engine.directory import RunDirectory
 from mtl.engine.files import read_json, write_text
 from mtl.engine.outcome import Outcome
@@ -224,8 +226,8 @@ def _cells(config: DictConfig) -> list[Cell]:
     typed = OmegaConf.to_container(hydra.overrides.task, resolve=False)
     plain = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
     found = commands(plain, dict(hydra.runtime.choices), typed)
-    if own := [name for content, _, _ in found for _, name in targets(content) if name.startswith("__main__.")]:
-        raise ConfigError(f"{own[0]}: a run must know its code, and that of a notebook or script is in no file of its "
+    if own := re.search(r'"_target_": "(__main__\.[^"]*)', json.dumps([content for content, _, _ in found])):
+        raise ConfigError(f"{own[1]}: a run must know its code, and that of a notebook or script is in no file of its "
                           "own; put the class into a module, as in my_net.py, and name my_net.…")  # fmt: skip
     return [
         Cell(content, choices, repeat(hydra, words), words=words, last=i == len(found) - 1)

@@ -141,7 +141,7 @@ def own_code(config: Mapping[str, Any]) -> dict[str, str]:
     """{module: sha256} of the user's own modules that decide a run's numbers; without `loss.file` itself."""
     content = decisive(config)
     file = _loss_file(content)
-    return source.digests([name for _, name in targets(content)], [] if file is None else [file])
+    return source.digests([name for _, name in _targets(content)], [] if file is None else [file])
 
 
 def own_parts(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
@@ -153,7 +153,7 @@ def own_parts(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """
     content, found = decisive(config), {}
     for name, node in content.items():
-        own = source.digests([target for _, target in targets(node)], [])
+        own = source.digests([target for _, target in _targets(node)], [])
         found[name] = {module: digest[:8] for module, digest in own.items()}
     if not _built_in(content.get("data")) and isinstance(root := content["data"].get("root"), str):
         found["data"]["root"] = root
@@ -174,14 +174,14 @@ def safe(label: str) -> str:
 def today(config: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a saved config in which our classes have the names of today, whatever they were when it was saved."""
     content, names = copy.deepcopy(dict(config)), {old: new for new, old in MOVED.items()}
-    for node, name in targets(content):
+    for node, name in _targets(content):
         node[TARGET] = names.get(name, name)
     return content
 
 
 def _as_before(content: dict[str, Any]) -> dict[str, Any]:
     """`content` in the words of the first release: classes by their first path, without later options at default."""
-    for node, name in targets(content):
+    for node, name in _targets(content):
         node[TARGET] = MOVED.get(name, name)
     for place, default in ADDED.items():
         path, _, owner = place.partition("@")
@@ -194,16 +194,16 @@ def _as_before(content: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-def targets(value: Any) -> Iterator[tuple[dict[str, Any], str]]:
+def _targets(value: Any) -> Iterator[tuple[dict[str, Any], str]]:
     """Every node of a config that names a class, and the name."""
     if isinstance(value, dict):
         if isinstance(value.get(TARGET), str):
             yield value, value[TARGET]
         for child in value.values():
-            yield from targets(child)
+            yield from _targets(child)
     elif isinstance(value, list):
         for child in value:
-            yield from targets(child)
+            yield from _targets(child)
 
 
 def _built_in(node: Any) -> bool:
