@@ -226,7 +226,9 @@ def _cells(config: DictConfig) -> list[Cell]:
     typed = OmegaConf.to_container(hydra.overrides.task, resolve=False)
     plain = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
     found = commands(plain, dict(hydra.runtime.choices), typed)
-    if own := re.search(r'"_target_": "(__main__\.[^"]*)', json.dumps([content for content, _, _ in found])):
+    if own := re.search(
+        r'"_target_": "(__main__\.[^"]*)', json.dumps([content for content, _, _ in found], default=str)
+    ):
         raise ConfigError(f"{own[1]}: a run must know its code, and that of a notebook or script is in no file of its "
                           "own; put the class into a module, as in my_net.py, and name my_net.…")  # fmt: skip
     return [
