@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import logging
 import math
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -68,8 +70,8 @@ class GridResult:
     """The runs of a grid; `pandas.DataFrame(result.rows)` is a data frame of them.
 
     Attributes:
-        rows: one for each run: what differs between them, its status, its folder, an error message, and the test
-            figures of the last epoch, such as "digit_accuracy", where it finished.
+        rows: one for each run: the options that are swept, its status, its folder, an error message, and the
+            test figures of the last epoch, such as "digit_accuracy", where it finished.
     """
 
     rows: list[dict[str, Any]]
@@ -135,12 +137,14 @@ def grid(*words: str, **options: Any) -> GridResult:
             combinations = BasicSweeper.split_arguments(overrides, None)[0]
         except Exception as error:  # whatever Hydra says to interval(0, 1)
             raise translate(error, spelled) from error
-        swept = [o.get_key_element() for o in overrides if o.is_sweep_override()]
-        cells = [(words, cell) for words in combinations for cell in compose_cell(words)]
+        # To Hydra, a list of one value is no sweep.
+        listed = [key for key, value in _flatten(options).items() if isinstance(value, list)]
+        swept = [k for o in overrides if (k := o.get_key_element()) in listed or o.is_sweep_override()]
+        cells = [(chosen, cell) for chosen in combinations for cell in compose_cell(chosen)]
     rows: dict[str, dict[str, Any]] = {}
     measured: dict[str, float] = {}
-    for words, cell in cells:
-        differs = _values([*words] if cell.last else [*words, *cell.words], [*swept, *([] if cell.last else ALONE)])
+    for chosen, cell in cells:
+        differs = _values(chosen, swept) | ({} if cell.last else _values(cell.words, ALONE))
         outcome = _execute(cell, measured)
         rows.setdefault(outcome.directory or cell.command, _row(differs, outcome))
     return GridResult(list(rows.values()))
@@ -158,6 +162,8 @@ def _row(differs: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
     if outcome.status == "finished":
         last = read_json(Path(outcome.directory) / "summary.json")["last"]
         row |= {key.removeprefix("test/"): math.nan if value is None else value for key, value in last.items()}
+    if outcome.plan:
+        row |= {key: outcome.plan[key] for key in ("state", "epochs", "seconds")}
     return row
 
 
@@ -176,6 +182,8 @@ def _composer(words: Sequence[str]) -> Iterator[tuple[Any, list[Any]]]:
     with _hydra, ExitStack() as stack:
         stack.callback(_restore, GlobalHydra.instance().hydra, VersionBase.instance().getbase())
         GlobalHydra.instance().clear()
+        if wrong := [word for word in words if not isinstance(word, str)]:
+            raise ConfigError(f"{wrong[0]!r:.80}: a word of the command line is needed, such as 'loss=dwa'")
         try:
             arguments = unfold(parse(list(words)))
             if arguments.multirun:
@@ -218,6 +226,11 @@ def _cells(config: DictConfig) -> list[Cell]:
     typed = OmegaConf.to_container(hydra.overrides.task, resolve=False)
     plain = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
     found = commands(plain, dict(hydra.runtime.choices), typed)
+    if own := re.search(
+        r'"_target_": "(__main__\.[^"]*)', json.dumps([content for content, _, _ in found], default=str)
+    ):
+        raise ConfigError(f"{own[1]}: a run must know its code, and that of a notebook or script is in no file of its "
+                          "own; put the class into a module, as in my_net.py, and name my_net.…")  # fmt: skip
     return [
         Cell(content, choices, repeat(hydra, words), words=words, last=i == len(found) - 1)
         for i, (content, choices, words) in enumerate(found)
@@ -230,31 +243,48 @@ def _values(words: Iterable[str], keys: Sequence[str]) -> dict[str, Any]:
     return {o.get_key_element(): o.value() for o in parsed if o.get_key_element() in keys}
 
 
-def _spell(options: Mapping[str, Any], sweep: bool, node: str = "") -> list[str]:
-    """Keywords as words of the command line."""
-    words = []
+def _flatten(options: Mapping[str, Any], node: str = "") -> dict[str, Any]:
+    """Keywords by the keys of the command line: {"optimizer": {"lr": 0.1}} as {"optimizer.lr": 0.1}."""
+    flat: dict[str, Any] = {}
     for key, value in options.items():
-        value = _plain(value)
         if isinstance(value, Mapping) and not node and "." not in key:
-            words += _spell(value, sweep, f"{key}.")
-        elif sweep and isinstance(value, list):
-            if not value:
-                raise ConfigError(f"{node}{key}: an empty list leaves nothing to train")
-            words.append(f"{node}{key}={','.join(map(spell, value))}")
+            flat |= _flatten(value, f"{key}.")
         else:
-            words.append(f"{node}{key}={spell(value)}")
+            flat[f"{node}{key}"] = _plain(value, f"{node}{key}")
+    return flat
+
+
+def _spell(options: Mapping[str, Any], sweep: bool) -> list[str]:
+    """Keywords as words of the command line; in a grid, a list is a sweep."""
+    words = []
+    for key, value in _flatten(options).items():
+        several = sweep and isinstance(value, list)
+        if several and not value:
+            raise ConfigError(f"{key}: an empty list leaves nothing to train")
+        words.append(f"{key}={','.join(map(spell, value)) if several else spell(value)}")
     return words
 
 
-def _plain(value: Any) -> Any:
-    """`value` as YAML has it: arrays, tuples and ranges as lists, paths as strings."""
+def _plain(value: Any, key: str) -> Any:
+    """`value` as YAML has it: arrays, tuples and ranges as lists, paths as strings.
+
+    Raises:
+        ConfigError: YAML has nothing like it.
+    """
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(name): _plain(item, key) for name, item in value.items()}
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if hasattr(value, "tolist"):  # an array, a tensor, or one number of them
         return value.tolist()
-    return [_plain(item) for item in value] if isinstance(value, list | tuple | range | set) else value
+    if isinstance(value, list | tuple | range):
+        return [_plain(item, key) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    kind = value.__name__ if isinstance(value, type) else type(value).__name__
+    raise ConfigError(
+        f"{key}: {kind} is no number, string, list or dict; a class goes by its path, as in {key}._target_"
+    )
 
 
 # -- what the user hears ----------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from mtl.engine.files import write_json, writing
 from mtl.engine.loaded import EPOCHS, LoadedRun, load
 from mtl.errors import ConfigError, UserError, suggest
 from mtl.random import seeded
-from mtl.tracking.console import table
+from mtl.tracking.console import legible, table
 
 HEADER = ["run", "epoch", "task", "samples", "loss", "metrics"]
 
@@ -100,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", default="test", help="train, val or test; default: %(default)s")
     parser.add_argument("--device", default="auto", help="as trainer.device; default: %(default)s")
     options = parser.parse_intermixed_args(arguments)
+    legible()
     try:
         runs, words = divide(options.words)
         changes = read_changes(words)

@@ -21,6 +21,7 @@ from mtl.data.batches import EvaluationBatches
 from mtl.engine.files import check_regular, write_text, writing
 from mtl.engine.loaded import EPOCHS, LoadedRun, load
 from mtl.errors import ConfigError, SetupError, UserError, one_line
+from mtl.tracking.console import legible
 
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 ARRAYS = (".npy", ".npz")
@@ -68,17 +69,22 @@ def _batches(
                 names, rows = [], []
             columns = _arrays(file)
             size = len(columns) if isinstance(columns, Tensor) else max(map(len, columns.values()), default=0)
-            yield file, [f"{file}[{i}]" for i in range(size)], columns
+            yield file, [f"{_named(file)}[{i}]" for i in range(size)], columns
             continue
         row, what = _picture(run, file)
         changed.update([what] if what else [])
-        names.append(str(file))
+        names.append(_named(file))
         rows.append(row)
         if len(rows) == EvaluationBatches.batch_size:
             yield file, names, torch.stack(rows)
             names, rows = [], []
     if rows:
         yield file, names, torch.stack(rows)
+
+
+def _named(file: Path) -> str:
+    """The file's name, which need not be UTF-8 on every disk."""
+    return os.fsencode(file).decode(errors="replace")
 
 
 def _listed(files: Sequence[Path]) -> Iterator[Path]:
@@ -206,6 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--epoch", choices=EPOCHS, default="best", help="which checkpoint; default: %(default)s")
     parser.add_argument("--device", default="auto", help="as trainer.device; default: %(default)s")
     options = parser.parse_intermixed_args(arguments)
+    legible()
     changed: Counter[str] = Counter()
     try:
         check_out(options.out)

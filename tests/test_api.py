@@ -153,6 +153,9 @@ def test_a_wrong_call_raises_the_line_that_the_command_prints(words, cli, tmp_pa
     (("-m",), {}, "-m: leave it away"),
     (("hydra/launcher=parallel",), {}, "hydra/launcher=parallel: options of Hydra belong to the command line"),
     ((), {"sed": 1}, "sed: unknown key"),
+    ((3,), {}, "3: a word of the command line is needed, such as 'loss=dwa'"),
+    ((), {"loss": Net}, "loss: Net is no number, string, list or dict; a class goes by its path"),
+    (("arch._target_=__main__.Net",), {}, "__main__.Net: a run must know its code"),
     ((), {"optimizer": {"lr": "fast"}}, "optimizer.lr=fast: must be a valid number"),
 ])  # fmt: skip
 def test_what_only_a_call_can_get_wrong(words, options, message, tmp_path, monkeypatch):
@@ -211,12 +214,22 @@ def test_a_grid_goes_on_after_a_run_that_fails_and_begins_none_after_a_wrong_wor
     with pytest.raises(ConfigError, match=r"^loss=nope: no such option"):
         mtl.grid(*small, "loss=equal,nope")
     assert not list(tmp_path.iterdir())
-    rows = mtl.grid(*small, optimizer={"lr": [1e38, 0.01], "momentum": 0.9}, study={"baselines": "auto"}, seed=0).rows
+    rows = mtl.grid(*small, optimizer={"lr": [1e38, 0.01], "momentum": 0.9}, study={"baselines": "auto"}, seed=[0]).rows
     last = [row for row in rows if "loss" not in row]
     assert [(row["optimizer.lr"], row["status"]) for row in last] == [(1e38, "diverged"), (0.01, "finished")]
     assert "became" in last[0]["message"] and "ink_mae" not in last[0]
+    assert all(row["seed"] == 0 and "optimizer.momentum" not in row for row in rows)
     alone = [row["loss.task"] for row in rows if row.get("loss") == "single" and row["optimizer.lr"] == 0.01]
     assert alone == ["digit", "odd", "ink"]
+
+
+def test_a_plan_trains_nothing(tmp_path):
+    words = (*SMALL, "trainer.epochs=2", "study.plan=true")
+    result = mtl.train(*words, output_root=tmp_path)
+    assert (result.status, result.rows, result.summary) == ("planned", [], {})
+    (row,) = mtl.grid(*words, output_root=tmp_path, seed=[42]).rows
+    assert (row["status"], row["state"], row["epochs"], row["seed"]) == ("planned", "new", 2, 42)
+    assert not list(tmp_path.iterdir())
 
 
 # -- mtl.load ---------------------------------------------------------------------------------------------------------

@@ -245,6 +245,19 @@ def test_other_sizes_and_colors(images, tmp_path):
         assert len(table(file.read())) == 4
 
 
+def test_names_that_are_not_utf8(trained, images, capsys):
+    os.rename(b"images/a.png", b"images/a\xff.png")
+    assert main([str(trained), "images", "--out", "x.csv"]) == 0
+    with open("x.csv", encoding="utf-8") as file:
+        assert table(file.read())[0]["file"] == "images/a\ufffd.png"
+
+
+def test_too_many_pixels_are_not_unpacked(trained, images, capsys, monkeypatch):
+    monkeypatch.setattr(Picture, "MAX_IMAGE_PIXELS", 10)
+    assert main([str(trained), "images/a.png"]) == 2
+    assert capsys.readouterr().err == "error: images/a.png: has too many pixels; make it smaller first\n"
+
+
 def test_a_full_disk_leaves_nothing_half_written(trained, images, capsys, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")

@@ -21,6 +21,7 @@ PACKAGES = {
     "scipy": "scipy",
     "matplotlib": "matplotlib",
     "plotly": "plotly",
+    "PIL": "pillow",
     "sklearn": "scikit-learn",
 }
 

@@ -105,6 +105,8 @@ class Image(Input):
             with Picture.open(path) as opened:
                 picture = ImageOps.exif_transpose(opened)
                 picture.load()
+        except Picture.DecompressionBombError as error:
+            raise ValueError("has too many pixels; make it smaller first") from error
         except Exception as error:  # every format of PIL has errors of its own for damaged files
             reason = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
             raise ValueError(f"is damaged, or no image{reason}") from error

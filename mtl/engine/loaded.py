@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,17 @@ class LoadedRun:
     directory: Path
     name: str
     epoch: int
-    config: dict[str, Any]
-    benchmark: Benchmark
-    learner: Learner
+    config: dict[str, Any] = field(repr=False)
+    benchmark: Benchmark = field(repr=False)
+    learner: Learner = field(repr=False)
 
     @property
     def model(self) -> Model:
-        """In evaluation mode, on the device: a batch of ready inputs, {"image": (N, C, H, W), …} → predictions."""
+        """In evaluation mode, on the device: a batch of ready inputs, {"image": (N, C, H, W), …} → predictions.
+
+        Called by itself it leaves out what a method does between the backbone and the heads (RotoGrad turns the
+        features). `predict` does not.
+        """
         return self.learner.model
 
     @property

@@ -5,6 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+
+def legible() -> None:
+    """A terminal that lacks a letter shows its code from now on, instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):  # not what Python opened
+            stream.reconfigure(errors="backslashreplace")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
