@@ -37,7 +37,7 @@ class FCN(nn.Module):
         self.wider = _Layer(4 * width, 4 * width, dilation=4)
 
     def decoder(self, task: Task) -> nn.Module:
-        """A dense task gets two convolutions and upsampling to the images' size, another task a mean and a linear layer."""
+        """Two convolutions and upsampling to the images' size for a dense task; else a mean and a linear layer."""
         if isinstance(task.moves, Fixed):  # one label for the whole image, such as a class
             return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(self.out_features, task.outputs))
         return nn.Sequential(

@@ -249,7 +249,7 @@ class GradientObserver:
         products = lengths[..., :, None] * lengths[..., None, :]
         cosines = gram / products.clamp(min=tiny)
         magnitudes = 2 * products / (squares[..., :, None] + squares[..., None, :]).clamp(min=tiny)
-        # Over elements that are non-zero in both vectors: Σ |s||s'| − Σ s s' = 2 · (number of opposite signs), s = ±1.
+        # For signs s, s' of two vectors (−1, 0 or 1): Σ |s| |s'| − Σ s s' is twice the number of opposite signs.
         opposite = torch.stack([x / (2 * count) for x, count in zip(both - signs, self.counts, strict=True)])
         upper = torch.ones_like(gram[0, 0], dtype=torch.bool).triu(1)
         pairs = there[:, :, None] & there[:, None, :] & upper
@@ -260,7 +260,7 @@ class GradientObserver:
 class _Moments:
     """Inner products of B sets of K vectors, summed piece by piece: of the vectors, their signs, and the signs' sizes.
 
-    The statistics follow from these alone. They are in float64, because squares of small gradients underflow in float32.
+    The statistics follow from these. They are in float64, because squares of small gradients underflow in float32.
     """
 
     def __init__(self, groups: int):

@@ -165,7 +165,7 @@ class _Part(TorchFunctionMode):
             return x
         if len(x) != self.rows.stop - self.rows.start:
             raise ValueError(f"dropout of {len(x)} rows for {self.rows.stop - self.rows.start} images of this process")
-        # Random numbers are drawn in memory order. The whole mask needs the order of x, to be the single process's mask.
+        # Random numbers are drawn in memory order. With the order of x, the whole mask is a single process's mask.
         nhwc = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
         order = torch.channels_last if nhwc else torch.contiguous_format
         whole = torch.empty(self.total, *x.shape[1:], dtype=x.dtype, device=x.device, memory_format=order).fill_(1)
@@ -214,7 +214,7 @@ class _BatchNorm(Function):
         else:
             direct, to_weight, to_bias = torch.zeros_like(x), torch.zeros_like(mean), torch.zeros_like(mean)
         along, level = (ctx.sum_(torch.stack([to_weight, to_bias])) / count).unbind()
-        # The part through mean and variance: weight/σ (mean(dy) + x̂ mean(dy x̂)), with means over all processes' samples.
+        # The part through mean and variance: weight/σ (mean(dy) + x̂ mean(dy x̂)), with means over all samples.
         precision = (variance + ctx.eps).rsqrt()
         factor = weight.to(mean) * precision
         slope = factor * precision * along
