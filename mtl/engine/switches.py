@@ -23,7 +23,7 @@ class Switches:
         gradients: per-task gradients are with respect to the shared parameters, or to the features between backbone and
             heads. Features need one backward pass through the backbone instead of T (MGDA-UB, Sener & Koltun 2018).
         transform: log gives log-losses to the method, which makes it independent of the losses' scales.
-        heads: the heads' gradients under a gradient method: of their own loss, or that gradient times the task's weight.
+        heads: the heads' gradients under a gradient method: of their own loss ("own"), or that times the task's weight.
         scale: the length of the step.
 
             ======  ==========================================================================================
