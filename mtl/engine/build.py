@@ -267,9 +267,9 @@ def _check_features(model: Model, outputs: Outputs, strategy: Strategy, tasks: l
     if not (strategy.flat or defines(strategy, "views") or switches.of_features(strategy)):
         return
     if outputs.features is None or "views" not in inspect.signature(model.forward).parameters:
-        raise ConfigError(f"loss: {name} works on the features at which sharing ends, and {kind} has no such place")
+        raise ConfigError(f"loss: {name} works on the features between backbone and heads, and {kind} has none")
     if strategy.flat and outputs.features.ndim != 2:
         shown = ", ".join(map(str, outputs.features.shape[1:]))
         raise ConfigError(f"loss: {name} needs features (N, F), a vector for each sample; {kind} has (N, {shown})")
     if defines(strategy, "views") and not all(list(model.own_parameters(t.name)) for t in tasks):
-        raise ConfigError(f"loss: {name} turns what the heads see, and these have no parameters to follow it with")
+        raise ConfigError(f"loss: {name} rotates the heads' features; every head needs parameters to follow")

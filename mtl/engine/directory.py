@@ -33,8 +33,8 @@ PATIENCE = 1.0  # seconds that a run waits for its lock: a check of the lock (`b
 class RunDirectory:
     """A run's directory. As a context manager it is locked, so that only one process trains the run.
 
-    It contains config.yaml, run.json (identity, status, commit, versions, hardware, command), metrics.jsonl (one row per
-    epoch), summary.json, train.log, last.pt and best.pt. If nothing was written, the directory is removed again.
+    It contains config.yaml, run.json (identity, status, commit, versions, hardware, command), metrics.jsonl (one row
+    per epoch), summary.json, train.log, last.pt and best.pt. If nothing was written, the directory is removed again.
 
     Raises:
         Busy: another process is training this run.
