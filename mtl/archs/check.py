@@ -34,6 +34,7 @@ def check_model(model: Model, batch: Batch, tasks: Sequence[str]) -> Outputs:
             not registered or never created, the inputs are changed in place, or two equal passes differ.
     """
     name = type(model.trunk).__name__
+    # Copies, to find out whether the network changes its inputs in place.
     kept = {key: value.clone(memory_format=torch.preserve_format) for key, value in batch.items()}
     with as_before(model):
         outputs = _pass(model, batch, tasks, training=True)
@@ -168,6 +169,7 @@ def _refuse_strangers(model: Model, predictions: Sequence[Any]) -> None:
 
 def _leaves(total: Tensor) -> list[Tensor]:
     """The leaf tensors to which a backward pass from `total` would give a gradient."""
+    # A loop instead of recursion, because the graph of a deep network exceeds Python's recursion limit.
     found, todo, seen = [], [total.grad_fn], set()
     while todo:
         if (node := todo.pop()) is None or node in seen:

@@ -56,7 +56,7 @@ class FCN(nn.Module):
         if height % STRIDE or width % STRIDE:
             raise ValueError(f"FCN needs images whose height and width are multiples of {STRIDE}, not {height}x{width}")
         x = self.deep(self.down(self.stem(x)))
-        x = x + self.wide(x)
+        x = x + self.wide(x)  # shortcuts, so that the dilated layers only add context to local features
         return x + self.wider(x)
 
 

@@ -19,8 +19,8 @@ from mtl.archs.restore import as_before
 from mtl.data.columns import Batch
 from mtl.tasks import Task
 
-Views = Callable[[Tensor], Sequence[Tensor]]
-Runner = Callable[[nn.Module, Sequence[Tensor]], Tensor]
+Views = Callable[[Tensor], Sequence[Tensor]]  # features → each decoder's input
+Runner = Callable[[nn.Module, Sequence[Tensor]], Tensor]  # (backbone, its inputs) → features
 
 
 class ArchError(ValueError):
@@ -106,6 +106,7 @@ class HardSharing(Model):
         inputs = [batch[name] for name in self.inputs]
         features = self.backbone(*inputs) if run is None else run(self.backbone, inputs)
         _check_features(self.backbone, features, inputs[0])
+        # RotoGrad gives each decoder its own rotation of the features. All other methods give them the features.
         seen = [features] * len(self.heads) if views is None else views(features)
         return Outputs([head(view) for head, view in zip(self.heads.values(), seen, strict=True)], features)
 

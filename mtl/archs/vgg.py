@@ -23,7 +23,7 @@ class VGG16BN(nn.Module):
     def __init__(self, in_channels: int, dropout: Annotated[float, Ge(0), Lt(1)] = 0.5):
         super().__init__()
         self.features = make_layers(cfgs["D"], batch_norm=True)
-        if in_channels != 3:
+        if in_channels != 3:  # torchvision's function makes images with three channels only
             self.features[0] = nn.Conv2d(in_channels, 64, 3, padding=1)
         block, self.layer_groups = 1, {}  # the gradient microscope's layer groups: a pooling ends a block
         for i, m in enumerate(self.features):

@@ -2,8 +2,8 @@
 
 After Elich, Kirchdorfer, Köhler, Schott, "Examining Common Paradigms in Multi-Task Learning" (2024), section 4.2. Their
 point: a conflict between tasks means little by itself. It must be compared with the conflict between samples of one
-task. For a pair of gradients a, b of the shared parameters, three statistics are measured, for all parameters and for
-each layer group (the first two are from Yu et al., "Gradient Surgery for Multi-Task Learning", 2020):
+task. Three statistics are measured for a pair of gradients a, b of the shared parameters, and of each layer group. The
+first two are from Yu et al., "Gradient Surgery for Multi-Task Learning", 2020.
 
     cosine         aᵀb / (‖a‖ ‖b‖)
     magnitude      2 ‖a‖ ‖b‖ / (‖a‖² + ‖b‖²)
@@ -152,11 +152,13 @@ class GradientObserver:
         self.present, self.labelled = labelled.any(1), labelled[:, :size]
         self.losses = torch.stack([loss.detach() for loss in losses])
         self.between_tasks = None
+        # If the step computes the tasks' gradients itself, `jacobian` gets them later. Otherwise they are computed here.
         if self.several and not self.reuses:
             rows = [self._gradients(loss) for loss in losses]
             self.between_tasks = self._moments(torch.stack(row)[None] for row in zip(*rows, strict=True))
         self.rows = []  # T x S lists of the parameters' gradients
         for t, p in zip(self.tasks, predictions, strict=True):
+            # `criterion` gives one loss per sample. Each needs a backward pass of its own through the whole batch.
             values = t.criterion(p[:size], batch[t.column][:size]) if size else []
             self.rows.append([self._gradients(value) for value in values])
 

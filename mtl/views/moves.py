@@ -100,6 +100,7 @@ class Metres(Moves):
     def __call__(self, column: Tensor, rows: Tensor | None, view: View | None) -> Tensor:
         _check(column, "(M, H, W)", column.dim() == 3)
         depth = see(column, rows, view, self.fill, _floating(column))
+        # `a` is 1/s along both axes; its sign only says whether the picture is mirrored.
         return depth if view is None or view.whole else depth * view.a.abs().mean(1)[:, None, None]
 
 
@@ -152,6 +153,7 @@ def blend(column: Tensor, rows: Tensor | None, view: View, fill: float) -> Tenso
     At a crop's edge, the neighbours are the picture's own pixels. At the picture's edge, the edge pixel is repeated.
     """
     vertical, horizontal = _centres(column, view)
+    # Interpolate along each line first, then between the two lines. Only the needed pixels are converted to floats.
     (top, bottom, lower), (left, right, further) = _around(*vertical), _around(*horizontal)
     dtype = _floating(column)
     lower, further = lower[:, :, None, None].to(dtype), further[:, None, :, None].to(dtype)

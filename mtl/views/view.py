@@ -84,6 +84,7 @@ class Crop(Augment):
             raise ValueError(f"padding: {self.padding!r}; a whole number of pixels is needed, 0 for no crop")
 
     def draw(self, size: int, shape: tuple[int, int], stream: Streams) -> View:
+        # A crop of the padded picture at (i, j) begins at (i − padding, j − padding) in the picture itself.
         corners = torch.randint(0, 2 * self.padding + 1, (2, size), generator=stream("crop"))
         return View(torch.ones(size, 2), (corners.T - self.padding).float(), whole=True)
 
@@ -95,7 +96,7 @@ class Flip(Augment):
     def draw(self, size: int, shape: tuple[int, int], stream: Streams) -> View:
         flip = torch.rand(size, generator=stream("flip")) < 0.5
         a, b = torch.ones(size, 2), torch.zeros(size, 2)
-        a[flip, 1], b[flip, 1] = -1, shape[1]
+        a[flip, 1], b[flip, 1] = -1, shape[1]  # position x shows W − x
         return View(a, b, whole=True)
 
 
