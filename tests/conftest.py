@@ -1,4 +1,4 @@
-"""Shared helpers: the command line in-process (a subprocess would import torch anew for every test)."""
+"""Shared fixtures. The command line runs in this process, because a subprocess would import torch for every test."""
 
 import logging
 import signal
@@ -21,19 +21,19 @@ needs_real_data = pytest.mark.skipif(
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capfd):
-    """`cli("loss=dwa", "seed=0")` runs train.py in an empty folder; returns .code, .out, .err."""
+    """`cli("loss=dwa", "seed=0")` runs train.py in an empty folder, and returns .code, .out and .err."""
     import train
     from mtl.cli.command import launch
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started ignoring it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     log = logging.getLogger("mtl")
 
     def call(*arguments: str):
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         GlobalHydra.instance().clear()
-        log.handlers, log.propagate = [], True  # the console's handler holds the stdout of the call before
+        log.handlers, log.propagate = [], True  # the old handler writes to the last call's stdout
         capfd.readouterr()
         code = launch(train.main)
         out, err = capfd.readouterr()
@@ -44,7 +44,7 @@ def cli(tmp_path, monkeypatch, capfd):
 
 @pytest.fixture
 def smoke(cli, tmp_path):
-    """Like `cli`, with the smallest run there is: `smoke("loss=pcgrad")`."""
+    """Like `cli`, but with the smallest run: `smoke("loss=pcgrad")`."""
 
     def call(*arguments: str):
         return cli("experiment=smoke", "data.train_size=64", "data.test_size=32", "data.batch_size=32",
@@ -55,10 +55,10 @@ def smoke(cli, tmp_path):
 
 @pytest.fixture
 def double(monkeypatch):
-    """`double(learner)`: it trains in float64, its batches, losses and sums as well.
+    """`double(learner)` makes a learner train in float64, including batches, losses and sums.
 
-    Two trainings in float32 cannot be compared closely: rounding moves an activation over ReLU's kink on one CPU and
-    not on another, and the gradient jumps.
+    In float32, two trainings cannot be compared closely. On one CPU, rounding moves an activation across ReLU's kink,
+    and on another it does not. Then the gradients differ much.
     """
     import torch
 

@@ -317,8 +317,8 @@ def test_experts_get_the_gradients_of_all_tasks_and_gates_their_own(build):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ("loss=rotograd", r"loss: RotoGrad works on the features at which sharing ends, and MMoE has no such place"),
-    ("loss=pcgrad step.gradients=features", r"loss: PCGrad works on the features .* MMoE has no such place"),
+    ("loss=rotograd", r"loss: RotoGrad works on the features between backbone and heads, and MMoE has none"),
+    ("loss=pcgrad step.gradients=features", r"loss: PCGrad works on the features .* MMoE has none"),
     ("+arch.declared=expert", r"arch: experts.0.weight is declared task 'kind''s own, but task '(again|size)' uses it"),
     ("+arch.declared=gate", r"arch: gates.size.weight is declared shared, but only task 'size' uses it"),
     ("+arch.declared=forgotten", r"arch: towers.again.weight is neither a shared parameter nor a task's own"),

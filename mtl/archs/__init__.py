@@ -1,1 +1,1 @@
-"""Backbones, heads, and the model that joins them."""
+"""Networks: backbones, heads, and the model that joins them."""

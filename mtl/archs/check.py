@@ -1,4 +1,8 @@
-"""A user's own network, tried out before training. What would train nothing, or something else, is refused."""
+"""Checks of a network before training, on random inputs.
+
+A user's own network may have mistakes that raise no error: a weight that is never trained, a parameter with the wrong
+owner, or a state that a checkpoint does not save. They are refused here.
+"""
 
 from __future__ import annotations
 
@@ -15,29 +19,33 @@ from mtl.data.columns import Batch
 
 
 def check_model(model: Model, batch: Batch, tasks: Sequence[str]) -> Outputs:
-    """Send a small batch through the model; the model and all generators stay as they were.
+    """Send a small batch through the model several times. The model and all generators stay as they were.
 
     Args:
+        model: the model, on any device.
         batch: float32 inputs of a few samples, in the memory layout of training.
         tasks: names of the tasks.
 
     Returns:
-        what a pass in training mode returned.
+        the outputs of a pass in training mode.
 
     Raises:
-        ArchError: a prediction has no row for each sample, a parameter's owner is not the declared one, a weight is not
-            registered or never made, the inputs are changed in place, or two equal passes differ.
+        ArchError: a prediction lacks a row for each sample, or a parameter's declared owner is wrong. Or a weight is
+            not registered or never created, the inputs are changed in place, or two equal passes differ.
     """
     name = type(model.trunk).__name__
+    # Copies, to find out whether the network changes its inputs in place.
     kept = {key: value.clone(memory_format=torch.preserve_format) for key, value in batch.items()}
     with as_before(model):
         outputs = _pass(model, batch, tasks, training=True)
-    # Only now, because the first forward pass makes the parameters of lazy modules.
+    # Only after a forward pass, because it creates the parameters of lazy modules.
     if unmade := [key for key, p in model.named_parameters() if is_lazy(p)]:
         raise ArchError(f"the parameter {unmade[0]} has no shape yet after a forward pass; does {name} use it?")
     check_owners(model, batch, tasks)
     if not all(torch.equal(batch[key], kept[key]) for key in kept):
         raise ArchError(f"{name} changes its inputs in place, and some methods use them twice; work on a copy")
+    # A second pass with the same weights and random numbers must give the same result. Otherwise the network keeps a
+    # state of its own, such as a counter, and a resumed run would differ.
     with as_before(model):
         again = _pass(model, batch, tasks, training=True)
     pairs = zip(_tensors([outputs.features, outputs.predictions]), _tensors([again.features, again.predictions]),
@@ -52,15 +60,16 @@ def check_model(model: Model, batch: Batch, tasks: Sequence[str]) -> Outputs:
 
 
 def check_owners(model: Model, batch: Batch, tasks: Sequence[str]) -> None:
-    """Compare the declared owner of each trainable parameter with the tasks whose predictions depend on it.
+    """Compare each trainable parameter's declared owner with the tasks whose predictions depend on it.
 
-    A shared parameter needs at least two tasks (one where there is only one task), an own parameter its task alone.
+    At least two tasks must use a shared parameter (or one, if there is only one task). Only its own task may use a
+    task's own parameter.
 
     Raises:
         ArchError: a declaration is wrong or missing, or no task uses a parameter.
     """
     users: dict[int, set[str]] = {}
-    # In both modes: some networks drop whole layers at random in training, others use some in training only.
+    # In both modes: some networks drop whole layers at random in training, and others use a layer only in training.
     for training in (True, False):
         with as_before(model):
             outputs = _pass(model, batch, tasks, training)
@@ -86,7 +95,7 @@ def check_owners(model: Model, batch: Batch, tasks: Sequence[str]) -> None:
     for key, p in trainable.items():
         found, task = users[id(p)], owner.get(id(p))
         if id(p) in shared and task is not None:
-            continue  # tied weights; each backward pass finds out whose they are
+            continue  # tied weights, in both lists: each backward pass decides whose they are
         if id(p) not in shared and task is None:
             raise ArchError(f"{key} is neither a shared parameter nor a task's own, and would not be balanced")
         if id(p) in shared and len(found) < min(2, len(tasks)):
@@ -99,6 +108,11 @@ def check_owners(model: Model, batch: Batch, tasks: Sequence[str]) -> None:
 
 
 def _pass(model: Model, batch: Batch, tasks: Sequence[str], training: bool) -> Outputs:
+    """One forward pass, with a check of the outputs' form.
+
+    Raises:
+        ArchError: there is not one prediction for each task, or a prediction lacks a row for each sample.
+    """
     outputs = model.train(training)(batch)
     kind, size = type(model).__name__, len(next(iter(batch.values())))
     predictions = getattr(outputs, "predictions", None)
@@ -127,7 +141,7 @@ def _reached(model: Model, prediction: Any) -> list[nn.Parameter]:
     tensors = [t for t in _tensors(prediction) if t.requires_grad]
     if not tensors:
         return []
-    # Not autograd.grad, which re-entrant checkpoints do not bear.
+    # Not autograd.grad: re-entrant checkpoints raise an error in it.
     sum(t.sum() for t in tensors).backward(retain_graph=True)
     found = [p for p in model.parameters() if p.grad is not None]
     for p in found:
@@ -136,6 +150,11 @@ def _reached(model: Model, prediction: Any) -> list[nn.Parameter]:
 
 
 def _refuse_strangers(model: Model, predictions: Sequence[Any]) -> None:
+    """Refuse weights that the optimizer would never see, such as a tensor with requires_grad in a Python list.
+
+    Raises:
+        ArchError: the predictions depend on such a weight.
+    """
     tensors = [t for t in _tensors(list(predictions)) if t.requires_grad]
     if not tensors:
         return
@@ -149,7 +168,8 @@ def _refuse_strangers(model: Model, predictions: Sequence[Any]) -> None:
 
 
 def _leaves(total: Tensor) -> list[Tensor]:
-    """The tensors that a backward pass from `total` would give a gradient."""
+    """The leaf tensors to which a backward pass from `total` would give a gradient."""
+    # A loop instead of recursion, because the graph of a deep network exceeds Python's recursion limit.
     found, todo, seen = [], [total.grad_fn], set()
     while todo:
         if (node := todo.pop()) is None or node in seen:

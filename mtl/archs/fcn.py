@@ -1,6 +1,6 @@
-"""A small fully convolutional network for maps: Long et al., "Fully Convolutional Networks", CVPR 2015, in miniature.
+"""A small fully convolutional network for dense tasks, after Long et al., "Fully Convolutional Networks", CVPR 2015.
 
-For tours, tests and a CPU; no published table is of it.
+It is for first tries and tests on a CPU. No paper reports results for it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STRIDE = 4
 class FCN(nn.Module):
     """Five convolutions with batch norm; features are maps (N, 4 · width, H/4, W/4).
 
-    The last two are dilated by 2 and by 4, so that a feature sees 67 pixels along each axis.
+    The last two convolutions are dilated by 2 and by 4. So a feature's receptive field is 67 pixels along each axis.
 
     Args:
         in_channels: image channels; height and width must be multiples of 4.
@@ -37,8 +37,8 @@ class FCN(nn.Module):
         self.wider = _Layer(4 * width, 4 * width, dilation=4)
 
     def decoder(self, task: Task) -> nn.Module:
-        """Of a task with maps two convolutions, shown at the images' size; of another one a mean and a linear layer."""
-        if isinstance(task.moves, Fixed):  # a label of the whole image, which follows no view
+        """Two convolutions and upsampling to the images' size for a dense task; else a mean and a linear layer."""
+        if isinstance(task.moves, Fixed):  # one label for the whole image, such as a class
             return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(self.out_features, task.outputs))
         return nn.Sequential(
             nn.Conv2d(self.out_features, self.out_features // 2, 3, padding=1), nn.ReLU(),
@@ -50,13 +50,13 @@ class FCN(nn.Module):
         """Images (N, C, H, W) to maps of features.
 
         Raises:
-            ValueError: height or width is no multiple of 4.
+            ValueError: height or width is not a multiple of 4.
         """
         height, width = x.shape[2:]
         if height % STRIDE or width % STRIDE:
             raise ValueError(f"FCN needs images whose height and width are multiples of {STRIDE}, not {height}x{width}")
         x = self.deep(self.down(self.stem(x)))
-        x = x + self.wide(x)
+        x = x + self.wide(x)  # shortcuts, so that the dilated layers only add context to local features
         return x + self.wider(x)
 
 

@@ -1,4 +1,8 @@
-"""What a model is: from a batch to each task's prediction, with every parameter's owner declared."""
+"""The base class of models: from a batch to each task's prediction, with a declared owner for every parameter.
+
+Balancing methods need the owners. They balance the gradients of the shared parameters, and leave each task's own
+parameters to its own loss.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +19,22 @@ from mtl.archs.restore import as_before
 from mtl.data.columns import Batch
 from mtl.tasks import Task
 
-Views = Callable[[Tensor], Sequence[Tensor]]
-Runner = Callable[[nn.Module, Sequence[Tensor]], Tensor]
+Views = Callable[[Tensor], Sequence[Tensor]]  # features → each decoder's input
+Runner = Callable[[nn.Module, Sequence[Tensor]], Tensor]  # (backbone, its inputs) → features
 
 
 class ArchError(ValueError):
-    """A backbone, or a task's head, is not what can be trained."""
+    """A backbone or a task's head cannot be trained as it is."""
 
 
 class Outputs(NamedTuple):
-    """What a forward pass returns.
+    """The outputs of a forward pass.
 
     Attributes:
-        predictions: for each task what its decoder returns, in the order of the tasks. Only the task reads it.
-        features: (N, …) the tensor at which sharing ends, for methods that work on the gradients of features. None
-            where there is no such tensor.
+        predictions: the output of each task's decoder, in the order of the tasks. Only the task's own loss and metrics
+            read it, so it may be anything.
+        features: (N, …) the last tensor that all tasks share, for methods on the gradients of features. None if there
+            is no such tensor.
     """
 
     predictions: Sequence[Any]
@@ -37,7 +42,7 @@ class Outputs(NamedTuple):
 
 
 class Model(nn.Module, ABC):
-    """Base of every network of several tasks. Ownership of the parameters is declared, and checked before training.
+    """Base of every multi-task network. It declares the owner of each parameter; `check_owners` verifies it.
 
     Attributes:
         inputs: names of the columns that the model reads.
@@ -51,7 +56,7 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def shared_parameters(self) -> Iterable[nn.Parameter]:
-        """Parameters that several tasks use. Per-task gradients are taken of these."""
+        """Parameters that several tasks use. Per-task gradients are taken with respect to these."""
 
     @abstractmethod
     def own_parameters(self, task: str) -> Iterable[nn.Parameter]:
@@ -59,7 +64,7 @@ class Model(nn.Module, ABC):
 
     @property
     def trunk(self) -> nn.Module:
-        """The module whose children are the layer groups of the gradient microscope."""
+        """The module whose children are the gradient microscope's layer groups; messages show its class name."""
         return self
 
 
@@ -67,13 +72,13 @@ class HardSharing(Model):
     """One shared backbone, and one decoder for each task: backbone → features → a prediction for each task.
 
     Args:
-        backbone: any module that returns one tensor (N, …). It may have a method `decoder(task)`, which makes a task's
-            decoder, and an attribute `inputs`, the names of the columns that its `forward` takes. Without `decoder` it
-            needs the attribute `out_features` = F and returns features (N, F); decoders are then linear layers.
-        tasks: the tasks, in the order in which predictions are returned.
+        backbone: any module that returns one tensor (N, …). A method `decoder(task)`, if it has one, makes each task's
+            decoder. Without it, decoders are linear layers: then the backbone returns (N, F), and has the attribute
+            `out_features` = F. The attribute `inputs` names the columns that `forward` takes; default: ("image",).
+        tasks: the tasks, in the order of the predictions.
 
     Raises:
-        ArchError: the backbone or a decoder is no module, or `out_features` is missing.
+        ArchError: the backbone or a decoder is not a module, or `out_features` is missing.
     """
 
     def __init__(self, backbone: nn.Module, tasks: Sequence[Task]):
@@ -84,23 +89,24 @@ class HardSharing(Model):
         self.backbone = backbone
         self.heads = nn.ModuleDict()
         for task in tasks:
-            # Past ModuleDict's own check, which refuses a task that is called "type" or "values".
+            # Not heads[name] = …: ModuleDict refuses names of its own methods, such as a task called "values".
             self.heads._modules[task.name] = _decoder(backbone, task)
 
     def forward(self, batch: Batch, views: Views | None = None, run: Runner | None = None) -> Outputs:
         """The predictions of all tasks.
 
         Args:
-            batch: with the backbone's inputs.
-            views: makes what each decoder sees from the features; None gives the features to all.
-            run: calls the backbone, where several processes divide the batch.
+            batch: contains the backbone's inputs.
+            views: makes each decoder's input from the features (RotoGrad); None gives the features to all decoders.
+            run: calls the backbone in place of this function, if several processes divide the batch.
 
         Raises:
-            ArchError: the backbone does not return features as described for the class.
+            ArchError: the backbone's features are not as described in the class.
         """
         inputs = [batch[name] for name in self.inputs]
         features = self.backbone(*inputs) if run is None else run(self.backbone, inputs)
         _check_features(self.backbone, features, inputs[0])
+        # RotoGrad gives each decoder its own rotation of the features. All other methods give them the features.
         seen = [features] * len(self.heads) if views is None else views(features)
         return Outputs([head(view) for head, view in zip(self.heads.values(), seen, strict=True)], features)
 
@@ -133,14 +139,16 @@ def _decoder(backbone: nn.Module, task: Task) -> nn.Module:
 
 
 def _check_features(backbone: nn.Module, features: Any, first: Tensor) -> None:
-    """Look at what a backbone returned.
+    """Check the features that a backbone returned.
 
     Args:
-        first: the first input.
+        backbone: the backbone, for its name and `out_features`.
+        features: its output.
+        first: its first input.
 
     Raises:
-        ArchError: it is no tensor with a row for each sample; or, for linear decoders, not (N, out_features) numbers
-            of the inputs' dtype.
+        ArchError: the features are not a tensor with a row for each sample. For linear decoders: the shape is not
+            (N, out_features), or the dtype is not the inputs' dtype.
     """
     name, size, own = type(backbone).__name__, len(first), hasattr(backbone, "decoder")
     needed = f"({size}, …)" if own else str((size, int(backbone.out_features)))
@@ -155,8 +163,9 @@ def _check_features(backbone: nn.Module, features: Any, first: Tensor) -> None:
             f"{name} returned features of shape {tuple(features.shape)} for a batch of {size}{width}; "
             f"{needed} is needed{hint}"
         )
-    device = first.device.type  # meta has no autocast, where sizes are counted without memory
-    mixed = device != "meta" and torch.is_autocast_enabled(device)  # features may then be bf16
+    device = first.device.type
+    # Under autocast, features may be bf16. The device "meta", on which sizes are computed without memory, has none.
+    mixed = device != "meta" and torch.is_autocast_enabled(device)
     if features.dtype != first.dtype and first.is_floating_point() and not mixed:
         given, wanted = (str(t.dtype).removeprefix("torch.") for t in (features, first))
         raise ArchError(f"{name} returned {given} features for {wanted} inputs; convert them to {wanted}")
@@ -169,8 +178,13 @@ def count_parameters(model: nn.Module) -> int:
 
 @torch.no_grad()
 def count_macs(model: nn.Module, batch: Batch) -> int:
-    """Multiply-accumulates of a forward pass (convolutions and linear layers) for the one sample of `batch`."""
+    """Number of multiply-accumulates of a forward pass, in convolutions and linear layers.
+
+    Args:
+        model: stays as it was.
+        batch: inputs of one sample.
+    """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with as_before(model), FlopCounterMode(display=False) as counter:
         model.eval()({name: value.to(device) for name, value in batch.items()})
-    return counter.get_total_flops() // 2
+    return counter.get_total_flops() // 2  # torch counts a multiply-accumulate as two operations

@@ -1,4 +1,4 @@
-"""No network, but a point in the plane: what is trained on a toy problem (data=toy)."""
+"""A point in the plane instead of a network, for the toy problem (data=toy)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from mtl.tasks import Task
 
 
 class Point(nn.Module):
-    """The same features (N, 2), its own two coordinates, for every image of a batch.
+    """Two trainable coordinates. They are the features (N, 2) of every image of a batch, whatever the image shows.
 
     Args:
-        in_channels: of the images, at which it does not look.
+        in_channels: ignored; every backbone is given it.
         start: initial coordinates.
     """
 
@@ -30,8 +30,8 @@ class Point(nn.Module):
         """Images (N, C, 1, 1) to features (N, 2).
 
         Raises:
-            ValueError: the images have something to be seen in them.
+            ValueError: the images have more than one pixel, so this is not the toy problem.
         """
         if images.shape[-2:] != (1, 1):
             raise ValueError("Point sees nothing of an image; it is for data=toy")
-        return self.x.repeat(len(images), 1)
+        return self.x.repeat(len(images), 1)  # the rows' gradients add up to the gradient at the point

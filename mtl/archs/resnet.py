@@ -1,9 +1,9 @@
 """ResNets for 32x32 images: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, and the wide form of
 Zagoruyko & Komodakis, "Wide Residual Networks", BMVC 2016.
 
-ResNet-20/32/44/56/110 have three stages of 16, 32 and 64 channels (section 4.2 of He et al.) with projection shortcuts
-(1x1 convolution and batch norm), the form whose CIFAR-100 figures are quoted most: 0.28 M parameters and 41 MMAC for
-ResNet-20, 0.86 M and 126 MMAC for ResNet-56. ResNet-18 is the ImageNet net with a 3x3 stem and no pooling.
+ResNet-20/32/44/56/110 have three stages of 16, 32 and 64 channels (section 4.2 of He et al.). Their shortcuts are
+projections (1x1 convolution and batch norm), because most published CIFAR-100 results have these. ResNet-20 has 0.28 M
+parameters and 41 MMAC, ResNet-56 0.86 M and 126 MMAC. ResNet-18 is the ImageNet net with a 3x3 stem and no pooling.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _initialise(module: nn.Module) -> None:
 
 
 def _layers(blocks: int, each: int) -> dict[str, list[str]]:
-    """{"layer1": ["blocks.0", …], …} of stages of `each` blocks; what the gradient microscope calls them."""
+    """{"layer1": ["blocks.0", …], …}: the gradient microscope's layer groups, one for each stage of `each` blocks."""
     stages = range(blocks // each)
     return {f"layer{i + 1}": [f"blocks.{k}" for k in range(i * each, (i + 1) * each)] for i in stages}
 
@@ -52,7 +52,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet for small images; features are the channel means of the last stage.
+    """ResNet for small images. The features are the channel means of the last stage.
 
     Args:
         in_channels: image channels.
@@ -66,6 +66,7 @@ class ResNet(nn.Module):
         stages, inputs = [], widths[0]
         for i, width in enumerate(widths):
             for block in range(blocks):
+                # The first block of each later stage halves height and width.
                 stages.append(BasicBlock(inputs, width, stride=2 if i > 0 and block == 0 else 1))
                 inputs = width
         self.blocks = nn.Sequential(*stages)
@@ -103,7 +104,7 @@ class WideResNet(nn.Module):
         in_channels: image channels.
         depth: 6n + 4.
         width: multiple k of the 16, 32 and 64 channels.
-        dropout: between the two convolutions of a block; the paper uses 0 or 0.3.
+        dropout: dropout rate between the two convolutions of a block; the paper uses 0 or 0.3.
 
     Raises:
         ValueError: depth is not 6n + 4.

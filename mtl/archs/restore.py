@@ -1,4 +1,4 @@
-"""Try a network out, and leave no trace."""
+"""Run a network on trial, and restore it afterwards."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mtl.random import kept
 
 @contextmanager
 def as_before(model: nn.Module) -> Iterator[None]:
-    """Afterwards the modes, parameters, buffers and all global generators are as they were.
+    """After this block, the model's modes, parameters, buffers and all global generators are as they were before it.
 
-    Only parameters and buffers of lazy modules, which the first forward pass makes, stay.
+    One exception: a lazy module keeps the parameters and buffers that its first forward pass has created.
     """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
@@ -28,6 +28,7 @@ def as_before(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+        # A forward pass may replace a buffer by a new tensor, so the old tensors are put back, and then their values.
         for module, named in buffers:
             module._buffers.clear()
             module._buffers.update(named)

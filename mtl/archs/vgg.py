@@ -1,6 +1,6 @@
-"""VGG-16 with batch norm in its CIFAR form: Simonyan & Zisserman, ICLR 2015, with two 512-wide fully connected layers.
+"""VGG-16 with batch norm for CIFAR: Simonyan & Zisserman, ICLR 2015, with two fully connected layers of width 512.
 
-15.3 M parameters and 314 MMAC; the 34 M net that goes by the same name elsewhere has 4096-wide layers.
+It has 15.3 M parameters and 314 MMAC. Elsewhere, a net of the same name has layers of width 4096 and 34 M parameters.
 """
 
 from typing import Annotated
@@ -11,11 +11,11 @@ from torchvision.models.vgg import cfgs, make_layers
 
 
 class VGG16BN(nn.Module):
-    """Thirteen convolutions and two fully connected layers; the third, the classifier, is the task's head.
+    """Thirteen convolutions and two fully connected layers. The original's third one, the classifier, is a task's head.
 
     Args:
-        in_channels: image channels; images of 32x32 only (five poolings leave 1x1).
-        dropout: before each fully connected layer's successor, as in the original.
+        in_channels: image channels. Images must be 32x32, because five poolings leave 1x1.
+        dropout: dropout rate after each fully connected layer, as in the original.
     """
 
     out_features = 512
@@ -23,9 +23,9 @@ class VGG16BN(nn.Module):
     def __init__(self, in_channels: int, dropout: Annotated[float, Ge(0), Lt(1)] = 0.5):
         super().__init__()
         self.features = make_layers(cfgs["D"], batch_norm=True)
-        if in_channels != 3:
+        if in_channels != 3:  # torchvision's function makes images with three channels only
             self.features[0] = nn.Conv2d(in_channels, 64, 3, padding=1)
-        block, self.layer_groups = 1, {}  # for the gradient microscope: a pooling ends a block
+        block, self.layer_groups = 1, {}  # the gradient microscope's layer groups: a pooling ends a block
         for i, m in enumerate(self.features):
             self.layer_groups.setdefault(f"block{block}", []).append(f"features.{i}")
             block += isinstance(m, nn.MaxPool2d)

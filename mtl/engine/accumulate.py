@@ -1,4 +1,4 @@
-"""What a step adds to `.grad`, and how it is added: as autograd itself would leave it."""
+"""Writes a step's gradients to `.grad`, with the dtype, strides and sparsity that autograd itself would give them."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from mtl.losses.hooks import defines
 
 @dataclass
 class Gradients:
-    """What one step adds to `.grad`. Either `losses` and their weights, or `direction` and `heads`.
+    """What one step adds to `.grad`: either the weighted `losses` (loss weighting), or `direction` and `heads`.
 
     Attributes:
         one: the arguments of the step.
         values: (T,) losses as the method saw them, without a graph.
-        info: the step's report. Its norm is that of the direction.
-        losses: (T,) with their graph, where one backward pass of their weighted sum gives all gradients.
-        absent: the tasks that the host knows to be absent; their parameters get zeros.
+        info: the step's report. Its norm is the direction's, until `accumulate` knows the norm of `.grad`.
+        losses: (T,) losses with their graph. One backward pass of their weighted sum gives all gradients.
+        absent: numbers of the tasks that the host knows to be absent; their parameters get zeros.
         direction: (P,) gradient of the shared parameters, or of the features.
         heads: gradients of each head's parameters, multiplied by the loss scale.
-        extra: () a further term with its graph.
-        rows: (T, P) each task's part of `direction`, where it is wanted.
-        before: the buffers of a loss weighting, as they were before the step.
+        extra: () the method's regulariser with its graph.
+        rows: (T, P) each task's part of `direction`, if requested.
+        before: copies of the buffers of a loss weighting, from before the step.
     """
 
     one: BackwardPass
@@ -51,13 +51,13 @@ def accumulate(found: Gradients) -> Info:
     """Add what `gradients` found to `.grad`; return the step's report.
 
     Raises:
-        ValueError: the losses reach no shared parameter, which only their backward pass could tell.
+        ValueError: the losses reach no shared parameter. With custom autograd functions, this shows only now.
     """
     one, info = found.one, found.info
     strategy = one.strategy
     with full_precision(one.device):
         if found.extra is not None:
-            one.scaled(found.extra).backward(retain_graph=True)
+            one.scaled(found.extra).backward(retain_graph=True)  # the losses below share its graph
         if found.heads is None:
             _backward_pass(found)
         else:
@@ -65,9 +65,10 @@ def accumulate(found: Gradients) -> Info:
                 add(parameters, gradients)
             if found.direction is not None:
                 _add_direction(one, found.direction)
-        # The features' gradient has another length than the parameters', and a further term has changed theirs.
+        # The report's norm is that of the shared parameters' `.grad`. In these cases it is not the direction's norm.
         if found.heads is None or one.of_features or defines(strategy, "regulariser"):
             info = replace(info, norm=one.unscaled(norm(one.shared)))
+        # After an overflow, the buffers of a loss weighting are put back. The device decides; the host does not wait.
         if found.before:
             finite = found.values.isfinite().all() & info.norm.isfinite()
             if heads := [p for head in one.heads for p in head]:
@@ -82,10 +83,13 @@ def _backward_pass(found: Gradients) -> None:
     """Loss weighting: one backward pass, which reaches every parameter.
 
     Raises:
-        ValueError: it reached none of the shared ones.
+        ValueError: it reached none of the shared parameters.
     """
+    # `seed` are the tasks' weights: backward of the vector of losses with this seed is backward of Σ w_i L_i.
     one, seed = found.one, found.info.weights
-    if one.share is not None:  # DistributedDataParallel takes the mean over the processes, we want the sum
+    # DistributedDataParallel will divide the sum over the processes by their number. The shares already contain this
+    # division, so it is undone.
+    if one.share is not None:
         seed = seed * one.share * one.replicas.size
     before = [None if p.grad is None else p.grad._version for p in one.shared] if one.unseen else []
     if found.losses.requires_grad:
@@ -95,13 +99,15 @@ def _backward_pass(found: Gradients) -> None:
             f"losses: reach no parameter of shared, not even behind the custom function {one.unseen}. Were the "
             "features detached, or made under no_grad?"
         )
-    if found.absent:  # zeros, as the absent losses would have left
+    # A detached loss leaves `.grad` at None, but a loss with weight 0 would leave zeros. An optimizer treats these
+    # differently (weight decay, momentum), so absent tasks' parameters get zeros.
+    if found.absent:
         left = [p for p in (*one.shared, *(p for i in found.absent for p in one.heads[i])) if p.grad is None]
         add(left, [torch.zeros_like(p) for p in left])
 
 
 def _add_direction(one: BackwardPass, direction: Tensor) -> None:
-    """Add the shared gradient; that of features goes on through the backbone."""
+    """Add the shared gradient. A gradient of the features is first sent back through the backbone."""
     direction = one.scaled(direction)
     if not one.of_features:
         add(one.shared, pieces(one.shared, direction))
@@ -109,14 +115,14 @@ def _add_direction(one: BackwardPass, direction: Tensor) -> None:
     seed = direction.view_as(one.features).to(one.features.dtype)
     if one.replicas is None:
         one.features.backward(seed)
-    else:  # by hand: DistributedDataParallel would wait for the heads, whose gradients are already there
+    else:  # not with backward(): DistributedDataParallel would wait for the heads' gradients, which are already there
         found = torch.autograd.grad(one.features, one.shared, seed, allow_unused=True)
         found = [torch.zeros_like(p) if g is None else g for p, g in zip(one.shared, found, strict=True)]
         add(one.shared, one.replicas.total(*found))
 
 
 def pieces(parameters: Sequence[Tensor], row: Tensor) -> list[Tensor]:
-    """`row` (P,) cut into one tensor of each parameter's shape."""
+    """Cut `row` (P,) into tensors of the parameters' shapes."""
     cut = row.split(columns(parameters))
     return [
         torch.view_as_complex(c.view(*p.shape, 2)) if p.is_complex() else c.view(p.shape)
@@ -126,10 +132,11 @@ def pieces(parameters: Sequence[Tensor], row: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def add(parameters: Iterable[Parameter], gradients: Iterable[Tensor | None]) -> None:
-    """Add to `.grad`. A new one has its parameter's strides and dtype, and memory of its own.
+    """Add to `.grad`. A new `.grad` has its parameter's strides and dtype, and its own memory.
 
-    Fused optimizers walk a parameter and its gradient side by side in memory, so they depend on equal strides.
+    Fused optimizers read a parameter and its gradient in memory order, so both need equal strides.
     """
+    # All new gradients are copied at once at the end: on a GPU, one kernel instead of one for each parameter.
     targets, sources = [], []
     for p, g in zip(parameters, gradients, strict=True):
         if g is None:

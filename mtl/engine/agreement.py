@@ -1,4 +1,4 @@
-"""What the processes of a group must have in common before their gradients are averaged: model, strategy and calls."""
+"""Compares the processes of a group before their gradients are averaged: same model, same strategy, same calls?"""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from mtl.losses.base import Strategy
 from mtl.losses.extra import unpack
 
 ALONE = "set strategy.group = None if each process trains its own model"
-TOLERANCE = 1e-9  # relative, of sums in float64: replicas are equal in all bits, but GPUs may add in another order
+# Relative tolerance of sums in float64. Replicas have the same bits, but different GPUs may add in another order.
+TOLERANCE = 1e-9
 
 
 @dataclass
@@ -22,9 +23,9 @@ class Call:
     """A call that all processes must make at the same time.
 
     Args:
-        name: of the function.
-        facts: what the arguments must have in common, by the name for a message.
-        graph: whether a loss has a graph, where DistributedDataParallel waits for the backward pass of every process.
+        name: name of the function.
+        facts: properties of the arguments that must be equal in all processes; the keys are for messages.
+        graph: whether a loss has a graph. DistributedDataParallel waits for the backward pass of every process.
     """
 
     name: str
@@ -33,17 +34,17 @@ class Call:
 
 
 def told(strategy: Strategy, call: Call) -> dict[str, Any]:
-    """What must be equal in all processes at each call; its order is the one in which differences are reported."""
+    """The facts that must be equal in all processes at each call. The first difference is reported."""
     return {"call": call.name, "method": type(strategy).__name__, "tasks": ", ".join(strategy.names), **call.facts}
 
 
 def progress(strategy: Strategy) -> dict[str, Any]:
-    """The part of a strategy's state that is known on the host, for the same purpose."""
+    """The part of a strategy's state that the host knows, to be compared in the same way."""
     return {"steps": strategy.calls.steps, "epoch": strategy.epoch, "seed of the random stream": strategy._seed}
 
 
 def first_difference(told: Sequence[dict[str, Any]]) -> str | None:
-    """The first fact in which two processes differ, in words.
+    """The first fact in which two processes differ, as text: "steps: 3 in process 0, 4 in process 1".
 
     Args:
         told: the facts of each process.
@@ -56,7 +57,7 @@ def first_difference(told: Sequence[dict[str, Any]]) -> str | None:
 
 
 def describe_model(shared: Sequence[Parameter], heads: Sequence[Sequence[Parameter]]) -> dict[str, Any]:
-    """Shapes of all parameters, and two numbers that tell their values. Waits for the device."""
+    """Shapes of all parameters, with sum and norm of each as a fingerprint of its values. Waits for the device."""
     everything = [*shared, *(p for head in heads for p in head)]
     numbers: list[Tensor] = []
     for p in everything:
@@ -67,11 +68,13 @@ def describe_model(shared: Sequence[Parameter], heads: Sequence[Sequence[Paramet
 
 
 def check_models(models: Sequence[dict[str, Any]]) -> None:
-    """Args:
-        models: what `describe_model` found in each process.
+    """Check that the processes hold replicas of one model.
+
+    Args:
+        models: the description from `describe_model` of each process.
 
     Raises:
-        ValueError: they are not replicas of one model.
+        ValueError: they do not.
     """
     if all(_same(models[0], other) for other in models):
         return
@@ -87,14 +90,15 @@ def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     sums = zip(a["values"][::2], b["values"][::2], strict=True)
     norms = list(zip(a["values"][1::2], b["values"][1::2], strict=True))
     near = lambda x, y, scale: x == y or (x != x and y != y) or abs(x - y) <= TOLERANCE * scale  # noqa: E731
-    # |sum| is at most norm·√n: what two sums may differ by when their terms are added in another order.
+    # Two sums of the same n terms may differ if they were added in another order. The scale of this difference is
+    # norm · √n, which is the largest possible |sum|.
     scales = [norm * size**0.5 for (norm, _), size in zip(norms, a["sizes"], strict=True)]
     return all(near(x, y, s) for (x, y), s in zip(sums, scales, strict=True)) and all(near(x, y, x) for x, y in norms)
 
 
 def describe_strategy(strategy: Strategy) -> dict[str, Any]:
-    """Names, shapes and dtypes of parameters and buffers; the steps so far; the state that is no tensor."""
-    strategy.stream_seed()  # decided now, so that it is in the state
+    """The strategy's state without the values of tensors: names, shapes, dtypes, number of steps, extra state."""
+    strategy.stream_seed()  # fixes the seed now, if it is still open, so that the state contains it
     tensors = {name: (tuple(t.shape), t.dtype) for name, t in _tensors(strategy).items()}
     lasting = {name for name in tensors if name not in strategy.lazy}
     extra = unpack(strategy.get_extra_state())
@@ -102,11 +106,13 @@ def describe_strategy(strategy: Strategy) -> dict[str, Any]:
 
 
 def check_strategies(strategies: Sequence[dict[str, Any]]) -> None:
-    """Args:
-        strategies: what `describe_strategy` found in each process.
+    """Check that all processes can take over the first process's strategy.
+
+    Args:
+        strategies: the description from `describe_strategy` of each process.
 
     Raises:
-        ValueError: the first process's state cannot become that of all.
+        ValueError: another process has made more steps, or a tensor has another shape.
     """
     first = strategies[0]
     for rank, other in enumerate(strategies):
@@ -129,9 +135,9 @@ def _shape(entry: tuple[tuple[int, ...], torch.dtype] | None) -> tuple[int, ...]
 
 
 def prepare_tensors(strategy: Strategy, first: dict[str, Any]) -> list[Tensor]:
-    """The strategy's tensors in the order of the first process, with its shapes; buffers are made where they lack.
+    """The strategy's tensors, with names, order and shapes as in the first process. Missing buffers are created.
 
-    A method makes some buffers in its first step. One process may have loaded them, and another not.
+    A method creates some buffers in its first step. So the first process may have loaded buffers that others lack.
     """
     ours = _tensors(strategy)
     for name in ours.keys() - first["tensors"].keys():

@@ -25,12 +25,12 @@ def header(config: Mapping[str, Any], identity: Identity, benchmark: Benchmark, 
     """Log what will be trained, before the first epoch.
 
     Args:
-        config, identity, benchmark, learner: of the run.
-        sizes: samples of each split.
-        steps: of an epoch.
-        path: where the run writes.
-        tracker: the tracker's own line.
-        resumed: epochs that are already done.
+        config, identity, benchmark, learner: the run's.
+        sizes: number of samples of each split.
+        steps: number of steps in an epoch.
+        path: the run's directory.
+        tracker: the tracker's own line, such as the address of a dashboard.
+        resumed: number of epochs that are already done.
     """
     trainer, strategy, optimizer = learner.trainer, learner.strategy, config["optimizer"]
     own = sum(p.numel() for p in strategy.parameters())
@@ -66,10 +66,10 @@ def footer(summary: Mapping[str, Any], epochs: int, directory: RunDirectory, com
     """Log the results, and the command that repeats the run.
 
     Args:
-        summary: of the run, as in summary.json.
-        epochs: that were trained.
-        directory: of the run.
-        command: that repeats the run.
+        summary: the run's results, as in summary.json.
+        epochs: number of trained epochs.
+        directory: the run's directory.
+        command: the command that repeats the run.
     """
     chosen = summary["selected"]
     header = ["test", "best", "at epoch", f"last ({epochs})", *([f"by {chosen['by']}"] if chosen else [])]

@@ -1,6 +1,7 @@
-"""What callers hand to `mtl.backward`, in the one form that the step computes with. The rest is refused.
+"""Converts the arguments of `mtl.backward` to one form, and refuses wrong ones.
 
-Every error begins with the name of the argument.
+Callers may give lists, tensors, dicts by task name, modules or generators. Every error message begins with the
+argument's name.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ def scalars(name: str, given: Any, names: Sequence[str]) -> list[Tensor]:
     """T losses of shape (), in the order of the strategy's tasks, in one dtype of at least 32 bits.
 
     Args:
-        name: of the argument, for messages.
-        given: a sequence, a (T,) tensor or a mapping from the tasks' names; each loss holds one number.
-        names: of the tasks.
+        name: name of the argument, for messages.
+        given: a sequence, a (T,) tensor or a mapping from task names; each loss is a tensor with one number.
+        names: names of the tasks.
 
     Raises:
-        ValueError: another number of losses, unknown names, or a loss that is not one real number.
+        ValueError: there are not T losses, a name is unknown, or a loss is not a single real number.
         TypeError: a loss is not a tensor.
     """
     if isinstance(given, Tensor) and given.dim() == 0:
@@ -47,7 +48,7 @@ def scalars(name: str, given: Any, names: Sequence[str]) -> list[Tensor]:
             raise ValueError(f"{where}: shape {shape}; a loss is one number, such as the mean over the batch")
         if not loss.is_floating_point():
             raise ValueError(f"{where}: dtype {loss.dtype}; a loss is a real floating-point number")
-    # Half precision has no room for logarithms and ratios of losses.
+    # Half precision is too coarse for logarithms and ratios of losses.
     dtype = torch.float32
     for loss in losses:
         dtype = torch.promote_types(dtype, loss.dtype)
@@ -56,10 +57,10 @@ def scalars(name: str, given: Any, names: Sequence[str]) -> list[Tensor]:
 
 
 def marks(given: Any, names: Sequence[str], device: torch.device) -> Tensor | None:
-    """(T,) bool `present` on `device`; None where all tasks are present.
+    """(T,) bool `present` on `device`; None if all tasks are present.
 
     Raises:
-        ValueError: not one truth value for each task.
+        ValueError: there is not one bool for each task.
     """
     if given is None:
         return None
@@ -76,12 +77,15 @@ def marks(given: Any, names: Sequence[str], device: torch.device) -> Tensor | No
 
 
 def parameters(name: str, given: Any) -> list[Parameter]:
-    """The parameters in `given`, each once: a module, one parameter, or any nesting of iterables and mappings of these.
+    """The parameters in `given`, each once.
 
-    Pairs of a name and a parameter, as `named_parameters()` yields them, are understood, too.
+    Args:
+        name: name of the argument, for messages.
+        given: a module, a parameter, or any nesting of iterables and mappings of these. Pairs of a name and a parameter
+            are also allowed, as from `named_parameters()`.
 
     Raises:
-        TypeError: something in it is no parameter.
+        TypeError: `given` contains something other than a parameter.
     """
     found: dict[int, Tensor] = {}
     for p in _flatten(name, given):
@@ -90,8 +94,10 @@ def parameters(name: str, given: Any) -> list[Parameter]:
 
 
 def check_grad_mode(samples: Sequence[Sequence[Tensor]]) -> None:
-    """Raises:
-    ValueError: gradients are switched off, and so were they where the losses were computed.
+    """Check that gradients are enabled, or were when the losses were computed.
+
+    Raises:
+        ValueError: they were disabled in both places, so nothing can be trained.
     """
     off = "torch.inference_mode()" if torch.is_inference_mode_enabled() else "torch.no_grad()"
     known = any(loss.requires_grad for losses in samples for loss in losses)
@@ -102,12 +108,12 @@ def check_grad_mode(samples: Sequence[Sequence[Tensor]]) -> None:
 
 
 def shared_parameters(given: Any, strategy: Strategy) -> list[Parameter]:
-    """The trainable parameters in `shared`; empty where all of them are frozen.
+    """The trainable parameters in `shared`; an empty list if all of them are frozen.
 
-    A module may hold the strategy. Its own parameters are not the model's.
+    The module given as `shared` may contain the strategy. The strategy's own parameters are left out.
 
     Raises:
-        ValueError: it holds no parameter at all.
+        ValueError: `shared` contains no parameter at all.
         TypeError: as in `parameters`.
     """
     found = parameters("shared", given)
@@ -127,13 +133,17 @@ def head_parameters(given: Any, strategy: Strategy, exclusive: bool) -> list[lis
     """The trainable parameters of each head, in task order.
 
     Args:
-        exclusive: whether each parameter must belong to one head only.
+        given: for each task a module, or a collection of parameters; in task order or by task name.
+        strategy: the method.
+        exclusive: whether a parameter may belong to one head only.
 
     Raises:
-        ValueError: not one collection for each task, or two of them hold the same parameter.
+        ValueError: there is not one collection for each task, or two of them contain the same parameter.
         TypeError: as in `parameters`.
     """
     names, groups = strategy.names, given
+    # A ModuleDict is a mapping by task name. A single module or parameter counts as one head; iterating a module would
+    # fail with a message that helps nobody.
     if isinstance(given, nn.ModuleDict | nn.ParameterDict):
         groups = dict(given.items())
     elif (
@@ -165,8 +175,13 @@ def head_parameters(given: Any, strategy: Strategy, exclusive: bool) -> list[lis
 
 
 def check_plain(found: Sequence[Parameter]) -> None:
-    """Raises:
-    ValueError: a parameter needs more than a gradient in `.grad`, which is all that gradients of single tasks leave.
+    """Refuse parameters for which a gradient in `.grad` is not enough.
+
+    Per-task gradients come from `torch.autograd.grad`, and are written to `.grad` at the end. Hooks that run during a
+    usual backward pass never see them.
+
+    Raises:
+        ValueError: a parameter is divided among processes (FSDP), or has a hook that runs after its gradient.
     """
     for p in found:
         if hasattr(p, "full_tensor") or hasattr(p, "_is_flat_param"):
@@ -182,22 +197,23 @@ def check_plain(found: Sequence[Parameter]) -> None:
 
 
 def loss_scale(given: Any, device: torch.device) -> Tensor | float | None:
-    """The factor of a GradScaler (as a tensor on `device`) or a plain number; None is 1.
+    """The loss scale: a tensor on `device` from a GradScaler, or a number; None stands for 1.
 
     Raises:
-        ValueError: not positive.
-        TypeError: neither a GradScaler nor a number.
+        ValueError: the scale is not positive.
+        TypeError: the argument is neither a GradScaler nor a number.
     """
     if given is None:
         return None
     if isinstance(given, torch.amp.GradScaler):
+        # The scale as a tensor. `get_scale()` would make the host wait for the device.
         return given.scale(torch.ones((), device=device)) if given.is_enabled() else None
     if isinstance(given, Tensor) and given.numel() == 1:
         return given.detach().reshape(()).to(device)
     if isinstance(given, bool) or not isinstance(given, int | float):
         raise TypeError(f"scale: a {type(given).__name__}; give the GradScaler itself, or the number that it holds")
     if not 0 < given < float("inf"):
-        raise ValueError(f"scale: {given} is no positive, finite number")
+        raise ValueError(f"scale: {given} is not a positive, finite number")
     return None if given == 1 else float(given)
 
 
@@ -205,7 +221,7 @@ def _in_task_order(name: str, given: Any, names: Sequence[str]) -> Iterable[Any]
     if not isinstance(given, Mapping):
         return given
     if len(by_name := {str(key): value for key, value in given.items()}) == len(given):
-        given = by_name  # tasks may be numbered
+        given = by_name  # keys such as 0 and "0" both name the first of unnamed tasks
     if set(given) != set(names):
         shown = ", ".join(map(str, given))
         raise ValueError(

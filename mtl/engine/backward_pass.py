@@ -1,4 +1,4 @@
-"""The arguments of one backward pass, in the one form that it computes with."""
+"""The arguments of one backward pass in one form, and the losses as the method sees them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mtl.engine.switches import TINY, Switches
 from mtl.losses import given, hooks, signatures
 from mtl.losses.base import GramianWeighting, JacobianAggregation, LossWeighting, Strategy, masked
 
-Owners = nn.Module | Parameter | Iterable[Any]  # whatever holds parameters
+Owners = nn.Module | Parameter | Iterable[Any]  # a module, a parameter, or any collection of parameters
 
 
 @dataclass
@@ -27,18 +27,21 @@ class BackwardPass:
     """The arguments of one backward pass.
 
     Attributes:
-        samples: the losses of each batch that the method needs, as scalars in task order.
-        shared, heads: trainable parameters; each in one list only, once `ownership.check` has settled whose they are.
+        samples: the losses of each batch, as scalars in task order. Most methods need one batch.
+        shared, heads: trainable parameters. After `ownership.check`, each parameter is in one list only.
         model: the shared parameters, as the caller gave them.
         listed: `shared` and `heads`, as the caller gave them.
-        present: (T,) bool; after `meet`, of the tasks that are present in any process.
+        present: (T,) bool. After `meet`: whether the task is present in any process.
+        features: the features, if the caller gave them.
+        scale: the loss scale of mixed precision; None is 1.
         each: whether each task's gradient is wanted as well.
-        of_features: whether the tasks' gradients are those of the features.
-        combines: whether the tasks' gradients are taken one by one.
-        tied: for each parameter in both lists, whether several losses reach it.
-        unseen: custom functions behind which the shared parameters must be.
-        values: (T,) losses without a graph, means over the processes.
-        share: (T,) this process's share of each mean; None where this process is alone.
+        replicas: the processes that share each batch; None if there is only this one.
+        of_features: whether per-task gradients are with respect to the features.
+        combines: whether the gradient of each task is computed separately.
+        tied: for each parameter that is in both lists, whether several losses reach it.
+        unseen: names of custom autograd functions, if the graph shows no shared parameter. They may hide behind them.
+        values: (T,) losses without a graph, averaged over the processes.
+        share: (T,) this process's share of each mean, such as 1/2 in two processes; None if there is only this one.
     """
 
     strategy: Strategy
@@ -63,26 +66,26 @@ class BackwardPass:
 
     @property
     def device(self) -> torch.device:
-        """Of the losses."""
+        """The device of the losses."""
         return self.samples[0][0].device
 
     @property
     def cut(self) -> Tensor | None:
-        """The features, if the tasks' gradients are theirs."""
+        """The features, if gradients are with respect to them; otherwise None. The graph is cut there."""
         return self.features if self.of_features else None
 
     @property
     def whole(self) -> bool:
-        """Whether this process has the whole direction, and not its own samples' part of the features' gradient."""
+        """Whether this process has the whole direction, and not only the part of its own samples' features."""
         return not self.of_features or self.replicas is None
 
     @property
     def frozen(self) -> bool:
-        """Whether a gradient method has nothing to balance."""
+        """Whether a gradient method has nothing to balance, because all shared parameters are frozen."""
         return not self.shared and not self.of_features and not isinstance(self.strategy, LossWeighting)
 
     def maybe_absent(self) -> list[bool]:
-        """(T,) which tasks may have no label in this batch, as far as the host knows without waiting."""
+        """(T,) whether each task may be absent. On a GPU `present` is not read, so then every task may be."""
         if self.present is None:
             return [False] * self.strategy.tasks
         known = guard.host(self.present)
@@ -97,6 +100,7 @@ class BackwardPass:
         """
         if self.replicas is None:
             return
+        # The processes compare these facts first. If they differ, all raise the same error instead of waiting for ever.
         facts = {"switches": self.switches, "per_task": self.each, "shared parameters": len(self.listed[0])}
         facts["parameters of heads"] = [len(head) for head in self.listed[1]]
         call = Call("mtl.backward", facts, self.combines or any(loss.requires_grad for loss in self.samples[0]))
@@ -107,10 +111,10 @@ class BackwardPass:
             self.settle(self.replicas.any_of(self.tied, self.values.device))
 
     def settle(self, flags: Sequence[bool]) -> None:
-        """Leave each parameter in one list.
+        """Remove each parameter that is in both lists from one of them.
 
         Args:
-            flags: for each parameter in both lists, whether several losses reach it, so that it is shared.
+            flags: for each such parameter, whether several losses reach it. Then it stays in `shared`.
         """
         self.shared, self.heads = self.listed
         listed, known = {id(p) for p in self.shared}, iter(flags)
@@ -120,10 +124,13 @@ class BackwardPass:
         self.heads = [[p for p in head if id(p) not in tied] for head in self.heads]
 
     def seen(self) -> tuple[list[list[Tensor]], Tensor, Tensor | None]:
-        """The losses as the method sees them: of each batch with a graph, (T,) without one, and (T,) the shares.
+        """The losses as the method sees them.
+
+        Returns:
+            for each batch the losses with their graphs; (T,) the values without a graph; (T,) `share`, or None.
 
         Raises:
-            ValueError: a negative loss, where a logarithm or a ratio is taken of it.
+            ValueError: a loss is negative, and its logarithm or a ratio is needed.
         """
         strategy, log, share = self.strategy, self.switches.transform == "log", self.share
         values = masked(self.values, self.present)
@@ -134,16 +141,21 @@ class BackwardPass:
             samples = [self.switches.transformed(_only(self.present, part)) for part in self.samples]
         else:
             samples = [_only(share > 0, part) for part in self.samples]
-            if log:  # of the mean over all processes, whose slope is 1 / L
+            # The method sees log of the mean L over all processes. Its slope is 1 / L, so the shares are divided by L.
+            if log:
                 self.share = share = torch.where(values > TINY, share / values, 0.0)
         if log:
             values = masked(values.clamp(min=TINY).log(), self.present)
         return samples, values, share
 
     def without_absent(self, losses: list[Tensor]) -> tuple[list[Tensor], list[int]]:
-        """The losses, of which those of absent tasks have no graph, where the host knows them; and which these are.
+        """Detach the losses of absent tasks, so that nothing flows back through them.
 
-        0 times the slope of a NaN is NaN, and would spoil what all tasks share.
+        Multiplying by a weight of 0 would not be enough: 0 times NaN is NaN, in all shared parameters. On a GPU, where
+        `present` is not read, nothing is detached.
+
+        Returns:
+            the T losses, and the numbers of the detached ones.
         """
         known = None if self.present is None or self.replicas is not None else guard.host(self.present)
         if known is None:
@@ -152,7 +164,7 @@ class BackwardPass:
         return [loss.detach() if i in absent else loss for i, loss in enumerate(losses)], absent
 
     def gramian(self, jacobian: Tensor) -> Tensor:
-        """(T, T) J Jᵀ. Of features, each process has the gradients of its own samples."""
+        """(T, T) J Jᵀ. With features, each process has its own samples' columns of J, so the products are summed."""
         gramian = jacobian @ jacobian.T
         return gramian if self.whole else self.replicas.total(gramian)[0]
 
@@ -177,7 +189,7 @@ def understood(
     each: bool,
     replicas: Replicas | None,
 ) -> BackwardPass:
-    """The arguments of `mtl.backward` in one form, once the method's hooks have been called.
+    """Convert the arguments of `mtl.backward` to one form. Check them, and check that no hook of the method is missing.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `mtl.backward`.
@@ -190,6 +202,7 @@ def understood(
         raise TypeError(f"strategy: {shown} is no strategy; {known}")
     switches.check(strategy)
     owned = arguments.shared_parameters(shared, strategy)
+    # Before anything else is computed: did the loop call the method's hooks, and did an optimizer make its step?
     strategy.movement = strategy.movement or Movement()
     hooks.check_step(strategy, strategy.movement.look(strategy, owned))
     if each:
@@ -216,14 +229,18 @@ def understood(
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Gradients on, autocast off: a caller may be inside of it, and the method's products must not be rounded."""
+    """Enable gradients and disable autocast. In a caller's autocast, inner products of gradients would be rounded."""
     inside = torch.is_autocast_enabled(device.type)
     with torch.enable_grad(), torch.autocast(device.type, enabled=False) if inside else nullcontext():
         yield
 
 
 def _samples(losses: Any, strategy: Strategy) -> list[list[Tensor]]:
-    """The losses of each batch that the method needs, as scalars in task order."""
+    """The losses of each batch that the method needs, as scalars in task order.
+
+    Raises:
+        ValueError: there are not as many batches as the method needs.
+    """
     if strategy.samples == 1:
         return [arguments.scalars("losses", losses, strategy.names)]
     batches = [] if isinstance(losses, Mapping) or (isinstance(losses, Tensor) and losses.dim() < 2) else list(losses)
@@ -236,7 +253,7 @@ def _samples(losses: Any, strategy: Strategy) -> list[list[Tensor]]:
 
 
 def _only(present: Tensor | None, losses: list[Tensor]) -> list[Tensor]:
-    """The losses, with a constant 0 for an absent task: whatever a caller put there reaches no parameter."""
+    """Replace an absent task's loss by a constant 0. The caller may have given anything there, such as NaN."""
     if present is None:
         return losses
     return [torch.where(p, loss, torch.zeros_like(loss)) for p, loss in zip(present, losses, strict=True)]

@@ -103,7 +103,7 @@ def assemble(config: Mapping[str, Any], processes: Processes | None = None) -> t
     switches: Switches = schema.build(config["step"], "step")
     try:
         switches.check(strategy)
-    except ValueError as error:
+    except ValueError as error:  # it begins with the switch's name, which the prefix turns into a config key
         raise ConfigError(f"step.{error}") from error
     if (warmup := config["schedule"].get("warmup_epochs", 0)) >= trainer.epochs:
         raise ConfigError(f"schedule.warmup_epochs={warmup}: must be less than trainer.epochs={trainer.epochs}")
@@ -111,7 +111,7 @@ def assemble(config: Mapping[str, Any], processes: Processes | None = None) -> t
     keeps = type(strategy).__name__ if strategy.lazy else None
     check_stages(trainer.plan, [task.name for task in tasks], warmup, keeps)
     if processes is not None:
-        trainer = replace(trainer, device=processes.device(trainer.device))
+        trainer = replace(trainer, device=processes.device(trainer.device))  # cuda becomes cuda:0, cuda:1, …
     device = trainer.open_device()
     with trainer.flags():  # with the run's flags, the trial passes find operations that a deterministic run refuses
         learner = build_learner(config, benchmark, tasks, strategy, trainer, device, switches)
@@ -121,6 +121,7 @@ def assemble(config: Mapping[str, Any], processes: Processes | None = None) -> t
             kind = type(learner.model).__name__
             raise ConfigError(f"arch: {kind} cannot be divided among processes yet; train it without torchrun")
         batch = benchmark.example(2, torch.Generator().manual_seed(0))
+        # Refuse backbones whose random numbers cannot be divided, such as attention with dropout.
         processes.check(learner.model.backbone, [batch[name].to(device) for name in learner.model.inputs])
         learner.processes = processes
     return benchmark, learner
@@ -142,6 +143,7 @@ def open_batches(benchmark: Benchmark, learner: Learner) -> tuple[TrainingBatche
     # Try each task's loss and metrics on a few samples of each split. A mistake in a user's own task appears now, and
     # not after the first epoch. `as_before` puts the model back afterwards.
     for split in splits.values():
+        # `few` includes samples without a label, which a user's own task is most likely to treat wrongly.
         columns = {name: column.to(learner.device) for name, column in few(split, learner.tasks).items()}
         with as_before(learner.model), learner.trainer.flags(), torch.no_grad():
             batch = ready(benchmark, columns)
@@ -263,13 +265,13 @@ def _check_features(model: Model, outputs: Outputs, strategy: Strategy, tasks: l
         ConfigError: the model has no features, or they have another shape, or heads without parameters.
     """
     # Most methods need no features at all.
-    name, kind = type(strategy).__name__, type(model.trunk).__name__
+    name, kind = type(strategy).__name__, type(model.trunk).__name__  # for the messages
     if not (strategy.flat or defines(strategy, "views") or switches.of_features(strategy)):
         return
     if outputs.features is None or "views" not in inspect.signature(model.forward).parameters:
-        raise ConfigError(f"loss: {name} works on the features at which sharing ends, and {kind} has no such place")
+        raise ConfigError(f"loss: {name} works on the features between backbone and heads, and {kind} has none")
     if strategy.flat and outputs.features.ndim != 2:
         shown = ", ".join(map(str, outputs.features.shape[1:]))
         raise ConfigError(f"loss: {name} needs features (N, F), a vector for each sample; {kind} has (N, {shown})")
     if defines(strategy, "views") and not all(list(model.own_parameters(t.name)) for t in tasks):
-        raise ConfigError(f"loss: {name} turns what the heads see, and these have no parameters to follow it with")
+        raise ConfigError(f"loss: {name} rotates the heads' features; every head needs parameters to follow")

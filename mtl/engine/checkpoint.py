@@ -1,4 +1,4 @@
-"""Checkpoints that a kill at any moment leaves intact, and that open without running code."""
+"""Checkpoint files. A kill at any moment leaves them intact, and opening one never runs code from it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from mtl.errors import SetupError
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Write `state` to `path` in one atomic step: the old file stays until the new one is complete on disk.
+    """Write `state` to `path` atomically: the old file stays until the new one is complete on disk.
 
     Raises:
-        WriteError: the file cannot be written; nothing half-written stays behind.
+        WriteError: the file cannot be written. No incomplete file is left.
     """
+    # First to another name, then fsync, then rename. A rename is atomic, but without fsync a power cut could leave the
+    # new name with an empty file.
     partial = path.with_suffix(".tmp")
     with writing(path):
         try:
@@ -33,21 +35,23 @@ def save(state: dict[str, Any], path: Path) -> None:
             os.replace(partial, path)
         except OSError:
             with suppress(OSError):
-                partial.unlink(missing_ok=True)  # it would keep a full disk full
+                partial.unlink(missing_ok=True)  # a part of a file would keep a full disk full
             raise
 
 
 def _write(state: dict[str, Any], file: Any) -> None:
     try:
         torch.save(state, file)
-    except RuntimeError as error:  # torch's own writer may fail once more while it closes after the disk's error
+    except RuntimeError as error:  # after a disk error, closing torch's writer may raise a second error
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
 
 
 def link(source: Path, path: Path) -> None:
-    """Make `path` the same file as `source` is now, atomically; costs no second write where hard links exist.
+    """Make `path` the same file as `source`, atomically. With hard links the content is not written a second time.
+
+    If `source` is later replaced by a new file, `path` keeps the old content.
 
     Raises:
         WriteError: the file cannot be written.
@@ -62,7 +66,7 @@ def link(source: Path, path: Path) -> None:
                 shutil.copyfile(source, partial)
             os.replace(partial, path)
         finally:
-            with suppress(OSError):  # two names of one file: then the rename does nothing
+            with suppress(OSError):  # if both names already are one file, the rename does nothing
                 partial.unlink(missing_ok=True)
 
 
@@ -70,11 +74,11 @@ def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 
     Raises:
-        SetupError: the file is damaged, or holds anything but tensors and plain containers (which is never run).
+        SetupError: the file is damaged, or contains more than tensors and plain containers. Such content is not loaded.
     """
     check_regular(path)
     try:
-        # torch.load does not compare the checksums, so it takes a flipped bit for a weight.
+        # torch.load does not compare checksums: it would load a weight with a flipped bit.
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"checksum of {damaged}")
@@ -85,7 +89,7 @@ def load(path: Path) -> dict[str, Any]:
             raise TypeError(f"a {type(state).__name__}")
     except OSError as error:
         raise SetupError(f"cannot read {path}: {error.strerror}") from error
-    except Exception as error:  # every reader of zip files and pickles has its own errors for damaged ones
+    except Exception as error:  # damaged zip files and pickles raise many kinds of errors
         raise SetupError(
             f"{path} is damaged or no checkpoint of this project; delete it to start the run afresh"
         ) from error

@@ -1,4 +1,4 @@
-"""Where and in which precision a run is executed."""
+"""The device and the precision of a run."""
 
 from __future__ import annotations
 
@@ -24,12 +24,11 @@ class Execution:
 
     Args:
         epochs: passes over the training data.
-        device: auto takes the first GPU when there is one.
+        device: auto is the first GPU, if there is one.
         precision: fp32, or bf16 autocast (parameters, gradients and losses stay fp32).
         channels_last: the memory layout of images and convolutions.
-        deterministic: only deterministic GPU kernels; a CPU run is bit-reproducible anyway.
-        stages: for how long which tasks count and which parameters learn, as in `mtl.engine.stages`; empty for one
-            stage of all epochs.
+        deterministic: use only deterministic GPU kernels. A CPU run is bit-reproducible anyway.
+        stages: the stages of the training, as in `mtl.engine.stages`; empty for one stage with all epochs.
 
     Attributes:
         plan: the stages.
@@ -65,14 +64,14 @@ class Execution:
         if device.type == "mps" and not torch.backends.mps.is_available():
             raise SetupError("trainer.device=mps: not available on this machine; use trainer.device=auto or cpu")
         if self.deterministic:
-            # cuBLAS reads this once, at its first use in the process. So it cannot be a run's own, and stays.
-            # Without it, torch refuses every matrix product in a deterministic run.
+            # Without this, torch refuses every matrix product in a deterministic run. cuBLAS reads it only once, at its
+            # first use in the process. So it cannot be reset after the run.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         return device
 
     @contextmanager
     def flags(self) -> Iterator[None]:
-        """Torch's global flags as this run needs them. After the block they are as before: another run has its own."""
+        """Set torch's global flags for this run, and put them back after the block: another run may need others."""
         with alone():
             deterministic = torch.are_deterministic_algorithms_enabled()
             warns, benchmark = torch.is_deterministic_algorithms_warn_only_enabled(), torch.backends.cudnn.benchmark
@@ -85,18 +84,18 @@ class Execution:
                 torch.backends.cudnn.benchmark = benchmark
 
     def place(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """Move the model to the device, in the memory layout of this trainer."""
+        """Move the model to the device, in this trainer's memory layout."""
         return model.to(device, memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
 
     def slow_precision(self, device: torch.device) -> bool:
-        """Whether bf16 is emulated on this device: an AVX2 CPU takes about ten times as long as for fp32."""
+        """Whether bf16 is emulated on this device. On an AVX2 CPU it takes about ten times as long as fp32."""
         return device.type == "cpu" and self.precision == "bf16" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
-        """The context of the forward pass."""
+        """The autocast context of the forward pass; it does nothing for fp32."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def laid_out(self, batch: Batch) -> Batch:
-        """The batch, with its images (N, C, H, W) in the memory layout of this trainer."""
-        # Images come in channels_last order by construction; the other layout is the one that costs a copy.
+        """The batch, with its images (N, C, H, W) in this trainer's memory layout."""
+        # Images already are in channels_last order: see `mtl.data.inputs.Image`. Only the other layout needs a copy.
         return batch if self.channels_last else {name: value.contiguous() for name, value in batch.items()}

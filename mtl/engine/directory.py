@@ -1,4 +1,4 @@
-"""A run's directory: who works in it, what state it is in, and the files that every run writes."""
+"""A run's directory: its lock, the run's status, and the files that every run writes."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ PATIENCE = 1.0  # seconds that a run waits for its lock: a check of the lock (`b
 
 
 class RunDirectory:
-    """Exclusive use of one run's directory, as a context manager.
+    """A run's directory. As a context manager it is locked, so that only one process trains the run.
 
-    Holds config.yaml, run.json (identity, status, commit, versions, hardware, command), metrics.jsonl (one row per
-    epoch), summary.json, train.log, last.pt and best.pt. A directory in which nothing was written is removed again.
+    It contains config.yaml, run.json (identity, status, commit, versions, hardware, command), metrics.jsonl (one row
+    per epoch), summary.json, train.log, last.pt and best.pt. If nothing was written, the directory is removed again.
 
     Raises:
-        Busy: another process is at work here.
+        Busy: another process is training this run.
         SetupError: the directory cannot be written.
     """
 
@@ -68,6 +68,7 @@ class RunDirectory:
         with suppress(OSError):
             self._lock.release()
         with suppress(OSError):
+            # Without run.json the run never began: remove what this process has created, and nothing else.
             if not (self.path / "run.json").exists():
                 new = self.path in self._made
                 for name in (".lock", *(("config.yaml", "train.log") if new else ())):
@@ -76,10 +77,10 @@ class RunDirectory:
 
     @property
     def run(self) -> dict[str, Any]:
-        """The content of run.json; empty before the first start, or if a power cut has left it half-written.
+        """The content of run.json; empty before the first start, or if a power cut has left it incomplete.
 
         Raises:
-            SetupError: it is damaged in another way, and nobody can tell whether the run is finished.
+            SetupError: the file is damaged in another way, so that the run may or may not be finished.
         """
         file, cure = self.path / "run.json", "delete it, and the run's command writes it anew"
         try:
@@ -95,16 +96,16 @@ class RunDirectory:
 
     @property
     def busy(self) -> bool:
-        """Whether a process is at work here now.
+        """Whether a process is training this run now.
 
         Raises:
-            SetupError: nobody can tell, because the lock cannot be read.
+            SetupError: the lock file cannot be read.
         """
         file = self.path / ".lock"
         try:
             check_regular(file)
             with file.open("rb") as f:
-                # Checks share the lock, and a run waits for their end: see PATIENCE.
+                # Several checks can share the lock. A run that starts meanwhile waits for their end: see PATIENCE.
                 fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return False
         except BlockingIOError:
@@ -116,21 +117,21 @@ class RunDirectory:
 
     @property
     def finished(self) -> bool:
-        """Whether this process has noted the run as finished."""
+        """Whether this process has marked the run as finished."""
         return self._fields.get("status") == "finished"
 
     def update(self, **fields: Any) -> None:
         """Change fields of run.json.
 
         Raises:
-            WriteError: it cannot be written.
+            WriteError: the file cannot be written.
         """
         content = {**self._fields, **fields}
         write_json(self.path / "run.json", content)
         self._fields = content
 
     def start(self, config: Mapping[str, Any], fields: Mapping[str, Any], device: torch.device) -> None:
-        """Note what begins here, and log to train.log from now on.
+        """Write config.yaml, set run.json to "running", and start logging to train.log.
 
         Raises:
             WriteError: one of the files cannot be written.
@@ -150,21 +151,21 @@ class RunDirectory:
         return read_rows(self.metrics)
 
     def append(self, row: Mapping[str, float]) -> None:
-        """Add one row to metrics.jsonl.
+        """Append a row to metrics.jsonl.
 
         Raises:
-            WriteError: it cannot be written.
+            WriteError: the file cannot be written.
         """
         with writing(self.metrics), self.metrics.open("a", encoding="utf-8") as f:
             f.write(dump_row(row) + "\n")
             f.flush()
-            os.fsync(f.fileno())  # as durable as the checkpoint that follows
+            os.fsync(f.fileno())  # on disk before the checkpoint, which contains the row's digest
 
     def truncate(self, rows: Sequence[Mapping[str, float]]) -> None:
-        """Let metrics.jsonl hold `rows` only: those that the checkpoint knows.
+        """Keep only `rows` in metrics.jsonl: the rows up to the last checkpoint.
 
         Raises:
-            WriteError: it cannot be written.
+            WriteError: the file cannot be written.
         """
         text = "".join(dump_row(row) + "\n" for row in rows)
         if not self.metrics.exists() or self.metrics.read_text(encoding="utf-8", errors="replace") != text:
@@ -172,12 +173,12 @@ class RunDirectory:
 
 
 def now() -> str:
-    """UTC, to the second."""
+    """The current time as ISO 8601, in UTC, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Commit, versions and hardware: where a result comes from."""
+    """Commit, versions of packages, and hardware, for run.json."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "commit": _git("rev-parse", "HEAD"),
@@ -195,7 +196,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 def _git(*arguments: str) -> str | None:
     root = checkout()
-    if root is None:  # installed: a repository around the environment is not this code's
+    if root is None:  # installed as a package: a repository around the environment is another project's
         return None
     command = ["git", "-C", str(root), *arguments]
     try:

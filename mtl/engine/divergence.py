@@ -1,4 +1,4 @@
-"""Whether training has left the finite numbers: in a loss, a metric, the gradient or the weights."""
+"""Finds NaN and infinity in a training: in losses, metrics, the gradient or the weights."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mtl.tasks import Task
 
 
 class Alarm:
-    """Notices within an epoch that a loss or the gradient is no longer a finite number.
+    """Ends an epoch early if a loss or the gradient becomes NaN or infinite.
 
-    The device notes the first such step. The host learns of it without waiting: at once on a CPU, and on a GPU at most
-    `mtl.losses.delayed.LATE` + 1 steps later. So a run that has diverged does not train to the end of its epoch.
+    The device notes the first such step. The host reads this note without waiting: at once on a CPU, and at most
+    `mtl.losses.delayed.LATE` + 1 steps later on a GPU. So a diverged run does not train to the end of its epoch.
 
     Args:
-        names: of the T tasks.
-        epoch: counted from 0.
+        names: names of the T tasks.
+        epoch: number of the epoch, counted from 0.
         strategy: name of the method, for the message.
     """
 
@@ -34,15 +34,15 @@ class Alarm:
 
     @torch.no_grad()
     def see(self, losses: Sequence[Tensor], norm: Tensor, counts: Tensor | None = None) -> None:
-        """Look at one step.
+        """Check one step.
 
         Args:
             losses: T scalars.
-            norm: () of the gradient.
+            norm: () norm of the gradient.
             counts: (T,) bool, the tasks whose losses count; None for all.
 
         Raises:
-            Diverged: one of the steps so far has left the finite numbers; the message names task, step and method.
+            Diverged: a loss or norm of a step so far is NaN or infinite. The message names task, step and method.
         """
         self._steps += 1
         values = torch.stack([*losses, norm.to(losses[0])])
@@ -69,13 +69,13 @@ def find(
     evaluations: Mapping[str, EvaluationBatches],
     partial: Collection[str],
 ) -> str | None:
-    """The first value in a row that no longer means anything, such as "ink mae on test data became nan".
+    """Describe the first NaN or infinity in a row, such as "ink mae on test data became nan"; None if there is none.
 
-    A task without any label in a split has no loss and no metric there; its NaN is no divergence.
+    If a task has no label in a split, its loss and metrics there are NaN. This is not divergence.
 
     Args:
-        row: of metrics.jsonl, with or without its evaluation.
-        tasks: that the row is about.
+        row: a row of metrics.jsonl, with or without evaluation.
+        tasks: the run's tasks.
         evaluations: the data of each split except "train".
         partial: names of the tasks that lack labels in the training data.
     """
@@ -91,13 +91,15 @@ def find(
 
 
 def _has_labels(task: Task, batches: EvaluationBatches | None, partial: Collection[str]) -> bool:
+    """Whether a task has labels in a split; `batches` is None for the training split."""
     if batches is None:
-        # Nobody knows which samples the epoch's last, incomplete batch left out. The weights tell: `finite`.
+        # With few labels, all of them may have been in the last, incomplete batch, which was left out. If the training
+        # has really diverged, the weights show it: see `finite`.
         return task.name not in partial
     return any(bool(task.labelled(part).any()) for part in pieces(batches.split, task.column))
 
 
 def finite(*modules: nn.Module) -> bool:
-    """Whether all parameters of the model and the method are finite numbers; the host waits once."""
+    """Whether all parameters of the modules are finite. The host waits for the device, once."""
     parameters = [p for module in modules for p in module.parameters()]
     return not parameters or bool(torch.stack([p.detach().isfinite().all() for p in parameters]).all())

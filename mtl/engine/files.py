@@ -1,4 +1,7 @@
-"""The small files of a run's directory: read with every damage named in one line, written whole or not at all."""
+"""Reads and writes the small files of a run's directory.
+
+A file is written completely or not at all. Every kind of damage to a file gives an error message of one line.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ START = bytes(32)  # the digest of no rows
 
 
 class Damaged(SetupError):
-    """A file of a run does not hold what this project writes into it."""
+    """The content of a run's file is not what this project has written."""
 
 
 class WriteError(SetupError):
@@ -37,7 +40,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step; nothing half-written stays behind.
+    """Replace a file atomically. No incomplete file is left.
 
     Raises:
         WriteError: the file cannot be written.
@@ -51,6 +54,8 @@ def write_text(path: Path, text: str) -> None:
         except OSError as error:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
+            # On a full disk there is no room for a second file. If the new text fits into the old file's blocks, it is
+            # written there. So a run can still note why it has failed.
             if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not _fits(text, path):
                 raise
             with path.open("r+", encoding="utf-8") as f:
@@ -59,27 +64,27 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _fits(text: str, path: Path) -> bool:
-    """Whether a full disk, which has no room for a second file, can hold `text` in the blocks of the first."""
+    """Whether the blocks that the file already has on disk have room for `text`."""
     return path.is_file() and len(text.encode()) <= path.stat().st_blocks * 512
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Replace a JSON file in one step; NaN and infinity, which JSON does not know, become null."""
+    """Replace a JSON file atomically. NaN and infinity become null, because JSON has no such numbers."""
     write_text(path, json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
         FileNotFoundError: there is no such file.
-        json.JSONDecodeError: it is empty or breaks off, as a power cut leaves it.
-        Damaged: it holds anything but a JSON object.
-        SetupError: it is no regular file, or cannot be read.
+        json.JSONDecodeError: the text is incomplete, as after a power cut.
+        Damaged: the content is something other than a JSON object.
+        SetupError: it is not a regular file, or cannot be read.
     """
     data = read_regular(path)
     try:
-        content = json.loads(data.decode())  # of bytes alone, json would guess the encoding
+        content = json.loads(data.decode())  # decoded here, because json would guess the encoding of bytes
     except json.JSONDecodeError:
         raise
     except (ValueError, RecursionError) as error:  # not UTF-8, or nested too deeply
@@ -90,26 +95,28 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_regular(path: Path) -> bytes:
-    """The bytes of a regular file; a FIFO or a device would block for ever.
+    """The bytes of a regular file. (Reading a FIFO or a device might block for ever.)
 
     Raises:
         FileNotFoundError: there is no such file.
-        SetupError: it is no regular file, or cannot be read.
+        SetupError: it is not a regular file, or cannot be read.
     """
     try:
         check_regular(path)
         return path.read_bytes()
     except FileNotFoundError:
         raise
-    except NotADirectoryError as error:  # a folder of its path is a file
+    except NotADirectoryError as error:  # a parent folder in its path is a file
         raise FileNotFoundError(error.errno, error.strerror, str(path)) from error
     except OSError as error:
         raise SetupError(f"cannot read {path}: {error.strerror}") from error
 
 
 def check_regular(path: Path) -> None:
-    """Raises:
-    SetupError: `path` exists and is a folder, FIFO, device or a link to nothing.
+    """Check that `path` is a regular file, or does not exist.
+
+    Raises:
+        SetupError: `path` is a folder, a FIFO, a device, or a link to nothing.
     """
     if (path.exists() or path.is_symlink()) and not path.is_file():
         raise SetupError(f"{path} is no regular file; move it away")
@@ -119,15 +126,15 @@ def check_regular(path: Path) -> None:
 
 
 def dump_row(row: Mapping[str, float]) -> str:
-    """One line of metrics.jsonl, without its end; a value that is not finite is null."""
+    """One line of metrics.jsonl, without the line end. NaN and infinity become null."""
     return json.dumps(plain(row), allow_nan=False)
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl, null as NaN. A last line that a kill or a power cut has torn is left out.
+    """The rows of a metrics.jsonl, with null as NaN. An incomplete last line, as after a kill, is left out.
 
     Raises:
-        SetupError: it is no regular file, or a line in it is not the row of its epoch.
+        SetupError: it is not a regular file, or line number k is not the row of epoch k.
     """
     try:
         lines = read_regular(path).split(b"\n")
@@ -156,7 +163,10 @@ def _is_row(row: Any, number: int) -> bool:
 
 
 def digest(rows: Sequence[Mapping[str, float]], before: bytes = START) -> bytes:
-    """A running hash: of `rows`, after those with the digest `before`. Times are left out: they differ in every run."""
+    """A running hash over rows: continues from the digest `before` of the earlier rows.
+
+    Times are left out, because they differ between runs with otherwise equal results.
+    """
     for row in rows:
         timeless = {key: value for key, value in row.items() if not key.startswith("time/")}
         before = hashlib.sha256(before + dump_row(timeless).encode()).digest()
@@ -164,7 +174,7 @@ def digest(rows: Sequence[Mapping[str, float]], before: bytes = START) -> bytes:
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON can hold it: NaN and infinity as None, tuples as lists."""
+    """Convert `value` for JSON: NaN and infinity become None, tuples become lists."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""A run over several processes: the part of those that do not lead."""
+"""A run on several processes (torchrun): what the processes other than the first one do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from mtl.engine.outcome import Outcome
 
 
 def hand_out(learner: Learner, epoch: int) -> int:
-    """Give all processes the leader's learner, which has trained `epoch` epochs; return the leader's epoch."""
+    """Copy the leader's state (weights, optimizer, method) to all processes. All processes must call this.
+
+    Args:
+        learner: receives the state, except in the leader.
+        epoch: number of epochs that the leader has trained; ignored in the other processes.
+
+    Returns:
+        the leader's `epoch`.
+    """
     processes = learner.processes
     state = processes.hand_out({"epoch": epoch, **learner.state()} if processes.leads else None)
     if not processes.leads:
@@ -21,11 +29,11 @@ def hand_out(learner: Learner, epoch: int) -> int:
 
 @dataclass
 class Follower:
-    """A run in a process that does not lead: the same training as the leader's, and nothing else.
+    """A run in a process other than the first one. It trains like the leader, but writes no files and no messages.
 
     Args:
         learner, train, evaluations: as in `mtl.engine.run.Job`.
-        path: of the run's directory, in which the leader writes.
+        path: the run's directory, in which the leader writes.
     """
 
     learner: Learner
@@ -34,7 +42,7 @@ class Follower:
     path: str
 
     def execute(self) -> Outcome:
-        """Train to the end; `Processes.guard` ends this process if training fails in any of them."""
+        """Train to the end. If training fails in any process, `Processes.guard` ends this one."""
         learner = self.learner
         with learner.processes.guard():
             for epoch in range(hand_out(learner, 0), learner.trainer.epochs):

@@ -1,4 +1,4 @@
-"""Gradients of single tasks: the Jacobian of one batch or of several, over one process or several."""
+"""Per-task gradients: the Jacobian of one or several batches, in one or several processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,19 @@ from mtl.losses.hooks import differentiates
 def jacobians(
     one: BackwardPass, samples: list[list[Tensor]], share: Tensor | None
 ) -> tuple[Tensor, HeadGradients, Tensor | None]:
-    """The (T, P) Jacobian to combine, each head's own gradients (mean over the batches), J₁J₂ᵀ of two batches."""
+    """The gradients of a step.
+
+    Args:
+        one: the arguments of the step.
+        samples: the losses of each batch, with their graphs.
+        share: (T,) this process's share of each mean; None if there is only this one.
+
+    Returns:
+        the (T, P) Jacobian to combine; each head's own gradients, averaged over the batches; and J₁J₂ᵀ of the first two
+        batches, None for one batch.
+    """
+    # The usual case is one batch. SDMGrad and MoDo take weights from two independent batches: J₁J₂ᵀ is an unbiased
+    # estimate of J Jᵀ, while J₁J₁ᵀ contains the noise of the batch.
     jacobian, own = _of_batch(one, samples[0], share)
     if len(samples) == 1:
         return jacobian, own, None
@@ -27,7 +39,7 @@ def jacobians(
     heads_of.append(own)
     cross = jacobian @ second.T
     if len(samples) == 2:
-        jacobian = jacobian.add_(second).div_(2)
+        jacobian = jacobian.add_(second).div_(2)  # in place: a Jacobian is T times as large as the model
     else:
         jacobian, own = _of_batch(one, samples[2], share)
         heads_of.append(own)
@@ -39,17 +51,17 @@ def jacobians(
 
 
 def _of_batch(one: BackwardPass, losses: list[Tensor], share: Tensor | None) -> tuple[Tensor, HeadGradients]:
-    """(T, P) and each head's own gradients, of one batch, over all processes."""
-    # The graph stays for what follows: features on their way through the backbone, further terms of losses or heads.
+    """The (T, P) Jacobian and each head's own gradients, of one batch, averaged over all processes."""
+    # The graph is still needed if the features' gradient must go through the backbone, or if the method differentiates.
     keep = one.of_features or differentiates(one.strategy)
     where = [one.features] if one.of_features else one.shared
     rows, own, reached = jacobian(losses, where, one.heads, keep, one.scale)
     if where:
         maybe = one.maybe_absent() if share is None else [True] * len(losses)
         for i, there in enumerate(reached):
-            if not there and not maybe[i]:
+            if not there and not maybe[i]:  # no gradient of a shared parameter: find out why, and raise
                 reach.check_shared(i, one.strategy.names[i], reach.reach(losses[i]), visible=False)
-    if one.present is not None:  # 0 times the slope of a NaN is NaN
+    if one.present is not None:  # an absent task's row may be NaN; `where` removes it, a product with 0 would not
         here = one.present if share is None else share > 0
         rows = torch.where(here[:, None], rows, 0.0)
         own = [[g if g is None or g.is_sparse else torch.where(h, g, 0.0) for g in head]
@@ -63,7 +75,7 @@ def _of_batch(one: BackwardPass, losses: list[Tensor], share: Tensor | None) -> 
 
 
 def columns(parameters: Sequence[Tensor]) -> list[int]:
-    """How many columns of the Jacobian each parameter takes: a complex number is two of them."""
+    """The number of columns of the Jacobian for each parameter. A complex number takes two."""
     return [2 * p.numel() if p.is_complex() else p.numel() for p in parameters]
 
 
@@ -76,19 +88,19 @@ def jacobian(
 ) -> tuple[Tensor, list[list[Tensor | None]], list[bool]]:
     """One backward pass for each loss. `.grad` stays as it is.
 
-    A custom autograd function may call backward within, which adds to `.grad` of parameters that the graph does not
-    show. That is this loss's gradient as well.
+    A custom autograd function may call backward inside its own backward. This adds to `.grad` of parameters that the
+    graph does not show. `Aside` collects it: it belongs to this loss's gradient.
 
     Args:
         losses: T scalars.
-        where: P numbers in all, of which the Jacobian is.
+        where: the tensors to differentiate with respect to, with P elements in all.
         heads: the parameters of each task's head.
         keep: whether the graph is needed afterwards.
-        scale: of the losses in the backward passes; fp16 gradients would underflow without it.
+        scale: factor of the losses in the backward passes. Without it, fp16 gradients would underflow.
 
     Returns:
-        (T, P) the gradients for `where`, divided by `scale` again, and each head's own gradients, multiplied by it.
-        Then for each task, whether its loss reached any of `where`.
+        (T, P) the gradients for `where`, divided by `scale` again; each head's own gradients, still multiplied by it;
+        and for each task, whether its loss reached any of `where`.
 
     Raises:
         ValueError: a custom function adds to the gradient of another task's head.
@@ -107,7 +119,7 @@ def _jacobian(
     aside: Aside,
 ) -> tuple[Tensor, list[list[Tensor | None]], list[bool]]:
     sizes = columns(where)
-    # Under autocast gradients are in half precision; their inner products need more.
+    # Under autocast, gradients are in half precision. Their inner products need at least fp32.
     dtype = torch.float32 if where else losses[0].dtype
     for p in where:
         dtype = torch.promote_types(dtype, p.real.dtype if p.is_complex() else p.dtype)
@@ -121,6 +133,7 @@ def _jacobian(
             own.append([None] * len(head))
             reached.append(False)
             continue
+        # The tasks share the backbone's graph, so only the last backward pass may free it.
         retain = keep or i < len(losses) - 1
         seed = None if scale is None else torch.ones_like(loss) * scale
         with torch.enable_grad():
@@ -149,7 +162,10 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def similarity(gramian: Tensor, present: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Over the pairs of present tasks: mean cosine, share of negative ones, magnitude similarity; None if T = 1."""
+    """Mean cosine, share of negative cosines, and mean magnitude similarity, over the pairs of present tasks.
+
+    All three are None for a single task.
+    """
     if len(gramian) == 1:
         return None, None, None
     tiny = torch.finfo(gramian.dtype).tiny

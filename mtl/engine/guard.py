@@ -1,4 +1,4 @@
-"""What must not happen in silence in a step: a state spoilt by an overflow. Negative losses: `mtl.losses.negative`."""
+"""Protects a method's buffers from an overflow. (The check for negative losses is in `mtl.losses.negative`.)"""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["Untouched", "host", "kept", "refuse_negative"]
 
 
 class Untouched:
-    """Keeps a strategy's buffers as they were, for a step whose losses or gradients turn out not to be finite.
+    """Copies of a strategy's buffers, to be put back if the step's losses or gradients are not finite.
 
-    A GradScaler skips such a step and goes on; a running average would never be finite again. On a CPU random numbers
-    are drawn again as well. On a GPU they are used up, as the host does not know of the overflow: the next ones are
-    independent of them and as good.
+    A GradScaler skips such a step and continues. But a running average that has taken in a NaN would stay NaN. On a
+    CPU, the random stream is put back as well. On a GPU it is not, because the host does not know of the overflow. Then
+    the next step uses other random numbers, which does no harm.
     """
 
     def __init__(self, strategy: Strategy):
@@ -29,39 +29,40 @@ class Untouched:
         self._draws = strategy.draws()
 
     def __bool__(self) -> bool:
-        """Whether there is anything to restore by now."""
+        """Whether there is anything that might have to be restored."""
         return bool(self._before or self._missing or self._strategy.draws())
 
     @torch.no_grad()
     def unless(self, finite: Tensor) -> None:
-        """Restore the buffers where `finite` () is False; the device decides, the host does not wait."""
+        """Restore the buffers if `finite` () is False. The device decides, so that the host does not wait."""
         if host(finite[None]) == [False]:
             self._strategy.redraw(self._draws)
         now = dict(self._strategy.named_buffers())
         for name, before in self._before:
             if (buffer := now.get(name)) is not None and buffer.shape == before.shape:
                 buffer.copy_(torch.where(finite, buffer, before))
-        for name in self._missing:  # made in this step; every average begins with zeros
+        for name in self._missing:  # buffers that this step has created; every average starts with zeros
             if (buffer := now.get(name)) is not None:
                 buffer.copy_(torch.where(finite, buffer, torch.zeros_like(buffer)))
 
 
 @contextmanager
 def kept(strategy: Strategy, values: Tensor, gramian: Tensor, own: Sequence[Sequence[Tensor | None]]) -> Iterator[None]:
-    """A method that learns from gradients in here keeps its buffers where losses or gradients are not finite.
+    """Around a gradient method's update of its buffers: puts them back if losses or gradients are not finite.
 
-    Loss weighting has computed its weights by now; its step looks for itself once `.grad` is written.
+    Loss weighting is not handled here. `accumulate` checks it, once `.grad` is written.
 
     Args:
+        strategy: the method.
         values: (T,) losses.
-        gramian: (T, T) of the shared gradients.
+        gramian: (T, T) Gramian of the shared gradients.
         own: the heads' gradients.
     """
     untouched = None
-    keeps = strategy.lazy or any(True for _ in strategy.buffers()) or values.device.type == "cpu"  # its draws
+    keeps = strategy.lazy or any(True for _ in strategy.buffers()) or values.device.type == "cpu"  # its random stream
     if keeps and not isinstance(strategy, LossWeighting):
         finite = values.isfinite().all() & gramian.isfinite().all() & _finite(own)
-        # A copy of the buffers costs as much as the Jacobian. On a CPU it is known beforehand that none is needed.
+        # A copy of (T, P) buffers costs as much as the Jacobian. On a CPU the host can see that no copy is needed.
         untouched = None if host(finite[None]) == [True] else Untouched(strategy)
     yield
     if untouched:
@@ -69,6 +70,6 @@ def kept(strategy: Strategy, values: Tensor, gramian: Tensor, own: Sequence[Sequ
 
 
 def _finite(own: Sequence[Sequence[Tensor | None]]) -> Tensor | bool:
-    """() whether the heads' gradients are finite."""
+    """() whether all the heads' gradients are finite."""
     found = [g.to_dense() if g.is_sparse else g for head in own for g in head if g is not None]
     return torch.nn.utils.get_total_norm(found).isfinite() if found else True

@@ -1,7 +1,7 @@
-"""Parameters that the graph does not show: custom autograd functions may call backward within their own backward.
+"""Parameters that the graph does not show, because a custom autograd function calls backward inside its own backward.
 
-Reversible blocks, deep equilibria and some kinds of checkpointing do that. What they add to `.grad` then belongs to the
-loss whose backward pass is under way.
+Reversible blocks, deep equilibrium models and some kinds of checkpointing do so. What they add to `.grad` belongs to
+the loss whose backward pass is running.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-DEPTH = 4  # of lists in partials in closures, in which modules are looked for
+DEPTH = 4  # modules are searched in nested lists, partials and closures down to this depth
 
 
 def custom(node: Any) -> bool:
@@ -24,7 +24,10 @@ def custom(node: Any) -> bool:
 
 
 def behind(node: Any) -> list[Parameter]:
-    """The trainable parameters that a custom function's context or its backward's own code holds."""
+    """The trainable parameters that a custom function may use in its backward.
+
+    They are searched in its context, in its backward's closure, and in the global names of its backward's code.
+    """
     held = [*vars(node).values()]
     function = getattr(type(node), "_forward_cls", None)
     if function is not None:
@@ -68,10 +71,10 @@ def _filled(cell: Any) -> bool:
 
 
 class Aside:
-    """`.grad` put away for a while, so that what backward passes add to it can be told apart.
+    """Removes `.grad` inside this block and puts it back afterwards. So what a backward pass adds to it can be seen.
 
     Args:
-        parameters: whose `.grad` is put away.
+        parameters: the parameters whose `.grad` is removed.
     """
 
     def __init__(self, parameters: Sequence[Tensor]):
@@ -83,7 +86,7 @@ class Aside:
         return self
 
     def take(self) -> dict[int, Tensor]:
-        """What was added since the last call, by the parameter's id."""
+        """The gradients that were added since the last call, by the parameter's id."""
         found = {id(p): p.grad for p, _ in self._kept if p.grad is not None}
         for p, _ in self._kept if found else ():
             p.grad = None

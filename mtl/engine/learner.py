@@ -171,6 +171,7 @@ class Learner:
             # Until an epoch has changed the model, a watch checks it. A frozen model would otherwise train in vain.
             watch = None if self._trained else Watch(self.model, self.optimizer, tally)
             progress = Progress(steps, f"epoch {epoch + 1}/{epochs}")
+            # With several processes, only the first one draws the progress bar.
             progress.live &= self.processes is None or self.processes.leads
             alarm = Alarm([task.name for task in self.tasks], epoch, type(self.strategy).__name__)
             for i, batch in enumerate(batches.epoch(epoch)):
@@ -178,10 +179,12 @@ class Learner:
                 if i == 0 or self.schedule.interval == "step":
                     self._set_rate(epoch - first + i / steps, stage.epochs)
                 labelled = self._labelled(batch, counts) if partial or counts is not None else None
+                # Without trainable shared parameters, there are no gradients to compare.
                 look = Look(observer, self, batch) if self.microscope.looks(i) and observer.parameters else None
                 # One update: see `Step.__call__`. `self.forward(batch)` is a function that computes the losses, because
                 # some methods call it several times. `info` holds the weights, statistics and forward passes.
                 info = step(self.forward(batch), _size(batch), labelled, look)
+                # The sums stay on the device. If a loss becomes NaN, the alarm raises `Diverged` within the epoch.
                 alarm.see(self._add_up(info, batch, tally), info.norm, counts)
                 if watch is not None:
                     watch.step()
@@ -200,7 +203,7 @@ class Learner:
                 **self._row("train", read),
                 **self._of_steps(read, steps),
                 **observer.figures(read),
-                "lr": self.optimizer.param_groups[0]["lr"],
+                "lr": self.optimizer.param_groups[0]["lr"],  # of the model, in the last step
                 "time/seconds": seconds,
                 "time/images_per_second": batches.size / seconds,
             }
@@ -216,6 +219,7 @@ class Learner:
         predictions, losses = self._whole(info.passes, batch)
         counts = self._add_tasks(predictions, batch, tally)
         for task, loss, count in zip(self.tasks, losses, counts, strict=True):
+            # A loss is a mean over the batch's labels. Multiplied by their number it can be summed over batches.
             tally.add(f"{task.name}_loss", loss * count)
         for name in ("weights", *STATISTICS):
             if (value := getattr(info, name)) is not None:
@@ -298,6 +302,8 @@ class Learner:
             return passes[0].predictions, passes[0].values
         if getattr(self.optimizer, "alternates", False):  # each task's loss from its own turn
             return [p.predictions[k] for k, p in enumerate(passes)], [p.values[k] for k, p in enumerate(passes)]
+        # A method with independent batches has made a pass for each part. The predictions are joined, and the loss is
+        # computed again: the mean of the parts' losses would weigh labels unequally.
         predictions = [torch.cat(parts) for parts in zip(*(p.predictions for p in passes), strict=True)]
         return predictions, self._losses(predictions, batch)
 
@@ -319,6 +325,7 @@ class Learner:
             options["views"] = self._views
         if self.processes is not None:
             options["run"] = self.processes.forward
+        # Only the network runs in bf16. Losses and metrics get fp32 predictions.
         with self.trainer.autocast(self.device):
             outputs = self.model(self.trainer.laid_out(batch), **options)
         return Outputs([_single(p) for p in outputs.predictions], outputs.features)
@@ -350,6 +357,7 @@ class Learner:
             self._epoch_end(row)
 
     def _epoch_end(self, row: dict[str, float]) -> None:
+        # The row already has all results as Python numbers, so nothing is computed again.
         keys = [f"{t.name}_{t.scores[0].name}" for t in self.tasks]
         split = "val" if f"val/{keys[0]}" in row else "train"
         losses = torch.tensor([row[f"train/{t.name}_loss"] for t in self.tasks])

@@ -1,4 +1,4 @@
-"""What a method's own functions are called with, and what is made of their answers."""
+"""Calls a method's own functions in a step, and turns their results into weights and gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mtl.losses.signatures import taken
 
 
 def regulariser(one: BackwardPass, losses: list[Tensor]) -> Tensor | None:
-    """() the method's further term with its graph, if it has one."""
+    """() the method's regulariser with its graph (Rep-MTL, for example); None if it has none."""
     if not defines(one.strategy, "regulariser"):
         return None
     with _nothing_hidden(one):
@@ -29,13 +29,14 @@ def regulariser(one: BackwardPass, losses: list[Tensor]) -> Tensor | None:
 
 
 def slopes(one: BackwardPass, total: Tensor | None, losses: Tensor) -> Tensor:
-    """(T,) ∂total/∂L_i: the weight that each task really has, whatever the method, a user's too.
+    """(T,) the slopes ∂total/∂L_i. They are the tasks' weights in this step, for every method and a user's own loss.
 
-    The method's own parameters get their gradient here.
+    The method's own parameters, such as log variances, get their gradients here as well.
 
     Args:
-        total: () what the method made of the losses; None where no task has a label in this batch.
-        losses: (T,) that it was given.
+        one: the arguments of the step.
+        total: () the method's result; None if no task has a label in this batch.
+        losses: (T,) the losses that the method was given.
 
     Raises:
         ValueError: the total does not depend on the losses.
@@ -59,7 +60,10 @@ def slopes(one: BackwardPass, total: Tensor | None, losses: Tensor) -> Tensor:
 
 @contextmanager
 def own_gradients_scaled(one: BackwardPass) -> Iterator[None]:
-    """What a method writes into its own parameters' `.grad` in here (RotoGrad) gets the scale of all others."""
+    """Multiply the gradients that a method writes to its own parameters in this block (RotoGrad) by the loss scale.
+
+    The optimizer's GradScaler later divides all gradients by the scale, and these are among them.
+    """
     own = [] if one.scale is None else list(one.strategy.parameters())
     before = [p.grad for p in own]
     for p in own:
@@ -71,12 +75,16 @@ def own_gradients_scaled(one: BackwardPass) -> Iterator[None]:
 
 
 def heads(one: BackwardPass, losses: list[Tensor], own: HeadGradients, weights: Tensor | None) -> HeadGradients:
-    """What each head receives: its own gradient, that gradient times the task's weight, or the method's own choice.
+    """The gradient of each head: its own loss's, that times the task's weight, or the method's own choice.
 
     Args:
+        one: the arguments of the step.
         losses: T scalars with their graph.
-        own: each head's gradients, multiplied by the loss scale.
-        weights: (T,) of the tasks, if the method has weights.
+        own: each head's gradients of its own loss, multiplied by the loss scale.
+        weights: (T,) the tasks' weights, if the method has weights.
+
+    Returns:
+        the gradients, multiplied by the loss scale.
     """
     strategy, switch = one.strategy, one.switches.heads
     if switch == "own":
@@ -86,6 +94,7 @@ def heads(one: BackwardPass, losses: list[Tensor], own: HeadGradients, weights: 
     if not defines(strategy, "head_gradients"):
         return times(own, weights) if strategy.heads == "weighted" else own
     facts = taken(strategy, "head_gradients", weights=weights, losses=losses, features=one.features, heads=one.heads)
+    # The method sees true gradients. Its result is scaled again.
     true = own if one.scale is None else [[None if g is None else one.unscaled(g) for g in head] for head in own]
     with torch.enable_grad(), _nothing_hidden(one):
         found = strategy.head_gradients(true, **facts)
@@ -94,10 +103,10 @@ def heads(one: BackwardPass, losses: list[Tensor], own: HeadGradients, weights: 
 
 @contextmanager
 def _nothing_hidden(one: BackwardPass) -> Iterator[None]:
-    """Derivatives that a method takes in here must not leave gradients behind.
+    """Check that derivatives which a method computes in this block do not write to any `.grad`.
 
     Raises:
-        ValueError: they did.
+        ValueError: a custom autograd function did so, which makes second derivatives wrong.
     """
     why = (
         f"heads: {type(one.strategy).__name__} takes second derivatives, and a custom autograd function hides "

@@ -1,4 +1,7 @@
-"""Which classes and functions a checkpoint may name: the user's own, and a short list of standard ones."""
+"""The classes and functions that a checkpoint may name: the user's own, and a short list of standard ones.
+
+A checkpoint may come from anywhere. With this list, loading it cannot call arbitrary code, as a pickle could.
+"""
 
 from __future__ import annotations
 
@@ -31,22 +34,22 @@ OF_TORCH = ("torch.nn.modules.", "torch.nn.functional", "torch.optim.")
 
 
 class Names:
-    """Finds classes and functions by the name `module:qualname`, and imports nothing for it.
+    """Finds classes and functions by the name `module:qualname`. It never imports a module.
 
     Args:
-        classes: the user's. Their files are those that they were loaded from, whatever has been loaded since under the
-            same name.
+        classes: the user's classes. Names are searched in the files from which these classes were loaded, even if
+            another module has taken the same name since.
     """
 
     def __init__(self, classes: Iterable[type]):
-        self.globals: dict[str, dict[str, Any]] = {}  # of the user's files, by module
+        self.globals: dict[str, dict[str, Any]] = {}  # the global names of the user's files, by module
         for cls in classes:
             functions = [f for f in vars(cls).values() if isinstance(f, types.FunctionType)]
             inside = next((f.__globals__ for f in functions if f.__module__ == cls.__module__), None)
             self.globals.setdefault(cls.__module__, inside or vars(sys.modules[cls.__module__]))
 
     def find(self, name: str) -> Any:
-        """The class or function; None if there is none, or none that a checkpoint may name."""
+        """The class or function with this name; None if it does not exist, or if a checkpoint may not name it."""
         if name in STANDARD:
             return STANDARD[name]
         module, _, qualname = name.partition(":")
@@ -61,12 +64,12 @@ class Names:
         return found if getattr(found, "__module__", None) == module else None
 
     def knows(self, thing: Any) -> bool:
-        """Whether a class or function is found again by its name."""
+        """Whether `find` returns this class or function for its name."""
         return self.find(name_of(thing)) is thing
 
 
 def name_of(thing: Any) -> str:
-    """`module:qualname` of a class or function."""
+    """The name `module:qualname` of a class or function."""
     return f"{getattr(thing, '__module__', None)}:{getattr(thing, '__qualname__', None)}"
 
 

@@ -12,8 +12,8 @@ class Outcome:
 
     Attributes:
         status: finished, failed, diverged, damaged; or, if nothing was started: refused, running elsewhere, planned.
-        code: exit code.
-        directory: of the run; empty when refused.
+        code: exit code of the command.
+        directory: the run's directory; empty if the run was refused.
         message: the error, if any.
         plan: the run's state and the time that is left (mtl.cli.plan), if nothing was to be trained.
     """

@@ -1,4 +1,4 @@
-"""Whose each parameter is: what the caller says is compared with what the losses reach."""
+"""The owner of each parameter: compares the caller's lists (shared, heads) with the graphs of the losses."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from mtl.engine.backward_pass import BackwardPass
 
 
 def check(one: BackwardPass) -> None:
-    """Refuse what could not be right, and leave each parameter in one list.
+    """Check that the losses' graphs agree with the caller's lists, and leave each parameter in one list.
 
     Raises:
-        ValueError: see `mtl.backward`.
+        ValueError: a loss has no graph, or reaches no or wrong parameters. See `mtl.backward`.
     """
     names, strategy = one.strategy.names, one.strategy
     if one.replicas is not None:
@@ -34,10 +34,11 @@ def check(one: BackwardPass) -> None:
 
 
 def _check_reach(one: BackwardPass, maybe: list[bool]) -> None:
-    """Walk the graph of each loss: it must end in the parameters that the caller says.
+    """Walk the graph of each loss, and check the parameters in which it ends.
 
     Args:
-        maybe: (T,) which tasks may be absent.
+        one: the arguments of the step.
+        maybe: (T,) whether each task may be absent; such a task is not checked.
     """
     names, losses, stop = one.strategy.names, one.samples[0], one.cut
     found = [reach.reach(x, stop) if x.requires_grad and not maybe[i] else None for i, x in enumerate(losses)]
@@ -54,20 +55,21 @@ def _check_reach(one: BackwardPass, maybe: list[bool]) -> None:
 
 
 def _tied(one: BackwardPass, losses: list[Tensor], maybe: list[bool]) -> list[bool]:
-    """For each parameter in both lists, whether several losses reach it (tied weights); else it is its head's."""
+    """For each parameter in both lists: whether several losses reach it (tied weights). If not, it is a head's own."""
     listed = {id(p) for p in one.shared}
     if one.of_features or not any(id(p) in listed for head in one.heads for p in head):
         return []
     found = [reach.reach(loss).leaves if loss.requires_grad else {} for loss in losses]
     heads = [head for head in one.heads if head]
-    # Losses that were computed as one vector have one graph in common: then only their gradients tell them apart.
+    # Losses that were computed as one vector have a common graph. Each seems to reach everything, so only gradients
+    # that are not 0 show what a loss really depends on.
     vector = all(any(id(p) in leaves for p in head) for leaves in found if leaves for head in heads)
     flags = []
     for i, head in enumerate(one.heads):
         for p in head:
             if id(p) not in listed:
                 continue
-            # Whether an absent task uses its own head's parameter cannot be seen: take it that it does.
+            # For an absent task the graph does not show whether it uses its head's parameter. We assume that it does.
             several = any(id(p) in leaves for j, leaves in enumerate(found) if j != i)
             several = several and (maybe[i] or id(p) in found[i])
             if several and vector and len(losses) > 1:

@@ -1,6 +1,7 @@
-"""A tree of lists, in which a list may occur twice or hold itself, as one text and a list of tensors.
+"""Packs nested lists and dicts into one text and a list of tensors. A list may occur twice, or contain itself.
 
-Two checkpoints of the same state are then the same, whatever Python has made of equal strings and numbers in between.
+A pickle would do this as well, but its bytes depend on which equal strings and numbers are the same object. Here, two
+checkpoints of the same state have the same bytes.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ Packed = dict[str, Any]  # {"text": (N,) uint8, "tensors": [Tensor, …]}
 
 
 def pack(tree: Any) -> Packed:
-    """Pack lists, dicts with text keys, numbers, texts, None, bytes and tensors."""
+    """Pack a tree of lists, dicts with text keys, numbers, texts, None, bytes and tensors."""
     tensors: list[Tensor] = []
     lists: list[list] = []
-    numbers: dict[int, int] = {}  # of the lists, by identity
+    numbers: dict[int, int] = {}  # number of each list in `lists`, by its id
 
     def cell(value: Any) -> Any:
         if isinstance(value, bytes):
@@ -36,13 +37,13 @@ def pack(tree: Any) -> Packed:
         return {"dict": {k: cell(v) for k, v in value.items()}} if isinstance(value, dict) else value
 
     top, rows = cell(tree), []
-    for row in lists:  # grows while it is read
+    for row in lists:  # the list grows in this loop: `cell` appends the lists that it finds
         rows.append([cell(value) for value in row])
     return {"text": _of_bytes(json.dumps([top, rows]).encode()), "tensors": tensors}
 
 
 def unpack(packed: Packed) -> Any:
-    """The tree again."""
+    """The inverse of `pack`."""
     top, rows = json.loads(_to_bytes(packed["text"]))
     lists: list[list] = [[] for _ in rows]
 

@@ -1,4 +1,4 @@
-"""From the nodes of `mtl.engine.pystate` back to objects. Nothing is called except the constructors of `Names`."""
+"""Turns the nodes of `mtl.engine.pystate` back into objects. It calls only constructors that `Names` allows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mtl.engine.names import Names, is_users_class
 
 BIT_GENERATORS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")
 CONTAINERS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")  # of every nn.Module
-# Of nn.Module and of Strategy: set anew in every run.
+# Attributes of nn.Module and of Strategy that every run sets itself.
 SKIPPED = frozenset(vars(nn.Module())) | {
     "names",
     "epoch",
@@ -24,16 +24,16 @@ SKIPPED = frozenset(vars(nn.Module())) | {
     "alone",
     "movement",
 }
-KEPT = ["kept"]  # as the constructor has left it
+KEPT = ["kept"]  # the node of a value that stays as the constructor has made it
 
 
 class Decoder:
-    """One object for one node, however often the node occurs.
+    """Decodes nodes. A node that occurs several times becomes one object.
 
     Args:
-        originals: what the constructors made, by place.
+        originals: the objects that the constructors have made, by place, such as "loss.log".
         names: the classes that may be restored.
-        device: for the tensors that were on a GPU.
+        device: receives the tensors that were on a GPU.
     """
 
     def __init__(self, originals: Mapping[str, Any], names: Names, device: torch.device):
@@ -41,10 +41,10 @@ class Decoder:
         self._done: dict[int, Any] = {}
 
     def value(self, node: Any) -> Any:
-        """The object that a node stands for.
+        """The object of a node.
 
         Raises:
-            ValueError: it was saved by other classes than there are now.
+            ValueError: the classes have changed since it was saved.
         """
         if not isinstance(node, list):
             return node
@@ -52,14 +52,14 @@ class Decoder:
             kind, *rest = node
             if kind in ("list", "set", "dict"):
                 return self._container(node, kind, rest)
-            if kind in ("object", "original"):  # they may lead back to themselves
+            if kind in ("object", "original"):  # they may contain themselves, and note their result early
                 return getattr(self, f"_{kind}")(node, *rest)
             self._done[id(node)] = getattr(self, f"_{kind.replace(' ', '_')}")(*rest)
         return self._done[id(node)]
 
     def _container(self, node: list, kind: str, rest: list) -> Any:
         result: Any = {"list": list, "set": set, "dict": dict}[kind]()
-        self._done[id(node)] = result  # before its content, which may lead back to it
+        self._done[id(node)] = result  # noted before its content, which may contain it
         if kind == "list":
             result.extend(map(self.value, rest))
         elif kind == "set":
@@ -173,7 +173,7 @@ class Decoder:
 
 
 def filled(cell) -> bool:
-    """Whether a closure's variable has a value already."""
+    """Whether a variable of a closure has a value."""
     try:
         return cell.cell_contents is not cell
     except ValueError:

@@ -1,10 +1,14 @@
-"""The Python state of a user's own modules, for the checkpoint: what is in no parameter and no persistent buffer.
+"""Saves the Python attributes of a user's own modules in the checkpoint, so that any loss or network can be resumed.
 
-A loss of one's own may count in an attribute, keep a list of past losses, draw from a generator of its own or make a
-buffer at the first batch. All that is saved as tensors, which `torch.load(weights_only=True)` reads. Two names of one
-object stay two names of one object. What cannot be saved is named, never left out in silence.
+A user's loss may count steps in an attribute, keep a list of past losses, use its own random generator, or create a
+buffer in the first batch. A `state_dict` contains none of this. It is saved as tensors, which
+`torch.load(weights_only=True)` can read. If two attributes are the same object, they still are after loading. If
+something cannot be saved, an error names it.
 
-What the constructor makes again by itself (functions, modules, parameters) is saved as its place, not as its content.
+1. `_node` turns each object into a node: a number or text itself, or a list [kind, …].
+2. Objects that the constructor creates again (functions, modules, parameters) are saved as their place, such as
+   "loss.log", and not as their content.
+3. `mtl.engine.pack` packs the nodes into tensors; `mtl.engine.pydecode` turns nodes back into objects.
 """
 
 from __future__ import annotations
@@ -32,19 +36,19 @@ from mtl.engine.pack import pack, unpack
 from mtl.engine.pydecode import BIT_GENERATORS, CONTAINERS, KEPT, SKIPPED, Decoder, filled
 
 ATOMS = (type(None), bool, int, float, str, bytes)
-# A constructor makes these again. They hold no state of their own, except functions, which are looked into.
+# Constructors create these again. They have no state of their own, except functions: see `_inside`.
 CODE = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type, functools.partial, logging.Logger,
         re.Pattern, np.ufunc, torch.dtype, torch.device, torch.layout, torch.memory_format)  # fmt: skip
-MOVING = (Iterator, io.IOBase)  # they change whenever they are used
+MOVING = (Iterator, io.IOBase)  # they change with every use, so they cannot be taken for constants
 
 
 class Unsavable(Exception):
-    """Something on which the rest of the run may depend cannot be saved; the message names it.
+    """An object cannot be saved, although the rest of the run may depend on it. The message names it.
 
     Args:
-        place: of the object, such as `loss.log`.
+        place: where the object is, such as `loss.log`.
         value: the object.
-        why: in a few words.
+        why: the reason, in a few words.
     """
 
     def __init__(self, place: str, value: Any, why: str = ""):
@@ -53,12 +57,12 @@ class Unsavable(Exception):
 
 
 class PythonState:
-    """What there is to save in modules beside parameters and buffers, now and later.
+    """Saves and restores the Python attributes of a loss and a model.
 
     Args:
-        loss, model: as their constructors have left them, on their device. Only the user's own classes in them, and
-            what was added later, have such state.
-        device: for the tensors that were on a GPU when they were saved.
+        loss, model: in the state in which their constructors have left them, on their device. Only attributes of the
+            user's own classes are saved, and objects that were added later.
+        device: receives the tensors that were on a GPU when they were saved.
     """
 
     def __init__(self, loss: nn.Module, model: nn.Module, device: torch.device):
@@ -68,18 +72,19 @@ class PythonState:
         modules = [m for root in self._roots.values() for m in root.modules()]
         self._classes = list(dict.fromkeys(c for m in modules for c in type(m).__mro__ if is_users_class(c)))
         self._names = Names(self._classes)
-        self._objects: dict[str, Any] = {}  # what the constructors made, by its place
-        self._places: dict[int, str] = {}
-        self._fresh: dict[str, bytes] = {}  # the user's globals before training
+        self._objects: dict[str, Any] = {}  # the objects that the constructors made, by place
+        self._places: dict[int, str] = {}  # their places, by id
+        self._fresh: dict[str, bytes] = {}  # the user's global variables before training
+        # The first encoding is thrown away. It only records which objects the constructors have made.
         self._recording = True
         self._encode()
         self._recording = False
 
     def save(self) -> dict[str, Any]:
-        """The state as tensors; empty if there is no class of the user's.
+        """The state as tensors; an empty dict if no class is the user's own.
 
         Raises:
-            Unsavable: something in it cannot be saved.
+            Unsavable: an object cannot be saved.
         """
         try:
             tree = self._encode()
@@ -88,10 +93,10 @@ class PythonState:
             raise Unsavable("loss", self._roots.get("loss"), "nested too deeply") from error
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Bring modules that were just built into a saved state, all but the values of parameters.
+        """Set newly built modules to a saved state. The values of parameters are not included.
 
         Raises:
-            ValueError: it was saved by other classes.
+            ValueError: the classes have changed since the state was saved.
         """
         decoder, saved = Decoder(self._objects, self._names, self.device), unpack(saved)
         for node in saved["roots"].values():
@@ -110,7 +115,8 @@ class PythonState:
         self._memo: dict[int, tuple[list, Any]] = {}
         nodes = {}
         for name, root in self._roots.items():
-            # Networks hold many odd constants. What cannot be saved in one is taken for a constant, too.
+            # Strict for the loss only. Networks contain many constants of unusual types. An object in a network that
+            # cannot be saved is taken for such a constant.
             self._strict = name == "loss" and not self._recording
             nodes[name] = self._node(root, name)
         self._strict = False
@@ -119,7 +125,7 @@ class PythonState:
         return result
 
     def _node(self, value: Any, place: str) -> Any:
-        """`value` itself if it is a number or the like, else a list [kind, …] that stands for it."""
+        """The node of an object: a number or text itself; otherwise a list [kind, …]."""
         if type(value) in ATOMS:
             return value
         if (known := self._memo.get(id(value))) is not None:
@@ -127,7 +133,8 @@ class PythonState:
         if self._recording and _is_made_again(value) and id(value) not in self._places:
             self._objects[place], self._places[id(value)] = value, place
         node: list = []
-        self._memo[id(value)] = (node, value)  # before its content, which may lead back to it
+        # Noted before its content, which may contain it. `value` is kept alive, so that its id is not used again.
+        self._memo[id(value)] = (node, value)
         node.extend(self._content(value, place))
         return node
 
@@ -139,7 +146,7 @@ class PythonState:
             return ["default generator"]
         if isinstance(value, Tensor):
             return self._tensor(value, place)
-        if kind in (set, frozenset):  # equal sets may have other orders
+        if kind in (set, frozenset):  # equal sets may be in different orders
             value = sorted(value, key=repr)
         if kind in (list, tuple, set, frozenset):
             return [kind.__name__, *(self._node(v, f"{place}[{i}]") for i, v in enumerate(value))]
@@ -179,7 +186,10 @@ class PythonState:
         return ["array", value.dtype.str, shape, value.tobytes()]
 
     def _object(self, value: Any, place: str) -> list:
-        """An object by the protocol of pickle, if its class is one that may be restored."""
+        """The node of an object, by pickle's protocol, if its class may be restored.
+
+        `__reduce_ex__` gives a constructor with its arguments, and a state to set afterwards. Nothing is pickled.
+        """
         if isinstance(value, CODE):
             raise Unsavable(place, value, "made during training")
         try:
@@ -197,7 +207,10 @@ class PythonState:
                 self._node(list(items or ()), place), self._node(dict(pairs or ()), place)]  # fmt: skip
 
     def _inside(self, value: Any, place: str) -> list | None:
-        """What may change in an object that the constructor makes again."""
+        """The changeable content of an object that the constructor creates again; None if there is none.
+
+        For a module, its attributes. For a user's function, its closure and its default arguments.
+        """
         if isinstance(value, nn.Module):
             names = CONTAINERS
             if is_users_class(type(value)):
@@ -210,30 +223,33 @@ class PythonState:
         return None
 
     def _entry(self, value: Any, name: str, place: str) -> Any:
-        if name in CONTAINERS[:-1]:  # names in them are attributes, too
+        if name in CONTAINERS[:-1]:  # parameters, buffers and modules are stored in dicts, by name
             pairs = [(key, self._attribute(v, f"{place}.{key}")) for key, v in value.items()]
             return ["dict", *itertools.chain.from_iterable(pairs)]
         return self._attribute(value, f"{place}.{name}")
 
     def _attribute(self, value: Any, place: str) -> Any:
-        """As `_node`. Where not strict, what cannot be saved counts as a constant, unless it moves by itself."""
+        """Like `_node`. If not strict, an unsavable object counts as a constant, except iterators and files."""
         before = len(self._memo)
         try:
             return self._node(value, place)
         except Unsavable as error:
             if self._strict or (error.moving and not self._recording):
                 raise
-            for key in list(self._memo)[before:]:  # nodes that were left half-way
+            for key in list(self._memo)[before:]:  # incomplete nodes
                 del self._memo[key]
             return KEPT
 
     # -- class attributes and globals of the user's files -------------------------------------------------------------
 
     def _globals(self) -> dict[str, Any]:
-        """Those that have changed since the constructors ran: a large table that nobody changes costs no space."""
+        """The user's global variables and class attributes that have changed since the constructors ran.
+
+        A large table that never changes takes no space in the checkpoint.
+        """
         result = {}
         for place, value in sorted(self._outside(), key=lambda pair: pair[0]):
-            shared = id(value) in self._memo  # an attribute holds it, too
+            shared = id(value) in self._memo  # an attribute refers to the same object
             node = self._attribute(value, place)
             digest = pickle.dumps(node)
             if self._recording:

@@ -1,4 +1,7 @@
-"""Which parameters each loss reaches: a loss that trains nothing, or a head in the wrong place, is an error."""
+"""Walks the graphs of the losses, to find mistakes: a detached loss, heads in the wrong order, a forgotten parameter.
+
+None of these would raise an error by itself. The model would just be trained badly.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,17 @@ from torch.nn import Parameter
 from mtl.engine import hidden
 from mtl.losses.base import Strategy
 
-EVERY = 100  # steps between two looks at the graph, after the first two steps
+EVERY = 100  # the graphs are checked in every 100th step, and in the first two
 
 
 @dataclass
 class Reach:
-    """Where a backward pass from one loss ends.
+    """The tensors in which a backward pass from one loss ends.
 
     Attributes:
         leaves: the tensors that would get a gradient, by id.
         nodes: names of the operations on the way.
-        custom: the nodes of custom autograd functions, behind which parameters may hide.
+        custom: the nodes of custom autograd functions, which may hide parameters.
         hidden: parameters that these functions hold, by id.
     """
 
@@ -34,7 +37,7 @@ class Reach:
 
     @property
     def checkpointed(self) -> bool:
-        """Whether a part of the graph is made anew in the backward pass, by torch's re-entrant checkpoint."""
+        """Whether torch's re-entrant checkpoint recomputes a part of the graph in the backward pass."""
         return "CheckpointFunctionBackward" in self.nodes
 
     @property
@@ -44,7 +47,7 @@ class Reach:
 
 
 def reach(loss: Tensor, stop: Tensor | None = None) -> Reach:
-    """Walk the graph of `loss`, as far as the node that made `stop`."""
+    """Walk the graph of `loss`. The walk does not go beyond `stop`, such as the features."""
     found = _walk([_element(loss)], stop)
     if loss.grad_fn is None and loss.requires_grad:
         found.leaves[id(loss)] = loss
@@ -52,13 +55,14 @@ def reach(loss: Tensor, stop: Tensor | None = None) -> Reach:
 
 
 def _walk(todo: list[Any], stop: Tensor | None = None) -> Reach:
+    # Not recursive, because the graph of a deep network exceeds Python's recursion limit.
     found, seen = Reach(), set()
     while todo:
         node = todo.pop()
         if node is None or node in seen or (stop is not None and node is stop.grad_fn):
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
+        if hasattr(node, "variable"):  # AccumulateGrad, the node of a leaf
             found.leaves[id(node.variable)] = node.variable
         else:
             found.nodes.add(node.name())
@@ -70,7 +74,11 @@ def _walk(todo: list[Any], stop: Tensor | None = None) -> Reach:
 
 
 def _element(loss: Tensor) -> Any:
-    """The node that made `loss`; of an element of torch.stack([...]) its own one, not that of all elements."""
+    """The node that made `loss`.
+
+    Losses may come as one tensor, torch.stack([a, b]). Its elements share one node, from which every loss seems to
+    reach everything. In this case, the element's own node before the stack is returned.
+    """
     node = loss.grad_fn
     if node is not None and node.name() == "UnbindBackward0":
         stack = node.next_functions[0][0]
@@ -80,14 +88,15 @@ def _element(loss: Tensor) -> Any:
 
 
 def due(strategy: Strategy, absent: Sequence[bool]) -> bool:
-    """Whether the graph is looked at in this step: walking it in every step would cost more than it tells.
+    """Whether the graphs are checked in this step. Walking them in every step would take too long.
 
-    It is, until each task has been looked at twice in this process, and then in one step of a hundred.
+    They are checked until every task was checked twice in this process, and then in one step of a hundred.
 
     Args:
-        absent: (T,) which tasks may be absent, and so cannot be looked at.
+        strategy: the method, which counts the checks.
+        absent: (T,) whether each task may be absent, so that it cannot be checked.
     """
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # the host must not read anything
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # the host must not read from the device
         return False
     looks = strategy.looks or [0] * strategy.tasks
     wanted = strategy.calls.steps % EVERY == 0 or any(n < 2 and not gone for n, gone in zip(looks, absent, strict=True))
@@ -97,8 +106,10 @@ def due(strategy: Strategy, absent: Sequence[bool]) -> bool:
 
 
 def check_constant(i: int, name: str, loss: Tensor) -> None:
-    """Raises:
-    ValueError: a loss of a task that is present has no graph.
+    """Check that the loss of a present task has a graph.
+
+    Raises:
+        ValueError: it has none.
     """
     if not loss.requires_grad:
         raise ValueError(
@@ -108,14 +119,16 @@ def check_constant(i: int, name: str, loss: Tensor) -> None:
 
 
 def check_shared(i: int, name: str, found: Reach | None, visible: bool) -> None:
-    """Say why a loss reaches no shared parameter.
+    """Raise the error for a loss that reaches no shared parameter, with the likely cause.
 
     Args:
-        found: where it ends, if that is known.
-        visible: whether the step would train the parameters behind a re-entrant checkpoint.
+        i: number of the task.
+        name: name of the task.
+        found: the loss's graph, if it was walked.
+        visible: whether the step makes a usual backward pass. It may then reach parameters behind custom functions.
 
     Raises:
-        ValueError: always, unless the step reaches them in a way that the graph does not show.
+        ValueError: always, except if the parameters may be behind a custom function.
     """
     if found is not None and found.custom:
         if visible:
@@ -133,8 +146,10 @@ def check_shared(i: int, name: str, found: Reach | None, visible: bool) -> None:
 
 
 def check_checkpoint(i: int, name: str, found: Reach) -> None:
-    """Raises:
-    ValueError: torch's re-entrant checkpoint, which takes no gradients of single tasks, is on the way.
+    """Refuse torch's re-entrant checkpoint, which does not work with `torch.autograd.grad`.
+
+    Raises:
+        ValueError: the graph contains one.
     """
     if found.checkpointed:
         raise ValueError(
@@ -144,8 +159,13 @@ def check_checkpoint(i: int, name: str, found: Reach) -> None:
 
 
 def check_run(i: int, name: str, found: Reach, wanted: Sequence[Tensor]) -> None:
-    """Raises:
-    ValueError: a gradient of the `wanted` parameters does not run a custom function that hides others.
+    """Check that each custom function with hidden parameters is run when gradients of `wanted` are computed.
+
+    autograd runs only the nodes on the way to the wanted parameters. A function beside this way is skipped, and its
+    hidden parameters would get no gradient.
+
+    Raises:
+        ValueError: such a function would be skipped.
     """
     keys = {id(p) for p in wanted}
     for node in found.custom:
@@ -160,11 +180,16 @@ def check_run(i: int, name: str, found: Reach, wanted: Sequence[Tensor]) -> None
 def check_features(
     names: Sequence[str], features: Tensor, found: Sequence[Reach | None], shared: Sequence[Parameter]
 ) -> None:
-    """Args:
-        found: where each task's loss ends, going no further than `features`.
+    """Check that the losses depend on the shared parameters only through `features`.
+
+    Args:
+        names: names of the tasks.
+        features: the features.
+        found: each loss's graph, walked as far as `features`; None for a task that may be absent.
+        shared: the shared parameters.
 
     Raises:
-        ValueError: not all of the shared parameters' gradient goes through `features`.
+        ValueError: they depend on them in another way as well, or the features do not depend on them.
     """
     known, behind = {id(p) for p in shared}, reach(features)
     if shared and not behind.custom and not known & set(behind.leaves):
@@ -178,14 +203,14 @@ def check_features(
 
 
 def moves(loss: Tensor, parameters: Sequence[Tensor]) -> bool:
-    """Whether the gradient of `loss` for one of the parameters is not 0.
+    """Whether the gradient of `loss` is non-zero for at least one of the parameters.
 
-    The graph alone says too much: losses that were computed as one vector have all of their graphs in common.
+    The graph alone does not show this: losses that were computed as one vector share their whole graph.
     """
     if not loss.requires_grad or not parameters:
         return False
     reached = reach(loss)
-    # The pass may add to `.grad` of what hides behind custom functions.
+    # Custom functions in the graph may write to `.grad`, which must not be changed here.
     with hidden.Aside([*reached.leaves.values(), *reached.hidden.values()] if reached.custom else []):
         found = torch.autograd.grad(loss, list(parameters), retain_graph=True, allow_unused=True)
     return any(bool((g.to_dense() if g.is_sparse else g).any()) for g in found if g is not None)
@@ -203,13 +228,17 @@ def check_owners(
     shared: Sequence[Parameter],
     heads: Sequence[Sequence[Parameter]],
 ) -> None:
-    """Compare what the losses reach with what the caller says is whose.
+    """Compare the parameters that each loss reaches with the caller's lists.
 
     Args:
-        found: where each task's loss ends; None for a task that may be absent.
+        names: names of the tasks.
+        losses: T scalars.
+        found: each loss's graph; None for a task that may be absent.
+        shared: the shared parameters, with the method's own.
+        heads: each head's parameters.
 
     Raises:
-        ValueError: a loss reaches no parameter of its own head or some of another head, or a parameter in no list.
+        ValueError: a loss reaches no parameter of its own head, or a parameter of another head, or one in no list.
     """
     owner = {id(p): i for i, head in enumerate(heads) for p in head}
     known = {id(p) for p in shared}

@@ -23,13 +23,13 @@ log = logging.getLogger("mtl")
 
 
 def inspect(directory: RunDirectory, name: str, epochs: int, build: Callable[[], tuple[Benchmark, Learner]]) -> None:
-    """Check that the files of a finished run are whole; write its summary anew if it is damaged.
+    """Check that the files of a finished run are intact. If its summary is damaged, write it anew.
 
     Args:
-        directory: of the run.
-        name: of the run.
-        epochs: that it has trained.
-        build: makes the run's benchmark and learner, whose tasks decide what the summary holds.
+        directory: the run's directory.
+        name: the run's name.
+        epochs: number of epochs that it has trained.
+        build: builds the run's benchmark and learner, which are needed only to write a summary.
 
     Raises:
         SetupError: the metrics are damaged or changed, or the summary cannot be written.
@@ -37,8 +37,9 @@ def inspect(directory: RunDirectory, name: str, epochs: int, build: Callable[[],
     rows = directory.rows()
     if len(rows) != epochs:
         raise Damaged(f"{directory.metrics} holds {len(rows)} epochs of a finished run of {epochs}; {CURE}")
-    if directory.run.get("metrics_digest") not in (None, digest(rows).hex()):  # older runs have not noted it
+    if directory.run.get("metrics_digest") not in (None, digest(rows).hex()):  # runs of older versions have no digest
         raise Damaged(f"{directory.metrics} was edited after the run had finished, or is of another run; {CURE}")
+    # The rows are the truth; the summary follows from them. Only model size and metrics' directions need the model.
     if (summary := _summary(directory)) is None or not _agrees(summary, rows):
         with directory:
             benchmark, learner = build()
@@ -87,21 +88,25 @@ def _chosen_by(summary: Mapping[str, Any]) -> tuple[str, bool]:
 
 
 def _best(directory: RunDirectory, name: str, rows: list[dict[str, float]]) -> str:
+    """Mend best.pt if that is possible; return what is wrong with it, or an empty string."""
     chosen = _chosen_by(read_json(directory.summary))
     if not (problem := problem_of(directory.best, name, best(rows, *chosen)["epoch"])):
         return ""
     try:
         with directory:
             return mend_best(directory, name, rows, *chosen)
-    except (UserError, OSError):  # another user's folder, or another process at work in it
+    except (UserError, OSError):  # the folder is another user's, or another process is using it
         return problem
 
 
 def objective(directory: str | Path) -> float | None:
-    """The best validation value of a finished run: of its first task's main metric, over epochs.
+    """The value that a hyperparameter search optimises: the first task's main metric on validation data, best epoch.
+
+    Args:
+        directory: directory of a finished run.
 
     Returns:
-        None without validation data (`data.val_fraction=0`): a search on test data would be dishonest.
+        None without validation data (`data.val_fraction=0`): a search must not choose by test data.
 
     Raises:
         SetupError: the summary is damaged.
@@ -117,7 +122,7 @@ def objective(directory: str | Path) -> float | None:
 
 
 def repeat(tracker: Tracker, config: Mapping[str, Any], identity: Identity, directory: Path) -> None:
-    """Report a finished run to `tracker`, from its first epoch to its last."""
+    """Report all epochs of a finished run to `tracker`, for example to a dashboard that was offline."""
     summary, rows = read_json(directory / "summary.json"), RunDirectory(directory).rows()
     best = dict(summary["higher_is_better"])
     if summary["selected"]:

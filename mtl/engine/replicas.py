@@ -1,11 +1,11 @@
-"""A foreign loop on several processes: DistributedDataParallel, a replica of the model and a part of the batch each.
+"""Several processes in a user's own loop with DistributedDataParallel: each has a replica and a part of the batch.
 
-DistributedDataParallel averages what `Tensor.backward` leaves, and knows nothing of gradients of single tasks. So the
-losses, the Jacobian and the heads' gradients are averaged here: every process then takes the step that one process
-would take with the whole batch, if the parts are equally large.
+DistributedDataParallel averages the gradients of `Tensor.backward`, but not the gradients of single tasks. So the
+losses, the Jacobian and the heads' gradients are averaged here. If the parts of the batch are equally large, every
+process then makes the step that one process would make with the whole batch.
 
-Each call sends one message of a fixed size first, whatever this process has: losses, who has failed, and a fingerprint
-of the call. No collective depends on what one process alone knows, since the others would wait for it.
+Each call first sends one message of a fixed size: the losses, whether this process has failed, and a fingerprint of the
+call. This rule avoids deadlocks: no process decides on a collective by something that only it knows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mtl.losses.base import GramianWeighting, LossWeighting, Strategy
 from mtl.losses.extra import pack
 
 Group = Any  # torch.distributed.ProcessGroup, which some builds of torch do not have
-FIELDS = 7  # of a message, before its losses; see `Replicas._send`
+FIELDS = 7  # numbers at the start of a message, before its losses; see `Replicas._send`
 ROWS, TASKS = 4, 16  # a message has room for 4 rows of 16 tasks (32, 48, …): most wrong numbers of tasks fit in
 
 
@@ -40,9 +40,9 @@ class Replicas:
 
     Args:
         group: the process group.
-        steps: of this process since all have agreed on model and strategy; -1 before.
-        sent: this step's message is out, so that the others no longer wait for it.
-        tied: the last answer of `any_of`.
+        steps: steps of this process since all have compared model and strategy; -1 before that.
+        sent: whether this step's message was sent, so that the others no longer wait for it.
+        tied: the last result of `any_of`.
     """
 
     group: Group
@@ -52,13 +52,14 @@ class Replicas:
 
     @property
     def size(self) -> int:
-        """How many they are."""
+        """The number of processes."""
         return dist.get_world_size(self.group)
 
     def check(self, strategy: Strategy, of_features: bool, shared: Sequence[Parameter]) -> None:
-        """Raises:
-        ValueError: the method compares samples of the whole batch, which no process has; or no process has the whole
-            of a parameter.
+        """Check that the method works with parts of a batch, and that each process holds whole parameters.
+
+        Raises:
+            ValueError: the method needs features or steps on the whole batch, or parameters are divided (FSDP).
         """
         name = type(strategy).__name__
         if hooks.defines(strategy, "look_ahead"):
@@ -72,15 +73,17 @@ class Replicas:
         if strategy.alone is not None:
             raise ValueError(
                 f"group: {strategy.alone} was called before the first mtl.backward in this process, so it saw the "
-                "figures of this process alone; call it after"
+                "values of this process only; call it after"
             )
 
     def check_constants(self, losses: Sequence[Tensor], names: Sequence[str], heads: Sequence[Sequence[Any]]) -> None:
-        """Raises:
-        ValueError: some losses have no graph; DistributedDataParallel would wait for the gradients of their heads.
+        """Check that DistributedDataParallel will get all the gradients for which it waits.
+
+        Raises:
+            ValueError: some losses have a graph and others have none, so that gradients of heads would be missing.
         """
         constant = [i for i, loss in enumerate(losses) if not loss.requires_grad]
-        if not constant or len(constant) == len(losses):  # of a process without any graph, see `_judge`
+        if not constant or len(constant) == len(losses):  # if no loss has a graph, `_judge` decides
             return
         if any("_DDPSinkBackward" in reach(loss).nodes for loss in losses if loss.requires_grad):
             return  # find_unused_parameters=True: it knows that no gradients will come
@@ -93,7 +96,7 @@ class Replicas:
 
     @property
     def all(self) -> bool:
-        """Whether they are all that torch.distributed has started."""
+        """Whether these are all processes that torch.distributed has started."""
         return self.group is dist.group.WORLD
 
     # -- messages -----------------------------------------------------------------------------------------------------
@@ -106,22 +109,24 @@ class Replicas:
         present: Tensor | None,
         model: tuple[Sequence[Parameter], Sequence[Sequence[Parameter]]],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The message of a step; in the first one all take over the strategy's state from the first process.
+        """Exchange the message of a step. In the first step, all take over the first process's strategy.
 
         Args:
-            call: what the processes must have in common.
+            strategy: the method.
+            call: the facts that must be equal in all processes.
             values: (T,) losses.
             present: (T,) bool.
             model: the shared parameters, and the parameters of each head.
 
         Returns:
-            (T,) this process's share of each task's mean loss, (T,) the tasks that are present in any process, and (T,)
-            the mean losses over the processes in which a task is present.
+            (T,) this process's share of each task's mean loss; (T,) whether the task is present in any process; and
+            (T,) the mean losses over the processes in which the task is present.
 
         Raises:
             ValueError: the processes do not belong together.
             RuntimeError: another process cannot take this step.
         """
+        # Models and calls are compared in the first steps and in every 100th: a comparison waits for the device.
         looks = self.steps <= 1 or strategy.calls.steps % EVERY == 0
         here = torch.ones_like(values) if present is None else present.to(values)
         first = self._send(strategy, call, [(here, values)], looks)
@@ -134,11 +139,16 @@ class Replicas:
     def means(
         self, strategy: Strategy, hook: str, values: Sequence[Tensor | None], present: Sequence[Tensor | None]
     ) -> list[tuple[Tensor, Tensor]]:
-        """What `hook` is told in this process → (means, known) over the processes in which a value is known.
+        """Average the arguments of a hook over the processes.
 
         Args:
-            values: some (T,), or None where this process knows nothing of the kind.
-            present: (T,) bool for each, which of its values are known; None means all.
+            strategy: the method.
+            hook: name of the hook.
+            values: the arguments, each (T,), or None if this process has no such values.
+            present: for each argument, (T,) bool: which of its values are known; None means all.
+
+        Returns:
+            for each argument, the (T,) means over the processes that know a value, and (T,) bool: whether any does.
         """
         like = next(v for v in values if v is not None)
         rows = []
@@ -153,11 +163,16 @@ class Replicas:
 
     @torch.no_grad()
     def _send(self, strategy: Strategy, call: Call, rows: Sequence[tuple[Tensor, Tensor]], looks: bool) -> bool:
-        """Sum `rows` (known, value) over the processes, into `_received` (4, T); whether any process is a new one."""
+        """Sum `rows` of (known, value) over the processes, into `_received` (4, T).
+
+        Returns:
+            whether any process is new, so that all must compare models and take over the first process's strategy.
+        """
         device, tasks = self.carrier(rows[0][0].device), strategy.tasks
         new = call.name == "mtl.backward" and self.steps < 0
         marks = [_mark(agreement.told(strategy, call)), 0 if new else _mark(agreement.progress(strategy))]
-        # [0:4] marks and their squares: they tell whether all are equal. Then who has failed, is new, has a graph.
+        # One sum can compare numbers: n marks are all equal if and only if n · Σ mark² = (Σ mark)². After the marks and
+        # their squares come three counts of processes: failed, new, with a graph.
         fields = [*marks, *(mark**2 for mark in marks), 0, int(new), int(call.graph)]
         table = torch.zeros(ROWS, -(-tasks // TASKS) * TASKS, dtype=torch.float64, device=device)
         for i, (known, value) in enumerate(rows):
@@ -172,12 +187,21 @@ class Replicas:
         return self._judge(strategy, call, message[:FIELDS].tolist(), device)
 
     def _judge(self, strategy: Strategy, call: Call, fields: list[float], device: torch.device) -> bool:
+        """Compare the processes by the sums in a message.
+
+        Returns:
+            whether any process is new.
+
+        Raises:
+            ValueError: the processes differ.
+            RuntimeError: a process has failed.
+        """
         told, known, told_squares, known_squares, failed, new, graphs = fields
         if failed:
             self._explain(None, device)
         if self.size * told_squares != told**2:
             self._differ(agreement.told(strategy, call), device)
-        # A process with a new strategy takes over the progress of the first, and so do all.
+        # If a process is new, all take over the first process's progress. Until then it may differ.
         if not new and self.size * known_squares != known**2:
             self._differ(agreement.progress(strategy), device)
         if 0 < graphs < self.size:
@@ -195,12 +219,12 @@ class Replicas:
         )
 
     def fail(self, strategy: Strategy, error: Exception, device: torch.device) -> None:
-        """Send in place of this step's message that there is none, and why."""
+        """Send that this process has failed, and why, in place of this step's message."""
         device = self.carrier(device)
         if _capturing(device) or not (device.type == "cpu" or self.steps <= 1 or strategy.calls.steps % EVERY == 0):
             return  # the others do not read this step's message
         room = FIELDS + ROWS * -(-strategy.tasks // TASKS) * TASKS
-        with suppress(RuntimeError):  # the others are gone; this process's own error counts
+        with suppress(RuntimeError):  # if the others are gone, this process's own error is still raised
             message = torch.zeros(room, dtype=torch.float64, device=device)
             message[4] = 1
             self._sum(message)
@@ -214,7 +238,7 @@ class Replicas:
     def _compare(
         self, strategy: Strategy, call: Call, model: tuple[Any, Any], first: bool, device: torch.device
     ) -> None:
-        """Whether the processes hold one model; in the first step the strategies become that of the first process."""
+        """Check that the processes hold the same model. In the first step, all take over the first strategy."""
         ours = {"model": agreement.describe_model(*model)}
         if first:
             ours["strategy"] = agreement.describe_strategy(strategy)
@@ -236,7 +260,7 @@ class Replicas:
     # -- collectives --------------------------------------------------------------------------------------------------
 
     def carrier(self, device: torch.device) -> torch.device:
-        """The device on which the group takes a tensor of `device`: NCCL takes those of a GPU only."""
+        """The device for a message about a tensor on `device`. For example, NCCL can send only tensors on a GPU."""
         kinds = [entry.partition(":")[0] for entry in dist.get_backend_config(self.group).split(",")]
         if device.type in kinds:
             return device
@@ -248,14 +272,14 @@ class Replicas:
         return tensor
 
     def _gather(self, ours: Any, device: torch.device) -> list[Any]:
-        """Something that can be pickled, from every process."""
+        """Collect one object from every process. It must be picklable."""
         found: list[Any] = [None] * self.size
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), _apart():
             dist.all_gather_object(found, ours, group=self.group)
         return found
 
     def total(self, *tensors: Tensor) -> list[Tensor]:
-        """The sum over all processes of each tensor, in one message for each dtype and device."""
+        """The sum of each tensor over all processes. There is one message for each dtype and device."""
         results: list[Tensor] = [t.detach().clone() for t in tensors]
         kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for t in results:
@@ -267,21 +291,23 @@ class Replicas:
         return results
 
     def any_of(self, flags: Sequence[bool], device: torch.device) -> tuple[bool, ...]:
-        """Which flags are raised in any process. All give equally many. On a GPU the first two answers are kept."""
+        """Which flags are raised in any process. All processes must give equally many."""
+        # On a GPU, reading the result makes the host wait. So after the first steps, the last result is reused.
         device = self.carrier(device)
         if device.type == "cpu" or self.steps <= 1 or len(self.tied) != len(flags):
             self.tied = tuple(self._sum(_numbers(flags, device)).gt(0).tolist())
         return self.tied
 
     def everywhere(self, flag: Tensor) -> Tensor:
-        """() whether the flag is raised in all processes; the host does not wait."""
+        """() whether the flag is raised in all processes. The host does not wait."""
         (lowered,) = self.total((~flag).float())
         return lowered == 0
 
     def heads(
         self, heads: Sequence[Sequence[Parameter]], own: Sequence[Sequence[Tensor | None]], shares: Tensor
     ) -> list[list[Tensor | None]]:
-        """The heads' gradients, of the mean losses over all processes."""
+        """The heads' gradients of the losses averaged over all processes."""
+        # Zeros for missing gradients: all processes must send tensors of the same sizes.
         dense = [
             (torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g)
             * share.to(p.device, p.real.dtype)
@@ -293,13 +319,13 @@ class Replicas:
 
 
 def replicas(group: Group | Literal["auto"] | None) -> Replicas | None:
-    """The processes to average over: those of `group`, by default all that torch.distributed has started.
+    """The processes to average over: of `group`, or for "auto" all processes that torch.distributed has started.
 
     Returns:
-        None where this process is alone.
+        None if there is only this process.
 
     Raises:
-        ValueError: `group` is no group of this process.
+        ValueError: `group` is not an open process group that contains this process.
     """
     if group is None or (group == "auto" and not hooks.several()):
         return None
@@ -322,10 +348,13 @@ hooks.of_all = _of_all
 
 @contextmanager
 def heard(strategy: Any, losses: Any) -> Iterator[Replicas | None]:
-    """The processes of `strategy.group`, which hear of an error in here if they wait for this step's message.
+    """Yield the processes of `strategy.group`. If this block raises an error, send it to the others.
+
+    Otherwise they would wait for this step's message.
 
     Args:
-        losses: of the step, wherever they are.
+        strategy: the method, or whatever the caller gave in its place.
+        losses: the losses of the step, in any form.
     """
     found = replicas(strategy.group) if isinstance(strategy, Strategy) else None
     if found is None:
@@ -344,13 +373,14 @@ def heard(strategy: Any, losses: Any) -> Iterator[Replicas | None]:
 
 @contextmanager
 def _apart() -> Iterator[None]:
+    """Turn the error of a failed collective into one that says what to check."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # gloo: a connection was closed, or messages of unequal size; either: the timeout
         raise RuntimeError(
-            "group: a process has left, or is elsewhere; all must call mtl.backward and the hooks equally often, and "
+            "group: a process has left, or makes another call; all must call mtl.backward and the hooks equally often. "
             f"join() of uneven inputs does not help here ({one_line(error).partition(' Exception raised')[0]})"
         ) from error
 
@@ -360,19 +390,19 @@ def _capturing(device: torch.device) -> bool:
 
 
 def _mark(facts: dict[str, Any]) -> int:
-    """16 bits: sums of squares stay exact in float64 over a thousand processes."""
+    """A hash of 16 bits: so small that sums of squares over a thousand processes are exact in float64."""
     return zlib.crc32(repr(facts).encode()) & 0xFFFF
 
 
 def _numbers(values: Sequence[float], device: torch.device) -> Tensor:
-    """float64 numbers on a device. A copy of host memory to a GPU would wait for it; filling does not."""
+    """float64 numbers on a device. Copying them to a GPU would make the host wait; filling tensors there does not."""
     if device.type == "cpu":
         return torch.tensor(values, dtype=torch.float64)
     return torch.stack([torch.full((), float(v), dtype=torch.float64, device=device) for v in values])
 
 
 def _device(losses: Any) -> torch.device:
-    """Of the first tensor in any nesting."""
+    """The device of the first tensor in nested lists and mappings."""
     if isinstance(losses, Tensor):
         return losses.device
     parts = losses.values() if isinstance(losses, Mapping) else losses if isinstance(losses, Sequence) else ()

@@ -1,4 +1,4 @@
-"""Where a run goes on: its checkpoint and its rows, after a look at whether they belong to it and to each other."""
+"""Resumes a run from its checkpoint and its rows, after a check that both belong to this run and to each other."""
 
 from __future__ import annotations
 
@@ -21,23 +21,28 @@ def state(epoch: int, name: str, rows: bytes, learner: Learner) -> dict[str, Any
     """The content of a checkpoint.
 
     Args:
-        epoch: how many are done.
-        name: of the run.
+        epoch: number of finished epochs.
+        name: the run's name.
         rows: digest of its rows (`mtl.engine.files.digest`).
-        learner: what has been learned.
+        learner: model, optimizer and method.
     """
-    # As tensors, since whoever compares checkpoints compares tensors.
+    # Name and digest are stored as tensors, because tests and tools compare checkpoints tensor by tensor.
     return {"epoch": epoch, "run": _tensor(name.encode()), "rows": _tensor(rows), **learner.state()}
 
 
 def resume(directory: RunDirectory, name: str, learner: Learner) -> tuple[list[dict[str, float]], bytes]:
-    """Load the last checkpoint into `learner`; writes nothing.
+    """Load the last checkpoint into `learner`, if there is one. No file is written.
+
+    Args:
+        directory: the run's directory.
+        name: the run's name.
+        learner: a new learner of the run's config.
 
     Returns:
-        the rows that the checkpoint knows, and their digest; no rows where there is no checkpoint.
+        the rows up to the checkpoint, and their digest; no rows if there is no checkpoint.
 
     Raises:
-        SetupError: a file is damaged, belongs to another run, or does not fit the others.
+        SetupError: a file is damaged, belongs to another run, or does not agree with the others.
     """
     last, rows = directory.last, directory.rows()
     if not os.path.lexists(last):
@@ -50,8 +55,8 @@ def resume(directory: RunDirectory, name: str, learner: Learner) -> tuple[list[d
             f"{directory.metrics} lacks rows that last.pt (after epoch {epoch}) has seen; "
             "restore it, or delete last.pt to start the run afresh"
         )
-    rows = rows[: max(0, epoch)]
-    # Checkpoints of older versions hold neither name nor digest: those are taken as they are.
+    rows = rows[: max(0, epoch)]  # a later row was written just before a kill, and its checkpoint was not
+    # Checkpoints of older versions have neither name nor digest. They are accepted unchecked.
     if epoch < 1 or _bytes(saved, "rows") not in (None, digest(rows)):
         raise SetupError(
             f"{directory.metrics} does not hold the {epoch} rows that last.pt has seen: one of the two was edited, "
@@ -59,7 +64,7 @@ def resume(directory: RunDirectory, name: str, learner: Learner) -> tuple[list[d
         )
     try:
         learner.load_state(saved)
-    except Exception as error:  # whatever torch, an optimizer or a method says to a state of another shape
+    except Exception as error:  # torch, an optimizer and a method raise different errors for a wrong state
         text = one_line(error)
         text = text if len(text) <= 160 else f"{text[:160]}…"
         raise SetupError(f"{last} does not fit this run ({text}); {afresh}") from error
@@ -87,16 +92,19 @@ def opened(path: Path, name: str, cure: str) -> dict[str, Any]:
 
 
 def mend_best(directory: RunDirectory, name: str, rows: Sequence[Row], key: str, higher: bool) -> str:
-    """Make best.pt the checkpoint of the best epoch where last.pt is that; a wrong one is put aside, as best.damaged.
+    """Repair best.pt if it is not the checkpoint of the best epoch.
+
+    If last.pt is the best epoch's checkpoint, best.pt becomes a link to it. Otherwise the best weights are lost, and
+    the wrong file is renamed to best.damaged.
 
     Args:
-        directory: of the run, which this process has for itself.
-        name: of the run.
-        rows: all of them.
-        key, higher: what chooses the best epoch.
+        directory: the run's directory, locked by this process.
+        name: the run's name.
+        rows: all rows.
+        key, higher: the metric that chooses the best epoch, and whether higher is better.
 
     Returns:
-        what is wrong with best.pt; an empty string when nothing is (any more).
+        what is wrong with best.pt, for a warning; an empty string if it is right now.
     """
     epoch = best(rows, key, higher)["epoch"]
     if not (problem := problem_of(directory.best, name, epoch)):
@@ -112,7 +120,7 @@ def mend_best(directory: RunDirectory, name: str, rows: Sequence[Row], key: str,
 
 
 def problem_of(path: Path, name: str, epoch: int) -> str:
-    """Why a file is not the run's checkpoint of `epoch`; an empty string when it is."""
+    """What is wrong with a file that should be the run's checkpoint of `epoch`; an empty string if nothing is."""
     if not os.path.lexists(path):
         return f"{path.name} is missing"
     found = _epoch(path, name)
@@ -122,7 +130,7 @@ def problem_of(path: Path, name: str, epoch: int) -> str:
 
 
 def _epoch(path: Path, name: str) -> int | None:
-    """The epoch of a checkpoint; None where it cannot be read or belongs to another run."""
+    """The epoch of a checkpoint; None if it cannot be read or belongs to another run."""
     try:
         saved = checkpoint.load(path)
     except SetupError:

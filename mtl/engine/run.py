@@ -186,7 +186,7 @@ class Job:
             if not self.begun:
                 raise
             saved = f"{len(self.rows)} epochs are saved, and once that is mended the same command goes on"
-            self._fail("failed", error.exit_code, f"{error}; {saved}")
+            self._fail("failed", error.exit_code, f"{error}; {saved}")  # such as a full disk
         except Exception as error:
             if not self.begun and isinstance(error, SetupError):
                 raise
@@ -215,7 +215,7 @@ class Job:
 
     def _note(self, row: dict[str, float]) -> None:
         """Save an epoch, then report it."""
-        with deferred():
+        with deferred():  # a signal that arrives while the row and the checkpoint are written waits until both are
             self._save(row)
         self._tell()
         epochs = self.learner.trainer.epochs
@@ -252,6 +252,7 @@ class Job:
         evaluated = {
             name: b for name, b in self.evaluations.items() if f"{name}/{self.learner.tasks[0].name}_loss" in row
         }
+        # The weights are checked once per epoch, after the evaluation: this makes the host wait for the device.
         what = find(row, self.learner.tasks, evaluated, self.train.partial)
         if what is None and (not evaluated or finite(self.learner.model, self.learner.strategy)):
             return
@@ -261,6 +262,7 @@ class Job:
 
     @property
     def _selector(self) -> tuple[str, bool]:
+        """The metric that chooses best.pt, and whether higher is better."""
         return selector(self.learner.tasks, "val" in self.evaluations)
 
     def summary(self) -> dict[str, Any]:
@@ -289,12 +291,14 @@ class Job:
             self.directory.update(status="finished", error=None, finished=now(), metrics_digest=self.digest.hex())
 
     def _fail(self, status: str, code: int, message: str) -> None:
+        """Note an error in the files, and keep it as the outcome: the runs of a grid after this one go on."""
         self._close(status, message)
         self.failed = Outcome(status, code, str(self.directory.path), message)
 
     def _close(self, status: str, error: str) -> None:
         """Note how a run ended early. A file that cannot be written is skipped: the disk may be the reason."""
         summary = {"status": status, **(self.summary() if self.rows else {})}
+        # Each file by itself: if one cannot be written, the other one may still be.
         with deferred():
             with suppress(WriteError):
                 self._last_words(status, error)
@@ -308,16 +312,19 @@ class Job:
         self.directory.update(status=status, error=error, finished=now())
 
     def _identity_fields(self) -> dict[str, Any]:
+        """The fields of run.json that describe the run; reports read them."""
         names = {"name": self.identity.name, "group": self.identity.group}
         choices = {k: v for k, v in self.choices.items() if k in NODES}
         return {**asdict(self.identity), **names, "choices": choices, "command": self.command,
                 "processes": torchrun.size(), "own": own_parts(self.config)}  # fmt: skip
 
     def _info(self) -> RunInfo:
+        """What a tracker needs to know at the start: names, config, metrics, and the rows of a resumed run."""
         tasks = self.learner.tasks
         best = {**metrics(tasks, "test"), **(metrics(tasks, "val") if "val" in self.evaluations else {})}
         root = Path(self.config["output_root"])
         return RunInfo(self.identity, self.directory.path, root, flatten(self.config), best, tuple(self.rows))
 
     def _units(self) -> dict[str, tuple[str, str]]:
+        """For each task, name and unit of its main metric, for the epoch's line on the console."""
         return {t.name: (t.scores[0].name, t.scores[0].unit) for t in self.learner.tasks}

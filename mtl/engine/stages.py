@@ -1,12 +1,12 @@
-"""Stages of a training: for how long which tasks count, and which parameters learn.
+"""Stages of a training. Each stage has a number of epochs, the tasks that count, and the parameters that learn.
 
 Example: 50 epochs of two tasks, then 20 epochs of a third task's head on the frozen backbone::
 
     trainer.epochs=70 "trainer.stages=[{epochs: 50, tasks: [digit, odd]}, {epochs: 20, tasks: [ink], train: [ink]}]"
 
-A stage is two masks: a task that does not count is absent from every batch, and a parameter that does not learn has
-`requires_grad=False`. The optimizer's state and the schedule begin anew with each stage. The epoch number runs on, so
-random draws and resuming need nothing more.
+A task that does not count is treated as absent from every batch. A parameter that does not learn has
+`requires_grad=False`. The optimizer's state and the schedule start anew with each stage. The epoch number does not: so
+random draws and resuming work as without stages.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Stage:
     """One stage.
 
     Args:
-        epochs: how long it lasts.
+        epochs: number of epochs.
         tasks: names of the tasks whose losses count; None for all.
-        train: what learns: "shared" (the shared parameters), "heads" (each task's own), or names of tasks.
+        train: the parameters that learn: "shared" (the shared ones), "heads" (all tasks' own), or names of tasks.
         lr: the optimizer's learning rate in this stage; None for `optimizer.lr`.
     """
 
@@ -44,15 +44,15 @@ class Stage:
         return self.tasks is None or task in self.tasks
 
     def learns(self, task: str | None) -> bool:
-        """Whether the task's own parameters learn; None asks for the shared ones."""
+        """Whether the own parameters of `task` learn; for None, whether the shared parameters do."""
         return SHARED in self.train if task is None else HEADS in self.train or task in self.train
 
 
 def read_stages(given: Sequence[Mapping[str, Any]], epochs: int) -> tuple[Stage, ...]:
-    """The stages of a config; one stage of all `epochs` where none is given.
+    """The stages of a config. If none are given: one stage with all `epochs`.
 
     Raises:
-        ConfigError: a stage is not described as above, or the stages have another number of epochs in all.
+        ConfigError: a stage has an unknown or wrong argument, or the stages' epochs do not add up to `epochs`.
     """
     if not given:
         return (Stage(epochs),)
@@ -70,16 +70,17 @@ def read_stages(given: Sequence[Mapping[str, Any]], epochs: int) -> tuple[Stage,
 
 
 def check_stages(stages: Sequence[Stage], tasks: Sequence[str], warmup: int, keeps: str | None) -> None:
-    """Compare the stages with what a run trains.
+    """Check the stages against the run's tasks and method.
 
     Args:
+        stages: the stages.
         tasks: names of the run's tasks.
-        warmup: epochs of warm-up, which each stage begins with.
-        keeps: name of the method if it keeps averages of gradients from step to step, else None.
+        warmup: number of warm-up epochs, with which each stage begins.
+        keeps: name of the method if it keeps averages of the shared gradients over steps, otherwise None.
 
     Raises:
-        ConfigError: a name is unknown, a stage trains nothing or is no longer than the warm-up, or the method needs the
-            same shared parameters throughout.
+        ConfigError: a name is unknown, or a stage trains nothing or is not longer than the warm-up. Or the method needs
+            the same shared parameters in all stages.
     """
     for i, stage in enumerate(stages):
         where = f"trainer.stages[{i}]"
@@ -101,10 +102,10 @@ def check_stages(stages: Sequence[Stage], tasks: Sequence[str], warmup: int, kee
 
 
 def stage_at(stages: Sequence[Stage], epoch: int) -> tuple[Stage, int]:
-    """The stage that epoch number `epoch` belongs to, and the stage's first epoch; counted from 0."""
+    """The stage of epoch number `epoch`, and the number of the stage's first epoch; both count from 0."""
     first = 0
     for stage in stages:
         if epoch < first + stage.epochs:
             return stage, first
         first += stage.epochs
-    return stages[-1], first - stages[-1].epochs
+    return stages[-1], first - stages[-1].epochs  # beyond the last epoch, the last stage goes on

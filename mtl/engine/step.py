@@ -154,7 +154,7 @@ class Step:
         parts = _parts(size, strategy.samples)
         present = _present(labelled, parts)
         passes = [_losses(forward(part)) for part in parts]
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)  # None and not 0: the optimizer skips parameters without a gradient
         if observer is not None:
             observer.before(passes)
         # From here on `.grad` is written: `gradients` computes what to add, `accumulate` adds it.
@@ -167,7 +167,7 @@ class Step:
         del found  # frees the tasks' gradients, which take T times the model's memory, before the optimizer's step
         if observer is not None:
             observer.after(info.weights)
-        with self._resting(present):
+        with self._resting(present):  # an absent task's log variance, for example, does not move
             self._update(tasks)
         if defines(strategy, "after_step"):
             # FAMO, for example, compares the losses of the same samples before and after the update.
@@ -231,6 +231,11 @@ class Step:
         return arguments.scalars("losses", found.values, self.strategy.names)
 
     def _check_optimizer(self) -> None:
+        """Check that the optimizer holds all trainable parameters of the model.
+
+        Raises:
+            ValueError: it lacks some, which would silently never be trained.
+        """
         known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         known.update(id(p) for p in self.strategy.parameters())
         for name, owner in (("shared", self._shared), ("heads", [] if self._heads is None else self._heads)):
@@ -338,6 +343,7 @@ def _tasks(found: Gradients) -> dict[str, Any]:
     if found.rows is not None:
         parts = found.rows.split([p.numel() for p in one.shared], dim=1)
         rows = {p: part.view(-1, *p.shape) for p, part in zip(one.shared, parts, strict=True)}
+    # A head's parameter depends on its own task only. A shared one has a row of statistics for each task.
     if one.present is not None:
         present = {p: one.present[i : i + 1] for i, head in enumerate(one.heads) for p in head}
         present |= dict.fromkeys(rows, one.present)

@@ -1,4 +1,4 @@
-"""What the rows of a run come to: the best epoch, the last one, and the one that validation data choose."""
+"""The results of a run, from its rows: at the best epoch, at the last epoch, and at the one that validation chose."""
 
 from __future__ import annotations
 
@@ -16,26 +16,31 @@ Row = Mapping[str, float]
 
 
 def metrics(tasks: Iterable[Task], split: str) -> dict[str, bool]:
-    """{"test/fine_accuracy": higher is better, …}, the main one first."""
+    """{"test/fine_accuracy": True, …}: for each metric, whether higher is better. The main metric comes first."""
     return {f"{split}/{t.name}_{score.name}": score.higher_is_better for t in tasks for score in t.scores}
 
 
 def owned(tasks: Iterable[Task]) -> dict[str, list[str]]:
-    """{"fine": ["fine_accuracy"], …}: which metrics are whose; one task's name may begin with another's."""
+    """{"fine": ["fine_accuracy"], …}: the metrics of each task.
+
+    A report cannot find them from the names alone: a task "a" and a task "a_b" both have metrics that begin with "a_".
+    """
     return {t.name: [f"{t.name}_{score.name}" for score in t.scores] for t in tasks}
 
 
 def selector(tasks: Iterable[Task], validated: bool) -> tuple[str, bool]:
-    """What chooses best.pt: the first task's main metric on validation data, or, by the protocol, on test data.
+    """The metric that chooses best.pt: the first task's main metric, on validation data if there is any.
+
+    Otherwise it is measured on test data, as in the protocol of the CIFAR-100 benchmark.
 
     Returns:
-        its key, and whether higher is better.
+        the metric's key, and whether higher is better.
     """
     return next(iter(metrics(tasks, "val" if validated else "test").items()))
 
 
 def best(rows: Sequence[Row], key: str, higher: bool) -> Row:
-    """The first row with the best value of `key`; a value that is not a number is never the best."""
+    """The first row with the best value of `key`. NaN and infinity are never the best."""
     sign = 1 if higher else -1
     return max(rows, key=lambda row: sign * row[key] if math.isfinite(row[key]) else -math.inf)
 
@@ -44,8 +49,8 @@ def summarise(rows: Sequence[Row], tests: Mapping[str, bool], key: str, higher: 
     """The results of a run.
 
     Args:
-        rows: of metrics.jsonl, at least one.
-        tests: for each test metric whether higher is better.
+        rows: the rows of metrics.jsonl; at least one.
+        tests: for each test metric, whether higher is better.
         key, higher: as `selector` returns them.
 
     Raises:
@@ -64,7 +69,7 @@ def summarise(rows: Sequence[Row], tests: Mapping[str, bool], key: str, higher: 
 
 
 def speed(rows: Sequence[Row]) -> dict[str, float]:
-    """Seconds of all epochs, and training images a second on average."""
+    """The seconds of all epochs, and the mean number of training images per second."""
     return {
         "seconds": sum(r["time/seconds"] for r in rows),
         "images_per_second": sum(r["time/images_per_second"] for r in rows) / len(rows),
@@ -72,13 +77,13 @@ def speed(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def forget_peak_memory(device: torch.device) -> None:
-    """From here on the peak of a GPU is this run's, not that of an earlier run in this process."""
+    """Reset a GPU's peak memory, which may be from an earlier run in this process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB at most in use so far: of the GPU, or of this whole process on a CPU, earlier runs in it included."""
+    """Peak memory in GiB: of the GPU, or on a CPU of this whole process, with earlier runs in it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB

@@ -1,4 +1,4 @@
-"""What can be varied of a step whatever the strategy, and what a step reports."""
+"""The switches of a step, which work with every method, and the step's report."""
 
 from __future__ import annotations
 
@@ -12,21 +12,19 @@ from mtl.losses.arguments import choose
 from mtl.losses.base import JacobianAggregation, LossWeighting, Strategy, count
 from mtl.losses.hooks import defines
 
-TINY = 1e-12  # losses are held above it where transform=log takes their logarithm
+TINY = 1e-12  # losses are clamped to at least this before transform=log takes their logarithm
 
 
 @dataclass(frozen=True)
 class Switches:
-    """What can be varied of a step whatever the strategy.
+    """Variations of a step, for any method. "paper" always means: as the method's paper does it.
 
     Args:
-        gradients: of what per-task gradients are taken: the shared parameters, or the features between backbone and
-            heads (the upper bound of MGDA-UB, Sener & Koltun 2018: one backward pass through the backbone instead
-            of T), or whichever the method is made for.
-        transform: log runs the strategy on log-losses, which makes any of them blind to the losses' scales.
-        heads: what the heads receive under a gradient method: the gradient of their own loss, that gradient times
-            the task's weight, or whichever of the two the method's paper says.
-        scale: how long the step is.
+        gradients: per-task gradients are with respect to the shared parameters, or to the features between backbone and
+            heads. Features need one backward pass through the backbone instead of T (MGDA-UB, Sener & Koltun 2018).
+        transform: log gives log-losses to the method, which makes it independent of the losses' scales.
+        heads: the heads' gradients under a gradient method: of their own loss ("own"), or that times the task's weight.
+        scale: the length of the step.
 
             ======  ==========================================================================================
             paper   as published
@@ -47,26 +45,28 @@ class Switches:
             choose(name, getattr(self, name), options)
 
     def transformed(self, losses: list[Tensor]) -> list[Tensor]:
-        """The losses as the strategy sees them."""
+        """The losses as the method sees them: unchanged, or their logarithms."""
         if self.transform == "none":
             return losses
-        # A loss that is exactly 0 has no logarithm; clamped, it also has no gradient any more.
+        # A loss of exactly 0 has no logarithm. After the clamp its gradient is 0, too.
         return [x.clamp(min=TINY).log() for x in losses]
 
     def of_features(self, strategy: Strategy) -> bool:
-        """Whether this strategy's step takes its per-task gradients of the features."""
+        """Whether this method's per-task gradients are with respect to the features."""
         return (strategy.gradients if self.gradients == "paper" else self.gradients) == "features"
 
     def combines(self, strategy: Strategy, per_task: bool) -> bool:
-        """Whether a step takes the gradients of the tasks one by one."""
+        """Whether a step computes the gradient of each task separately."""
+        # Loss weighting does not need them, but some switches and the optimizer AdaTask do.
         return not isinstance(strategy, LossWeighting) or self.scale == "norm" or self.heads == "own" or per_task
 
     def factor(self, strategy: Strategy, norm: Tensor, equal: Tensor) -> Tensor | None:
-        """() what scale=norm or the method's own clip multiplies the shared gradient by.
+        """() the factor for the shared gradient, from scale=norm or from the method's own clip; None for no factor.
 
         Args:
-            norm: () of the shared gradient.
-            equal: () norm under equal weighting.
+            strategy: the method.
+            norm: () norm of the shared gradient.
+            equal: () norm under equal weighting, on the same batch.
         """
         tiny = torch.finfo(norm.dtype).tiny
         if self.scale == "norm":
@@ -76,8 +76,10 @@ class Switches:
         return None
 
     def check(self, strategy: Strategy) -> None:
-        """Raises:
-        ValueError: this strategy cannot be switched like that.
+        """Check that this method works with these switches.
+
+        Raises:
+            ValueError: it does not; the message begins with the name of the switch.
         """
         name = type(strategy).__name__
         if strategy.gradients == "features" and self.gradients == "parameters":
@@ -101,8 +103,10 @@ class Switches:
             raise ValueError(f"gradients=features: {name} compares gradients of different batches; use parameters")
 
     def check_per_task(self, strategy: Strategy) -> None:
-        """Raises:
-        ValueError: this strategy's step is not a weighted sum of one gradient for each task.
+        """Check that the step is a weighted sum of one gradient per task, which optimizers such as AdaTask need.
+
+        Raises:
+            ValueError: it is not.
         """
         name = type(strategy).__name__
         if isinstance(strategy, JacobianAggregation):
@@ -121,26 +125,27 @@ PAPER = Switches()  # everything as published
 
 
 def to_count(weights: Tensor, present: Tensor | None) -> Tensor:
-    """() the factor by which the weights' sizes add up to the number of tasks; a sum with signs could be 0 or less."""
+    """() the factor that makes the weights' absolute values add up to the number of tasks (scale=sum)."""
+    # Absolute values, because some methods have negative weights: a plain sum could be 0 or negative.
     total = weights.abs().sum()
     return torch.where(total > 0, count(present, weights) / total, 1.0)
 
 
 @dataclass(frozen=True)
 class Info:
-    """What one backward pass did; tensors stay on the device, nothing is synchronised.
+    """The report of one backward pass. Its tensors stay on the device, so that the host does not wait.
 
     Attributes:
         weights: (T,) the weights applied to the shared gradients, after scaling and clipping. Heads get the unscaled
             weights, except with scale=sum. None if the method has no weights.
         norm: () norm of the shared parameters' gradient as this call left it.
-        ratio: () norm relative to equal weighting's on the same batch (for gradients=features, of the features'
-            gradients); None where no per-task gradients were taken.
-        cosine: () mean cosine between the task gradients, over all pairs; None as above and for T = 1.
-        conflict: () share of the pairs with a negative cosine; None as above.
-        magnitude: () mean magnitude similarity 2‖g_i‖‖g_j‖ / (‖g_i‖² + ‖g_j‖²) over the pairs (Yu et al., 2020): 1 for
-            equal lengths; None as above.
-        passes: the forward passes that a `mtl.Step` was made of; empty from `mtl.backward`.
+        ratio: () this norm divided by the norm under equal weighting on the same batch. With gradients=features, both
+            are norms of the features' gradients. None if per-task gradients were not computed.
+        cosine: () mean cosine between the task gradients, over all pairs; None as above, and for T = 1.
+        conflict: () share of the pairs with a negative cosine; None as for `cosine`.
+        magnitude: () mean magnitude similarity 2‖g_i‖‖g_j‖ / (‖g_i‖² + ‖g_j‖²) over the pairs (Yu et al., 2020). It is
+            1 for equal lengths. None as for `cosine`.
+        passes: the forward passes of a `mtl.Step`; empty from `mtl.backward`.
     """
 
     weights: Tensor | None

@@ -1,4 +1,4 @@
-"""Does the run train anything? A run that never moves its model must not end as a success."""
+"""Checks that a run really changes its model. If it never does, the run must not end as a success."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class NothingTrained(UserError):
 
 
 class Watch:
-    """Looks at one epoch, on the device: which gradients arrive at the model, and whether its parameters change.
+    """Observes one epoch on the device: do gradients arrive at the model, and do its parameters change?
 
-    Weight decay alone is no training. So a parameter's change counts only if gradients have arrived as well.
+    Weight decay alone also changes parameters. So a change counts only if gradients have arrived as well.
 
     Args:
-        model: whose parameters are to learn.
-        optimizer: its first group holds them.
-        tally: where the gradients' sizes add up; the host reads them with the epoch's other sums.
+        model: the model to observe.
+        optimizer: its first group contains the model's parameters.
+        tally: sums up the gradients' sizes; the host reads them with the epoch's other sums.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, tally: Tally):
@@ -37,21 +37,21 @@ class Watch:
 
     @torch.no_grad()
     def step(self) -> None:
-        """After each step, with its gradients still there."""
+        """Observe a step. Call it after the step, while `.grad` is still filled."""
         self.rate = max(self.rate, float(self.optimizer.param_groups[0]["lr"]))
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if gradients:  # the largest element: squares of tiny gradients would underflow
+        if gradients:  # the largest element and not the norm, because squares of tiny gradients underflow to 0
             values = [g.coalesce().values() if g.is_sparse else g for g in gradients]
             self.tally.add("watch/gradient", torch.nn.utils.get_total_norm(values, norm_type=torch.inf))
 
     @torch.no_grad()
     def finish(self) -> None:
-        """After the last step, before the sums are read."""
+        """Compare the parameters with the start. Call it after the last step, before the sums are read."""
         changed = [(p != old).any() for p, old in zip(self.parameters, self.before, strict=True)]
         self.tally.add("watch/changed", torch.stack(changed).any())
 
     def cause(self, read: Mapping[str, Tensor]) -> Idle | None:
-        """Why this epoch has trained nothing; None if it has trained.
+        """The reason why this epoch has changed nothing; None if it has trained.
 
         Args:
             read: the epoch's sums.
@@ -74,12 +74,12 @@ class Watch:
 
 @dataclass(frozen=True)
 class Idle:
-    """Why an epoch has trained nothing.
+    """The reason why an epoch has changed nothing.
 
     Args:
-        why: the likely cause.
-        certain: no later epoch will train either.
-        expected: a later one will, as after a warm-up that begins at rate 0.
+        why: the likely cause, as text.
+        certain: whether later epochs will certainly change nothing either.
+        expected: whether this was expected, such as in a warm-up that begins with rate 0.
     """
 
     why: str
@@ -87,7 +87,7 @@ class Idle:
     expected: bool = False
 
     def judge(self, epoch: int, epochs: int) -> None:
-        """Say so, after epoch number `epoch`, counted from 0.
+        """Warn, or end the run, after epoch number `epoch` (counted from 0) of `epochs`.
 
         Raises:
             NothingTrained: no later epoch can be expected to train.

@@ -1,1 +1,1 @@
-"""What looks at a run without changing it."""
+"""Measurements of a run that do not change it."""

@@ -1,19 +1,19 @@
-"""The gradient microscope: how the gradients of tasks, and of samples, agree while any strategy trains.
+"""The gradient microscope: how far the gradients of tasks, and of samples, agree during training with any method.
 
-After Elich, Kirchdorfer, Köhler, Schott, "Examining Common Paradigms in Multi-Task Learning" (2024), section 4.2: a
-multi-task conflict means something only beside the conflict between the samples of one task. For a pair of gradients a,
-b of the shared parameters, whole and by layer group (Yu et al., "Gradient Surgery for Multi-Task Learning", 2020, for
-the first two):
+After Elich, Kirchdorfer, Köhler, Schott, "Examining Common Paradigms in Multi-Task Learning" (2024), section 4.2. Their
+point: a conflict between tasks means little by itself. It must be compared with the conflict between samples of one
+task. Three statistics are measured for a pair of gradients a, b of the shared parameters, and of each layer group. The
+first two are from Yu et al., "Gradient Surgery for Multi-Task Learning", 2020.
 
     cosine         aᵀb / (‖a‖ ‖b‖)
     magnitude      2 ‖a‖ ‖b‖ / (‖a‖² + ‖b‖²)
     sign_conflict  share of the elements with opposite signs. Zeros never count as conflicts. An element that is zero
                    up to rounding has a random sign, such as the bias of a convolution before batch norm.
 
-each the mean over the pairs. A pair with a gradient of exactly 0 counts as 0 in all three, as in `mtl.backward`.
-The pairs are
+Each is averaged over pairs. A pair with a gradient of exactly 0 counts as 0 in all three, as in `mtl.backward`. There
+are four kinds of pairs:
 
-    tasks              two tasks, each with the gradient of its loss on the whole batch (their figure A4)
+    tasks              two tasks, each with the gradient of its loss on the whole batch (the paper's figure A4)
     tasks_per_sample   two tasks at one sample, over all observed samples (the paper's "inter-task")
     samples/<task>     two samples, for one task (the paper's "inter-sample")
     samples/combined   two samples, for the weighted sum of the task losses. The weights are this step's, or 1 if the
@@ -54,20 +54,22 @@ COMBINED, WHOLE = "combined", "all"
 
 @dataclass(frozen=True)
 class Microscope:
-    """When to look, and at how many samples.
+    """The settings: in which steps to measure, and how many samples.
 
     Args:
         every: observe steps 0, k, 2k, … of each epoch; 0 is off.
-        samples: of a batch (all of it where it is smaller) for the comparisons of samples; 0 compares tasks only.
-            An observed step holds T · samples gradients of the shared parameters at once.
+        samples: number of samples to compare, from the start of a batch; 0 compares tasks only. An observed step holds
+            T · samples gradients of the shared parameters in memory.
     """
 
     every: Annotated[int, Ge(0)] = 0
     samples: Annotated[int, Ge(0)] = 8
 
     def check(self, batch_size: int, tasks: Sequence[str]) -> None:
-        """Raises:
-        ValueError: more samples than a batch has, or a task's name is taken by the sum of all.
+        """Check the settings against the run's batches and tasks.
+
+        Raises:
+            ValueError: `samples` is larger than a batch, or a task has the reserved name "combined".
         """
         if self.every and self.samples > batch_size:
             raise ValueError(f"samples={self.samples}: must be at most data.batch_size={batch_size}")
@@ -79,15 +81,15 @@ class Microscope:
         return self.every > 0 and step % self.every == 0
 
     def describe(self, tasks: int, usual: int, reuses: bool, alternates: bool, steps: int, batch_size: int) -> str:
-        """One line about the cost, for epochs of `steps` steps; empty when off.
+        """One line about the cost; empty if the microscope is off.
 
         Args:
-            tasks: how many.
-            usual: passes of a step that is not observed, a backward pass at twice a forward pass.
-            reuses: whether the step's own Jacobian can be taken.
-            alternates: whether the tasks take turns, so that an observed step makes a forward pass of its own.
-            steps: of an epoch.
-            batch_size: of a step.
+            tasks: number of tasks.
+            usual: cost of an ordinary step, in forward passes; a backward pass counts as two.
+            reuses: whether the step's own Jacobian can be reused.
+            alternates: whether the tasks take turns, so that an observed step needs an extra forward pass.
+            steps: number of steps in an epoch.
+            batch_size: number of samples in a step.
         """
         if not self.every:
             return ""
@@ -105,14 +107,14 @@ class GradientObserver:
     Args:
         samples: as in `Microscope`.
         tasks: in the order of the model's heads.
-        model: whose gradients are compared.
+        model: the model whose gradients are compared.
         log: whether the step's losses are log-losses.
-        reuses: whether the step's own Jacobian is that of the task losses on the whole batch, and can be taken.
-        tally: where the figures add up, on the device.
+        reuses: whether the step computes exactly the Jacobian that is needed: of the task losses, for the shared
+            parameters, on the whole batch.
+        tally: sums up the statistics on the device.
 
     Attributes:
-        reuses: whether the step's own Jacobian is exactly that of the task losses for the shared parameters, on the
-            whole batch; `jacobian` must then be given it.
+        reuses: as the argument, but False for a single task. If True, the step must call `jacobian`.
     """
 
     def __init__(self, samples: int, tasks: Sequence[Task], model: Model, log: bool, reuses: bool, tally: Tally):
@@ -129,7 +131,8 @@ class GradientObserver:
         if self.several:
             names = ["tasks", *(["tasks_per_sample", *names, f"samples/{COMBINED}"] if names else [])]
         self.names = names
-        # Where each of our parameters lies in a Jacobian, whose columns are in the order of the backbone's parameters.
+        # The columns of each parameter in a Jacobian. Its columns are in the order of the shared parameters, and
+        # `self.parameters` are in the order of the layer groups.
         start, ends = {}, 0
         for p in model.shared_parameters():
             if p.requires_grad:
@@ -137,51 +140,59 @@ class GradientObserver:
         self.columns = [slice(start[p], start[p] + p.numel()) for p in self.parameters]
 
     def before(self, predictions: Sequence[Tensor], losses: Sequence[Tensor], batch: Batch) -> None:
-        """Take the gradients, on the weights before the update; the graph stays for the step itself.
+        """Compute the gradients of tasks and samples, before the update. The graph is kept for the step itself.
 
         Args:
-            predictions: each task's (N, …), with their graph.
+            predictions: each task's predictions (N, …), with their graph.
             losses: T scalars, means over the labelled samples.
-            batch: with the labels.
+            batch: contains the labels.
         """
         size = min(self.samples, len(predictions[0]))
         labelled = torch.stack([t.labelled(batch[t.column]) for t in self.tasks])  # (T, N)
         self.present, self.labelled = labelled.any(1), labelled[:, :size]
         self.losses = torch.stack([loss.detach() for loss in losses])
         self.between_tasks = None
+        # If the step computes the tasks' gradients itself, `jacobian` gets them later. Otherwise they are computed here.
         if self.several and not self.reuses:
             rows = [self._gradients(loss) for loss in losses]
             self.between_tasks = self._moments(torch.stack(row)[None] for row in zip(*rows, strict=True))
         self.rows = []  # T x S lists of the parameters' gradients
         for t, p in zip(self.tasks, predictions, strict=True):
+            # `criterion` gives one loss per sample. Each needs a backward pass of its own through the whole batch.
             values = t.criterion(p[:size], batch[t.column][:size]) if size else []
             self.rows.append([self._gradients(value) for value in values])
 
     def jacobian(self, jacobian: Tensor) -> None:
-        """Learn the (T, P) Jacobian from the step that takes it anyway; a few (T, T) figures are kept of it."""
+        """Take the (T, P) Jacobian that the step computes anyway. Only (T, T) inner products of it are kept."""
         if self.reuses:
             self.between_tasks = self._moments(jacobian[None, :, columns] for columns in self.columns)
 
     @torch.no_grad()
     def after(self, weights: Tensor | None) -> None:
-        """Add the step's figures to the sums.
+        """Add the step's statistics to the sums.
 
         Args:
-            weights: (T,) that the step gave to the tasks' gradients; None where its method has none.
+            weights: (T,) the step's weights of the tasks' gradients; None if the method has no weights.
         """
         found = []
         if self.several:
             found.append(self._similarities(self.between_tasks, self.present[None]))
         if self.names and self.samples:
             found += self._of_samples(torch.ones_like(self.losses) if weights is None else weights)
-        self.rows, self.between_tasks = [], None  # as large as many networks
+        self.rows, self.between_tasks = [], None  # frees memory: there is one gradient for each task and sample
+        # The mean over this step's pairs is added, and a step counts only if it had such a pair. So each observed step
+        # counts the same, however many labels it has.
         if found:
             totals, pairs = (torch.cat(parts) for parts in zip(*found, strict=True))
             self.tally.add("micro", totals / pairs.clamp(min=1)[:, None, None])
             self.tally.add("micro/steps", pairs > 0)
 
     def figures(self, read: Mapping[str, Tensor]) -> dict[str, float]:
-        """{"micro/tasks/cosine/layer1": …}: means over the observed steps that had such a pair, out of read sums."""
+        """{"micro/tasks/cosine/layer1": …}: means over the observed steps that had such a pair.
+
+        Args:
+            read: the sums of the epoch, as from `Tally.read`.
+        """
         if "micro" not in read:
             return {}
         row, values = {}, iter(read["micro"].flatten().tolist())
@@ -194,12 +205,13 @@ class GradientObserver:
         return row
 
     def _of_samples(self, weights: Tensor) -> list[tuple[Tensor, Tensor]]:
-        if self.log:  # the weights are those of log-losses: ∇ log L = ∇L / L
+        if self.log:  # the weights belong to log-losses: w ∇ log L = (w / L) ∇L
             weights = torch.where(self.losses > FLOOR, weights / self.losses, 0.0)
         weights = double(masked(weights, self.present))
         labelled, groups = self.labelled, len(self.counts) - 1
         by_task, by_sample, combined = (_Moments(groups) for _ in range(3))
         for k, group in enumerate(self.group_of):
+            # One parameter at a time: stacking all gradients at once would need their memory a second time.
             rows = torch.stack([torch.stack([g[k].flatten() for g in of_task]) for of_task in self.rows])
             by_task.add(group, rows)  # (T, S, p)
             if self.several:
@@ -226,11 +238,11 @@ class GradientObserver:
         """The three statistics of B sets of K vectors, summed over the pairs of each set.
 
         Args:
-            moments: (G, B, 3, K, K) as from `_Moments.read`.
-            there: (B, K) bool, False for vectors that are left out.
+            moments: (G, B, 3, K, K) for G layer groups, as from `_Moments.read`.
+            there: (B, K) bool, False for vectors to leave out, such as an absent task's gradient.
 
         Returns:
-            (B, 3, G) the sums and (B,) the number of pairs.
+            (B, 3, G) the sums, and (B,) the number of pairs.
         """
         gram, signs, both = moments.unbind(2)
         tiny = torch.finfo(gram.dtype).tiny
@@ -239,7 +251,7 @@ class GradientObserver:
         products = lengths[..., :, None] * lengths[..., None, :]
         cosines = gram / products.clamp(min=tiny)
         magnitudes = 2 * products / (squares[..., :, None] + squares[..., None, :]).clamp(min=tiny)
-        # Both non-zero, less those of equal sign, is twice the number of opposite signs.
+        # For signs s, s' of two vectors (−1, 0 or 1): Σ |s| |s'| − Σ s s' is twice the number of opposite signs.
         opposite = torch.stack([x / (2 * count) for x, count in zip(both - signs, self.counts, strict=True)])
         upper = torch.ones_like(gram[0, 0], dtype=torch.bool).triu(1)
         pairs = there[:, :, None] & there[:, None, :] & upper
@@ -248,14 +260,16 @@ class GradientObserver:
 
 
 class _Moments:
-    """All that the statistics need of B sets of K vectors, gathered piece by piece: inner products of the vectors, of
-    their signs and of the signs' magnitudes. In float64: squares of small gradients vanish in less."""
+    """Inner products of B sets of K vectors, summed piece by piece: of the vectors, their signs, and the signs' sizes.
+
+    The statistics follow from these. They are in float64, because squares of small gradients underflow in float32.
+    """
 
     def __init__(self, groups: int):
         self.sums: list[Tensor | None] = [None] * groups
 
     def add(self, group: int, block: Tensor) -> None:
-        """(B, K, p): p further elements of every vector, in that group."""
+        """Add p further elements of every vector: `block` (B, K, p), which belongs to layer group `group`."""
         block = double(block)
         signs = block.sign()
         some = signs.abs()
@@ -264,7 +278,7 @@ class _Moments:
         self.sums[group] = moments if known is None else known + moments
 
     def read(self) -> Tensor:
-        """(groups + 1, B, 3, K, K), the last of all elements together."""
+        """(groups + 1, B, 3, K, K) inner products of each group; the last entry is over all elements."""
         groups = torch.stack(self.sums)
         return torch.cat([groups, groups.sum(0, keepdim=True)])
 
@@ -272,8 +286,8 @@ class _Moments:
 def layer_groups(model: Model) -> dict[str, list[nn.Parameter]]:
     """The trainable shared parameters by layer group.
 
-    A group is a child of the model's trunk (the backbone), so the first part of a parameter's name, unless the trunk's
-    attribute `layer_groups` = {group: [prefixes of parameter names]} says otherwise.
+    By default a group is a child of the model's trunk (the backbone): the first part of a parameter's name. The trunk
+    may declare other groups with an attribute `layer_groups` = {group: [prefixes of parameter names]}.
     """
     declared = [(f"{p}.", name) for name, parts in getattr(model.trunk, "layer_groups", {}).items() for p in parts]
     shared = {id(p) for p in model.shared_parameters()}

@@ -1,4 +1,4 @@
-"""Arguments that type hints say too little about. Every error begins with the name of the argument."""
+"""Checks of arguments that type hints cannot express. Every error message begins with the argument's name."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, get_args
 
 
 def integer(name: str, value: Any) -> int:
-    """`value` as a Python integer; NumPy's and a tensor's of one number count as such.
+    """`value` as a Python integer. NumPy integers and one-element integer tensors are allowed.
 
     Raises:
-        ValueError: it is none; the message begins with `name`.
+        ValueError: it is not an integer; the message begins with `name`.
     """
     try:
         if isinstance(value, bool):
@@ -22,10 +22,10 @@ def integer(name: str, value: Any) -> int:
 
 
 def task_names(tasks: int | Sequence[str]) -> tuple[str, ...]:
-    """The names of the tasks; "0", "1", … where only their number is given.
+    """The names of the tasks. If only their number is given, the names are "0", "1", ….
 
     Raises:
-        ValueError: neither a number nor names, no task, or two tasks of one name.
+        ValueError: `tasks` is neither a number nor a list of names, is empty, or has a name twice.
     """
     if isinstance(tasks, str):
         raise ValueError(f"tasks: {tasks!r} is one name; give a list of names, or their number")
@@ -46,7 +46,7 @@ def by_task(key: str, values: Mapping[str, float] | Sequence[float], names: Sequ
     """One number for each task, given by name or in task order.
 
     Raises:
-        ValueError: a task has none, or a name is no task's.
+        ValueError: a task has no number, or a name is unknown.
     """
     if isinstance(values, Mapping):
         values = {str(name): value for name, value in values.items()}  # tasks=3 has names "0", "1", "2"
@@ -61,7 +61,11 @@ def by_task(key: str, values: Mapping[str, float] | Sequence[float], names: Sequ
 
 
 def choose(name: str, value: str, options: Any) -> str:
-    """`value`, if the Literal type `options` allows it for the argument `name`; else a ValueError that says so."""
+    """Return `value` if the Literal type `options` allows it.
+
+    Raises:
+        ValueError: it does not; the message lists the options of the argument `name`.
+    """
     if value not in get_args(options):
         raise ValueError(f"{name}: {value!r} is none of {', '.join(get_args(options))}")
     return value

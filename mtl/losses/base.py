@@ -1,9 +1,13 @@
-"""What a strategy sees and returns: the three families, told apart by what a method needs.
+"""The base classes of the methods. A method belongs to one of three families, by what it needs:
+
+    LossWeighting          the losses             forward(losses) → total          e.g. uncertainty weighting
+    GramianWeighting       J Jᵀ of the gradients  weights(gramian) → weights       e.g. MGDA
+    JacobianAggregation    all gradients J        aggregate(jacobian) → direction  e.g. GradDrop
 
 Shapes: T tasks, P shared parameters. losses (T,), jacobian (T, P), gramian (T, T), weights (T,), present (T,).
 
-A method's author writes one function: `forward`, `weights` or `aggregate`. It takes those of the arguments below that
-it reads. All that is beside it (random stream, checkpoint, dtype) is in `mtl.losses.state`.
+A method's author writes one of these functions. Its signature may leave out the arguments that it does not read.
+Everything else (random stream, checkpoint, dtype) is in `mtl.losses.state`.
 """
 
 from __future__ import annotations
@@ -22,37 +26,36 @@ from mtl.losses.hooks import optional
 from mtl.losses.state import StrategyState
 
 HEADS = ("own", "weighted")
-FLOOR = 1e-12  # losses are held above it where a logarithm or a ratio is taken of them
+FLOOR = 1e-12  # losses are clamped to at least this before a logarithm or a ratio
 Mean = Literal["arithmetic", "geometric"]
-HeadGradients = list[list[Tensor | None]]  # of each head's parameters; None where there is none
+HeadGradients = list[list[Tensor | None]]  # for each head, the gradients of its parameters; None: no gradient
 
 
 class Strategy(StrategyState, ABC):
-    """Base of every method. All state lives in parameters and buffers, so that a checkpoint holds it.
+    """Base of every method. A method keeps its state in parameters and buffers, so that checkpoints contain it.
 
     Args:
-        tasks: the number of tasks, or their names (then weights may be given by name).
+        tasks: the number of tasks, or their names. With names, arguments may be given by name.
 
     Attributes:
-        family: one of the three, in words.
+        family: the family's name, for messages.
         rule: name of the function that decides the step: "forward", "weights" or "aggregate".
         claims: properties that its paper claims, by their names in `mtl.certify`.
-        needs_positive: whether it takes logarithms or ratios of the losses, and so cannot see log-losses.
-        gradients: of what the method takes per-task gradients: "parameters" or "features".
-        heads: what task-specific parameters receive under a gradient method: the gradient of their own loss
-            ("own"), or that gradient times the task's weight ("weighted"); each paper's way. Loss weighting always
-            weights them.
-        max_norm: norm to which the shared parameters' gradient is clipped, where that is part of the method.
-        lazy: names of buffers whose shape the first step decides (such as (T, P) averages, see
-            `JacobianAggregation.kept`); None until then.
-        samples: how many independent batches a step needs: 1, or 2 or 3 for the double-sampling methods.
-        single_task_argument: name of the argument that takes single-task results, where a method needs them.
-        epoch, epochs: training progress, epoch counted from 0; set by `epoch_start`.
+        needs_positive: whether it takes logarithms or ratios of the losses. Such a method cannot use log-losses.
+        gradients: per-task gradients are with respect to the shared "parameters" or the "features".
+        heads: the gradient of task-specific parameters under a gradient method, as in the method's paper. "own": of
+            their own loss; "weighted": that gradient times the task's weight. Loss weighting always weights them.
+        max_norm: norm to which the shared gradient is clipped, if clipping is a part of the method.
+        lazy: names of buffers whose shape is known only in the first step; None until then. Example: (T, P) averages,
+            see `JacobianAggregation.kept`.
+        samples: number of independent batches that a step needs: 1, or 2 or 3 for the double-sampling methods.
+        single_task_argument: name of the argument for single-task results, if the method needs them.
+        epoch, epochs: the training's progress, with epochs counted from 0; set by `epoch_start`.
         uses_progress: whether its weights depend on `epoch` and `epochs`.
-        flat: whether it takes features of shape (N, F) only.
-        lr, weight_decay: of the method's own parameters; None follows the optimizer's.
+        flat: whether its features must have the shape (N, F).
+        lr, weight_decay: settings for the method's own parameters; None follows the optimizer.
         group: the processes that share each batch, each with a replica of the model under DistributedDataParallel.
-            "auto": all that torch.distributed started; None: this process alone; else their process group.
+            "auto": all processes that torch.distributed has started. None: only this process. Or a process group.
     """
 
     family: str
@@ -73,11 +76,13 @@ class Strategy(StrategyState, ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # A loop that forgets a hook must not train on in silence: every hook that a method defines notes its call.
+        # A training loop may forget to call a hook. The method would then silently keep its first weights. So every
+        # hook that a method defines is wrapped: it notes its calls, and `hooks.check_step` checks them.
         for hook in hooks.HOOKS:
             if hook in cls.__dict__:
                 function = cls.__dict__[hook]
                 setattr(cls, hook, hooks.noted(hook, once_an_epoch(function) if hook == "epoch_end" else function))
+        # The wrapped constructor checks its arguments against their type hints, such as Annotated[float, Gt(0)].
         if "__init__" in cls.__dict__:
             cls.__init__ = checked(cls.__init__, but=("tasks",))
 
@@ -85,15 +90,15 @@ class Strategy(StrategyState, ABC):
         signatures.check(self)
         super().__init__(tasks)
 
-    # -- hooks: define those that the method needs; `hooks.defines` tells which these are -----------------------------
+    # -- hooks: a method overrides the ones that it needs; `hooks.defines(strategy, name)` finds out ------------------
 
     @optional
     def prepare(self, features: int) -> None:
-        """Create the parameters whose shape depends on the width of the features; before the optimizer is built."""
+        """Create parameters whose shape depends on the features' width. Called before the optimizer is built."""
 
     @optional
     def views(self, features: Tensor) -> list[Tensor]:
-        """What each head sees of the backbone's features (N, F): the features themselves, except for RotoGrad."""
+        """Each head's input, made from the backbone's features (N, F). All but RotoGrad return the features."""
         return [features] * self.tasks
 
     @optional
@@ -104,21 +109,21 @@ class Strategy(StrategyState, ABC):
         lr: float,
         present: Tensor | None = None,
     ) -> None:
-        """Try steps out before the real one (the bilevel methods).
+        """Try steps before the real one (the bilevel methods, such as Auto-Lambda).
 
         Args:
-            losses_of: losses_of(k) is a fresh forward pass over half k (0 or 1) of the batch: (T,) with a graph, and
-                with the same dropout masks at every call.
-            parameters: all trainable parameters of the model; to be left as they were.
+            losses_of: losses_of(k) makes a fresh forward pass over half k (0 or 1) of the batch. It returns the losses
+                (T,) with their graph. Dropout masks are the same at every call.
+            parameters: all trainable parameters of the model. They must be put back to their values.
             lr: the optimizer's current learning rate.
-            present: (T,) bool, False where one of the halves holds no label of that task; None when all are present.
+            present: (T,) bool, False if one of the halves has no label of that task; None if all tasks are present.
         """
 
     @optional
     def regulariser(
         self, losses: Sequence[Tensor], features: Tensor | None = None, present: Tensor | None = None
     ) -> Tensor | None:
-        """() a further term that reaches the parameters by other ways than the losses (Rep-MTL), or None.
+        """() a term that is added to the total, and need not depend on the losses alone (Rep-MTL); or None.
 
         Args:
             losses: T scalars with their graph.
@@ -136,34 +141,38 @@ class Strategy(StrategyState, ABC):
         features: Tensor | None = None,
         heads: Sequence[Sequence[nn.Parameter]] = (),
     ) -> HeadGradients:
-        """What the heads receive under a gradient method, where neither "own" nor "weighted" is the paper's way.
+        """The heads' gradients under a gradient method, if `heads` = "own" or "weighted" does not describe them.
 
         Args:
             own: for each head, the gradients of its own loss for its parameters.
-            weights: (T,) of this step's gradients, as the method returned them.
+            weights: (T,) the weights that the method returned in this step.
             losses: T scalars with their graph.
             features: as in `mtl.backward`.
             heads: each head's parameters.
 
         Returns:
-            as `own`; `times` multiplies each head's gradients by a number.
+            the gradients, in the form of `own`. `times` multiplies each head's gradients by a number.
         """
         return own
 
     @optional
     def after_step(self, losses: Tensor, present: Tensor | None = None) -> None:
-        """Learn from what the step did (FAMO): losses (T,) of the same batch under the new parameters.
+        """Learn from the step's effect (FAMO).
 
-        `mtl.Step` makes the extra forward pass for the methods that define this; a foreign loop does so itself.
+        `mtl.Step` makes the extra forward pass for this hook. A user's loop with `mtl.backward` must make it itself.
+
+        Args:
+            losses: (T,) losses of the same batch under the new parameters.
+            present: (T,) bool as in `LossWeighting.forward`.
         """
 
     @optional
     def epoch_end(self, statistics: Statistics) -> None:
-        """Learn from the epoch that has ended (DWA and its kin)."""
+        """Learn from the results of an epoch, at its end (DWA, for example)."""
 
 
 class LossWeighting(Strategy):
-    """Family 1: combines the losses into one scalar; one backward pass."""
+    """Family 1: combines the losses into one scalar. One backward pass is enough."""
 
     family = "loss weighting"
     rule = "forward"
@@ -174,8 +183,8 @@ class LossWeighting(Strategy):
 
         Args:
             losses: (T,) differentiable; an absent task's entry is a constant 0.
-            present: (T,) bool, False where the batch holds no label of that task; None when all are present. A method
-                that does not take it is refused where a task is absent.
+            present: (T,) bool, False if the batch has no label of that task; None if all tasks are present. A method
+                without this argument cannot be used on batches with absent tasks.
 
         Returns:
             () the scalar to differentiate.
@@ -183,7 +192,7 @@ class LossWeighting(Strategy):
 
 
 class GramianWeighting(Strategy):
-    """Family 2: the update is `jacobian.T @ weights` with weights a function of the Gramian alone."""
+    """Family 2: the update is `jacobian.T @ weights`, and the weights depend on the Gramian alone."""
 
     family = "Gramian weighting"
     rule = "weights"
@@ -197,7 +206,7 @@ class GramianWeighting(Strategy):
                 `samples` > 1 it is J₁ J₂ᵀ of the first two batches. The weights are then applied to the mean of both
                 Jacobians (2 batches), or to the third Jacobian (3 batches).
             present: (T,) bool as in `LossWeighting.forward`.
-            losses: (T,) values, without a graph; a few methods read them, and say so when they are missing.
+            losses: (T,) values without a graph. Only a few methods need them.
 
         Returns:
             (T,) the weight of each task's gradient.
@@ -205,10 +214,10 @@ class GramianWeighting(Strategy):
 
 
 class JacobianAggregation(Strategy):
-    """Family 3: the update is a function of the whole Jacobian.
+    """Family 3: the update depends on the whole Jacobian.
 
     Attributes:
-        has_weights: whether `aggregate` returns task weights, too.
+        has_weights: whether `aggregate` also returns task weights.
     """
 
     family = "Jacobian aggregation"
@@ -226,33 +235,35 @@ class JacobianAggregation(Strategy):
         """Merge the task gradients.
 
         Args:
-            jacobian: (T, P) one task gradient a row; an absent task's row is 0.
+            jacobian: (T, P), each row the gradient of one task; an absent task's row is 0.
             present, losses: as in `GramianWeighting.weights`.
-            features: (N, …) the representation, when the Jacobian is of it; then P = N · ….
+            features: (N, …) the features, if gradients are with respect to them. P is then their number of elements.
 
         Returns:
-            (P,) the direction; parameters move against it. A method that has task weights returns (direction, weights).
+            (P,) the direction, used like a gradient: parameters move against it. A method that has task weights
+            returns (direction, weights).
         """
 
     def kept(self, name: str, like: Tensor) -> Tensor:
-        """The `lazy` buffer `name`, which holds a number for each one in the Jacobian; zeros at first.
+        """The `lazy` buffer `name`: it has the Jacobian's shape (T, P), and starts with zeros.
 
         It follows the Jacobian to another device or precision.
 
         Args:
+            name: a name in `lazy`.
             like: (T, P) the Jacobian.
 
         Raises:
-            RuntimeError: the buffer is of another shape: P has changed since the first step.
+            RuntimeError: the buffer has another shape, because P has changed since the first step.
         """
         buffer = getattr(self, name)
         if buffer is None:
             buffer = torch.zeros_like(like)
         elif buffer.shape != like.shape:
             raise RuntimeError(
-                f"{type(self).__name__}: `{name}` holds {buffer.shape[1]} numbers for each task from the steps before, "
-                f"and the gradients now have {like.shape[1]}. Was a shared parameter frozen or unfrozen, or is it "
-                f"another model? Make a new strategy for it: what this one has learned does not fit"
+                f"{type(self).__name__}: `{name}` holds {buffer.shape[1]} numbers for each task from earlier steps, "
+                f"but the gradients now have {like.shape[1]}. Was a shared parameter frozen or unfrozen, or is this "
+                f"another model? Then make a new strategy: the state of this one does not fit"
             )
         elif buffer.dtype != like.dtype or buffer.device != like.device:
             buffer = buffer.to(like)
@@ -261,12 +272,12 @@ class JacobianAggregation(Strategy):
 
 
 def times(gradients: HeadGradients, factors: Sequence[Tensor] | Tensor) -> HeadGradients:
-    """Each head's gradients, multiplied by the head's number in `factors` (T,)."""
+    """Each head's gradients, multiplied by the head's factor in `factors` (T,)."""
     return [[None if g is None else f * g for g in head] for f, head in zip(factors, gradients, strict=True)]
 
 
 def masked(values: Tensor, present: Tensor | None) -> Tensor:
-    """`values` (T,) with 0 where the task is absent; never multiplies, so a NaN there cannot leak."""
+    """`values` (T,), with 0 for absent tasks. It selects instead of multiplying: 0 times NaN would be NaN."""
     return values if present is None else torch.where(present, values, torch.zeros_like(values))
 
 
@@ -281,7 +292,7 @@ def uniform(present: Tensor | None, like: Tensor) -> Tensor:
 
 
 def renormalised(weights: Tensor, present: Tensor | None) -> Tensor:
-    """(T,) `weights`, whose sum is T, of the present tasks alone, whose number is then the sum; 0 elsewhere."""
+    """(T,) `weights` rescaled so that the present tasks' weights add up to their number; 0 for absent tasks."""
     if present is None:
         return weights
     kept = masked(weights, present)
@@ -289,14 +300,15 @@ def renormalised(weights: Tensor, present: Tensor | None) -> Tensor:
 
 
 def softmax(scores: Tensor, present: Tensor | None) -> Tensor:
-    """(T,) softmax over the present tasks, 0 elsewhere."""
+    """(T,) softmax over the present tasks, 0 for absent ones."""
     if present is None:
         return torch.softmax(scores, 0)
+    # If all tasks are absent, the softmax of −∞ alone is NaN; it becomes 0.
     return torch.softmax(torch.where(present, scores, -torch.inf), 0).nan_to_num(0.0)
 
 
 def logs(values: Tensor, present: Tensor | None) -> Tensor:
-    """(T,) log of values >= 0, 0 where the task is absent. A value of 0 counts as `FLOOR` and has gradient 0."""
+    """(T,) logarithms of values >= 0; 0 for absent tasks. A value of 0 counts as `FLOOR` and gets gradient 0."""
     if present is not None:
         values = torch.where(present, values, torch.ones_like(values))
     return values.clamp(min=FLOOR).log()
@@ -305,8 +317,8 @@ def logs(values: Tensor, present: Tensor | None) -> Tensor:
 def combine(losses: Tensor, weights: Tensor, present: Tensor | None, mean: Mean = "arithmetic") -> Tensor:
     """() Σ_i w_i L_i, or the geometric mean Π_i L_i^{w_i/Σw}, over the present tasks.
 
-    The geometric mean (Yun & Cho, ICCV 2023) goes through logs: the product of many losses over- or underflows, and an
-    absent task's 0^w would make the total 0 and its gradient NaN.
+    The geometric mean (Yun & Cho, ICCV 2023) is computed from logarithms, because a product of many losses could
+    overflow or underflow. It leaves absent tasks out: their 0^w would make the total 0, and the gradient NaN.
     """
     weights = masked(weights.to(losses), present)
     if mean == "arithmetic":
@@ -315,6 +327,10 @@ def combine(losses: Tensor, weights: Tensor, present: Tensor | None, mean: Mean 
 
 
 def moving_average(average: Tensor, values: Tensor, share: float) -> Tensor:
-    """(T,) `average` moved to `values` by `share`; NaN there is "no value yet", here "no value this time"."""
+    """(T,) the moving average: share · values + (1 − share) · average.
+
+    NaN in `average` means no value so far; the first value then replaces it. NaN in `values` means no value this time;
+    the average then stays as it is.
+    """
     moved = torch.where(average.isnan(), values, share * values + (1 - share) * average)
     return torch.where(values.isnan(), average, moved)

@@ -1,4 +1,4 @@
-"""Numbers that a GPU computes, read some steps later, so that no step waits for the device."""
+"""Reads numbers from a GPU some steps after it has computed them, so that no step waits for the device."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LATE = 50  # reads after which a copy that has not arrived is waited for; so nothing stays unknown for longer
+LATE = 50  # after this many reads, the host waits for a copy that has still not arrived
 
 
 class Delayed:
-    """Reads a tensor of numbers that only ever grow in meaning, such as flags that once raised stay raised."""
+    """Reads a tensor whose older values stay true, such as flags that are never lowered once they are raised."""
 
     def __init__(self) -> None:
         self._copy: tuple[Tensor, Any] | None = None  # on its way to the host, and the event of its arrival
@@ -24,14 +24,14 @@ class Delayed:
         return type(self), ()
 
     def read(self, values: Tensor) -> list[Any] | None:
-        """What is known of `values`: now on a CPU, as of some steps ago on a GPU; None while nothing is known."""
+        """The `values`: the current ones on a CPU, and some steps old on a GPU. None if no copy has arrived yet."""
         if values.device.type == "cpu":
             return values.tolist()
-        # Not watched: other devices have no such events, and an event cannot be queried while a graph is captured.
+        # Other devices have no such events, and while a CUDA graph is captured no event may be queried.
         if values.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return None
         if self._copy is None:
-            # Pinned memory: only then does the copy run beside the computation.
+            # Only into pinned memory can a copy run while the GPU computes.
             copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             copy.copy_(values, non_blocking=True)
             event = torch.cuda.Event()

@@ -1,4 +1,4 @@
-"""What a loop tells a strategy of its epochs, and the checks of it: progress, mean losses and scores."""
+"""The results of an epoch that a method may learn from (mean losses and scores), with their checks."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from torch import Tensor
 
 from mtl.losses.arguments import integer
 
-LARGEST = torch.finfo(torch.float32).max  # what a method's own numbers can hold
+LARGEST = torch.finfo(torch.float32).max  # a method's buffers are float32
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What an epoch tells a strategy: training and validation figures, never the test set's.
+    """The results of an epoch for a method: training losses and validation metrics, never results of the test set.
 
-    losses: (T,) mean unweighted training loss of each task over the epoch; NaN where a task had no label all epoch.
-    scores: (T,) each task's main metric as it is printed (accuracies in percent), on validation data where the run
-        has some, else on the training batches; NaN as above. None in a loop that has no metrics.
-    higher_is_better: (T,) bool, the direction of the scores.
-    percent: whether accuracies are in percent for certain. Then a score of 0.5 is half a percent; else a method that
-        needs percents takes it for a fraction, and refuses it.
+    Attributes:
+        losses: (T,) mean unweighted training loss of each task over the epoch; NaN if a task had no label in it.
+        scores: (T,) each task's main metric; accuracies are in percent. Measured on validation data, or on the training
+            batches if there is none. NaN if a task had no label. None in a loop without metrics.
+        higher_is_better: (T,) bool, False for metrics that are errors.
+        percent: whether it is certain that accuracies are in percent. If not, a score such as 0.5 is taken for a
+            fraction, and refused by methods that need percent.
     """
 
     losses: Tensor
@@ -34,10 +35,10 @@ class Statistics:
 
 
 def check_progress(epoch: Any, epochs: Any) -> tuple[int, int]:
-    """`epoch` and `epochs` as Python integers. An epoch past the last one is allowed: a training may be prolonged.
+    """`epoch` and `epochs` as Python integers. `epoch` may exceed `epochs`, because a training may be prolonged.
 
     Raises:
-        ValueError: one of them is no integer, the epoch is negative, or there is no epoch at all.
+        ValueError: one of them is not an integer, `epoch` is negative, or `epochs` is less than 1.
     """
     epoch, epochs = integer("epoch", epoch), integer("epochs", epochs)
     if epochs < 1:
@@ -48,9 +49,9 @@ def check_progress(epoch: Any, epochs: Any) -> tuple[int, int]:
 
 
 def once_an_epoch(epoch_end: Callable[..., Any]) -> Callable[..., Any]:
-    """A method's `epoch_end` that refuses to learn from the same epoch twice.
+    """Wrap a method's `epoch_end`, so that a second call in one epoch raises an error.
 
-    A loop that never calls `epoch_start` says with each `epoch_end` that one more epoch is over.
+    In a loop that never calls `epoch_start`, each call of `epoch_end` counts as the end of another epoch.
     """
 
     @wraps(epoch_end)
@@ -67,10 +68,10 @@ def once_an_epoch(epoch_end: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def mean_losses(strategy: Any, statistics: Statistics) -> Tensor:
-    """(T,) the mean losses, for a method that takes logarithms or ratios of them; NaN where a task had no label.
+    """(T,) the mean losses, for a method that takes their logarithms or ratios; NaN if a task had no label.
 
     Raises:
-        ValueError: one is negative or infinite; the message names method, task and epoch.
+        ValueError: a mean loss is negative or infinite; the message names method, task and epoch.
     """
     losses = statistics.losses.detach()
     for i, value in enumerate(losses.tolist()):
@@ -85,10 +86,10 @@ def mean_losses(strategy: Any, statistics: Statistics) -> Tensor:
 
 
 def finite_scores(strategy: Any, statistics: Statistics) -> Tensor:
-    """(T,) the scores; NaN where a task had no label.
+    """(T,) the scores; NaN if a task had no label.
 
     Raises:
-        ValueError: there are none, or one is infinite.
+        ValueError: there are no scores, or a score is infinite.
     """
     if statistics.scores is None:
         raise ValueError(
@@ -103,8 +104,16 @@ def finite_scores(strategy: Any, statistics: Statistics) -> Tensor:
 
 
 def refuse_score(strategy: Any, i: int, value: float, why: str) -> None:
-    """Raises:
-    ValueError: always; it names the method, the task and the epoch.
+    """Raise the error for a score that a method cannot use.
+
+    Args:
+        strategy: the method.
+        i: number of the task.
+        value: the score.
+        why: the end of the message, such as "must be positive".
+
+    Raises:
+        ValueError: always; the message names the method, the task and the epoch.
     """
     raise ValueError(
         f"scores[{i}] ({strategy.names[i]}): {value:.4g} in epoch {strategy.epoch + 1}; for {type(strategy).__name__} "
@@ -113,14 +122,16 @@ def refuse_score(strategy: Any, i: int, value: float, why: str) -> None:
 
 
 def check_unit(strategy: Any, statistics: Statistics, references: Tensor | None = None) -> None:
-    """Accuracies and what they are compared with have one unit.
+    """Check that scores and references have the same unit: 0.7 beside a reference of 70 is a fraction beside percent.
 
     Args:
-        references: (T,) scores that the method was given; None stands for percents.
+        strategy: the method.
+        statistics: the epoch's results.
+        references: (T,) scores that the user gave to the method, such as single-task results; None means percent.
 
     Raises:
-        ValueError: scores up to 1 beside references above 1, or the reverse, of all tasks whose score is better when
-            higher.
+        ValueError: for all tasks whose score is better when higher, scores are at most 1 and references above 1, or the
+            reverse.
     """
     scores, higher = statistics.scores, statistics.higher_is_better
     higher = torch.ones_like(scores, dtype=torch.bool) if higher is None else higher.to(scores.device)
@@ -130,7 +141,7 @@ def check_unit(strategy: Any, statistics: Statistics, references: Tensor | None 
     shown = ", ".join(f"{value:.4g}" for value in found)
     name = type(strategy).__name__
     small = any(found) and all(0 <= s <= 1 < w for s, w in zip(found, wanted, strict=True))
-    if small and not statistics.percent and not strategy.calls.epoch_ends:  # later they are a training that has failed
+    if small and not statistics.percent and not strategy.calls.epoch_ends:  # later, low scores mean a bad training
         raise ValueError(
             f"scores: {shown} look like fractions, but {name} needs accuracies in percent; multiply them by 100 "
             "(or say Statistics(..., percent=True) if they are percents)"

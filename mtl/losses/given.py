@@ -1,4 +1,4 @@
-"""What a loop hands to a method's hooks, in the one form that methods compute with: tensors of shape (T,)."""
+"""Converts the arguments of a method's hooks to tensors of shape (T,). A loop may also give lists or dicts."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from torch import Tensor
 
 
 def tidy(hook: str, call: dict[str, Any], strategy: Any) -> None:
-    """Bring the arguments of a call of `hook` into their form, in place.
+    """Convert the arguments of a call of `hook`, in place.
 
     Args:
+        hook: name of the hook.
         call: the arguments by name.
+        strategy: the method.
 
     Raises:
-        ValueError, TypeError: that cannot be done; the message begins with the names of hook and argument.
+        ValueError, TypeError: an argument has the wrong form; the message begins with the names of hook and argument.
     """
     names = strategy.names
     if "losses" in call:
@@ -37,14 +39,15 @@ def tidy(hook: str, call: dict[str, Any], strategy: Any) -> None:
 
 
 def vector(what: str, value: Any, names: tuple[str, ...]) -> Tensor:
-    """(T,) from a tensor of this shape, from T numbers or one-element tensors, or from a mapping by task name.
+    """Convert to a tensor (T,).
 
     Args:
         what: names of hook and argument, for messages.
+        value: a tensor (T,), T numbers or one-element tensors, or a mapping from task names to these.
         names: of the tasks.
 
     Raises:
-        ValueError, TypeError: it is none of these.
+        ValueError, TypeError: `value` has another form.
     """
     if isinstance(value, Mapping):
         by_name = {str(key): v for key, v in value.items()}
@@ -103,8 +106,11 @@ def _width(features: Any) -> int:
 
 
 def check_features(strategy: Any, features: Any) -> None:
-    """Raises:
-    TypeError, ValueError: `features` is no tensor, or not of shape (N, F) for a method that is made for it.
+    """Check the features that a loop gives to a method.
+
+    Raises:
+        TypeError: `features` is not a tensor.
+        ValueError: the method needs features of shape (N, F), and they have another one.
     """
     name = type(strategy).__name__
     need = f"{name} needs one tensor of shape (N, F), a row of F numbers for each sample"

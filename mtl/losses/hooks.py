@@ -1,4 +1,8 @@
-"""Which hooks of a strategy a loop has called. A method whose hook nobody calls would keep its first weights."""
+"""Bookkeeping of a strategy's hooks: which hooks has the training loop called, and which one has it forgotten?
+
+Example: DWA learns from `epoch_end`. In a loop that never calls it, DWA would silently stay equal weighting. The engine
+and `mtl.Step` call all hooks; a user's own loop with `mtl.backward` is checked here.
+"""
 
 from __future__ import annotations
 
@@ -15,26 +19,27 @@ import torch.distributed as dist
 from mtl.losses import given, signatures
 
 Across = Any  # mtl.engine.replicas.Replicas: the processes that share each batch
-AVERAGED = ("after_step", "epoch_end")  # hooks that are told what one process saw
-MARKED = {"after_step": 1, "look_ahead": 3}  # hooks that are told of absent tasks, after so many other arguments
+AVERAGED = ("after_step", "epoch_end")  # hooks whose arguments are averaged over the processes
+MARKED = {"after_step": 1, "look_ahead": 3}  # hooks with an argument `present`, and its position after `self`, from 0
 HOOKS = ("prepare", "views", "look_ahead", "after_step", "epoch_end")
 of_all: Callable[[], Across] | None = None  # set by mtl.engine.replicas, which imports the methods
-PATIENCE = 32  # steps after which a method that depends on the progress must have heard of an epoch's start
-LONG = 5000  # steps after which a method that learns from epochs must have heard of an epoch's end
-HINT = 1000  # steps after which it says once that it has heard of none
+PATIENCE = 32  # steps within which `epoch_start` must be called, if the method depends on the progress
+LONG = 5000  # steps within which `epoch_end` must be called, if the method learns from epochs
+HINT = 1000  # steps after which a missing `epoch_end` gives a warning
 
 
 @dataclass
 class Calls:
-    """What happened to a strategy so far.
+    """The calls of a strategy's hooks so far.
 
     Attributes:
-        steps: backward passes in all.
-        prepared, viewed, looked, waits: prepare was called; views or look_ahead were called since the last backward
-            pass; the last backward pass still waits for after_step.
-        epoch_starts, epoch_ends: calls of epoch_start and epoch_end.
-        ended: epoch_end was called since the last epoch_start.
-        since: steps since the last epoch_start.
+        steps: number of backward passes.
+        prepared: whether prepare was called.
+        viewed, looked: whether views, or look_ahead, was called since the last backward pass.
+        waits: whether after_step has not been called yet for the last backward pass.
+        epoch_starts, epoch_ends: number of calls of epoch_start and epoch_end.
+        ended: whether epoch_end was called since the last epoch_start.
+        since: number of steps since the last epoch_start.
     """
 
     steps: int = 0
@@ -48,7 +53,7 @@ class Calls:
     since: int = 0
 
     def note(self, hook: str) -> None:
-        """A hook was called."""
+        """Note that a hook was called."""
         if hook == "prepare":
             self.prepared = True
         elif hook == "views":
@@ -61,7 +66,7 @@ class Calls:
             self.epoch_ends, self.ended = self.epoch_ends + 1, True
 
     def state(self) -> dict[str, Any]:
-        """Plain numbers for a checkpoint."""
+        """The fields as plain numbers, for a checkpoint."""
         return asdict(self)
 
     @staticmethod
@@ -71,16 +76,19 @@ class Calls:
 
 
 def noted(hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A method's `function` for `hook`, which from now on notes in `strategy.calls` that it was called.
+    """Wrap a method's `function` for `hook`, so that its calls are noted in `strategy.calls`.
 
-    Its arguments come to it in one form: losses, scores and the like as tensors of shape (T,).
+    The wrapper also brings the arguments into one form: losses and scores, for example, become tensors of shape (T,).
+    With several processes it averages them.
 
     Raises (when called):
         ValueError, TypeError: an argument cannot be brought into this form; the message names hook and argument.
     """
+    # The method's author may have left out the argument `present`. Such a hook is `blind`: it is called without it, and
+    # refused if a task is absent.
     parameters = signature(function)
     place = MARKED.get(hook, 0)
-    blind = place and len(parameters.parameters) <= 1 + place and not _open(parameters)  # takes no `present`
+    blind = place and len(parameters.parameters) <= 1 + place and not _open(parameters)
 
     @wraps(function)
     def wrapper(strategy: Any, *args: Any, **kwargs: Any) -> Any:
@@ -96,7 +104,7 @@ def noted(hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
             strategy.across = _known(strategy, hook)
         if strategy.across is not None and hook in AVERAGED:
             _average(call.arguments, strategy, hook)
-        if hook == "after_step" and strategy.movement is not None:
+        if hook == "after_step" and strategy.movement is not None:  # has the optimizer moved the model before it?
             strategy.movement.after_step(strategy)
         result = function(*call.args, **call.kwargs)
         strategy.calls.note(hook)
@@ -111,10 +119,11 @@ def _open(parameters: Signature) -> bool:
 
 
 def _known(strategy: Any, hook: str) -> Across | None:
-    """Over which processes a hook averages that is called before the first `mtl.backward` of this process.
+    """The processes over which a hook averages, if it is called before this process's first `mtl.backward`.
 
-    A strategy that was loaded knows whether it was trained by all processes. Another one notes that it was told the
-    figures of one process, which the next `mtl.backward` of a group then refuses.
+    Usually the first `mtl.backward` decides. A strategy from a checkpoint knows whether all processes have trained it.
+    Any other strategy notes in `alone` that it has learned from the values of one process. If the next `mtl.backward`
+    is one of several processes, it is refused.
     """
     if not several() or strategy.group is None:
         return None
@@ -130,13 +139,14 @@ def several() -> bool:
 
 
 def _average(call: dict[str, Any], strategy: Any, hook: str) -> None:
-    """Replace what one process saw by what all of them saw: losses after a step, statistics of an epoch."""
-    if hook == "after_step":  # one that takes no `present` has seen to it that no task is absent
+    """Replace one process's values by means over all processes: losses after a step, or statistics of an epoch."""
+    if hook == "after_step":  # a blind hook has refused absent tasks already
         ((call["losses"], call["present"]),) = strategy.across.means(
             strategy, hook, [call["losses"]], [call.get("present")]
         )
         return
-    # Each process sends both, whatever it knows. A value that is a number in no process is NaN.
+    # Each process sends losses and scores, even if it has no scores: otherwise the others would wait for them. The mean
+    # is over the processes with a number. It is NaN if no process has one.
     statistics = call["statistics"]
     values = [statistics.losses, statistics.scores]
     known = [torch.zeros_like(values[0], dtype=torch.bool) if v is None else ~v.isnan() for v in values]
@@ -148,13 +158,13 @@ def _average(call: dict[str, Any], strategy: Any, hook: str) -> None:
 
 
 def optional(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a hook of the base class, which a method may leave as it is."""
+    """Mark a hook of the base class that does nothing, so that `defines` can tell it from a method's own hook."""
     function.optional = True
     return function
 
 
 def defines(strategy: Any, hook: str) -> bool:
-    """Whether the method has its own `hook`, so that there is something to do."""
+    """Whether the method defines `hook` itself, so that it must be called."""
     return not hasattr(getattr(type(strategy), hook), "optional")
 
 
@@ -165,7 +175,7 @@ def knows_absent(strategy: Any) -> bool:
 
 
 def differentiates(strategy: Any) -> bool:
-    """Whether the method takes derivatives of the losses by itself, for which their graph must last."""
+    """Whether the method computes derivatives of the losses itself. Their graph must then be kept."""
     if defines(strategy, "regulariser"):
         return True
     heads = signatures.taken(strategy, "head_gradients", losses=None, features=None)
@@ -176,7 +186,7 @@ def check_epoch(strategy: Any, epoch: int) -> None:
     """Note that an epoch begins.
 
     Raises:
-        RuntimeError: the method learns from the end of each epoch, and nobody told it of the last one's.
+        RuntimeError: the method needs `epoch_end`, and it was not called for the last epoch.
     """
     calls = strategy.calls
     silent = calls.epoch_starts and calls.since and epoch > strategy.epoch and not calls.ended
@@ -186,17 +196,17 @@ def check_epoch(strategy: Any, epoch: int) -> None:
 
 
 def check_step(strategy: Any, moved: bool | None = None) -> None:
-    """Before a backward pass: every hook that was due has been called.
+    """Check before a backward pass that no hook is missing.
 
-    A method that depends on the progress must hear of an epoch's start within `PATIENCE` steps. A method that only
-    learns from an epoch's end cannot tell a long first epoch from a loop that never calls it: it warns after `HINT`
-    steps without any call, and refuses after `LONG`. `epoch_start` says that the first epoch has begun.
+    A method that depends on the progress needs `epoch_start` within `PATIENCE` steps. A method that only learns from
+    `epoch_end` is harder to check: a missing call may just mean that the first epoch is long. It warns after `HINT`
+    steps without any call, and refuses after `LONG`. A call of `epoch_start` turns both off.
 
     Args:
-        moved: whether an optimizer has moved the parameters since the last backward pass; None where nobody knows.
+        moved: whether an optimizer has changed the parameters since the last backward pass; None if unknown.
 
     Raises:
-        RuntimeError: one was not; the message says which, and how to call it.
+        RuntimeError: a hook was not called; the message says which one, and how to call it.
     """
     calls, name = strategy.calls, _name(strategy)
     if defines(strategy, "prepare") and not calls.prepared:
@@ -233,24 +243,24 @@ def _check_epochs(strategy: Any) -> None:
     start = "strategy.epoch_start(epoch, epochs) at the start of each epoch"
     if strategy.uses_progress and not calls.epoch_starts and calls.steps >= PATIENCE:
         more = f" and {_EPOCH_END}" if ends else ""
-        raise RuntimeError(f"{name} depends on epochs, and heard of none in {calls.steps} steps: call {start}{more}")
+        raise RuntimeError(f"{name} depends on epochs, but none has begun in {calls.steps} steps: call {start}{more}")
     if not ends or calls.epoch_starts or calls.epoch_ends:
         return
     if calls.steps >= LONG:
         raise RuntimeError(
-            f"{name} learns from epochs, and heard of none in {calls.steps} steps: call {_EPOCH_END}. "
+            f"{name} learns from epochs, but in {calls.steps} steps none has ended: call {_EPOCH_END}. "
             f"If the first epoch is longer than that, call {start}, too"
         )
     if calls.steps == HINT:
         warnings.warn(
-            f"{name} learns from epochs, and heard of none in {HINT} steps: it waits for {_EPOCH_END}. If the first "
+            f"{name} learns from epochs, but in {HINT} steps none has ended: it waits for {_EPOCH_END}. If the first "
             f"epoch is longer than that, call {start}, too; without any call it refuses after {LONG} steps",
             stacklevel=6,
         )
 
 
 def note_step(strategy: Any) -> None:
-    """After a backward pass."""
+    """Note a backward pass, after which some hooks are due again."""
     calls = strategy.calls
     calls.steps, calls.since = calls.steps + 1, calls.since + 1
     calls.viewed = calls.looked = False

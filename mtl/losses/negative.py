@@ -15,7 +15,7 @@ def host(flags: Tensor) -> list[bool] | None:
 
 
 class DelayedFlags(Delayed):
-    """Flags of many steps: what any step so far has raised."""
+    """Flags that stay raised: a flag is raised if any step so far has raised it."""
 
     def __init__(self) -> None:
         super().__init__()

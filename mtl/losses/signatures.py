@@ -1,4 +1,7 @@
-"""What a method may leave out of a signature: it takes the arguments that it reads, and is given these alone."""
+"""Optional arguments of a method's functions: a method gets only the arguments that its signature names.
+
+Example: `def weights(self, gramian)` and `def weights(self, gramian, losses)` are both right.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from mtl.losses.negative import host
 
-# The arguments that a function of a method may take by name, after its first one.
+# For each function of a method: the arguments that it may take by name, after the first one.
 OPTIONAL = {
     "forward": ("present",),
     "weights": ("present", "losses"),
@@ -27,7 +30,7 @@ def _names(function: Callable[..., Any], hook: str) -> frozenset[str]:
     """The names in `OPTIONAL[hook]` that `function` takes.
 
     Raises:
-        TypeError: it needs an argument that nobody gives it.
+        TypeError: it has another argument without a default.
     """
     rest = list(signature(function).parameters.values())[2:]  # after `self` and the argument that is always given
     known = {p.name for p in rest if p.kind in NAMED} & {*OPTIONAL[hook]}
@@ -38,27 +41,31 @@ def _names(function: Callable[..., Any], hook: str) -> frozenset[str]:
 
 
 def taken(strategy: Any, hook: str, **given: Any) -> dict[str, Any]:
-    """Those of the `given` arguments that the method's function `hook` takes."""
+    """Select from the `given` arguments the ones that the method's function `hook` takes."""
     names = _names(getattr(type(strategy), hook), hook)
     return {name: value for name, value in given.items() if name in names}
 
 
 def check(strategy: Any) -> None:
-    """Raises:
-    TypeError: a function of the method needs an argument that nobody gives it.
+    """Check the signatures of the method's functions, when it is constructed.
+
+    Raises:
+        TypeError: a function has an argument that is not in `OPTIONAL` and has no default.
     """
     for hook in (getattr(strategy, "rule", "regulariser"), "regulariser", "head_gradients"):
         _names(getattr(type(strategy), hook), hook)
 
 
 def check_present(strategy: Any, hook: str, present: Tensor | None) -> None:
-    """Refuse a batch without labels of a task where the method cannot know of it.
+    """Refuse a batch that lacks a task's labels, if the method does not take `present` and would count a loss of 0.
 
     Args:
-        present: (T,) bool, as the caller gave it. On a GPU it cannot be read, so that it may mark an absent task.
+        strategy: the method.
+        hook: name of its function.
+        present: (T,) bool, as the caller gave it. On a GPU it is not read, so any task may be absent.
 
     Raises:
-        ValueError: the method's function `hook` does not take `present`, and a task may be absent.
+        ValueError: the function does not take `present`, and a task is or may be absent.
     """
     if present is None or "present" in _names(getattr(type(strategy), hook), hook):
         return
@@ -66,8 +73,10 @@ def check_present(strategy: Any, hook: str, present: Tensor | None) -> None:
 
 
 def refuse_absent(strategy: Any, hook: str, present: Tensor) -> None:
-    """Raises:
-    ValueError: a task is absent, or may be, as a GPU's flags are not read.
+    """Refuse absent tasks.
+
+    Raises:
+        ValueError: a task is absent. On a GPU, where flags are not read: any `present` is given.
     """
     known = host(present)
     gone = strategy.names if known is None else [n for n, here in zip(strategy.names, known, strict=True) if not here]
@@ -75,6 +84,6 @@ def refuse_absent(strategy: Any, hook: str, present: Tensor) -> None:
         return
     what = f"a batch lacks labels of task {gone[0]}" if known is not None else "a batch may lack labels of a task"
     raise ValueError(
-        f"present: {what}, and {type(strategy).__name__}.{hook} takes no argument `present` that would say so; "
-        f"give it one, and leave absent tasks out of every sum and mean"
+        f"present: {what}, and {type(strategy).__name__}.{hook} takes no argument `present`; "
+        f"add it, and leave absent tasks out of every sum and mean"
     )

@@ -1,4 +1,4 @@
-"""What a strategy keeps so that a method's author need not: its random stream, its checkpoint, its dtype."""
+"""The state that every strategy has, so that a method's author need not care: random stream, checkpoint, dtype."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mtl.random import derive
 
 
 class StrategyState(nn.Module):
-    """The bookkeeping below every strategy. `Strategy` says what the arguments and attributes mean."""
+    """The bookkeeping of every strategy. `Strategy` documents the arguments and attributes."""
 
     group: Any = "auto"
     lazy: tuple[str, ...] = ()
@@ -27,14 +27,17 @@ class StrategyState(nn.Module):
         self.names = task_names(tasks)
         self.epoch, self.epochs = 0, 1
         self.calls = hooks.Calls()
-        self.across: hooks.Across | None = None  # averages over processes, in a foreign loop that has several
-        self.grouped = False  # whether its last step was one of all processes of torch.distributed
-        self.alone: str | None = None  # the hook that was called before it was known over which processes to average
-        self.looks: list[int] = []  # the engine's: how often it has looked at each task's graph
-        self.watch: Any = None  # the engine's, for flags that arrive from a GPU some steps later
-        self.movement: Any = None  # the engine's: whether an optimizer moves the parameters
-        self._seed: int | None = None  # of the random stream, since the last epoch_start
-        self._base: int | None = None  # from which it follows in every epoch
+        # For a user's own loop on several processes:
+        self.across: hooks.Across | None = None  # the processes over which losses and gradients are averaged
+        self.grouped = False  # whether the last step was made by all processes of torch.distributed together
+        self.alone: str | None = None  # a hook that has already been called for one process only; see `hooks._known`
+        # Written by the engine:
+        self.looks: list[int] = []  # for each task, how often its graph was checked
+        self.watch: Any = None  # negative losses, read from a GPU some steps later
+        self.movement: Any = None  # notes whether an optimizer moves the parameters
+        # The random stream:
+        self._seed: int | None = None  # its seed since the last epoch_start
+        self._base: int | None = None  # the seed from which every epoch's seed is derived
         for name in self.lazy:
             self.register_buffer(name, None)
         self._generators: dict[torch.device, torch.Generator] = {}
@@ -47,18 +50,20 @@ class StrategyState(nn.Module):
     # -- progress and the random stream -------------------------------------------------------------------------------
 
     def epoch_start(self, epoch: int, epochs: int, seed: int | None = None) -> None:
-        """Tell the progress and reseed the method's random stream.
+        """Announce an epoch: set the progress, and reseed the method's random stream.
 
-        Reseeding each epoch makes the draws a function of (seed, epoch), so a resumed run needs no generator state.
+        The stream is reseeded in each epoch, so its draws depend only on the seed and the epoch. So a resumed run draws
+        the same numbers.
 
         Args:
-            epoch: counted from 0. A training that goes on after `epochs` keeps the weights of its planned end.
-            epochs: their planned number.
-            seed: of the run; None keeps the one before, and at first takes that of `torch.manual_seed`.
+            epoch: number of the epoch, counted from 0. If it exceeds `epochs`, methods with a schedule keep the weights
+                of the planned end.
+            epochs: planned number of epochs.
+            seed: seed of the run. None keeps the last seed; the first time, it takes the seed of `torch.manual_seed`.
 
         Raises:
-            ValueError: one of them is no integer, the epoch is negative, or `epochs` is less than 1.
-            RuntimeError: the method learns from the end of each epoch, and nobody told it of the last one's.
+            ValueError: an argument is not an integer, `epoch` is negative, or `epochs` is less than 1.
+            RuntimeError: the method needs `epoch_end`, and it was not called for the last epoch.
         """
         epoch, epochs = check_progress(epoch, epochs)
         hooks.check_epoch(self, epoch)
@@ -68,7 +73,7 @@ class StrategyState(nn.Module):
         self.reseed(derive(self.base_seed(), "method", epoch))
 
     def generator(self, device: torch.device) -> torch.Generator:
-        """The method's own random stream on `device`: never the global one, which data and dropout share."""
+        """The method's own random stream on `device`. The global stream is not used: dropout draws from it."""
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self.stream_seed())
         return self._generators[device]
@@ -92,11 +97,12 @@ class StrategyState(nn.Module):
             generator.manual_seed(seed)
 
     def draws(self) -> dict[torch.device, Tensor]:
-        """Where the random streams of CPUs stand."""
+        """The states of the random streams on CPUs, for `redraw`."""
         return {device: g.get_state() for device, g in self._generators.items() if device.type == "cpu"}
 
     def redraw(self, draws: dict[torch.device, Tensor]) -> None:
-        """Draw again what was drawn since `draws`."""
+        """Set the streams back to `draws`, so that the next numbers are the same again."""
+        # A stream that did not exist at the time of `draws` starts from its seed.
         for device, generator in self._generators.items():
             if device in draws:
                 generator.set_state(draws[device])
@@ -117,21 +123,18 @@ class StrategyState(nn.Module):
     # -- copies and checkpoints ---------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy belongs to no group of processes yet; a process group can be neither copied nor pickled.
+        # A process group can be neither copied nor pickled. So a copy starts without one.
         state = {**self.__dict__, "across": None, "watch": None, "movement": None}
         if state.get("group") is not None:
             state.pop("group")
         return state
 
     def memory(self) -> dict[str, Tensor]:
-        """What the method has learned: its parameters and buffers by name, the part of `state_dict` that has tasks."""
+        """The method's parameters and buffers by name: `state_dict` without the extra state."""
         return {name: value for name, value in self.state_dict().items() if not name.endswith("_extra_state")}
 
     def get_extra_state(self) -> Tensor:
-        """(8192,) float32, what a checkpoint needs besides parameters and buffers: progress, hooks, the random stream.
-
-        Many loops compute with every entry of a `state_dict`: halve it, or average it. So it is as `pack` writes it.
-        """
+        """(8192,) float32: progress, calls of hooks, and random streams, for a checkpoint. See `mtl.losses.extra`."""
         streams = {str(d): b64encode(bytes(g.get_state().tolist())).decode() for d, g in self._generators.items()}
         progress = {"epoch": self.epoch, "epochs": self.epochs, "seed": self._seed, "streams": streams}
         progress |= {"names": list(self.names), "base": self._base, "method": type(self).__name__}
@@ -139,10 +142,10 @@ class StrategyState(nn.Module):
         return pack({**progress, "calls": self.calls.state()})
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Go on from `get_extra_state`; on another kind of device the stream begins anew, from the same seed.
+        """Continue from a state of `get_extra_state`. On another kind of device, the random stream starts anew.
 
         Raises:
-            ValueError: it is of another method or other tasks, or was computed with.
+            ValueError: the state belongs to another method or to other tasks, or its values were changed.
         """
         known = unpack(state)
         self._check_owner(known)
@@ -155,12 +158,13 @@ class StrategyState(nn.Module):
                 self.generator(device).set_state(torch.frombuffer(bytearray(b64decode(saved)), dtype=torch.uint8))
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        # Before anything is loaded: a refused state leaves the strategy as it was.
+        # Checked before anything is loaded, so that a refused state changes nothing.
         if (state := state_dict.get(f"{prefix}_extra_state")) is not None:
             self._check_owner(unpack(state))
         for name in self.lazy:
             saved = state_dict.get(prefix + name)
-            # A checkpoint is read on the CPU; the buffer belongs where the others are.
+            # torch can load only into a buffer that exists, with the right shape. A checkpoint is read on the CPU, but
+            # the buffer belongs on the device of the other buffers.
             device = next((b.device for b in self.buffers() if b is not None), None)
             self.register_buffer(name, None if saved is None else torch.empty_like(saved, device=device))
         # Checkpoints of the first release have no extra state.
@@ -168,11 +172,13 @@ class StrategyState(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _check_owner(self, known: Mapping[str, Any]) -> None:
-        """Raises:
-        ValueError: the extra state is of another method, or of other tasks.
+        """Check that a state belongs to this method and these tasks.
+
+        Raises:
+            ValueError: the extra state is of another method, or of other tasks.
         """
         mine = type(self).__name__
-        if (method := known.get("method", mine)) != mine:  # old states do not say
+        if (method := known.get("method", mine)) != mine:  # states of older versions have no method
             raise ValueError(f"state_dict: of the method {method}; this strategy is {mine}")
         if known["names"] != list(self.names):
             told, here = ", ".join(known["names"]), ", ".join(self.names)

@@ -20,9 +20,9 @@ BINS = 18_000  # from 0° to 180°, in steps of a hundredth of a degree
 class ConfusionMatrix(Metric):
     """Mean intersection over union (mIoU), and the share of pixels with the right class.
 
-    Predictions (N, C, H, W), labels (N, H, W), −100 for a pixel without a label. The mean is over the classes that occur
-    in the labels or in the predictions. A class that is only predicted has IoU 0. In MTAN's code, a class that occurs
-    nowhere makes the mean NaN. If every class occurs, as in NYUv2's test images, both agree.
+    Predictions (N, C, H, W), labels (N, H, W), −100 for a pixel without a label. The mean is over the classes that
+    occur in the labels or in the predictions. A class that is only predicted has IoU 0. In MTAN's code, a class that
+    occurs nowhere makes the mean NaN. If every class occurs, as in NYUv2's test images, both agree.
 
     Args:
         classes: number of classes C. The state is a (C, C) int64 matrix, labels by predictions.

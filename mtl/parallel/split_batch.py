@@ -1,17 +1,17 @@
-"""One forward and backward pass divided among processes, with the numbers of a single process at the same batch.
+"""One forward and backward pass, divided among processes, with the same result as a single process.
 
-All processes hold the same batch. Each sends its part of the images through the backbone, and receives the features of
-all; heads, losses, strategy, optimizer and metrics then do in every process what they would do in a single one, on the
-same numbers. So no method knows of it, and none needs a rule of its own. What passes between the processes:
+All processes hold the same batch. Each one sends its part of the images through the backbone. Then all processes get
+the features of the whole batch. From there on, every process computes the same as a single one would: heads, losses,
+method, optimizer, metrics. So no method has to know about processes. They exchange:
 
-- the features: every process puts its rows in place (`_Gather`);
-- the gradients of the backbone's parameters: summed by one flat all_reduce for each backward pass, wherever it is made,
-  in a strategy's look-ahead as well (`_Replicate`);
-- the statistics of batch norm, forwards and backwards (`_BatchNorm`);
-- of dropout nothing: each process draws the mask of the whole batch and takes its part.
+- the features: every process fills in its rows (`_Gather`);
+- the gradients of the backbone's parameters: each backward pass sums them with one flat all_reduce, also in a method's
+  look-ahead (`_Replicate`);
+- the statistics of batch norm, in the forward and in the backward pass (`_BatchNorm`);
+- nothing for dropout: each process draws the mask of the whole batch and uses its part.
 
-In return all processes compute the heads and prepare the whole batch: both small beside a backbone. Derivatives of
-second order stop at the features: those of the heads (ConsMTL, Rep-MTL) are right, those of the backbone refused.
+The price: all processes compute the heads and prepare the whole batch. Both are cheap compared with a backbone. Second
+derivatives stop at the features. For the heads (ConsMTL, Rep-MTL) they are right; for the backbone they are refused.
 """
 
 from __future__ import annotations
@@ -25,27 +25,29 @@ from torch.autograd.function import Function, once_differentiable
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-Sum = Callable[[Tensor], Tensor]  # adds, in place, the same tensor of the other processes, and returns it
+Sum = Callable[[Tensor], Tensor]  # an all_reduce in place: adds the other processes' tensors to this one, returns it
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 
 
 def forward(backbone: nn.Module, inputs: Sequence[Tensor], rank: int, size: int, sum_: Sum) -> Tensor:
-    """The features of all samples, of which this process computes the part that falls to it.
+    """The features of all samples. This process computes only its own part of them.
 
     Args:
-        backbone: with the same parameters in all processes; inputs (n, …) → features (n, …).
-        inputs: (N, …) each, the same in all; N need not be a multiple of `size`, and may be less.
-        rank, size: this process's number and how many there are.
+        backbone: maps inputs (n, …) to features (n, …). Its parameters must be the same in all processes.
+        inputs: (N, …) each, the same in all processes. N may be any number, even less than `size`.
+        rank, size: number of this process, and of all processes.
         sum_: an all_reduce.
 
     Returns:
-        (N, …), the same bits in all processes. Its gradient must be the same in all, too; then so are the parameters'.
+        (N, …), with the same bits in all processes. If its gradient is the same in all processes, the parameters'
+        gradients are, too.
     """
     total = len(inputs[0])
     start, stop = (total * r // size for r in (rank, rank + 1))
     part = tuple(one[start:stop] for one in inputs)
     with _Part(rank, size, sum_, slice(start, stop), total, backbone.training):
         if torch.is_grad_enabled():
+            # The backbone runs with copies of its parameters. Their backward function sums the gradients.
             named = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
             ours = dict(zip(named, _Replicate.apply(sum_, *named.values()), strict=True))
             features = functional_call(backbone, ours, part)
@@ -55,13 +57,13 @@ def forward(backbone: nn.Module, inputs: Sequence[Tensor], rank: int, size: int,
 
 
 def drawing(backbone: nn.Module, inputs: Sequence[Tensor]) -> str | None:
-    """The first function in a training pass over `inputs` that draws random numbers which cannot be divided.
+    """The name of a function in the backbone whose random numbers cannot be divided among processes, if there is one.
 
-    Attention and recurrent layers draw their dropout inside of one call, and own code may call torch.rand: each process
-    would draw for its own part, and the results would not be those of a single process. Parameters, buffers and the
-    random stream stay as they were.
+    Attention and recurrent layers draw their dropout inside one call, and a user's code may call torch.rand. Each
+    process would then draw for its own part only, and the result would differ from a single process. The function runs
+    one training pass over `inputs`. Parameters, buffers and the random stream stay as they were.
     """
-    copies = {name: b.clone() for name, b in backbone.named_buffers()}  # batch norm's averages would move
+    copies = {name: b.clone() for name, b in backbone.named_buffers()}  # otherwise batch norm's averages would change
     training, devices = backbone.training, [inputs[0].device] if inputs[0].is_cuda else []
     with torch.no_grad(), torch.random.fork_rng(devices), _Draws(inputs[0].device) as watch:
         backbone.train()
@@ -71,7 +73,7 @@ def drawing(backbone: nn.Module, inputs: Sequence[Tensor]) -> str | None:
 
 
 class _Draws(TorchFunctionMode):
-    """Notes the first function that moves the global random stream, dropout apart."""
+    """Notes the first function, other than dropout, that uses the global random stream."""
 
     def __init__(self, device: torch.device):
         super().__init__()
@@ -90,7 +92,10 @@ class _Draws(TorchFunctionMode):
 
 
 class _Replicate(Function):
-    """The parameters themselves; their gradients are summed over the processes, all in one flat all_reduce."""
+    """Passes parameters on unchanged. In the backward pass it sums their gradients over the processes.
+
+    All gradients are summed by one flat all_reduce.
+    """
 
     @staticmethod
     def forward(ctx, sum_: Sum, *parameters: Tensor) -> tuple[Tensor, ...]:
@@ -106,11 +111,15 @@ class _Replicate(Function):
 
 
 class _Gather(Function):
-    """(n, …) of each process → (N, …) of all in every process; a gradient, which is the same in all, is cut again."""
+    """From the rows (n, …) of each process to all rows (N, …) in every process.
+
+    The incoming gradient is the same in all processes, so each one only cuts out its own rows.
+    """
 
     @staticmethod
     def forward(ctx, part: Tensor, sum_: Sum, start: int, total: int) -> Tensor:
         ctx.rows = slice(start, start + len(part))
+        # Zeros everywhere except in the own rows: then the sum over the processes puts all rows in place, exactly.
         whole = part.new_zeros(total, *part.shape[1:])
         whole[ctx.rows] = part
         return sum_(whole)
@@ -122,9 +131,9 @@ class _Gather(Function):
 
 
 class _Part(TorchFunctionMode):
-    """While it is active, what looks at a whole batch does so although this process holds a part of it.
+    """While it is active, batch norm and dropout act on the whole batch, although this process holds only a part of it.
 
-    (torch.nn.SyncBatchNorm has no CPU form, and on a GPU it makes the host wait in every layer.)
+    torch.nn.SyncBatchNorm is not used: it does not work on a CPU, and on a GPU it makes the host wait in every layer.
     """
 
     def __init__(self, rank: int, size: int, sum_: Sum, rows: slice, total: int, training: bool):
@@ -156,7 +165,7 @@ class _Part(TorchFunctionMode):
             return x
         if len(x) != self.rows.stop - self.rows.start:
             raise ValueError(f"dropout of {len(x)} rows for {self.rows.stop - self.rows.start} images of this process")
-        # In the memory order of x, in which the numbers are drawn.
+        # Random numbers are drawn in memory order. With the order of x, the whole mask is a single process's mask.
         nhwc = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
         order = torch.channels_last if nhwc else torch.contiguous_format
         whole = torch.empty(self.total, *x.shape[1:], dtype=x.dtype, device=x.device, memory_format=order).fill_(1)
@@ -165,11 +174,11 @@ class _Part(TorchFunctionMode):
 
 
 class _BatchNorm(Function):
-    """Batch norm (N, C, …) by the mean and variance over all processes' samples; any of them may have none.
+    """Batch norm (N, C, …) with the mean and variance over the samples of all processes. A process may have no sample.
 
-    Each process puts its mean, variance and count into a table that all then read; the parts are joined as in Chan,
-    Golub & LeVeque, "Algorithms for computing the sample variance", The American Statistician 1983. Also returns
-    the mean (C,) and the unbiased variance (C,).
+    Each process puts its mean, variance and count into a table that all processes then read. The parts are joined as in
+    Chan, Golub & LeVeque, "Algorithms for computing the sample variance", The American Statistician 1983. It also
+    returns the mean (C,) and the unbiased variance (C,).
     """
 
     @staticmethod
@@ -196,7 +205,8 @@ class _BatchNorm(Function):
     def backward(ctx, gradient: Tensor, *_) -> tuple[Tensor | None, ...]:
         x, weight, mean, variance, count = ctx.saved_tensors
         shape = (-1, *[1] * (x.dim() - 2))
-        if x.numel():  # as if mean and variance were constants
+        # First the gradient as if mean and variance were constants. Below, what flows through them is subtracted.
+        if x.numel():
             kernel, scale = torch.ops.aten.native_batch_norm_backward, weight.to(mean)
             direct, to_weight, to_bias = kernel(
                 gradient, x, scale, mean, variance, None, None, False, ctx.eps, [True] * 3
@@ -204,7 +214,7 @@ class _BatchNorm(Function):
         else:
             direct, to_weight, to_bias = torch.zeros_like(x), torch.zeros_like(mean), torch.zeros_like(mean)
         along, level = (ctx.sum_(torch.stack([to_weight, to_bias])) / count).unbind()
-        # What comes through mean and variance: weight/σ (mean(dy) + x̂ mean(dy x̂)), with the means over all samples.
+        # The part through mean and variance: weight/σ (mean(dy) + x̂ mean(dy x̂)), with means over all samples.
         precision = (variance + ctx.eps).rsqrt()
         factor = weight.to(mean) * precision
         slope = factor * precision * along

@@ -103,8 +103,8 @@ class Task(ABC):
                 f"{type(self).__name__}.criterion returned the shape {tuple(losses.shape)} for a "
                 f"prediction {_shape(prediction)}; one loss for each sample has the shape {tuple(units.shape)}"
             )
-        # The same as losses.sum() / units.sum(), up to rounding. In this form the factor is exactly 1 if each sample has
-        # one label, so the result equals losses.mean() bit for bit.
+        # The same as losses.sum() / units.sum(), up to rounding. In this form the factor is exactly 1 if each sample
+        # has one label, so the result equals losses.mean() bit for bit.
         return losses.mean() * (len(losses) / units.sum().clamp(min=1).to(losses.dtype))
 
 

@@ -1,7 +1,8 @@
 """Tasks with a map of labels for each image: classes, depth, surface normals.
 
-Losses and masks follow Liu et al., "End-to-End Multi-Task Learning with Attention" (MTAN), CVPR 2019. A loss is the mean
-over all labelled pixels of a batch. A pixel without a label has loss 0 and gradient 0, even if its prediction is NaN.
+Losses and masks follow Liu et al., "End-to-End Multi-Task Learning with Attention" (MTAN), CVPR 2019. A loss is the
+mean over all labelled pixels of a batch. A pixel without a label has loss 0 and gradient 0, even if its prediction is
+NaN.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ class Normals(Task):
         _check_labels(target, 4)
         if target.shape[3] != 3:
             raise ValueError(f"shape {tuple(target.shape)}")
-        # A NaN in one component only is wrong, too.
+        # Three NaNs are a missing label. A NaN in one component only is wrong: `not <=` is True for it.
         too_long = ~(target.float().norm(dim=3) <= 1.01) & ~target.isnan().all(3)
         return too_long[..., None].expand(target.shape)
 

@@ -1,4 +1,4 @@
-"""Joint augmentation: random views of images, and how label maps follow them."""
+"""Augmentation: random views (crop, flip, scale) of images, and how label maps follow their image."""
 
 from mtl.views.moves import Directions, Fixed, Metres, Moves, Picture, Pixels
 from mtl.views.view import Augment, Crop, Flip, ScaleCrop, View

@@ -1,6 +1,7 @@
 """Moves: how a column of a data set follows the views of its samples.
 
-All of them gather straight from the whole column, which may be memory-mapped and is never copied. No host waits.
+For example, a depth map is cropped and flipped with its image, and a class stays as it is. Every move gathers the
+wanted pixels directly from the whole column, which may be memory-mapped and is never copied. The host never waits.
 """
 
 from __future__ import annotations
@@ -16,37 +17,42 @@ from mtl.views.view import View
 
 
 class Moves(ABC):
-    """How the rows of one column follow the views of their samples."""
+    """The base class: how the rows of one column follow the views of their samples."""
 
     @abstractmethod
     def __call__(self, column: Tensor, rows: Tensor | None, view: View | None) -> Tensor:
-        """The rows of a column as their samples see them.
+        """Select rows of a column, and apply each sample's view to its row.
 
         Args:
             column: (M, …) all rows.
-            rows: (B,) the rows wanted, on the column's device; None for all, without a copy.
-            view: of these B samples, on the column's device; None where nothing is augmented.
+            rows: (B,) the rows to select, on the column's device; None for all, without a copy.
+            view: the views of these B samples, on the column's device; None without augmentation.
 
         Returns:
-            (B, …).
+            (B, …) the rows, as the views show them.
 
         Raises:
-            ValueError: the column's shape is none that moves like this.
+            ValueError: the column's shape does not suit this move.
         """
 
     def fits(self, shape: tuple[int, ...], picture: tuple[int, int]) -> str:
-        """Why a sample's row of this shape cannot follow the views of a picture (height, width); empty if it can."""
+        """Check that a row of this shape can follow the views of a picture (height, width).
+
+        Returns:
+            what is wrong, for a message; an empty string if nothing is.
+        """
         return "" if shape[:2] == picture else f"a map of {picture[0]}x{picture[1]} pixels, as the image has, is needed"
 
 
 @dataclass(frozen=True)
 class Fixed(Moves):
-    """A class or a number of the whole sample: every view of it has the same one."""
+    """A label of the whole sample, such as a class. It is the same in every view."""
 
     def __call__(self, column: Tensor, rows: Tensor | None, view: View | None) -> Tensor:
         return column if rows is None else column[rows]
 
     def fits(self, shape: tuple[int, ...], picture: tuple[int, int]) -> str:
+        # A label shaped like the picture is probably a map, and it would stay uncropped beside a cropped image.
         if shape[:2] != picture:
             return ""
         return "a map of the image, which this task would not crop and flip with it; set its moves, as in mtl.views"
@@ -54,7 +60,10 @@ class Fixed(Moves):
 
 @dataclass(frozen=True)
 class Picture(Moves):
-    """Images (M, H, W, C): black outside; bilinear, and then floating, where a view is not whole (see `View`)."""
+    """Images (M, H, W, C). Pixels beyond the image are black.
+
+    If a view scales the image, pixels are interpolated and become floats. A crop or flip alone keeps uint8.
+    """
 
     def __call__(self, column: Tensor, rows: Tensor | None, view: View | None) -> Tensor:
         _check(column, "(M, H, W, C)", column.dim() == 4)
@@ -63,20 +72,27 @@ class Picture(Moves):
 
 @dataclass(frozen=True)
 class Pixels(Moves):
-    """Label maps (M, H, W) of any integer type: the nearest pixel's class, as int64; `fill` outside."""
+    """Maps of classes (M, H, W), of any integer type: the nearest pixel's class, as int64.
+
+    Attributes:
+        fill: class beyond the image; −100 counts as no label.
+    """
 
     fill: int = -100
 
     def __call__(self, column: Tensor, rows: Tensor | None, view: View | None) -> Tensor:
         _check(column, "(M, H, W)", column.dim() == 3)
-        return see(column, rows, view, self.fill, torch.int64)  # −100 as uint8 would be class 156
+        return see(column, rows, view, self.fill, torch.int64)  # in uint8, −100 would be 156
 
 
 @dataclass(frozen=True)
 class Metres(Moves):
-    """Depth maps (M, H, W), float32 at least: the nearest pixel's depth; `fill` outside.
+    """Depth maps (M, H, W), at least float32: the nearest pixel's depth.
 
-    A picture shown s times larger is s times nearer, so depths are divided by s.
+    A picture that is shown s times larger looks s times nearer, so depths are divided by s.
+
+    Attributes:
+        fill: depth beyond the image; NaN counts as no label.
     """
 
     fill: float = nan
@@ -84,16 +100,20 @@ class Metres(Moves):
     def __call__(self, column: Tensor, rows: Tensor | None, view: View | None) -> Tensor:
         _check(column, "(M, H, W)", column.dim() == 3)
         depth = see(column, rows, view, self.fill, _floating(column))
+        # `a` is 1/s along both axes; its sign only says whether the picture is mirrored.
         return depth if view is None or view.whole else depth * view.a.abs().mean(1)[:, None, None]
 
 
 @dataclass(frozen=True)
 class Directions(Moves):
-    """Unit normals (M, H, W, 3), float32 at least, as (x along the columns, y along the rows, z); `fill` outside.
+    """Unit normals (M, H, W, 3), at least float32: x along the columns, y along the rows, z.
 
-    x changes its sign where left and right are exchanged, y where top and bottom are. A pixel shows its nearest normal,
-    not a mean: at an edge between two surfaces, the mean belongs to neither. So lengths stay 1, and a pixel without a
-    label (zeros or NaN) stays without one. Scaling leaves normals as they are, as in MTAN.
+    A horizontal flip changes the sign of x, a vertical flip the sign of y. Scaling does not change normals, as in MTAN.
+    The nearest pixel's normal is taken, not a mean: at an edge, the mean of two surfaces' normals belongs to neither.
+    So lengths stay 1, and a pixel without a label (zeros or NaN) stays without one.
+
+    Attributes:
+        fill: components of a normal beyond the image; NaN counts as no label.
     """
 
     fill: float = nan
@@ -109,17 +129,17 @@ class Directions(Moves):
 def see(
     column: Tensor, rows: Tensor | None, view: View | None, fill: float, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The pixels that each view shows: of each pixel's centre, the nearest pixel of the source.
+    """The pixels that each view shows. A pixel of the result is the source pixel that contains its centre.
 
     Args:
         column: (M, H, W, …).
         rows: (B,) the samples' rows of the column; None for all.
-        view: of these B samples; None for the whole pictures.
-        fill: of a pixel whose centre lies outside of the picture.
-        dtype: of the result; None for the column's own.
+        view: the views of these B samples; None for the whole pictures.
+        fill: value of a pixel whose centre lies beyond the picture.
+        dtype: dtype of the result; None for the column's own.
 
     Returns:
-        (B, H, W, …); the column itself where nothing is selected or moved.
+        (B, H, W, …); the column itself if nothing is selected or moved.
     """
     if view is None:
         return (column if rows is None else column[rows]).to(dtype).contiguous()
@@ -128,11 +148,12 @@ def see(
 
 
 def blend(column: Tensor, rows: Tensor | None, view: View, fill: float) -> Tensor:
-    """As `see`, of images (M, H, W, C), but bilinear between the four nearest pixels, and float32 at least.
+    """Like `see`, but with bilinear interpolation between the four nearest pixels; at least float32.
 
-    The neighbours beyond a crop's edge are the picture's own pixels; beyond the picture's edge, its edge goes on.
+    At a crop's edge, the neighbours are the picture's own pixels. At the picture's edge, the edge pixel is repeated.
     """
     vertical, horizontal = _centres(column, view)
+    # Interpolate along each line first, then between the two lines. Only the needed pixels are converted to floats.
     (top, bottom, lower), (left, right, further) = _around(*vertical), _around(*horizontal)
     dtype = _floating(column)
     lower, further = lower[:, :, None, None].to(dtype), further[:, None, :, None].to(dtype)
@@ -146,9 +167,9 @@ def blend(column: Tensor, rows: Tensor | None, view: View, fill: float) -> Tenso
 
 
 def _centres(column: Tensor, view: View) -> list[tuple[Tensor, int]]:
-    """For rows and for columns: (B, n) where the centres of the pixels shown lie in the source, and n.
+    """The source positions of the shown pixels' centres, (B, n), with the number n: first for rows, then for columns.
 
-    A whole view gives halves, which float32 holds exactly up to 2²² pixels.
+    Without scaling, positions are 0.5, 1.5, …. float32 holds these exactly up to 2²² pixels.
     """
     a, b = view.a[:, :, None], view.b[:, :, None]
     middles = [torch.arange(0.5, n, dtype=a.dtype, device=a.device) for n in column.shape[1:3]]
@@ -156,24 +177,27 @@ def _centres(column: Tensor, view: View) -> list[tuple[Tensor, int]]:
 
 
 def _nearest(centres: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The pixels (B, n) that hold the centres, moved to the edge if outside, and whether they were outside."""
+    """The numbers (B, n) of the pixels that contain the centres, and whether they lie outside the picture.
+
+    A pixel outside is replaced by the nearest edge pixel, so that the gather below stays in range.
+    """
     pixels = centres.floor().long()
     inside = pixels.clamp(0, n - 1)
     return inside, inside != pixels
 
 
 def _around(centres: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The two pixels (B, n) around each centre, moved to the edge if outside, and the second one's weight."""
+    """The two pixels (B, n) around each centre, moved to the edge if outside, and the weight of the second one."""
     position = centres - 0.5
     first = position.floor()
     return first.long().clamp(0, n - 1), (first.long() + 1).clamp(0, n - 1), position - first
 
 
 def _gather(column: Tensor, rows: Tensor | None, down: Tensor, across: Tensor) -> Tensor:
-    """(B, H, W, …) the pixels at `down` (B, H) and `across` (B, W) of the rows."""
+    """(B, H, W, …) the pixels of the given rows, at line `down` (B, H) and position `across` (B, W)."""
     if rows is None:
         rows = torch.arange(len(column), device=column.device)
-    if not column.is_contiguous():  # its pixels cannot be listed without a copy
+    if not column.is_contiguous():  # the fast way below needs one long list of pixels
         return column[rows[:, None, None], down[:, :, None], across[:, None, :]].contiguous()
     height, width = column.shape[1:3]
     pixels = (rows[:, None] * height + down)[:, :, None] * width + across[:, None, :]

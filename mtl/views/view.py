@@ -1,7 +1,7 @@
-"""Views: which part of its picture each sample shows, drawn on the CPU once an epoch.
+"""Views: the part of its picture that each sample shows. They are drawn on the CPU, once per epoch.
 
-A view is an axis-aligned map, so crop, flip and scale are four numbers a sample. Two views compose into one. Thus any
-chain of augmentations costs one gather, and images, label maps, depth and normals all follow the same four numbers.
+A view is an axis-aligned map: two numbers per axis describe crop, flip and scale. Two views can be composed into one.
+So a chain of augmentations costs one gather, and images, label maps, depth and normals follow the same four numbers.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-Streams = Callable[[str], torch.Generator]  # the generator on the CPU of a named choice, in this epoch
+Streams = Callable[[str], torch.Generator]  # gives the epoch's CPU generator for a name such as "crop"
 
 
 @dataclass(frozen=True)
 class View:
-    """Where each of N samples looks: `source = a · output + b` along each axis, in pixels, counted from the edge.
+    """The views of N samples. A position in the result shows the source position `a · position + b`, along each axis.
 
-    Pixel j reaches from j to j + 1, so its centre is j + 0.5. Example: the mirror image of W columns has a = −1, b = W.
-    A view has no border of its own. What lies outside of the whole picture is filled, whatever views were composed.
+    Positions are in pixels from the edge: pixel j reaches from j to j + 1, and its centre is j + 0.5. Example: a = −1
+    and b = W mirror W columns. If views are composed, only positions beyond the whole picture are filled, and not
+    positions beyond an earlier crop.
 
     Attributes:
-        a: (N, 2) float32, for rows and columns; negative where the picture is mirrored, 1/s where it is shown s times
-            larger.
+        a: (N, 2) float32, for rows and columns: negative if the picture is mirrored, 1/s if it is shown s times larger.
         b: (N, 2) float32.
-        whole: every a is 1 or −1 and every b a whole number, so each pixel shown is one pixel of the source. The host
-            knows it without a look at the numbers.
+        whole: whether every a is 1 or −1 and every b is a whole number, so that no pixel is interpolated. It is stored,
+            so that the host need not read the numbers from the device.
     """
 
     a: Tensor
@@ -37,11 +37,12 @@ class View:
 
     @staticmethod
     def identity(size: int) -> View:
-        """The whole picture, as it is, for `size` samples."""
+        """The view of the unchanged picture, for `size` samples."""
         return View(torch.ones(size, 2), torch.zeros(size, 2), whole=True)
 
     def then(self, later: View) -> View:
-        """This view of the source, and `later` as a view of what this one shows."""
+        """The composition: first this view, then `later` as a view of its result."""
+        # Substitute: position ↦ a · (later.a · position + later.b) + b.
         return View(self.a * later.a, self.a * later.b + self.b, self.whole and later.whole)
 
     def take(self, index: Tensor | slice) -> View:
@@ -49,12 +50,12 @@ class View:
         return replace(self, a=self.a[index], b=self.b[index])
 
     def to(self, device: torch.device) -> View:
-        """The same view on `device`; the host does not wait for the copy."""
+        """The same views on `device`. The host does not wait for the copy."""
         return replace(self, a=self.a.to(device, non_blocking=True), b=self.b.to(device, non_blocking=True))
 
 
 class Augment(ABC):
-    """A random choice of views; a chain of them applies the first one first."""
+    """The base class of augmentations: draws a random view for each sample."""
 
     @abstractmethod
     def draw(self, size: int, shape: tuple[int, int], stream: Streams) -> View:
@@ -63,16 +64,17 @@ class Augment(ABC):
         Args:
             size: number of samples N.
             shape: (height, width) of the pictures.
-            stream: gives the generator of a named choice; the same name gives the same draws.
+            stream: stream(name) is the generator for a name. Use a name of its own for each kind of draw, such as
+                "crop": the same name gives the same numbers.
         """
 
 
 @dataclass(frozen=True)
 class Crop(Augment):
-    """RandomCrop of the picture's own size, from a picture with `padding` black pixels on all four sides.
+    """RandomCrop: adds `padding` black pixels on all four sides, and crops the original size at a random place.
 
     Raises:
-        ValueError: padding is negative or no whole number.
+        ValueError: padding is negative or not a whole number.
     """
 
     padding: int
@@ -82,30 +84,31 @@ class Crop(Augment):
             raise ValueError(f"padding: {self.padding!r}; a whole number of pixels is needed, 0 for no crop")
 
     def draw(self, size: int, shape: tuple[int, int], stream: Streams) -> View:
+        # A crop of the padded picture at (i, j) begins at (i − padding, j − padding) in the picture itself.
         corners = torch.randint(0, 2 * self.padding + 1, (2, size), generator=stream("crop"))
         return View(torch.ones(size, 2), (corners.T - self.padding).float(), whole=True)
 
 
 @dataclass(frozen=True)
 class Flip(Augment):
-    """RandomHorizontalFlip: left and right are exchanged with probability 1/2."""
+    """RandomHorizontalFlip: exchanges left and right with probability 1/2."""
 
     def draw(self, size: int, shape: tuple[int, int], stream: Streams) -> View:
         flip = torch.rand(size, generator=stream("flip")) < 0.5
         a, b = torch.ones(size, 2), torch.zeros(size, 2)
-        a[flip, 1], b[flip, 1] = -1, shape[1]
+        a[flip, 1], b[flip, 1] = -1, shape[1]  # position x shows W − x
         return View(a, b, whole=True)
 
 
 @dataclass(frozen=True)
 class ScaleCrop(Augment):
-    """MTAN's RandomScaleCrop: a crop of (height/s, width/s), for one of the scales s, is shown at full size.
+    """MTAN's RandomScaleCrop: draws a scale s, crops (height/s, width/s), and enlarges the crop to full size.
 
-    The crop's corner is a pixel's corner, and no crop reaches outside of the picture. MTAN rounds height/s and width/s
-    down; here they may be fractions, so that the picture grows by the same s along both axes.
+    The crop begins at a pixel's corner and lies inside the picture. MTAN rounds height/s and width/s down. Here they
+    may be fractions, so that the picture is enlarged by exactly s along both axes.
 
     Attributes:
-        scales: the scales, each as likely as the others.
+        scales: the scales, drawn with equal probability.
 
     Raises:
         ValueError: there is no scale, or one is less than 1.
@@ -118,9 +121,9 @@ class ScaleCrop(Augment):
             raise ValueError(f"scales: {self.scales!r}; at least one is needed, and each must be a number from 1")
 
     def draw(self, size: int, shape: tuple[int, int], stream: Streams) -> View:
-        # float64: 288 · (1 − 1/1.2) is 48, and in float32 it might be a little less.
+        # In float64, because of the floor below: 288 · (1 − 1/1.2) is 48, but in float32 it might be 47.9999.
         scales = torch.tensor(self.scales, dtype=torch.float64)
         scales = scales[torch.randint(0, len(scales), (size,), generator=stream("scale"))][:, None]
-        room = (torch.tensor(shape) * (1 - 1 / scales) + 1e-6).floor()  # (N, 2) the last corner that is possible
+        room = (torch.tensor(shape) * (1 - 1 / scales) + 1e-6).floor()  # (N, 2) the largest possible corner
         corners = torch.rand(size, 2, dtype=torch.float64, generator=stream("scale_corner")) * (room + 1)
         return View((1 / scales).float().expand(size, 2).contiguous(), corners.floor().float())

@@ -5,7 +5,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 CONF = FOLDER.parents[1] / "conf"
 
-# Three steps of 8 samples in an epoch.
+# An epoch has three steps of 8 samples: the least in which a state can go wrong between steps, and seconds per run.
 SIZES = ("data.batch_size=8", "data.limit_train=24", "data.limit_test=16", "logger=none", "trainer.device=cpu")
 NET = ("arch._target_=golden.problems.Net", "~arch.depth", "optimizer.lr=0.05")
 DIGITS = ("data=digits", *SIZES)
@@ -14,6 +14,7 @@ CLASSES = ("data._target_=golden.problems.Classes",)
 ALONE = (*DIGITS, "data._target_=golden.problems.Alone")
 SYNTHETIC = ("data=synthetic", "data.train_size=24", "data.test_size=16", *SIZES)
 
+# Arguments without a default, for the methods that need them.
 NEEDED = {
     "amtl": ("loss.potentials={digit: 60, odd: 80, ink: 0.5}",),
     "dtp": CLASSES,
@@ -35,7 +36,7 @@ def _losses(*more: str) -> dict[str, tuple[str, ...]]:
 def _archs() -> dict[str, tuple[str, ...]]:
     names = [name for name in options("arch") if name != "timm"]  # an extra, which need not be there
     cases = {name: (*DIGITS, f"arch={name}", "optimizer.lr=0.01", "trainer.epochs=2") for name in names}
-    # One epoch, and no momenta to save, where most of the time is that of writing the checkpoint.
+    # These are large, and most of the time goes into writing checkpoints. So one epoch, and no momenta to save.
     cases["torchvision"] += ("arch.name=shufflenet_v2_x0_5",)
     for name in ("resnet18", "torchvision", "vgg16_bn"):
         cases[name] += ("optimizer.momentum=0", "trainer.epochs=1")
@@ -92,9 +93,11 @@ def _variants() -> dict[str, tuple[str, ...]]:
     return cases
 
 
-# Runs in float32: the point's coordinates always are.
+# These runs are in float32, because the point's coordinates always are. All others are in float64.
 SINGLE = {("archs", "point")}
 
+# losses: every method. missing: every method, on data that lacks labels. archs: every network. variants: switches,
+# optimizers, schedules, and other options.
 FAMILIES = {
     "losses": {name: (*DIGITS, "trainer.epochs=7", *case) for name, case in _losses().items()},
     "missing": {name: (*MISSING, "trainer.epochs=3", *case) for name, case in _losses().items()},

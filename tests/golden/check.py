@@ -1,4 +1,7 @@
-"""A golden run beside its trace. GOLDEN=write in the environment makes it anew; GOLDEN=missing, where there is none."""
+"""Compares golden runs with their committed traces.
+
+With GOLDEN=write in the environment, traces are written anew; with GOLDEN=missing, only the missing ones are.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +13,25 @@ import torch
 from golden.cases import FAMILIES, FOLDER, SINGLE
 from golden.trace import RTOL, RTOL_SINGLE, Trace, differences, dump, read
 
-SHOWN = 20
+SHOWN = 20  # differences in a message
 
 
 def check(family: str, case: str, cli, tmp_path, monkeypatch) -> None:
-    """Train a case through the command line, and compare.
+    """Train a case through the command line, and compare it with its trace.
 
-    In float64, so that rounding, which differs from CPU to CPU, stays far below the tolerance.
+    Training is in float64. Rounding differs between CPUs, but in float64 it stays far below the tolerance.
 
     Args:
+        family, case: keys of `FAMILIES`.
         cli, tmp_path, monkeypatch: the test's fixtures.
     """
     known = load(family)
     if os.environ.get("GOLDEN") == "missing" and case in known:
         pytest.skip("has a trace; GOLDEN=write makes it anew")
-    monkeypatch.setattr(os, "fsync", lambda file: None)  # it waits for a busy disk, once an epoch
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # once per epoch, it would wait for a busy disk
     single, before = (family, case) in SINGLE, torch.get_default_dtype()
     if not single:
+        # The learner converts predictions with `.float()`, which would otherwise round to float32 in every step.
         monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
         torch.set_default_dtype(torch.float64)
     try:
@@ -55,7 +60,7 @@ def load(family: str) -> dict[str, Trace]:
 
 
 def tidy(family: str) -> None:
-    """Drop the traces of cases that are gone."""
+    """Remove the traces of cases that no longer exist."""
     _write(family, load(family))
 
 

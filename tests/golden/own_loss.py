@@ -1,4 +1,4 @@
-"""A loss of a user's own, for loss=custom."""
+"""A user's own loss, for loss=custom: uncertainty weighting with a factor that grows over the epochs."""
 
 import torch
 from torch import nn

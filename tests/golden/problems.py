@@ -1,4 +1,4 @@
-"""What the golden runs train on: a small smooth network, and digits without some labels or without some tasks."""
+"""The golden runs' network and data: a small smooth network, and digits without some labels or without some tasks."""
 
 from torch import Tensor, nn
 
@@ -6,7 +6,7 @@ from mtl.data.digits import Digits
 
 
 class Net(nn.Module):
-    """Two convolutions and batch norm. Without a ReLU there is no kink at which rounding could choose a side."""
+    """Two convolutions and batch norm, with tanh: rounding could decide on which side of a ReLU's kink a value is."""
 
     out_features = 8
 
@@ -21,7 +21,7 @@ class Net(nn.Module):
 
 
 class Missing(Digits):
-    """Every third label is missing, and nearly all of `odd`, so that some batches have none of it."""
+    """Every third label is missing. Nearly all labels of `odd` are missing, so that some batches have none."""
 
     def load(self):
         splits = super().load()
@@ -33,12 +33,12 @@ class Missing(Digits):
 
 
 class Classes(Missing):
-    """The two classifications, for a method that knows accuracies only."""
+    """Only the two classification tasks, for methods that need accuracies (DTP)."""
 
     tasks = Digits.tasks[:2]
 
 
 class Alone(Digits):
-    """One task."""
+    """Only one task: nothing to balance, but every method must still work."""
 
     tasks = Digits.tasks[:1]

@@ -1,4 +1,4 @@
-"""What a golden run left behind, as numbers that are the same on every CPU; and how two of them differ."""
+"""The trace of a golden run: numbers that are the same on every CPU. And the differences of two traces."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from pathlib import Path
 
 import torch
 
-# Relative, of runs in float64 and in float32; of a tensor's projection, to its norm.
+# Relative tolerance of runs in float64 and in float32. For the projection of a tensor, it is relative to its norm.
 RTOL, RTOL_SINGLE, ATOL = 1e-6, 1e-5, 1e-8
 
 Trace = dict[str, dict[str, list[float]]]  # {"epochs": {column: [each epoch]}, "weights": {tensor: [norm, projection]}}
 
 
 def read(directory: Path) -> Trace:
-    """The trace of a finished run: all columns of metrics.jsonl but times, and a digest of each tensor of the model."""
+    """The trace of a finished run: all columns of metrics.jsonl except times, and a digest of each tensor of the model.
+
+    Args:
+        directory: the run's directory.
+    """
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     columns = [key for key in rows[0] if key != "epoch" and not key.startswith("time/")]
     model = torch.load(directory / "last.pt", weights_only=True)["model"]
@@ -36,7 +40,8 @@ def differences(old: Trace, new: Trace, rtol: float = RTOL) -> list[str]:
     for i in range(max(map(len, pairs.values()), default=0)):  # the first epoch that differs comes first
         unequal = {key: values[i] for key, values in pairs.items() if not _close(*values[i], rtol)}
         found += [f"{key}, epoch {i + 1}: {a} -> {b}" for key, (a, b) in unequal.items()]
-    renamed = old["weights"].keys() != new["weights"].keys()  # which alone is no difference
+    # New names of tensors alone are no difference. Then the tensors are compared in the order of their digests.
+    renamed = old["weights"].keys() != new["weights"].keys()
     tensors = (_ordered(trace["weights"], renamed) for trace in (old, new))
     for (name, (norm, product)), (_, digest) in zip_longest(*tensors, fillvalue=("a tensor more", (None, None))):
         if not (_close(norm, digest[0], rtol) and _close(product, digest[1], rtol, norm)):
@@ -45,7 +50,7 @@ def differences(old: Trace, new: Trace, rtol: float = RTOL) -> list[str]:
 
 
 def dump(traces: dict[str, Trace]) -> str:
-    """JSON with a line for each column, so that a diff names what has changed."""
+    """The traces as JSON, with one line for each column. So a diff shows which column has changed."""
     parts = []
     for case, trace in traces.items():
         lines = [
@@ -59,13 +64,13 @@ def dump(traces: dict[str, Trace]) -> str:
 
 
 def _digest(tensor: torch.Tensor) -> list[float]:
-    """Its norm, and its product with a fixed vector, which tells an order or a sign apart."""
+    """The norm, and the product with a fixed vector. The product also changes if elements are exchanged or negated."""
     flat = tensor.double().contiguous().flatten()
     return [_short(flat.norm().item()), _short(flat.dot(torch.arange(len(flat), dtype=torch.double).cos()).item())]
 
 
 def _short(number: float) -> float:
-    return float(f"{number:.9g}")
+    return float(f"{number:.9g}")  # 9 digits: far below the tolerance, and short in the file
 
 
 def _ordered(weights: dict[str, list[float]], renamed: bool) -> list[tuple[str, list[float]]]:
