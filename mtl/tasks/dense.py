@@ -56,6 +56,11 @@ class Segmentation(Task):
         known = prediction.masked_fill((target == -100)[:, None], 0.0)
         return F.cross_entropy(known, target, ignore_index=-100, reduction="none").sum((1, 2))
 
+    def answers(self, prediction: Tensor) -> dict[str, Tensor]:
+        """The likeliest class of each pixel and its probability, (N, H, W) each."""
+        probability, likeliest = prediction.softmax(1).max(1)
+        return {"class": likeliest, "probability": probability}
+
 
 @dataclass(frozen=True)
 class Depth(Task):
@@ -83,6 +88,10 @@ class Depth(Task):
         _check_prediction(self, prediction, target)
         error = prediction.squeeze(1) - target.to(prediction.dtype)
         return error.masked_fill(~(target > 0), 0.0).abs().sum((1, 2))
+
+    def answers(self, prediction: Tensor) -> dict[str, Tensor]:
+        """The depth of each pixel in metres, (N, H, W)."""
+        return {"metres": prediction.squeeze(1)}
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,10 @@ class Normals(Task):
         normal = target.to(prediction.dtype).movedim(-1, 1).masked_fill(unknown[:, None], 0.0)
         direction = F.normalize(prediction.masked_fill(unknown[:, None], 0.0), dim=1, eps=SHORTEST)
         return (1 - (direction * normal).sum(1)).masked_fill(unknown, 0.0).sum((1, 2))
+
+    def answers(self, prediction: Tensor) -> dict[str, Tensor]:
+        """The unit normal of each pixel, (N, H, W, 3), as labels are stored."""
+        return {"normal": F.normalize(prediction, dim=1, eps=SHORTEST).movedim(1, -1)}
 
 
 def _directed(normals: Tensor) -> Tensor:
