@@ -265,7 +265,7 @@ def test_another_number_of_shared_parameters_is_told(name):
     state = learned(loop.strategy)
     loop.net.trunk.bias.requires_grad_(False)
     buffer = loop.strategy.lazy[0]
-    with pytest.raises(RuntimeError, match=rf"{type(loop.strategy).__name__}: `{buffer}` holds .* Make a new strategy"):
+    with pytest.raises(RuntimeError, match=rf"{type(loop.strategy).__name__}: `{buffer}` holds .* make a new strategy"):
         loop.fill(1)
     assert torch.equal(learned(loop.strategy), state)
     loop.net.trunk.bias.requires_grad_(True)

@@ -61,6 +61,7 @@ class ResNet(nn.Module):
 
     def __init__(self, in_channels: int, depth: Literal[18, 20, 32, 44, 56, 110]):
         super().__init__()
+        # depth = 6 n + 2: n blocks of two convolutions in each of three stages, a stem, and the linear head.
         widths, blocks = ((64, 128, 256, 512), 2) if depth == 18 else ((16, 32, 64), (depth - 2) // 6)
         self.conv, self.bn = _conv3x3(in_channels, widths[0]), nn.BatchNorm2d(widths[0])
         stages, inputs = [], widths[0]

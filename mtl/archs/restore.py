@@ -21,6 +21,7 @@ def as_before(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     tensors = [*model.parameters(), *(b for _, named in buffers for b in named.values() if b is not None)]
+    # A lazy parameter has no values yet, so there is nothing to copy.
     values = [(t, t.detach().clone()) for t in tensors if not is_lazy(t)]
     try:
         with kept():

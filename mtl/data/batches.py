@@ -46,6 +46,7 @@ class TrainingBatches:
         )
         self.resident = _resident(split, benchmark, device)
         self.split = split.to(device) if self.resident else split
+        # Every full batch, and the rest if it is large enough. The order changes in each epoch, so no sample is lost.
         full, rest = divmod(self.size, benchmark.batch_size)
         self.steps = full + (rest >= smallest)
 

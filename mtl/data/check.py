@@ -152,6 +152,7 @@ def _check_task(task: Task, prediction: Any, target: Tensor) -> None:
         if not isinstance(zero, Tensor) or zero.dtype not in (torch.int64, torch.float64) or zero.any():
             raise ValueError(f"zero of {name} must be a tensor of zeros, int64 or float64, not {zero!r:.60}")
         tally.update("whole", metric, prediction, target)
+        # A second state with the unlabelled samples only: it must stay at zero.
         if missing.any() and isinstance(prediction, Tensor):
             tally.update("missing", metric, prediction[missing], target[missing])
         read = tally.read()
@@ -259,6 +260,7 @@ def _check_labels(split: Split, task: Task, benchmark: Any) -> None:
             raise ValueError(f"layout {target.layout}; convert with to_dense()")
         if target.ndim == 0 or len(target) != size:
             raise ValueError(f"shape {tuple(target.shape)}; one label for each of the {size} samples is needed")
+        # With augmentation, a map that does not follow its image would teach wrong labels, without any error.
         shapes = [one.shape[1:] for one in inputs.values() if isinstance(one, Image)]
         if benchmark.augment and (problem := task.moves.fits(tuple(target.shape[1:]), shapes[0])):
             raise ValueError(f"shape {tuple(target.shape)}: {problem}")

@@ -89,6 +89,7 @@ def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
         return False
     sums = zip(a["values"][::2], b["values"][::2], strict=True)
     norms = list(zip(a["values"][1::2], b["values"][1::2], strict=True))
+    # x != x is True only for NaN: replicas that have both become NaN still are equal.
     near = lambda x, y, scale: x == y or (x != x and y != y) or abs(x - y) <= TOLERANCE * scale  # noqa: E731
     # Two sums of the same n terms may differ if they were added in another order. The scale of this difference is
     # norm · √n, which is the largest possible |sum|.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mtl.data.batches import EvaluationBatches
 from mtl.data.check import pieces
+from mtl.engine import guard
 from mtl.errors import Diverged
 from mtl.losses.delayed import Delayed
 from mtl.tasks import Task
@@ -48,19 +49,23 @@ class Alarm:
         values = torch.stack([*losses, norm.to(losses[0])])
         if counts is not None:
             values = torch.where(torch.cat([counts, counts.new_ones(1)]), values, 0.0)
-        wrong = ~values.isfinite()
-        if values.device.type == "cpu" and not wrong.any():
+        finite = values.isfinite()
+        if (known := guard.host(finite)) is not None:
+            if not all(known):
+                i = known.index(False)
+                raise self._diverged(i, self._steps, values[i].item())
             return
         if self._first is None:
             self._first = torch.zeros(2, len(values), dtype=torch.float64, device=values.device)
         now = torch.stack([torch.full_like(values, self._steps), values]).double()
-        self._first = torch.where(wrong & (self._first[0] == 0), now, self._first)
-        if (known := self._delayed.read(self._first)) is None or not any(known[0]):
-            return
-        step, i = min((int(step), i) for i, step in enumerate(known[0]) if step)
-        raise Diverged(
-            f"{self.names[i]} became {known[1][i]} in epoch {self.epoch + 1}, at step {step} with {self.strategy}"
-        )
+        self._first = torch.where(finite | (self._first[0] > 0), self._first, now)
+        if (first := self._delayed.read(self._first)) is not None and any(first[0]):
+            step, i = min((int(step), i) for i, step in enumerate(first[0]) if step)
+            raise self._diverged(i, step, first[1][i])
+
+    def _diverged(self, i: int, step: int, value: float) -> Diverged:
+        where = f"in epoch {self.epoch + 1}, at step {step} with {self.strategy}"
+        return Diverged(f"{self.names[i]} became {value} {where}")
 
 
 def find(

@@ -45,12 +45,14 @@ def slopes(one: BackwardPass, total: Tensor | None, losses: Tensor) -> Tensor:
         return torch.zeros_like(losses)
     strategy = one.strategy
     own = [p for p in strategy.parameters() if p.requires_grad]
+    # retain_graph: the losses' own graph is needed for the backward pass through the network.
     weights, *found = torch.autograd.grad(total, [losses, *own], retain_graph=True, allow_unused=True)
     if weights is None:
         raise ValueError(
             f"{type(strategy).__name__}: the total does not depend on the losses, so it trains nothing; "
             "torch.tensor(...), .item() and .detach() cut it off from them"
         )
+    # Scaled, because the optimizer's GradScaler will divide all gradients by the loss scale.
     add(own, [None if g is None else one.scaled(g) for g in found])
     weights = weights.detach()
     if one.switches.scale == "sum":

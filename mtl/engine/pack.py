@@ -58,6 +58,7 @@ def unpack(packed: Packed) -> Any:
         tensor = packed["tensors"][content]
         return tensor if kind == "tensor" else _to_bytes(tensor)
 
+    # All lists exist, empty, before they are filled: so a list can contain itself.
     for result, row in zip(lists, rows, strict=True):
         result.extend(map(value, row))
     return value(top)

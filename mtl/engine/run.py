@@ -166,7 +166,7 @@ class Job:
     def _ends(self) -> Iterator[None]:
         """Note in run.json and summary.json how the run ends, if it ends early. An error is stored in `failed`.
 
-        An exception is passed on in two cases: an interruption, and a mistake of the user's before the run has begun.
+        An exception is passed on in two cases: an interruption, and a `SetupError` before the run has begun.
         """
         path = str(self.directory.path)
         try:

@@ -185,7 +185,7 @@ class Step:
         Args:
             epoch: number of this epoch, counted from 0.
             epochs: number of epochs of the training.
-            seed: of the training; None if the method's draws need not be reproducible.
+            seed: seed of the method's random stream. None keeps the last one; the first time, `torch.manual_seed`'s.
         """
         self.strategy.epoch_start(epoch, epochs, seed)
         self._sums, self._epoch = None, True

@@ -152,7 +152,7 @@ class GradientObserver:
         self.present, self.labelled = labelled.any(1), labelled[:, :size]
         self.losses = torch.stack([loss.detach() for loss in losses])
         self.between_tasks = None
-        # If the step computes the gradients of the tasks, `jacobian` gets them later. Otherwise they are computed here.
+        # If the step computes the tasks' gradients itself, `jacobian` gets them later. Otherwise we compute them here.
         if self.several and not self.reuses:
             rows = [self._gradients(loss) for loss in losses]
             self.between_tasks = self._moments(torch.stack(row)[None] for row in zip(*rows, strict=True))

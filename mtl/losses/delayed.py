@@ -25,8 +25,6 @@ class Delayed:
 
     def read(self, values: Tensor) -> list[Any] | None:
         """The `values`: the current ones on a CPU, and some steps old on a GPU. None if no copy has arrived yet."""
-        if values.device.type == "cpu":
-            return values.tolist()
         # Other devices have no such events, and while a CUDA graph is captured no event may be queried.
         if values.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return None

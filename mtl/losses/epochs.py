@@ -140,12 +140,14 @@ def check_unit(strategy: Any, statistics: Statistics, references: Tensor | None 
     wanted = [100.0] * len(found) if references is None else references.to(scores.device)[known].tolist()
     shown = ", ".join(f"{value:.4g}" for value in found)
     name = type(strategy).__name__
+    # `any`, because scores of 0 may be in either unit.
     small = any(found) and all(0 <= s <= 1 < w for s, w in zip(found, wanted, strict=True))
     if small and not statistics.percent and not strategy.calls.epoch_ends:  # later, low scores mean a bad training
         raise ValueError(
             f"scores: {shown} look like fractions, but {name} needs accuracies in percent; multiply them by 100 "
             "(or say Statistics(..., percent=True) if they are percents)"
         )
+    # s > 2 w, because a score may exceed its reference a little in the same unit, such as 1.1 beside 1.0.
     if found and all(0 < w <= 1 < s and s > 2 * w for s, w in zip(found, wanted, strict=True)):
         given = ", ".join(f"{value:.4g}" for value in wanted)
         raise ValueError(

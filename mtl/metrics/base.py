@@ -77,6 +77,7 @@ class Mean(Metric):
         """The sum () over a batch's labelled units, and their number ()."""
 
     def zero(self) -> Tensor:
+        # float64: a float32 sum over millions of pixels would lose digits.
         return torch.zeros(2, dtype=torch.float64)
 
     def update(self, state: Tensor, prediction: Any, target: Any) -> None:

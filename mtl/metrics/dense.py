@@ -39,6 +39,7 @@ class ConfusionMatrix(Metric):
     def update(self, state: Tensor, prediction: Tensor, target: Tensor) -> None:
         target = target.long()
         known = target != -100
+        # Each pair (label, prediction) has one number, the index into the flattened matrix.
         pairs = (target * self.classes + prediction.argmax(1)).masked_fill(~known, 0)
         # bincount would make the host wait for the device, to learn the length of its result.
         state.view(-1).index_add_(0, pairs.flatten(), known.flatten().long())
