@@ -230,7 +230,7 @@ class Learner:
         """Add a batch to the metrics of all tasks.
 
         Returns:
-            T numbers () of labelled units in the batch: samples, or pixels for a dense task.
+            T numbers () of labelled units in the batch, such as samples.
         """
         counts = [t.count(batch[t.column]) for t in self.tasks]
         tally.add("count", torch.stack(counts))
