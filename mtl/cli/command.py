@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -86,7 +86,7 @@ class Launch:
             return 0
         from mtl.cli.grid import summarise  # late: it needs the plotting library
 
-        code, empty = summarise(self.directory, kept=not _temporary(self.directory))
+        code, empty = summarise(self.directory, not _temporary(self.directory), interrupted)
         if empty:
             self._discard()
         return code
@@ -230,6 +230,8 @@ class Grid(Callback):
             kept = [w for w in config.hydra.overrides.hydra if not w.lstrip("+").startswith("hydra.sweep.dir=")]
             config.hydra.overrides.hydra = [*kept, f"hydra.sweep.dir={spell(str(folder))}"]
         note = {"started": time.time(), "cells": _count(config.hydra)}
+        if "study.baselines=auto" in config.hydra.overrides.task:
+            note["bases"] = _count(config.hydra, but=("loss", "step", "study"))
         with suppress(OSError):  # a full disk: as above
             (folder / "grid.json").write_text(json.dumps(note) + "\n")
         if line := launchers.announce(config.hydra):
@@ -265,14 +267,20 @@ def _temporary(folder: Path) -> bool:
     return folder.parent == Path(tempfile.gettempdir()) and folder.name.startswith(RECORDLESS)
 
 
-def _count(hydra: DictConfig) -> int | None:
-    """How many runs a grid has; None if a sweeper decides that as it goes (Optuna), or will refuse the words."""
+def _count(hydra: DictConfig, but: Collection[str] = ()) -> int | None:
+    """How many cells a grid has; None if a sweeper decides that as it goes (Optuna), or will refuse the words.
+
+    Args:
+        hydra: Hydra's config.
+        but: nodes whose values do not count.
+    """
     if not str(hydra.sweeper[TARGET]).endswith("BasicSweeper"):
         return None
     words = [*(f"{k}={v}" for k, v in (hydra.sweeper.params or {}).items()), *hydra.overrides.task]
     running = GlobalHydra.instance()  # its loader knows the options of a group, which glob(*) selects from
     parser = OverridesParser.create(running.config_loader() if running.is_initialized() else None)
     sweeps = [o for o in parser.parse_overrides(words) if o.is_sweep_override()]
+    sweeps = [sweep for sweep in sweeps if sweep.key_or_group.partition(".")[0] not in but]
     if not all(sweep.is_discrete_sweep() for sweep in sweeps):
         return None
     return math.prod(sum(1 for _ in sweep.sweep_string_iterator()) for sweep in sweeps)

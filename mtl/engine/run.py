@@ -85,7 +85,7 @@ def _look_again(config: Mapping[str, Any], identity: Identity, path: Path, finis
     """Inspect a finished run, and report it once more to a tracker that wants that."""
     on_cpu = {**config, "trainer": {**config["trainer"], "device": "cpu"}}  # the run's device may not be here
     inspect(RunDirectory(path), identity.name, config["trainer"]["epochs"], lambda: assemble(on_cpu))
-    log.info(f"{identity.name}: finished {finished}, in {path} (delete that folder to run it again)")
+    log.info(f"{identity.title}: finished {finished}, in {path} (delete that folder to run it again)")
     tracker: Tracker = schema.build(config["logger"], "logger")
     if tracker.repeats:
         repeat(tracker, config, identity, path)

@@ -142,7 +142,7 @@ class WandbTracker(Tracker):
             project=self.project,
             entity=self.entity,
             id=_fit(identity.name, ID, r"[^A-Za-z0-9_.-]"),
-            name=_fit(identity.name, NAME),
+            name=_fit(identity.title, NAME),
             group=_fit(identity.group, NAME),
             job_type="train",
             tags=list(dict.fromkeys([*tags, *self.tags])),
