@@ -28,7 +28,7 @@ from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 
 from mtl.cli.cell import Cell, commands, confirmed
-from mtl.cli.command import translate
+from mtl.cli.explain import translate
 from mtl.cli.overrides import parse, refuse_hidden, repeat, spell, unfold
 from mtl.config.identity import CONF
 from mtl.engine.directory import RunDirectory

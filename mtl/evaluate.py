@@ -11,7 +11,7 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from mtl.cli.command import translate
+from mtl.cli.explain import translate
 from mtl.config.identity import safe
 from mtl.data.batches import EvaluationBatches
 from mtl.engine.directory import now, provenance

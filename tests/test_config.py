@@ -66,6 +66,15 @@ class Mine(LossWeighting):
         return self.alpha * losses.sum()
 """
 
+OWN_DIGITS = """
+from dataclasses import dataclass
+from mtl.data.digits import Digits
+
+@dataclass
+class Own(Digits):
+    shift: int = 0
+"""
+
 
 def composed(*overrides: str) -> tuple[dict, dict]:
     """The config as plain Python objects, and the option chosen in each group."""
@@ -158,7 +167,23 @@ def test_a_class_outside_the_repository_is_configured_like_ours(outside):
 MINE = "loss._target_=mymodule.Mine"
 ERRORS = [  # command line, exit code, what the line says
     # the option of a group
-    ("loss=dwaa", 2, "loss=dwaa", "dualproj, dwa, equal", "did you mean dwa?"),
+    ("loss=dwaa", 2, "loss=dwaa: no such option; did you mean dwa? python train.py --help lists all 5"),
+    ("loss=PCGrad", 2, "did you mean pcgrad?"),
+    ("loss=nash-mtl", 2, "did you mean nash_mtl?"),
+    ("loss=zzzz", 2, "loss is one of aligned_mtl, ", ", …; python train.py --help lists all 5"),
+    ("optimizer=rmsprop", 2, "optimizer is one of adam, adamw, "),
+    # what other tools call our keys
+    ("model=resnet18", 2, "did you mean arch=resnet18?"),
+    ("dataset=digits", 2, "did you mean data=digits?"),
+    ("wandb=false", 2, "logger=none"),
+    ("resume=true", 2, "the same command again"),
+    ("checkpoint=last.pt", 2, "the same command again"),
+    ("max_epochs=3", 2, "did you mean trainer.epochs=3?"),
+    ("batch_size=3", 2, "did you mean data.batch_size?"),
+    # what the shell has taken apart
+    ("loss=static loss.weights=fine:1 loss.weights=coarse:0.5", 2, "'loss.weights={fine: 1, coarse: 0.5}'"),
+    ("loss=static loss.weights={fine: 1, coarse: 0.5}", 2, "'loss.weights={fine: 1, coarse: 0.5}'"),
+    ("-m seed=interval(0,3)", 2, "seed=interval(0,3)", "hydra/sweeper=tpe"),
     ("experiment=smok", 2, "experiment=smok", "did you mean smoke?"),
     ("los=dwa", 2, "los:", "unknown key", "did you mean loss?"),
     ("lr=0.1", 2, "lr:", "unknown key", "did you mean optimizer.lr?"),
@@ -230,6 +255,42 @@ def test_a_mistake_is_one_line_and_leaves_nothing(cli, outside, tmp_path, monkey
     assert [words for words in FOREIGN if words in text] == [], text
     # In a process of its own, a warning would be another line.
     assert [w for w in recwarn if issubclass(w.category, (UserWarning, RuntimeWarning, FutureWarning))] == []
+
+
+def test_keys_that_a_file_leaves_out_are_those_of_its_class(cli, tmp_path, monkeypatch):
+    """A YAML of a user's own needs only the class and what differs from its defaults."""
+    (tmp_path / "own_digits.py").write_text(OWN_DIGITS)
+    classes = {"data": "own_digits.Own", "loss": "mtl.losses.CAGrad", "optimizer": "torch.optim.Adam"}
+    for node, target in classes.items():
+        (tmp_path / "conf" / node).mkdir(parents=True)
+        (tmp_path / "conf" / node / "mine.yaml").write_text(f"# mine\n_target_: {target}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = ("--config-dir=conf", "data=mine", "loss=mine", "optimizer=mine", "arch=resnet20", "logger=none",
+            "trainer.epochs=1", "trainer.device=cpu", "seed=0")  # fmt: skip
+    run = cli(*mine, "data.limit_train=64", "data.shift=2", "loss.c=0.2", "optimizer.lr=0.01")
+    assert run.code == 0 and "64 train" in run.out, run.err
+    config = json.loads(json.dumps(OmegaConf.to_container(OmegaConf.load(*tmp_path.rglob("seed0/config.yaml")))))
+    assert config["data"] == {TARGET: "own_digits.Own", "limit_train": 64, "shift": 2} and config["loss"]["c"] == 0.2
+    again = cli(*shlex.split(re.search(r"^reproduce: python train.py (.*)$", run.out, re.M)[1]))
+    assert again.code == 0 and "(delete that folder to run it again)" in again.out
+    plan = cli("-m", *mine, "data.limit_train=64,128", "optimizer.lr=0.01", "study.plan=true")
+    assert plan.code == 0 and "2 runs (2 new)" in plan.out and not plan.err
+    for typo, nearest in {"data.limit_trian": "limit_train", "loss.C": "c", "optimizer.ams_grad": "amsgrad"}.items():
+        wrong = cli(*mine, f"{typo}=1")
+        assert wrong.code == 2 and f"error: {typo}: unknown key" in wrong.err and f"mean {nearest}?" in wrong.err
+    assert len([*tmp_path.rglob("grid.json")]) == 0
+
+
+def test_a_key_behind_the_double_star_needs_a_plus(cli, outside):
+    (outside / "starred.py").write_text("def net(in_channels, tasks, width=1, **more):\n    raise ValueError(more)\n")
+    wrong = cli("data=digits", "arch._target_=starred.net", "~arch.depth", "arch.height=2")
+    assert "arch.height: unknown key; allowed: width" in wrong.err and "write +arch.height=2" in wrong.err
+
+
+def test_the_version_is_ours(cli, capfd):
+    with pytest.raises(SystemExit) as stop:
+        cli("loss=dwa", "--version")
+    assert not stop.value.code and re.fullmatch(r"mtl \d+\.\d+\.\d+\n", capfd.readouterr().out)
 
 
 # ---------------------------------------------------------------------------------------------------------------- grids

@@ -20,12 +20,10 @@ from functools import cache
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
-from mtl.cli.command import translate
+from mtl.cli.explain import composed
 from mtl.config import schema
 from mtl.config.identity import CONF
 from mtl.engine.step import Losses, Step
@@ -144,11 +142,9 @@ def _read(name: str) -> dict:
     words = [f"hydra.searchpath=[{w[len(CONFIGS) :]}]" if w.startswith(CONFIGS) else w for w in words]
     # Hydra keeps one global instance; an earlier command of this process may have left it.
     GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return OmegaConf.to_container(compose("config", [f"loss={choice}", *words]).loss, resolve=True)
-    except (OmegaConfBaseException, HydraException) as error:
-        raise translate(error) from error
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        found = composed(lambda words: compose("config", words).loss, [f"loss={choice}", *words])
+    return OmegaConf.to_container(found, resolve=True)
 
 
 def config(name: str) -> dict:

@@ -26,7 +26,7 @@ from mtl.cli.plan import plan, plan_table
 from mtl.config import schema, source, torchrun
 from mtl.config.identity import identify, own_code
 from mtl.engine.build import check
-from mtl.engine.directory import write_json
+from mtl.engine.directory import RunDirectory, write_json
 from mtl.engine.follow import Follower
 from mtl.engine.outcome import Outcome
 from mtl.engine.replay import objective
@@ -46,10 +46,12 @@ class Study:
     Args:
         plan: show which runs are done and how long the rest will take; train nothing.
         baselines: auto first trains every task alone (loss=single), with the same config and seed.
+        diverged: keep leaves a run alone that has diverged before, since it would do so again; again trains it.
     """
 
     plan: bool = False
     baselines: Literal["none", "auto"] = "none"
+    diverged: Literal["keep", "again"] = "keep"
 
 
 def run_from_hydra(config: DictConfig) -> float | None:
@@ -138,7 +140,10 @@ class Cell:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         if isinstance(error, Busy):
-            self.outcome = Outcome("running elsewhere", error.exit_code, message=str(error))
+            # In a grid it is no failure: the other process reports that run.
+            code = error.exit_code if self.note is None else 0
+            path = identify(self.config, self.choices).directory(self.config["output_root"])
+            self.outcome = Outcome("running elsewhere", code, str(path), str(error))
         elif isinstance(error, UserError):
             # If the engine has reworded an error of the user's own code, the file and line are still missing.
             self.outcome = Outcome("refused", error.exit_code, message=f"{error}{source.blame(error)}")
@@ -151,7 +156,9 @@ class Cell:
         """Note and print the outcome; return the value that a sweeper optimises."""
         outcome, found = confirmed(self.outcome)
         self.outcome = outcome
-        if outcome.message and torchrun.rank() == 0:
+        if outcome.message and outcome.code == 0:
+            log.info(f"elsewhere {outcome.message}")
+        elif outcome.message and torchrun.rank() == 0:
             print(f"error: {outcome.message}", file=sys.stderr)
         if self.away:
             where = f", in {outcome.directory}" if outcome.directory else ""
@@ -191,8 +198,19 @@ def prepared(
     if config["study"]["plan"]:
         yield plan(filled, identity, measured)
         return
+    if config["study"].get("diverged", "keep") == "keep" and (kept := _kept(identity.directory(config["output_root"]))):
+        yield kept
+        return
     with together() as processes, prepare(filled, choices, identity, command, processes) as job:
         yield job
+
+
+def _kept(path: Path) -> Outcome | None:
+    """The outcome of a run that has diverged before: the same config diverges again."""
+    run = RunDirectory(path).run
+    if run.get("status") != "diverged":
+        return None
+    return Outcome("diverged", 1, str(path), f"{run.get('error')} (before; study.diverged=again trains it again)")
 
 
 def confirmed(outcome: Outcome) -> tuple[Outcome, float | None]:
@@ -242,7 +260,7 @@ def commands(config: DictConfig, choices: dict[str, str], words: list[str]) -> l
         raise translate(error) from error
     schema.check(plain.get("study"), "study")
     commands, study = [(plain, choices, words)], schema.build(plain["study"], "study")
-    if torchrun.size() > 1 and study != Study():
+    if torchrun.size() > 1 and (study.plan or study.baselines != "none"):
         raise ConfigError("study: torchrun starts one run at a time; plan and train baselines without it")
     return [*single_tasks(plain, choices, words), *commands] if study.baselines == "auto" else commands
 

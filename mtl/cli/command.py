@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -20,23 +20,23 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from mtl import __version__
 from mtl.cli import launchers
+from mtl.cli.explain import GROUPS, refuse_unquoted, translate, with_known_keys
 from mtl.cli.overrides import parse, spell, spelled, unfold
 from mtl.config import torchrun
 from mtl.config.identity import CONF
 from mtl.config.program import program
-from mtl.errors import ConfigError, SetupError, Terminated, UserError, one_line, remove_empty, suggest
+from mtl.errors import ConfigError, SetupError, Terminated, UserError, remove_empty
 
 TARGET = "_target_"
-GROUPS = (
-    "arch", "data", "loss", "optimizer", "schedule", "step", "microscope", "trainer", "logger", "study", "experiment",
-)  # fmt: skip
 
 
 # The files of a grid's record, ours, Hydra's and its plugins'.
@@ -50,6 +50,8 @@ RECORD = (
 )
 
 
+# Hydra would merge two options of a group into one tracker.
+LOGGERS = dict.fromkeys(("logger=[wandb,tensorboard]", "logger=[tensorboard,wandb]"), "logger=all")
 PATIENCE = 2.0  # seconds after a signal in which further ones are not heard: a closed terminal sends several
 RECORDLESS = "mtl-grid-"  # the start of the temporary folder's name where no record can be kept
 
@@ -84,7 +86,7 @@ class Launch:
             return 0
         from mtl.cli.grid import summarise  # late: it needs the plotting library
 
-        code, empty = summarise(self.directory, kept=not _temporary(self.directory))
+        code, empty = summarise(self.directory, not _temporary(self.directory), interrupted)
         if empty:
             self._discard()
         return code
@@ -139,7 +141,7 @@ def _run(main: Callable[[], None], launched: Launch) -> tuple[int, bool]:
     """The exit code of `main`, and whether a signal ended it."""
     try:
         _read_command()
-        main()
+        _compose_and_run(main, launched)
         code = max(launched.codes, default=0)
     except UserError as error:
         code = _say(error)
@@ -156,6 +158,22 @@ def _run(main: Callable[[], None], launched: Launch) -> tuple[int, bool]:
     except (KeyboardInterrupt, Terminated) as error:
         return _code(error), True
     return code, False
+
+
+def _compose_and_run(main: Callable[[], None], launched: Launch) -> None:
+    """Call `main` with the command line; once more where Hydra refuses a key that the class of a node has."""
+    try:
+        main()
+    except (OmegaConfBaseException, HydraException) as error:
+        mended = None if launched.codes else with_known_keys(sys.argv[1:], error)
+        if mended is None:
+            raise
+        sys.argv[1:] = mended
+        if launched.directory is not None:  # the grid begins anew
+            launched._discard()
+            launched.directory, launched.made = None, []
+        GlobalHydra.instance().clear()
+        _compose_and_run(main, launched)
 
 
 def script(main: Callable[[], None]) -> NoReturn:
@@ -212,6 +230,8 @@ class Grid(Callback):
             kept = [w for w in config.hydra.overrides.hydra if not w.lstrip("+").startswith("hydra.sweep.dir=")]
             config.hydra.overrides.hydra = [*kept, f"hydra.sweep.dir={spell(str(folder))}"]
         note = {"started": time.time(), "cells": _count(config.hydra)}
+        if "study.baselines=auto" in config.hydra.overrides.task:
+            note["bases"] = _count(config.hydra, but=("loss", "step", "study"))
         with suppress(OSError):  # a full disk: as above
             (folder / "grid.json").write_text(json.dumps(note) + "\n")
         if line := launchers.announce(config.hydra):
@@ -247,12 +267,22 @@ def _temporary(folder: Path) -> bool:
     return folder.parent == Path(tempfile.gettempdir()) and folder.name.startswith(RECORDLESS)
 
 
-def _count(hydra: DictConfig) -> int | None:
-    """How many runs a grid has; None if a sweeper decides that as it goes (Optuna)."""
+def _count(hydra: DictConfig, but: Collection[str] = ()) -> int | None:
+    """How many cells a grid has; None if a sweeper decides that as it goes (Optuna), or will refuse the words.
+
+    Args:
+        hydra: Hydra's config.
+        but: nodes whose values do not count.
+    """
     if not str(hydra.sweeper[TARGET]).endswith("BasicSweeper"):
         return None
     words = [*(f"{k}={v}" for k, v in (hydra.sweeper.params or {}).items()), *hydra.overrides.task]
-    sweeps = [o for o in OverridesParser.create().parse_overrides(words) if o.is_sweep_override()]
+    running = GlobalHydra.instance()  # its loader knows the options of a group, which glob(*) selects from
+    parser = OverridesParser.create(running.config_loader() if running.is_initialized() else None)
+    sweeps = [o for o in parser.parse_overrides(words) if o.is_sweep_override()]
+    sweeps = [sweep for sweep in sweeps if sweep.key_or_group.partition(".")[0] not in but]
+    if not all(sweep.is_discrete_sweep() for sweep in sweeps):
+        return None
     return math.prod(sum(1 for _ in sweep.sweep_string_iterator()) for sweep in sweeps)
 
 
@@ -263,46 +293,15 @@ def _say(error: UserError) -> int:
 
 
 def _read_command() -> None:
+    if "--version" in sys.argv[1:]:
+        print(f"mtl {__version__}")
+        sys.exit(0)
     arguments = unfold(parse(sys.argv[1:]))
+    refuse_unquoted(arguments.overrides)
+    arguments.overrides = [LOGGERS.get(word, word) for word in arguments.overrides]
     sys.argv[1:] = spelled(arguments)
     if arguments.multirun and torchrun.size() > 1:
         raise ConfigError("-m: torchrun starts one run at a time; leave -m away and call it once for each run")
-
-
-def translate(error: Exception, words: Sequence[str] | None = None) -> UserError:
-    """Hydra's, OmegaConf's and the launchers' errors of many lines, in one line each.
-
-    Args:
-        words: of the command line; None for this process's own.
-    """
-    words = sys.argv[1:] if words is None else words
-    if known := launchers.explain(error):
-        return known
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    text = str(error)
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
-        text = f"{group}={option}: no such option; {group} is one of {', '.join(error.options)}"
-        return ConfigError(text + suggest(option, error.options))
-    if isinstance(error, OverrideParseException):
-        advice = "write it without spaces around = and quote values that hold spaces, commas or ~"
-        return ConfigError(f"{error.override!r} is not KEY=VALUE; {advice}")
-    if text.startswith("Ambiguous value for argument"):
-        override = text.partition("'")[2].partition("'\n")[0]
-        command = shlex.join([*program(), "-m", *words])
-        return ConfigError(f"{override}: several values make a grid, which needs -m: {command}")
-    if text.startswith("Config group override must be"):
-        names = {word.partition("=")[0] for word in words}
-        group = next((g for g in GROUPS if g in names), "a config group")
-        return ConfigError(f"{group}: must be the name of one of its options, see --help ({one_line(text)})")
-    if isinstance(getattr(cause, "parent_node", None), DictConfig) and " not in " in str(cause):
-        # The user means a key of that name one level deeper (lr: optimizer.lr), or the most similar key of this level.
-        allowed, key = sorted(str(k) for k in cause.parent_node if k not in (TARGET, "hydra")), cause.full_key
-        word, nodes = key.rpartition(".")[2], OmegaConf.to_container(cause.parent_node, resolve=False)
-        deeper = [f"{name}.{word}" for name in allowed if isinstance(nodes[name], dict) and word in nodes[name]]
-        nearest = f"; did you mean {' or '.join(deeper)}?" if deeper else suggest(word, allowed)
-        return ConfigError(f"{key}: unknown key; allowed: {', '.join(allowed) or 'none'}{nearest}")
-    return ConfigError(one_line(cause))
 
 
 def describe_groups() -> str:

@@ -7,18 +7,22 @@ import shlex
 import statistics
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mtl.config.program import program
+from mtl.errors import UserError
 from mtl.report import summaries
 from mtl.report.names import visible
 from mtl.report.protocols import benchmarks
 from mtl.report.runs import Collection, load
 from mtl.report.scores import Scores
-from mtl.tracking.console import duration
+from mtl.tracking.console import count, duration
+
+ELSEWHERE, POLL = "running elsewhere", 1.0  # a run's status; seconds between two looks at it
 
 
 def progress(folder: Path) -> str:
@@ -27,27 +31,49 @@ def progress(folder: Path) -> str:
     Args:
         folder: of the grid, with grid.json and a cell-*.json for each run that has begun.
     """
-    # Single-task baselines do not count: nobody knows beforehand how many there will be.
-    grid, cells = json.loads((folder / "grid.json").read_text()), _outcomes(folder, "cell-?????.json")
-    counts = Counter("failed" if c["code"] else c["status"] for c in cells)
-    done = len(cells) - counts["running"]
-    said = ", ".join(f"{counts[s]} {s}" for s in ("finished", "failed", "running") if counts[s])
+    grid, cells = json.loads((folder / "grid.json").read_text()), _outcomes(folder)
+    total, begun = _total(folder, grid, len(cells)), cells
+    if not grid.get("bases"):  # nobody knows how many single-task baselines there will be: they do not count
+        total, begun = grid["cells"], _outcomes(folder, "cell-?????.json")
+    counts = Counter(_kind(c) for c in begun)
+    done = len(begun) - counts["running"]
+    said = ", ".join(f"{counts[s]} {s}" for s in ("finished", "failed", "elsewhere", "running") if counts[s])
     # A run that was finished before took no time, so it does not help the estimate.
-    took = [c["seconds"] for c in cells if c.get("seconds", 0) > 1]
+    took = [c["seconds"] for c in begun if c.get("seconds", 0) > 1]
     elapsed = time.time() - grid["started"]  # not positive where the clock was set back
     left = ""
-    if grid["cells"] and took and done < grid["cells"]:
+    if total and took and done < total:
         at_once = max(1.0, sum(took) / elapsed) if elapsed > 0 else 1.0
-        left = f", about {duration(statistics.fmean(took) * (grid['cells'] - done) / at_once)} left"
-    return f"grid      {done} of {grid['cells'] or 'an open number of'} runs done ({said}){left}"
+        left = f", about {duration(statistics.fmean(took) * (total - done) / at_once)} left"
+    return f"grid      {done} of {total or 'an open number of'} runs done ({said}){left}"
 
 
-def summarise(folder: Path, kept: bool) -> tuple[int, bool]:
+def _kind(outcome: dict[str, Any]) -> str:
+    return "failed" if outcome["code"] else "elsewhere" if outcome["status"] == ELSEWHERE else outcome["status"]
+
+
+def _total(folder: Path, grid: dict[str, Any], begun: int) -> int | None:
+    """How many runs the grid has, its single-task baselines included; None if a sweeper decides that as it goes.
+
+    Args:
+        folder: of the grid.
+        grid: the content of grid.json: the number of `cells`, and of `bases`: cells that differ beyond the method.
+        begun: how many runs have begun. There cannot be less.
+    """
+    if not grid.get("cells"):
+        return None
+    # The notes of a cell's baselines are cell-00000-0.json, -1.json, …: one for each task.
+    tasks = max((int(file.stem.rpartition("-")[2]) + 1 for file in folder.glob("cell-?????-*.json")), default=0)
+    return max(begun, grid["cells"] + tasks * grid.get("bases", 0))
+
+
+def summarise(folder: Path, kept: bool, interrupted: bool = False) -> tuple[int, bool]:
     """Print the table of a grid, draw its learning curves, suggest the next commands.
 
     Args:
         folder: of the grid.
         kept: whether the folder stays; a temporary one gets no figure.
+        interrupted: by a signal, so that runs of other processes are not waited for.
 
     Returns:
         0 if every cell finished, else the largest exit code of a cell; and whether nobody needs the grid's record: it
@@ -59,6 +85,8 @@ def summarise(folder: Path, kept: bool) -> tuple[int, bool]:
 
         print(f"\n{plan_table(plans)}")
         return max(o["code"] for o in outcomes), True
+    if not interrupted:
+        _wait([Path(o["directory"]) for o in outcomes if o["status"] == ELSEWHERE])
     found = load([o["directory"] for o in outcomes if o["directory"] and Path(o["directory"]).is_dir()])
     outcomes = [_as_found(o, found) for o in outcomes]
     figures: list[Path] = []
@@ -79,11 +107,9 @@ def summarise(folder: Path, kept: bool) -> tuple[int, bool]:
         print(f"best validation value: {best['best_value']:.4g}, by {words}")
     failed = [o for o in outcomes if o["status"] != "finished"]
     for o in failed:
-        status = "interrupted" if o["status"] == "running" else o["status"]
-        print(f"{status}: {o['command']}{': ' if o['message'] else ''}{o['message']}")
+        print(f"{o['status']}: {o['command']}{': ' if o['message'] else ''}{o['message']}")
     _say_doubts(found, {Path(o["directory"]).resolve() for o in failed if o["directory"]})
-    rest = "runs what is missing" if failed else "finds them and trains nothing"
-    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} runs finished; the same command again {rest}")
+    print(_closing(folder, outcomes))
     if found.runs:
         root = found.runs[0].directory.parents[4]
         print(f"compare:  python -m mtl.report {root}   (Δm, ranks, differences by seed, a page with all figures)")
@@ -92,6 +118,39 @@ def summarise(folder: Path, kept: bool) -> tuple[int, bool]:
             print(f"next:     {start} trainer.epochs=10 data.limit_train=10000   (CIFAR-100, downloaded once)")
     nothing = all(o["status"] == "refused" for o in outcomes) or not kept
     return max((o["code"] for o in outcomes), default=0), nothing
+
+
+def _closing(folder: Path, outcomes: list[dict[str, Any]]) -> str:
+    """How many runs have finished, of all that were asked for, and what became of the others."""
+    file = folder / "grid.json"
+    total = (_total(folder, json.loads(file.read_text()), len(outcomes)) if file.exists() else None) or len(outcomes)
+    counts = Counter(o["status"] for o in outcomes)
+    finished = counts.pop("finished", 0)
+    counts["not begun"] = total - len(outcomes)
+    said = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
+    rest = "finds them and trains nothing" if finished == total else "runs what is missing"
+    if counts["diverged"] == total - finished > 0:
+        rest = "leaves what has diverged; study.diverged=again trains it"
+    return f"{finished} of {total} runs finished{f' ({said})' if said else ''}; the same command again {rest}"
+
+
+def _wait(directories: list[Path]) -> None:
+    """Wait for runs of this grid at which other processes are at work, so that the table is whole."""
+    from mtl.engine.directory import RunDirectory  # late: it needs torch
+
+    def at_work(directory: Path) -> bool:
+        with suppress(UserError):
+            return RunDirectory(directory).busy and RunDirectory(directory).run.get("status") == "running"
+        return False
+
+    told = False
+    with suppress(KeyboardInterrupt):  # the table without them
+        while running := [d for d in directories if at_work(d)]:
+            if not told:
+                runs = count(len(running), "run")
+                print(f"waiting   for {runs} of another process; Ctrl-C shows the table without", flush=True)
+                told = True
+            time.sleep(POLL)
 
 
 def _say_doubts(found: Collection, said: set[Path], most: int = 5) -> None:
@@ -112,11 +171,14 @@ def _say_doubts(found: Collection, said: set[Path], most: int = 5) -> None:
 
 
 def _as_found(outcome: dict[str, Any], found: Collection) -> dict[str, Any]:
-    """The outcome; if the table leaves a finished run out, the outcome explains why: damaged or missing files."""
-    if outcome["status"] != "finished":
-        return outcome
+    """The outcome as its run's files say it now: another process may have finished it, or its files are damaged."""
     directory = Path(outcome["directory"])
-    if any(run.directory.resolve() == directory.resolve() for run in found.runs):
+    here = any(run.directory.resolve() == directory.resolve() for run in found.runs)
+    if outcome["status"] == ELSEWHERE and here:
+        return {**outcome, "status": "finished", "code": 0, "message": ""}
+    if outcome["status"] == "running":
+        return {**outcome, "status": "interrupted"}
+    if outcome["status"] != "finished" or here:
         return outcome
     reasons = {path.resolve(): reason for path, reason in found.damaged}
     reason = reasons.get(directory.resolve(), "its folder is gone or no longer says that it finished")

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import statistics
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mtl.config.identity import Identity
+import yaml
+
+from mtl.config.identity import Identity, canonical, decisive, today
 from mtl.data.batches import EvaluationBatches, TrainingBatches
 from mtl.engine.build import assemble
 from mtl.engine.directory import RunDirectory
 from mtl.engine.outcome import Outcome
-from mtl.tracking.console import duration, table
+from mtl.errors import UserError
+from mtl.tracking.console import count, duration, table
 
 log = logging.getLogger("mtl")
 STEPS = 3  # timed, after one that is not
@@ -41,11 +46,13 @@ def plan(config: Mapping[str, Any], identity: Identity, measured: dict[str, floa
     status, epochs = directory.run.get("status", "new"), config["trainer"]["epochs"]
     if status == "running" and not directory.busy:
         status = "interrupted"  # killed before it could note that
-    left = 0 if status == "finished" else epochs - len(directory.rows())
+    settled = status == "finished" or (status == "diverged" and config["study"].get("diverged") != "again")
+    left = 0 if settled else epochs - len(directory.rows())
     seconds, source = 0.0, ""
     if left:
         seconds, source = _epoch_seconds(config, identity, path, measured)
-    found = {"name": identity.name, "state": status, "epochs": left, "seconds": left * seconds, "source": source}
+    found = {"name": identity.title, "state": status, "epochs": left, "seconds": left * seconds, "source": source,
+             "others": _of_other_epochs(config, path) if status == "new" else []}  # fmt: skip
     return Outcome("planned", 0, str(path), plan=found)
 
 
@@ -57,10 +64,33 @@ def plan_table(plans: Sequence[Mapping[str, Any]]) -> str:
     ]
     said = ", ".join(f"{n} {state}" for state, n in Counter(p["state"] for p in plans).items())
     total = duration(sum(p["seconds"] for p in plans))
-    return (
-        table(["run", "state", "epochs left", "time", "known"], rows)
-        + f"\n{len(plans)} runs ({said}); about {total} of training left, one after another on this machine"
-    )
+    lines = [
+        table(["run", "state", "epochs left", "time", "known"], rows),
+        f"{count(len(plans), 'run')} ({said}); about {total} of training left, one after another on this machine",
+    ]
+    if longer := [p for p in plans if p.get("others")]:
+        known = sorted({epochs for p in longer for epochs in p["others"]})
+        lines.append(
+            f"note: {len(longer)} of the new runs {'has' if len(longer) == 1 else 'have'} finished with another number "
+            f"of epochs ({', '.join(map(str, known))}); a run cannot be lengthened, so these start from the first epoch"
+        )
+    return "\n".join(lines)
+
+
+def _of_other_epochs(config: Mapping[str, Any], path: Path) -> list[int]:
+    """The epochs of finished runs that share all the rest of the config, and the seed."""
+
+    def rest(node: Mapping[str, Any]) -> str:
+        content = decisive({**node, "trainer": {**node["trainer"], "epochs": 0}})
+        return json.dumps(canonical(content), sort_keys=True)
+
+    found = []
+    for folder in sorted(path.parents[1].glob(f"*/{path.name}")):
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError, UserError):
+            other = today(yaml.safe_load((folder / "config.yaml").read_text()))
+            if RunDirectory(folder).run.get("status") == "finished" and rest(other) == rest(config):
+                found.append(other["trainer"]["epochs"])
+    return found
 
 
 def _epoch_seconds(

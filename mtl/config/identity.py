@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mtl.config import source
+from mtl.config.variants import variant
 from mtl.errors import ConfigError
 
 _INSTALLED = Path(__file__).parents[1] / "conf"
@@ -62,6 +63,8 @@ class Identity:
         data, arch, loss: the chosen config options.
         digest: 8 hex digits of the config's hash; the same for all seeds.
         seed: the run's seed.
+        variant: what differs from the chosen options, such as "ink" of loss=single or "c0.2" of loss=cagrad. It is for
+            people, and no part of a path or an id.
     """
 
     data: str
@@ -69,6 +72,7 @@ class Identity:
     loss: str
     digest: str
     seed: int
+    variant: str = ""
 
     @property
     def group(self) -> str:
@@ -79,6 +83,11 @@ class Identity:
     def name(self) -> str:
         """A readable and unique name, such as resnet56-dwa-s0-1a2b3c4d. It is also the W&B id."""
         return f"{self.arch}-{self.loss}-s{self.seed}-{self.digest}"
+
+    @property
+    def title(self) -> str:
+        """The name for people, such as resnet20-single-ink-s0-1a2b3c4d."""
+        return "-".join(filter(None, [self.arch, self.loss, self.variant, f"s{self.seed}", self.digest]))
 
     def directory(self, output_root: str | Path) -> Path:
         """The folder into which the run writes."""
@@ -115,6 +124,7 @@ def identify(config: Mapping[str, Any], choices: Mapping[str, str]) -> Identity:
         loss=safe(loss),
         digest=hashlib.sha256(text.encode()).hexdigest()[:8],
         seed=config["seed"],
+        variant=variant(config, choices, CONF),
     )
 
 

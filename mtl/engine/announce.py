@@ -37,7 +37,7 @@ def header(config: Mapping[str, Any], identity: Identity, benchmark: Benchmark, 
     samples = ", ".join(f"{size:,} {name}" for name, size in sizes.items())
     heads = "" if isinstance(strategy, LossWeighting) else f", heads: {strategy.heads} gradient"
     lines = {
-        "run": identity.name,
+        "run": identity.title,
         "data": f"{identity.data}: {samples}; tasks {', '.join(f'{t.name} ({t.outputs})' for t in learner.tasks)}",
         "model": f"{identity.arch}: {count_parameters(learner.model):,} parameters, "
         f"{count_macs(learner.model, benchmark.one()) / 1e6:,.1f} MMAC an image",

@@ -97,7 +97,7 @@ def _look_again(config: Mapping[str, Any], identity: Identity, path: Path, finis
     # A damaged summary is written anew, for which the model must be built. This machine may lack the run's GPU.
     on_cpu = {**config, "trainer": {**config["trainer"], "device": "cpu"}}
     inspect(RunDirectory(path), identity.name, config["trainer"]["epochs"], lambda: assemble(on_cpu))
-    log.info(f"{identity.name}: finished {finished}, in {path} (delete that folder to run it again)")
+    log.info(f"{identity.title}: finished {finished}, in {path} (delete that folder to run it again)")
     tracker: Tracker = schema.build(config["logger"], "logger")
     if tracker.repeats:
         repeat(tracker, config, identity, path)

@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mtl.cli.command import translate
+from mtl.cli.explain import translate
 from mtl.cli.overrides import refuse_second
 from mtl.config.identity import CONF
 from mtl.config.schema import build, check

@@ -36,7 +36,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mtl.cli.command import translate
+from mtl.cli.explain import composed, translate
 from mtl.cli.overrides import refuse_second
 from mtl.config.identity import CONF, identify
 from mtl.config.program import child, program
@@ -96,7 +96,7 @@ class Method:
             ConfigError: the config is wrong, or it holds out no validation data.
         """
         try:
-            config = compose("config", self.words, return_hydra_config=True)
+            config = composed(lambda words: compose("config", words, return_hydra_config=True), self.words)
             choices, runs = dict(config.hydra.runtime.choices), []
             OmegaConf.set_struct(config, False)
             del config["hydra"]

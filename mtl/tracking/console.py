@@ -26,6 +26,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
 
 
+def count(number: int, noun: str) -> str:
+    """1 epoch, 2 epochs."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def duration(seconds: float) -> str:
     """75 → '1m15s', 4000 → '1h06m'."""
     minutes, s = divmod(round(seconds), 60)

@@ -31,8 +31,11 @@ class TensorBoardTracker(Tracker):
         # A kill may have kept the last rows out of an earlier file. So all rows are written again, and `purge_step`
         # makes readers drop the earlier ones.
         folder = info.directory / "tensorboard"
+        self._info = info
         with self._harmless():
             self._writer = self._writer_class(str(folder), purge_step=1 if folder.exists() else None)
+            text = "\n".join(f"    {key}: {value}" for key, value in info.config.items())  # indented: as it stands
+            self._writer.add_text("config", text)
             for row in info.rows:
                 self._add(row)
         if self._writer is None:
@@ -48,8 +51,24 @@ class TensorBoardTracker(Tracker):
     def finish(self, summary: Mapping[str, Any], ok: bool) -> None:
         if self._writer is not None:
             with self._harmless():
+                self._compare(summary)
                 self._writer.close()
             self._writer = None
+
+    def _compare(self, summary: Mapping[str, Any]) -> None:
+        """A row in the tab HPARAMS: the config, and the best and last test metrics."""
+        from torch.utils.tensorboard.summary import hparams
+
+        info = self._info
+        config = {**info.config, "data": info.identity.data, "arch": info.identity.arch, "loss": info.identity.loss}
+        plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in config.items()}
+        found = {k.removesuffix(".value").replace(".", "/"): v for k, v in summary.items()
+                 if k.startswith("last.") or (k.startswith("best.") and k.endswith(".value"))}  # fmt: skip
+        # `add_hparams` would write to a folder of its own, which counts as another run.
+        for part in hparams(plain, found):
+            self._writer.file_writer.add_summary(part)
+        for key, value in found.items():
+            self._writer.add_scalar(key, value)
 
     def _add(self, row: Mapping[str, float]) -> None:
         for key, value in row.items():

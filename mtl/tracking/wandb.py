@@ -85,8 +85,10 @@ class WandbTracker(Tracker):
                 mode = "disabled"
             elif mode != "offline":
                 # Before init, which would prompt the user for a login.
-                mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
-                if mode == "offline":
+                mode, refused = _logged_in(wandb)
+                if refused:
+                    wish = f"W&B refused the key ({refused}), so "
+                elif mode == "offline":
                     wish = "not logged in (wandb login), so " if self.mode == "online" else ""
                 elif not _reachable(url := wandb.setup().settings.base_url):
                     mode, wish = "offline", f"{url} cannot be reached, so "
@@ -140,7 +142,7 @@ class WandbTracker(Tracker):
             project=self.project,
             entity=self.entity,
             id=_fit(identity.name, ID, r"[^A-Za-z0-9_.-]"),
-            name=_fit(identity.name, NAME),
+            name=_fit(identity.title, NAME),
             group=_fit(identity.group, NAME),
             job_type="train",
             tags=list(dict.fromkeys([*tags, *self.tags])),
@@ -214,6 +216,14 @@ def _fit(text: str, limit: int, forbidden: str = r"[\x00-\x1f]") -> str:
 def _slashed(key: str) -> str:
     """best.test/fine_accuracy.value as best/fine_accuracy: W&B would read a dot as nesting."""
     return key.removesuffix(".value").replace(".test/", "/").replace(".", "/")
+
+
+def _logged_in(wandb: Any) -> tuple[str, str]:
+    """online or offline, and what is wrong with the key."""
+    try:
+        return ("online" if wandb.login(prompt=False, verify=False) else "offline"), ""
+    except Exception as error:  # a key of another length, say
+        return "offline", _first_line(error)
 
 
 def _reachable(url: str) -> bool:
