@@ -34,6 +34,7 @@ class Benchmark(ABC):
         residency: where inputs and labels live. auto: on the training device when they fit into half of its free
             memory.
         workers: DataLoader processes when the data stays on the host.
+        eval_batch_size: samples that are evaluated together. They may be more than in training, as no gradient is kept.
 
     Attributes:
         tasks: the tasks; the first one's main score chooses the best epoch.
@@ -47,6 +48,7 @@ class Benchmark(ABC):
     val_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0
     residency: Literal["auto", "device", "host"] = "auto"
     workers: Annotated[int, Ge(0)] = 2
+    eval_batch_size: Annotated[int, Ge(1)] = 500
 
     tasks: ClassVar[Sequence[Task]]
     inputs: ClassVar[Mapping[str, Input]]
@@ -120,6 +122,8 @@ def build_benchmark(node: Mapping[str, Any]) -> Benchmark:
         raise ConfigError(f"data.{schema.TARGET}={node[schema.TARGET]}: must make a Benchmark, not {benchmark!r:.60}")
     try:
         check_declared(benchmark)
+    except UserError:  # a file that says how large the images are is missing
+        raise
     except Exception as error:
         # What we refuse begins with the attribute's name; the rest comes from a property of the user's own.
         ours = isinstance(error, ValueError) and not blame(error)

@@ -77,15 +77,14 @@ class TrainingBatches:
 
 
 class EvaluationBatches:
-    """All samples in order, not augmented.
+    """All samples in order, not augmented, in batches of the benchmark's `eval_batch_size`.
 
-    Args: as `TrainingBatches`; the batches are larger because no gradient is kept.
+    Args: as `TrainingBatches`.
     """
-
-    batch_size = 500
 
     def __init__(self, split: Split, benchmark: Benchmark, device: torch.device):
         self.benchmark, self.device, self.size = benchmark, device, len(split)
+        self.batch_size = benchmark.eval_batch_size
         self.resident = _resident(split, benchmark, device)
         self.split = split.to(device) if self.resident else split
 
