@@ -1,5 +1,6 @@
 """Backbones and the multi-task model against published sizes and torchvision's nets."""
 
+import inspect
 import random
 import re
 from pathlib import Path
@@ -13,34 +14,40 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mtl.archs.check import ArchError, check_model
-from mtl.archs.model import HardSharing, count_macs, count_parameters
+from mtl.archs.model import HardSharing, Model, count_macs, count_parameters
 from mtl.archs.resnet import ResNet, WideResNet
 from mtl.archs.vgg import VGG16BN
 from mtl.config import schema
-from mtl.tasks import Classification, Regression
+from mtl.tasks import Classification, Depth, Normals, Regression, Segmentation
 
 FILES = {file.stem: file for file in sorted((Path(__file__).parents[1] / "conf" / "arch").glob("*.yaml"))}
 del FILES["point"]  # no network: tests/test_toy_data.py
 del FILES["timm"]  # an extra: tests/test_torchvision_arch.py
 FINE, COARSE, INK = Classification("fine", 100), Classification("coarse", 20), Regression("ink")
-SMALL = {"wide_resnet": {"width": 1}}
+NYUV2 = Segmentation("segmentation", 13), Depth("depth"), Normals("normals")
+SMALL = {
+    "wide_resnet": {"width": 1}, "segnet": {"width": 4}, "segnet_mtan": {"width": 4}, "unet": {"width": 4},
+    "deeplabv3": {"width": 4, "depth": 18}, "deeplabv3plus": {"width": 4, "depth": 18},
+}  # fmt: skip
 
 
-def build(arch: str, tasks=(FINE, COARSE), in_channels: int = 3, seed: int = 0, **overrides) -> HardSharing:
+def build(arch: str, tasks=(FINE, COARSE), in_channels: int = 3, seed: int = 0, **overrides) -> Model:
     """The model of a config file; `overrides` as on the command line."""
     torch.manual_seed(seed)
     node = {**yaml.safe_load(FILES[arch].read_text()), **overrides}
-    return HardSharing(schema.build(node, "arch", in_channels=in_channels), tasks)
+    whole = "tasks" in inspect.signature(schema.locate(node["_target_"], "arch")).parameters
+    built = schema.build(node, "arch", in_channels=in_channels, **({"tasks": tasks} if whole else {}))
+    return built if whole else HardSharing(built, tasks)
 
 
 def images(*shape: int) -> dict[str, torch.Tensor]:
     return {"image": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
 
 
-def sizes(arch: str, tasks) -> tuple[int, int]:
+def sizes(arch: str, tasks, height: int = 32, width: int = 32) -> tuple[int, int]:
     with torch.device("meta"):
         model = build(arch, tasks)
-        return count_parameters(model), count_macs(model, images(1, 3, 32, 32))
+        return count_parameters(model), count_macs(model, images(1, 3, height, width))
 
 
 @torch.no_grad()
@@ -66,10 +73,11 @@ def test_published_sizes(arch, two_heads, mmacs, published):
 
 @pytest.mark.parametrize("arch", FILES)
 def test_sizes_in_config_comments(arch):
-    """Every config file states the sizes of its net with both tasks."""
-    found = re.search(r"([\d.]+) M parameters, ([\d.]+) ([MG])MAC", FILES[arch].read_text())
-    parameters, macs = sizes(arch, (FINE, COARSE))
-    measured = f"{parameters / 1e6:.2g} M parameters, {macs / 1e6:.2g} MMAC"
+    """Every config file states the sizes of its net: with CIFAR-100's tasks, or with NYUv2's where it names NYUv2."""
+    first = FILES[arch].read_text().partition("\n")[0]
+    found = re.search(r"([\d.]+) M parameters, ([\d.]+) ([MG])MAC", first)
+    parameters, macs = sizes(arch, NYUV2, 288, 384) if "NYUv2" in first else sizes(arch, (FINE, COARSE))
+    measured = f"{parameters / 1e6:.3g} M parameters, {macs / 1e6:.3g} MMAC"
     assert found, f"conf/arch/{arch}.yaml: end its first line with: {measured}"
     for text, value in ((found[1], parameters / 1e6), (found[2], macs / {"M": 1e6, "G": 1e9}[found[3]])):
         rounded = f"{value:.{len(text.partition('.')[2])}f}"
@@ -103,7 +111,7 @@ def test_forward_and_parameters(arch, in_channels):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     parts = [*model.shared_parameters(), *(p for t in model.heads for p in model.own_parameters(t))]
     assert sorted(map(id, parts)) == sorted(map(id, model.parameters()))
-    assert [p.shape for p in model.own_parameters("coarse")] == [(20, model.backbone.out_features), (20,)]
+    assert [p.shape for p in model.own_parameters("coarse")][-2:] == [(20, model.trunk.out_features), (20,)]
 
 
 @pytest.mark.parametrize("arch", ["resnet20", "vgg16_bn", "wide_resnet"])

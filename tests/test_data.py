@@ -177,12 +177,12 @@ class Mapped(Numbered):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux counts memory there")
 @pytest.mark.parametrize("residency", ["host", "auto"])
-def test_mapped_images_are_not_copied(residency, tmp_path, monkeypatch):
+def test_mapped_images_are_not_copied(residency, tmp_path):
     """Neither by limits and hold-out nor by batches: memory grows by less than a twentieth of 60 MB."""
-    monkeypatch.setattr(EvaluationBatches, "batch_size", 4)
 
     def read(size: int) -> int:
-        benchmark = Mapped(batch_size=4, limit_train=size - 1, val_fraction=0.1, residency=residency, workers=0)
+        sizes = {"batch_size": 4, "eval_batch_size": 4, "limit_train": size - 1, "val_fraction": 0.1}
+        benchmark = Mapped(residency=residency, workers=0, **sizes)
         benchmark.size, benchmark.file = size, tmp_path / f"{size}"
         with benchmark.file.open("wb") as file:
             file.truncate(size * 30_000)

@@ -401,12 +401,11 @@ def test_an_epochs_losses_reach_the_strategy(build):
     torch.testing.assert_close(weights, expected)
 
 
-def test_evaluation_is_the_mean_over_all_samples(build, monkeypatch):
+def test_evaluation_is_the_mean_over_all_samples(build):
     """40 samples in batches of 13, against one forward pass of them all."""
     learner, batches = build()
     learner.train_epoch(batches, 0)
-    monkeypatch.setattr(EvaluationBatches, "batch_size", 13)
-    benchmark = Digits(limit_test=40)
+    benchmark = Digits(limit_test=40, eval_batch_size=13)
     split = benchmark.splits()["test"]
     row = learner.evaluate(EvaluationBatches(split, benchmark, learner.device), "test")
     with torch.no_grad():

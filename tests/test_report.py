@@ -95,6 +95,14 @@ def column(table, name):
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_run_from_before_an_option_was_added_is_under_the_same_protocol(tmp_path):
+    """data.eval_batch_size and trainer.stages at their defaults, beside a run that knows neither."""
+    old, new = write(tmp_path / "a"), write(tmp_path / "b", "dwa", data__eval_batch_size=500, trainer__stages=[])
+    found = load([tmp_path])
+    assert [{g.name for g in b.groups} for b in benchmarks(found.runs)] == [{"equal", "dwa"}]
+    assert old.parents[1].name == "equal" and new.parents[1].name == "dwa"
+
+
 def test_unfinished_and_damaged_directories_are_named_and_left_out(tmp_path):
     good = write(tmp_path)
     write(tmp_path, seed=1, status="diverged", error="fine loss became nan")

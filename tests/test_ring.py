@@ -254,10 +254,9 @@ def test_a_table_trains_through_the_command_line(own, loss):
     assert rows[1]["train/size_loss"] < rows[0]["train/size_loss"]
 
 
-def test_an_epoch_of_shuffled_batches_equals_the_whole_split_at_once(build, monkeypatch):
+def test_an_epoch_of_shuffled_batches_equals_the_whole_split_at_once(build):
     """Batches of 16, with unequal numbers of labels; the weights stand still, as the rate is next to nothing."""
-    monkeypatch.setattr(EvaluationBatches, "batch_size", 7)
-    learner, batches = build("Table", "MLP", "optimizer.lr=1e-30", "optimizer.weight_decay=0")
+    learner, batches = build("Table", "MLP", "data.eval_batch_size=7", "optimizer.lr=1e-30", "optimizer.weight_decay=0")
     counts = [int(learner.tasks[0].count(batch["kind"])) for batch in batches.epoch(0)]
     assert len(set(counts)) > 1
     row, expected = learner.train_epoch(batches, 0), by_hand(learner, batches.split.columns)

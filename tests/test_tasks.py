@@ -65,7 +65,9 @@ def check(task: Task, target: torch.Tensor) -> None:
     """What loading says of the labels of a training split."""
     split = Split({"x": torch.zeros(len(target), 1), task.column: target})
     try:
-        check_loaded(SimpleNamespace(inputs={"x": Numbers((1,))}, tasks=(task,), augment=()), {"train": split, "test": split})
+        check_loaded(
+            SimpleNamespace(inputs={"x": Numbers((1,))}, tasks=(task,), augment=()), {"train": split, "test": split}
+        )
     except SetupError as error:
         raise ValueError(str(error)) from error
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from annotated_types import Ge
 from torch import Tensor, nn
 
+from mtl.archs.maps import check_size, labels_pixels, pooled
 from mtl.tasks import Task
-from mtl.views import Fixed
 
 STRIDE = 4
 
@@ -38,8 +38,8 @@ class FCN(nn.Module):
 
     def decoder(self, task: Task) -> nn.Module:
         """Two convolutions and upsampling to the images' size for a dense task; else a mean and a linear layer."""
-        if isinstance(task.moves, Fixed):  # one label for the whole image, such as a class
-            return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(self.out_features, task.outputs))
+        if not labels_pixels(task):  # one label for the whole image, such as a class
+            return pooled(self.out_features, task.outputs)
         return nn.Sequential(
             nn.Conv2d(self.out_features, self.out_features // 2, 3, padding=1), nn.ReLU(),
             nn.Conv2d(self.out_features // 2, task.outputs, 1),
@@ -52,9 +52,7 @@ class FCN(nn.Module):
         Raises:
             ValueError: height or width is not a multiple of 4.
         """
-        height, width = x.shape[2:]
-        if height % STRIDE or width % STRIDE:
-            raise ValueError(f"FCN needs images whose height and width are multiples of {STRIDE}, not {height}x{width}")
+        check_size(x, STRIDE, "FCN")
         x = self.deep(self.down(self.stem(x)))
         x = x + self.wide(x)  # shortcuts, so that the dilated layers only add context to local features
         return x + self.wider(x)

@@ -119,7 +119,7 @@ def _measure(config: Mapping[str, Any]) -> float:
     train_on(1)  # the first step pays for allocations and for the choice of algorithms
     seconds = train_on(STEPS) * max(1, len(train) / size)
     for name, split in splits.items():
-        batches = EvaluationBatches(split.select(slice(EvaluationBatches.batch_size)), benchmark, learner.device)
+        batches = EvaluationBatches(split.select(slice(benchmark.eval_batch_size)), benchmark, learner.device)
         since = time.perf_counter()
         learner.evaluate(batches, name)
         seconds += (time.perf_counter() - since) * len(split) / batches.size

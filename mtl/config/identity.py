@@ -41,6 +41,7 @@ EXCLUDED = (
 ADDED: dict[str, Any] = {
     "loss.mean@mtl.losses.GradNorm": "arithmetic",
     "trainer.stages": [],
+    "data.eval_batch_size": 500,
 }
 
 # Classes of mtl that were moved or renamed: {today's path: the path that goes into the hash}.
@@ -117,7 +118,7 @@ def identify(config: Mapping[str, Any], choices: Mapping[str, str]) -> Identity:
     if own := own_code(config):
         content["source"] = own
     # Sorted keys, so that the order of options on the command line does not matter.
-    text = json.dumps(canonical(_as_before(content)), sort_keys=True)
+    text = json.dumps(canonical(as_before(content)), sort_keys=True)
     return Identity(
         data=safe(data),
         arch=safe(arch),
@@ -192,7 +193,7 @@ def today(config: Mapping[str, Any]) -> dict[str, Any]:
     return content
 
 
-def _as_before(content: dict[str, Any]) -> dict[str, Any]:
+def as_before(content: dict[str, Any]) -> dict[str, Any]:
     """`content` as the first release would have written it: first paths of classes, no later options at default.
 
     Hashing this form keeps the identity of older runs. It changes `content` in place.

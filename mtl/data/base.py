@@ -37,6 +37,7 @@ class Benchmark(ABC):
         residency: where inputs and labels live: on the training device, or on the host. auto: on the device if they
             fit into half of its free memory.
         workers: number of DataLoader processes, if the data stays on the host.
+        eval_batch_size: samples that are evaluated together; more than in training, as no activations are kept.
 
     Attributes:
         tasks: the tasks. The first task's main metric chooses the best epoch.
@@ -50,6 +51,7 @@ class Benchmark(ABC):
     val_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0
     residency: Literal["auto", "device", "host"] = "auto"
     workers: Annotated[int, Ge(0)] = 2
+    eval_batch_size: Annotated[int, Ge(1)] = 500
 
     tasks: ClassVar[Sequence[Task]]
     inputs: ClassVar[Mapping[str, Input]]
@@ -128,6 +130,8 @@ def build_benchmark(node: Mapping[str, Any]) -> Benchmark:
         raise ConfigError(f"data.{schema.TARGET}={node[schema.TARGET]}: must make a Benchmark, not {benchmark!r:.60}")
     try:
         check_declared(benchmark)
+    except UserError:  # a file that says how large the images are is missing
+        raise
     except Exception as error:
         # Our own errors begin with the attribute's name. Any other error comes from the user's code, such as a property
         # `tasks`; its message needs the kind of error, and the file and line.

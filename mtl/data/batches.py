@@ -81,15 +81,14 @@ class TrainingBatches:
 
 
 class EvaluationBatches:
-    """All samples in order, without augmentation.
+    """All samples in order, without augmentation, in batches of the benchmark's `eval_batch_size`.
 
-    The arguments are as in `TrainingBatches`. The batches are larger, because no activations are kept for gradients.
+    The arguments are as in `TrainingBatches`.
     """
-
-    batch_size = 500
 
     def __init__(self, split: Split, benchmark: Benchmark, device: torch.device):
         self.benchmark, self.device, self.size = benchmark, device, len(split)
+        self.batch_size = benchmark.eval_batch_size
         self.resident = _resident(split, benchmark, device)
         self.split = split.to(device) if self.resident else split
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from mtl.config.identity import canonical, decisive
+from mtl.config.identity import as_before, canonical, decisive
 from mtl.report.runs import SELECTIONS, Run
 from mtl.report.validate import SINGLE
 from mtl.tracking import flatten
@@ -183,7 +183,7 @@ def counterpart(group: Group, candidates: Sequence[Group]) -> Group | None:
 
 def _decisive(run: Run) -> dict[str, Any]:
     """The config without what decides no figure; with the run's note on own code, which config.yaml does not hold."""
-    content = decisive(run.config)
+    content = as_before(decisive(run.config))  # a run from before an option was added equals one at its default
     for node, noted in (run.info.get("own") or {}).items():
         if isinstance(content.get(node), dict):
             content[node] |= noted

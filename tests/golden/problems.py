@@ -1,8 +1,9 @@
-"""The golden runs' network and data: a small smooth network, and digits without some labels or without some tasks."""
+"""The golden runs' network and data: a small smooth network; digits and rooms, without some labels or some tasks."""
 
 from torch import Tensor, nn
 
 from mtl.data.digits import Digits
+from mtl.data.rooms import Rooms
 
 
 class Net(nn.Module):
@@ -42,3 +43,9 @@ class Alone(Digits):
     """Only one task: nothing to balance, but every method must still work."""
 
     tasks = Digits.tasks[:1]
+
+
+class Pair(Rooms):
+    """Classes and depth."""
+
+    tasks = Rooms.tasks[:2]

@@ -1,0 +1,62 @@
+"""U-Net: Ronneberger, Fischer & Brox, "U-Net: Convolutional Networks for Biomedical Image Segmentation", MICCAI 2015.
+
+With batch norm, and with padding, so that the maps have the images' size. Both are usual today.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from annotated_types import Ge
+from torch import Tensor, nn
+
+from mtl.archs.maps import labels_pixels, layer, pooled
+from mtl.tasks import Task
+
+DEPTH = 4  # poolings
+
+
+class UNet(nn.Module):
+    """Four poolings, and four steps back up that also see the maps from before; features are maps (N, width, H, W).
+
+    Args:
+        in_channels: image channels; images of at least 16x16.
+        width: channels of the first convolution. Each pooling doubles them.
+    """
+
+    def __init__(self, in_channels: int, width: Annotated[int, Ge(1)] = 64):
+        super().__init__()
+        self.out_features = width
+        widths = [width * 2**i for i in range(DEPTH + 1)]
+        self.down = nn.ModuleList(_twice(n, c) for n, c in zip([in_channels, *widths], widths, strict=False))
+        self.raise_ = nn.ModuleList(nn.ConvTranspose2d(2 * c, c, 2, 2) for c in widths[:-1])
+        self.up = nn.ModuleList(_twice(2 * c, c) for c in widths[:-1])
+        self.layer_groups = {
+            **{f"down{i + 1}": [f"down.{i}"] for i in range(DEPTH + 1)},
+            **{f"up{i + 1}": [f"raise_.{i}", f"up.{i}"] for i in reversed(range(DEPTH))},
+        }
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
+
+    def decoder(self, task: Task) -> nn.Module:
+        """Of a task with maps a 1x1 convolution, as in the paper."""
+        if not labels_pixels(task):
+            return pooled(self.out_features, task.outputs)
+        return nn.Conv2d(self.out_features, task.outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = []
+        for i, block in enumerate(self.down):
+            x = block(F.max_pool2d(x, 2, 2) if i else x)
+            before.append(x)
+        for i in reversed(range(DEPTH)):
+            larger = self.raise_[i](x, output_size=before[i].shape[2:])  # which may be odd
+            x = self.up[i](torch.cat((before[i], larger), 1))
+        return x
+
+
+def _twice(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(layer(inputs, outputs), layer(outputs, outputs))
