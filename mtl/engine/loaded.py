@@ -18,7 +18,7 @@ from mtl.archs.model import Model
 from mtl.archs.weights import replaced
 from mtl.config.identity import CONF, own_parts, today
 from mtl.data.base import Benchmark
-from mtl.data.batches import EvaluationBatches, ready
+from mtl.data.batches import ready
 from mtl.engine.build import NODES, assemble, check
 from mtl.engine.directory import RunDirectory
 from mtl.engine.files import read_regular
@@ -83,8 +83,8 @@ class LoadedRun:
         found: dict[str, dict[str, list[Tensor]]] = {task.name: {} for task in self.tasks}
         size = len(next(iter(columns.values())))
         with seeded(learner.seed, "predict"), learner.trainer.flags(), torch.inference_mode():
-            for start in range(0, size, EvaluationBatches.batch_size):
-                part = slice(start, start + EvaluationBatches.batch_size)
+            for start in range(0, size, self.benchmark.eval_batch_size):
+                part = slice(start, start + self.benchmark.eval_batch_size)
                 batch = ready(self.benchmark, {name: c[part].to(learner.device) for name, c in columns.items()})
                 for task, prediction in zip(self.tasks, learner.predict(batch).predictions, strict=True):
                     for key, value in _answers(task, prediction).items():
