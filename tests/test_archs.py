@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mtl.archs.check import ArchError, check_model
-from mtl.archs.model import HardSharing, Model, count_macs, count_parameters
+from mtl.archs.model import HardSharing, Model, Outputs, count_macs, count_parameters
 from mtl.archs.resnet import ResNet, WideResNet
 from mtl.archs.vgg import VGG16BN
 from mtl.config import schema
@@ -172,6 +172,19 @@ def try_out(backbone, tasks=(FINE, INK)) -> HardSharing:
     count_macs(model, images(1, 1, 8, 8))
     check_model(model, images(2, 1, 8, 8), [task.name for task in tasks])
     return model
+
+
+@pytest.mark.parametrize(("returned", "message"), [
+    ({"fine": 0, "ink": 1}, r"returned Outputs of a dict; Outputs\(\[…\]\) is needed, a list with one prediction"),
+    ([0], r"returned 1 predictions; .* for each of 2 tasks, in this order: fine, ink"),
+])  # fmt: skip
+def test_predictions_of_a_wrong_kind_are_named(returned, message):
+    class Wrong(HardSharing):
+        def forward(self, batch):
+            return Outputs(returned)
+
+    with pytest.raises(ArchError, match=message):
+        check_model(Wrong(Own(), (FINE, INK)), images(2, 1, 8, 8), ["fine", "ink"])
 
 
 def average(net, f):

@@ -104,7 +104,7 @@ def test_the_strategy_architecture_and_data_set_train_together(cli, tmp_path, mo
     """As docs/own-data.md says, with its own YAML files."""
     sources = [
         next(source for _, source in BLOCKS if f"class {name}" in source)
-        for name in ("Mine", "Tiny", "Shapes", "Table", "Masks")
+        for name in ("Mine", "Tiny", "Shapes", "Table", "Masks", "MMoE")
     ]
     (tmp_path / "my_package.py").write_text("from __future__ import annotations\n" + "\n".join(sources))
     files = {"Mine": "loss/mine", "Tiny": "arch/tiny", "Shapes": "data/shapes"}
@@ -120,6 +120,7 @@ def test_the_strategy_architecture_and_data_set_train_together(cli, tmp_path, mo
     assert run.code == 0, run.err
     assert "shape_accuracy" in run.out and "size_mae" in run.out
     for data, arch, metrics in (("Table", "MLP", ("positive_accuracy", "total_mae")),
+                                ("Table", "MMoE", ("positive_accuracy", "total_mae")),
                                 ("Masks", "Dense", ("mask_accuracy", "bright_accuracy"))):  # fmt: skip
         shown = f"data=shapes arch=tiny data._target_=my_package.{data} arch._target_=my_package.{arch}"
         assert f"--config-dir my_conf {shown}" in TEXT[ROOT / "docs" / "own-data.md"]

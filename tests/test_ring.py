@@ -281,7 +281,7 @@ def test_official_validation_data_selects(own):
 
 def test_a_network_that_reads_another_column_is_refused(own):
     line = refused(own("Masks", "MLP"))
-    assert line == "error: arch: MLP reads row; the data has image"
+    assert line == "error: arch: MLP reads row; the data has image; a network names what it reads in `inputs`"
 
 
 # ----------------------------------------------------------------------------------------------------- who owns what

@@ -348,3 +348,25 @@ def test_yaml(name):
     assert given.keys() == default.keys() and (name == "amtl" or given == default)
     text = (ROOT / "conf" / "loss" / f"{name}.yaml").read_text()
     assert text.startswith("# ") and text.splitlines()[1].startswith("_target_:")
+
+
+class Wrong(m.LossWeighting):
+    """A method whose total is what `returned` makes of the losses."""
+
+    returned = staticmethod(lambda losses: losses)
+
+    def forward(self, losses, present=None):
+        return self.returned(losses)
+
+
+@pytest.mark.parametrize(("returned", "message"), [
+    (lambda losses: losses, r"Wrong.forward returned a tensor of shape \(2,\); one differentiable number is needed"),
+    (lambda losses: 1.0, r"Wrong.forward returned a float; one differentiable number is needed"),
+    (lambda losses: losses.detach().sum(), r"Wrong: the total does not depend on the losses"),
+    (lambda losses: torch.tensor(1.0), r"Wrong: the total does not depend on the losses"),
+])  # fmt: skip
+def test_a_total_of_the_wrong_kind_is_named(returned, message):
+    net, strategy = nn.Linear(3, 2), Wrong(tasks=2)
+    strategy.returned = returned
+    with pytest.raises(ValueError, match=message):
+        mtl.backward(net(torch.ones(4, 3)).square().mean(0), strategy, shared=net)

@@ -117,9 +117,14 @@ def _pass(model: Model, batch: Batch, tasks: Sequence[str], training: bool) -> O
     kind, size = type(model).__name__, len(next(iter(batch.values())))
     predictions = getattr(outputs, "predictions", None)
     if not isinstance(predictions, Sequence) or len(predictions) != len(tasks):
-        shown = type(outputs).__name__ if predictions is None else f"{len(predictions)} predictions"
+        shown = f"Outputs of a {type(predictions).__name__}"
+        if predictions is None:
+            shown = f"a {type(outputs).__name__}"
+        elif isinstance(predictions, Sequence):
+            shown = f"{len(predictions)} predictions"
         raise ArchError(
-            f"{kind} returned {shown}; Outputs with one prediction for each of {len(tasks)} tasks are needed"
+            f"{kind} returned {shown}; Outputs([…]) is needed, a list with one prediction for each of {len(tasks)} "
+            f"tasks, in this order: {', '.join(tasks)}"
         )
     for task, prediction in zip(tasks, predictions, strict=True):
         if not _tensors(prediction) or (isinstance(prediction, Tensor) and prediction.shape[:1] != (size,)):

@@ -322,7 +322,9 @@ def _understood(arguments: list[str]) -> tuple[str, list[str], bool]:
                 f"{word}: not understood; use loss=NAME, loss.KEY=VALUE, --config-dir DIR, loss=all or check"
             )
     if one == "all" and words:
-        raise ConfigError(f"{words[0]}: changes one method; say which: loss=NAME")
+        raise ConfigError(
+            f"{words[0]}: changes one method; say which: loss=NAME, or loss=equal if _target_ names a class"
+        )
     if one not in ("all", *names(), *SKIPPED) and not any(word.startswith(CONFIGS) for word in words):
         raise ConfigError(f"loss={one}: no such method{suggest(one, names())}")
     if check and ROOT is None:

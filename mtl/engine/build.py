@@ -246,7 +246,10 @@ def _build_model(
         # A plain backbone becomes a hard-sharing model, with one head for each task. A `Model` brings its own heads.
         model = built if isinstance(built, Model) else HardSharing(built, tasks)
         if missing := [name for name in model.inputs if name not in batch]:
-            raise ArchError(f"{type(model.trunk).__name__} reads {missing[0]}; the data has {', '.join(batch)}")
+            name, columns = type(model.trunk).__name__, ", ".join(batch)
+            raise ArchError(
+                f"{name} reads {missing[0]}; the data has {columns}; a network names what it reads in `inputs`"
+            )
         count_macs(model, benchmark.one())
         return model, check_model(model, trainer.laid_out(batch), [task.name for task in tasks])
     except ArchError as error:

@@ -39,14 +39,21 @@ def slopes(one: BackwardPass, total: Tensor | None, losses: Tensor) -> Tensor:
         losses: (T,) the losses that the method was given.
 
     Raises:
-        ValueError: the total does not depend on the losses.
+        ValueError: the total is no scalar, or does not depend on the losses.
     """
     if total is None:
         return torch.zeros_like(losses)
     strategy = one.strategy
+    if not isinstance(total, Tensor) or total.numel() != 1:
+        shown = f"a tensor of shape {tuple(total.shape)}" if isinstance(total, Tensor) else f"a {type(total).__name__}"
+        raise ValueError(
+            f"{type(strategy).__name__}.forward returned {shown}; one differentiable number is needed, such as a sum"
+        )
     own = [p for p in strategy.parameters() if p.requires_grad]
     # retain_graph: the losses' own graph is needed for the backward pass through the network.
-    weights, *found = torch.autograd.grad(total, [losses, *own], retain_graph=True, allow_unused=True)
+    weights, found = None, []
+    if total.requires_grad:  # else torch would speak of elements and grad_fn, not of the losses
+        weights, *found = torch.autograd.grad(total, [losses, *own], retain_graph=True, allow_unused=True)
     if weights is None:
         raise ValueError(
             f"{type(strategy).__name__}: the total does not depend on the losses, so it trains nothing; "
