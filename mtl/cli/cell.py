@@ -34,6 +34,7 @@ from mtl.engine.run import Job, prepare
 from mtl.errors import Busy, ConfigError, UserError, one_line, out_of_memory
 from mtl.parallel.processes import together
 from mtl.report.runs import load
+from mtl.tracking.console import Console, clear_line
 
 log = logging.getLogger("mtl")
 RUNNING = Outcome("running", 0)
@@ -78,7 +79,7 @@ def run_from_hydra(config: DictConfig) -> float | None:
 def _open_console(hydra: DictConfig, away: bool) -> None:
     """Print the log of this process's runs, from its first run on."""
     if not log.handlers:
-        console = logging.StreamHandler(sys.stdout)
+        console = Console(sys.stdout)
         console.setLevel(logging.INFO)
         log.addHandler(console)
         log.setLevel(logging.DEBUG)
@@ -157,6 +158,7 @@ class Cell:
         if outcome.message and outcome.code == 0:
             log.info(f"elsewhere {outcome.message}")
         elif outcome.message and torchrun.rank() == 0:
+            clear_line()
             print(f"error: {outcome.message}", file=sys.stderr)
         if self.away:
             where = f", in {outcome.directory}" if outcome.directory else ""

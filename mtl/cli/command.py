@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from hydra.experimental.callback import Callback
@@ -113,6 +114,14 @@ def under_way() -> Launch:
     if found is None:
         _under_way.set(found := Launch())
     return found
+
+
+def say_start(config: DictConfig) -> None:
+    """The first line of a command: at once, since PyTorch takes seconds to load."""
+    if "torch" not in sys.modules and _under_way.get() is not None and torchrun.rank() == 0:
+        chosen = HydraConfig.get().runtime.choices
+        words = ", ".join(str(chosen[group]) for group in ("data", "arch", "loss") if chosen.get(group))
+        print(f"start     {words}, seed {OmegaConf.select(config, 'seed')}; PyTorch is loading", flush=True)
 
 
 def launch(main: Callable[[], None]) -> int:

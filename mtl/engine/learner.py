@@ -160,10 +160,11 @@ class Learner:
                 labelled = self._labelled(batch, counts) if partial or counts is not None else None
                 look = Look(observer, self, batch) if self.microscope.looks(i) and observer.parameters else None
                 info = step(self.forward(batch), _size(batch), labelled, look)
-                alarm.see(self._add_up(info, batch, tally), info.norm, counts)
+                losses = self._add_up(info, batch, tally)
+                alarm.see(losses, info.norm, counts)
                 if watch is not None:
                     watch.step()
-                progress.update(i + 1)
+                progress.update(i + 1, losses)
             if watch is not None:
                 watch.finish()
             read = tally.read()
