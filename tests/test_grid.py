@@ -284,6 +284,19 @@ def test_jobs_in_the_queue_keep_their_files(tmp_path):
     assert tmp_path.exists()
 
 
+def test_a_full_disk_names_the_folder(smoke, tmp_path, monkeypatch):
+    """Hydra's own file is the first one, and its error does not say which file it was."""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr("hydra._internal.core_plugins.basic_sweeper.OmegaConf.save", lambda *a, **k: throw(full))
+    result = smoke("-m", "seed=0,1")
+    assert result.code == 1 and len(result.err.splitlines()) == 1
+    assert f"error: cannot write to {tmp_path / 'out' / 'multirun'}" in result.err and "No space left" in result.err
+
+
+def throw(error):
+    raise error
+
+
 def test_a_finished_grid_of_another_user_is_listed(smoke, tmp_path, monkeypatch):
     assert smoke("-m", "seed=0").code == 0
     shutil.rmtree(tmp_path / "out" / "multirun")

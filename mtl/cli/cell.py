@@ -24,6 +24,7 @@ from mtl.cli.grid import progress
 from mtl.cli.overrides import refuse_hidden, repeat
 from mtl.cli.plan import plan, plan_table
 from mtl.config import schema, source, torchrun
+from mtl.config.environment import activation
 from mtl.config.identity import identify, own_code
 from mtl.engine.build import check
 from mtl.engine.directory import RunDirectory, write_json
@@ -168,6 +169,8 @@ class Cell:
             write_json(self.note, {"command": self.command, "seconds": seconds, **asdict(outcome)})
             if outcome.plan is None and self.last:
                 log.info(progress(self.note.parent))
+        elif outcome.status == "finished" and (line := activation()) and torchrun.rank() == 0:
+            log.info(f"first:     {line}")
         elif outcome.plan:
             log.info(plan_table([outcome.plan]))
         return found

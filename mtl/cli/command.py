@@ -160,7 +160,8 @@ def _run(main: Callable[[], None], launched: Launch) -> tuple[int, bool]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
-        wrong = SetupError(f"cannot write to {error.filename}: {error.strerror}; set output_root=DIR")
+        place = error.filename or launched.directory or "the output folder"  # a full disk does not say which file
+        wrong = SetupError(f"cannot write to {place}: {error.strerror}; set output_root=DIR")
         code = _say(launchers.explain(error) or wrong)
     except Exception as error:  # a run's own errors end in its outcome: this one is Hydra's
         code = _say(translate(error))

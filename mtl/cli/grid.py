@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from mtl.config.environment import activation
 from mtl.config.program import program
 from mtl.errors import UserError
 from mtl.report import summaries
@@ -111,6 +112,8 @@ def summarise(folder: Path, kept: bool, interrupted: bool = False) -> tuple[int,
     _say_doubts(found, {Path(o["directory"]).resolve() for o in failed if o["directory"]})
     print(_closing(folder, outcomes))
     if found.runs:
+        if line := activation():
+            print(f"first:    {line}")
         root = found.runs[0].directory.parents[4]
         print(f"compare:  python -m mtl.report {root}   (Δm, ranks, differences by seed, a page with all figures)")
         if found.runs[0].info["data"] == "digits":

@@ -161,7 +161,8 @@ class Job:
         except WriteError as error:
             if not self.begun:
                 raise
-            saved = f"epochs saved: {len(self.rows)}; once that is mended the same command goes on"
+            verb = "is" if len(self.rows) == 1 else "are"
+            saved = f"{count(len(self.rows), 'epoch')} {verb} saved, and once that is mended the same command goes on"
             self._fail("failed", error.exit_code, f"{error}; {saved}")
         except Exception as error:
             if not self.begun and isinstance(error, SetupError):
