@@ -13,12 +13,14 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import yaml
 from conftest import ROOT
 from filelock import FileLock
+from omegaconf import OmegaConf
 
 from mtl.cli import grid
 from mtl.cli.command import Launch
@@ -183,16 +185,17 @@ def test_a_plan_says_what_is_there_and_leaves_nothing(smoke, tmp_path, monkeypat
     assert "6 runs (1 finished, 1 failed, 4 new)" in result.out
 
 
-def test_a_plan_tells_runs_apart_and_knows_those_of_other_epochs(smoke, tmp_path):
-    assert smoke("loss=cagrad", "loss.c=0.2", "seed=0").code == 0
-    words = ("-m", "seed=0", "trainer.epochs=5", "study.plan=true")
-    plan = smoke(*words, "loss=cagrad", "loss.c=0.2,0.3", "optimizer.lr=0.01,0.02")
-    names = re.findall(r"^resnet20-(\S+)-s0-\w{8} (\S+) ", plan.out, re.M)
+def test_a_plan_tells_runs_apart_and_knows_those_of_other_epochs(cli):
+    toy = ("data=toy", "arch=point", "data.steps=2", "trainer.device=cpu", "logger=none", "seed=0")
+    assert cli(*toy, "trainer.epochs=1", "loss=cagrad", "loss.c=0.2").code == 0
+    words = ("-m", *toy, "trainer.epochs=5", "study.plan=true")
+    plan = cli(*words, "loss=cagrad", "loss.c=0.2,0.3", "optimizer.lr=0.01,0.02")
+    names = re.findall(r"^point-(\S+)-s0-\w{8} (\S+) ", plan.out, re.M)
     assert names == [(f"cagrad-c{c}", f"optimizer.lr={lr}") for c in (0.2, 0.3) for lr in (0.01, 0.02)]
-    plan = smoke(*words, "loss=cagrad", "loss.c=0.2,0.3")
-    assert "note: 1 of the new runs has finished with another number of epochs (2);" in plan.out
-    plan = smoke(*words, "loss=single", "loss.task=fine,coarse")
-    assert re.findall(r"^resnet20-(\S+)-s0", plan.out, re.M) == ["single-fine", "single-coarse"]
+    plan = cli(*words, "loss=cagrad", "loss.c=0.2,0.3")
+    assert "note: 1 of the new runs has finished with another number of epochs (1);" in plan.out
+    plan = cli(*words, "loss=single", "loss.task=L1,L2")
+    assert re.findall(r"^point-(\S+)-s0", plan.out, re.M) == ["single-L1", "single-L2"]
 
 
 def test_the_planned_time_is_that_of_the_epochs_that_are_left(smoke, tmp_path):
@@ -287,14 +290,10 @@ def test_jobs_in_the_queue_keep_their_files(tmp_path):
 def test_a_full_disk_names_the_folder(smoke, tmp_path, monkeypatch):
     """Hydra's own file is the first one, and its error does not say which file it was."""
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr("hydra._internal.core_plugins.basic_sweeper.OmegaConf.save", lambda *a, **k: throw(full))
+    monkeypatch.setattr(OmegaConf, "save", mock.Mock(side_effect=full))
     result = smoke("-m", "seed=0,1")
     assert result.code == 1 and len(result.err.splitlines()) == 1
     assert f"error: cannot write to {tmp_path / 'out' / 'multirun'}" in result.err and "No space left" in result.err
-
-
-def throw(error):
-    raise error
 
 
 def test_a_finished_grid_of_another_user_is_listed(smoke, tmp_path, monkeypatch):
@@ -383,13 +382,18 @@ def test_a_clock_that_stands_or_was_set_back(tmp_path, monkeypatch, behind):
     (["loss.weights='{a: 1, b: 2}'", "seed=0,1"], 2),
 ])  # fmt: skip
 def test_how_many_runs_a_grid_has(words, cells):
-    from omegaconf import OmegaConf
-
     from mtl.cli.command import _count
 
     node = {"sweeper": {"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "params": None},
             "overrides": {"task": words}}  # fmt: skip
     assert _count(OmegaConf.create(node)) == cells
+
+
+def test_a_glob_is_counted_without_a_warning(cli, recwarn):
+    plan = cli("-m", "data=toy", "arch=point", "trainer.device=cpu", "logger=none", "seed=0", "study.plan=true",
+               "loss=glob(imtl*)")  # fmt: skip
+    assert plan.code == 0 and "3 runs (3 new)" in plan.out and not plan.err
+    assert [str(w.message) for w in recwarn if "Callback" in str(w.message)] == []
 
 
 # ---------------------------------------------------------------------------------------------------------- baselines

@@ -161,8 +161,7 @@ class Job:
         except WriteError as error:
             if not self.begun:
                 raise
-            verb = "is" if len(self.rows) == 1 else "are"
-            saved = f"{count(len(self.rows), 'epoch')} {verb} saved, and once that is mended the same command goes on"
+            saved = f"epochs are saved: {len(self.rows)}; once that is mended the same command goes on"
             self._fail("failed", error.exit_code, f"{error}; {saved}")
         except Exception as error:
             if not self.begun and isinstance(error, SetupError):
