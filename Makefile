@@ -1,4 +1,5 @@
 # make quickstart   a real comparison in a minute or two: 3 strategies x 2 seeds on handwritten digits
+#                   TORCH=cpu installs PyTorch without CUDA: 0.2 GB instead of several, for a machine without a GPU
 # make test         the test suite
 # make lint         style and types
 # make lists        everything that lists methods and architectures: pages, tables, missing golden traces
@@ -7,10 +8,13 @@
 # All of them create .venv on first use and are safe to repeat. PYTHON=python3.12 chooses the interpreter (3.10 to 3.13).
 PYTHON ?= python3
 VENV := .venv/bin
+# TORCH=cpu, or a version of CUDA such as TORCH=cu126: the folder of PyTorch's own index. Empty: as PyPI has it.
+TORCH ?=
 
 .PHONY: quickstart test bench wheel lint lists
 quickstart: .venv/installed
 	$(VENV)/python train.py -m experiment=quickstart loss=equal,uncertainty,pcgrad seed=0,1
+	@echo "first:    source .venv/bin/activate   (once in each terminal, for all commands that start with python)"
 
 test: .venv/installed-test
 	OMP_NUM_THREADS=1 $(VENV)/python -m pytest -n 2 --dist loadfile
@@ -39,15 +43,18 @@ lint: .venv/installed-lint
 
 # The stamps are written last, so an interrupted installation is simply done again.
 .venv/installed: .venv/bin/pip pyproject.toml
-	@echo "installing into .venv (PyTorch is several GB on the first time)"
-	$(VENV)/pip install --quiet --disable-pip-version-check -e .
+	@echo "installing into .venv (PyTorch is several GB on the first time; make TORCH=cpu for a machine without a GPU)"
+ifneq ($(TORCH),)
+	$(VENV)/pip install --disable-pip-version-check --index-url https://download.pytorch.org/whl/$(TORCH) torch torchvision
+endif
+	$(VENV)/pip install --disable-pip-version-check -e .
 	@touch $@
 
 .venv/installed-test: .venv/installed
-	$(VENV)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(VENV)/pip install --disable-pip-version-check -e '.[test]'
 	@touch $@
 
 # After the tests' packages: the checker sees all that the code may import.
 .venv/installed-lint: .venv/installed-test
-	$(VENV)/pip install --quiet --disable-pip-version-check -e '.[lint]'
+	$(VENV)/pip install --disable-pip-version-check -e '.[lint]'
 	@touch $@

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtl.data.batches import EvaluationBatches
 from mtl.engine.files import check_regular, write_text, writing
 from mtl.engine.loaded import EPOCHS, LoadedRun, load
 from mtl.errors import ConfigError, SetupError, UserError, one_line
@@ -75,7 +74,7 @@ def _batches(
         changed.update([what] if what else [])
         names.append(_named(file))
         rows.append(row)
-        if len(rows) == EvaluationBatches.batch_size:
+        if len(rows) == run.benchmark.eval_batch_size:
             yield file, names, torch.stack(rows)
             names, rows = [], []
     if rows:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import hydra
 from omegaconf import DictConfig
 
-from mtl.cli.command import script
+from mtl.cli.command import say_start, script
 from mtl.config.identity import CONF
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(config: DictConfig) -> float | None:
     """Run one composed config; see `mtl.cli.cell.run_from_hydra`."""
+    say_start(config)  # before torch, which takes seconds
     from mtl.cli.cell import run_from_hydra  # late: help and shell completion must not import torch
 
     return run_from_hydra(config)

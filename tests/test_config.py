@@ -221,6 +221,13 @@ ERRORS = [  # command line, exit code, what the line says
     ("loss=custom loss.file=nope.py", 2, "loss.file", "nope.py does not exist"),
     ("seed=${seedd}", 2, "seedd"),
     ("loss._target_=mtl.losses.DWAA", 2, "loss._target_=mtl.losses.DWAA", "did you mean mtl.losses.DWA?"),
+    (
+        "loss._target_=my_package.Mine",
+        2,
+        "No module named 'my_package'",
+        "put my_package.py into the folder",
+        "PYTHONPATH",
+    ),
     ("loss._target_=mtl.losses", 2, "loss._target_=mtl.losses", "not a class or function"),
     # a class from outside, by the same schema
     (f"{MINE} +loss.alpha=1", 2, "loss.alpha=1", "less than 1"),

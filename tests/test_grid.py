@@ -12,12 +12,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import yaml
 from conftest import ROOT
 from filelock import FileLock
+from omegaconf import OmegaConf
 
 from mtl.cli import grid
 from mtl.cli.command import Launch
@@ -97,9 +100,56 @@ def test_a_cell_at_which_another_process_works_is_left_alone(smoke, tmp_path):
     with FileLock(directory / ".lock"):
         result = smoke("-m", "seed=0,1")
         planned = smoke("-m", "seed=0,1", "study.plan=true")
-    assert result.code == 1 and "1 of 2 runs finished" in result.out
+    assert result.code == 0 and "1 of 2 runs finished (1 running elsewhere)" in result.out and not result.err
     assert re.search(r"^running elsewhere: python train.py .*seed=0", result.out, re.M)
     assert re.search(r"-s1-\w+ +finished", planned.out)
+
+
+def test_what_another_terminal_has_finished_meanwhile_is_in_the_table(smoke, tmp_path, monkeypatch):
+    """The other process ends while this one waits for its run before the table."""
+    smoke("-m", "seed=0")
+    (directory,) = runs(tmp_path).values()
+    text = (directory / "run.json").read_text()
+    (directory / "run.json").write_text(text.replace('"finished"', '"running"', 1))
+    lock = FileLock(directory / ".lock")
+
+    def ends(seconds):
+        (directory / "run.json").write_text(text)
+        lock.release()
+
+    monkeypatch.setattr(grid, "time", SimpleNamespace(sleep=ends, time=time.time))
+    with lock:
+        result = smoke("-m", "seed=0,1")
+    assert result.code == 0 and "2 of 2 runs finished; " in result.out and "waiting   for 1 run" in result.out
+    assert re.search(r"^equal +2 ", result.out, re.M)
+
+
+def test_an_interrupted_grid_counts_all_that_was_asked_for(tmp_path, capsys):
+    """2 methods x 2 seeds with 2 tasks' baselines are 4 + 4 runs."""
+    (tmp_path / "grid.json").write_text(json.dumps({"started": time.time() - 10, "cells": 4, "bases": 2}))
+    for i, status in enumerate(["finished", "finished", "running"]):
+        name = "cell-00000.json" if i == 2 else f"cell-00000-{i}.json"
+        cell = {"command": f"c{i}", "directory": "", "status": status, "code": 0, "message": "", "plan": None}
+        (tmp_path / name).write_text(json.dumps(cell))
+    assert grid.progress(tmp_path).startswith("grid      2 of 8 runs done (2 finished, 1 running)")
+    outcomes = [grid._as_found(o, grid.Collection([], [], [], [])) for o in grid._outcomes(tmp_path)][2:]
+    outcomes += [{"status": "finished"}] * 2
+    assert grid._closing(tmp_path, outcomes) == (
+        "2 of 8 runs finished (1 interrupted, 5 not begun); the same command again runs what is missing"
+    )
+
+
+def test_what_diverged_is_left_alone_until_asked(smoke, tmp_path, monkeypatch):
+    """The same config would diverge again."""
+    wild = ("-m", "seed=0", "optimizer.lr=1e6", "trainer.epochs=1")
+    first = smoke(*wild)
+    assert first.code == 1 and "0 of 1 runs finished (1 diverged)" in first.out
+    monkeypatch.setattr(Learner, "train_epoch", lambda *a: pytest.fail("trained again"))
+    again, planned = smoke(*wild), smoke(*wild, "study.plan=true")
+    assert again.code == 1 and "study.diverged=again trains it again" in again.err
+    assert "1 diverged); about 0s" in planned.out
+    monkeypatch.setattr(Learner, "train_epoch", lambda *a: 1 / 0)
+    assert "ZeroDivisionError" in smoke(*wild, "study.diverged=again").err
 
 
 def test_a_damaged_run_json_costs_no_run(smoke, tmp_path):
@@ -133,6 +183,19 @@ def test_a_plan_says_what_is_there_and_leaves_nothing(smoke, tmp_path, monkeypat
         *((f"resnet20-dwa-s{seed}", "new", "2", "measured") for seed in (0, 1, 2)),
     ]
     assert "6 runs (1 finished, 1 failed, 4 new)" in result.out
+
+
+def test_a_plan_tells_runs_apart_and_knows_those_of_other_epochs(cli):
+    toy = ("data=toy", "arch=point", "data.steps=2", "trainer.device=cpu", "logger=none", "seed=0")
+    assert cli(*toy, "trainer.epochs=1", "loss=cagrad", "loss.c=0.2").code == 0
+    words = ("-m", *toy, "trainer.epochs=5", "study.plan=true")
+    plan = cli(*words, "loss=cagrad", "loss.c=0.2,0.3", "optimizer.lr=0.01,0.02")
+    names = re.findall(r"^point-(\S+)-s0-\w{8} (\S+) ", plan.out, re.M)
+    assert names == [(f"cagrad-c{c}", f"optimizer.lr={lr}") for c in (0.2, 0.3) for lr in (0.01, 0.02)]
+    plan = cli(*words, "loss=cagrad", "loss.c=0.2,0.3")
+    assert "note: 1 of the new runs has finished with another number of epochs (1);" in plan.out
+    plan = cli(*words, "loss=single", "loss.task=L1,L2")
+    assert re.findall(r"^point-(\S+)-s0", plan.out, re.M) == ["single-L1", "single-L2"]
 
 
 def test_the_planned_time_is_that_of_the_epochs_that_are_left(smoke, tmp_path):
@@ -224,6 +287,15 @@ def test_jobs_in_the_queue_keep_their_files(tmp_path):
     assert tmp_path.exists()
 
 
+def test_a_full_disk_names_the_folder(smoke, tmp_path, monkeypatch):
+    """Hydra's own file is the first one, and its error does not say which file it was."""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(OmegaConf, "save", mock.Mock(side_effect=full))
+    result = smoke("-m", "seed=0,1")
+    assert result.code == 1 and len(result.err.splitlines()) == 1
+    assert f"error: cannot write to {tmp_path / 'out' / 'multirun'}" in result.err and "No space left" in result.err
+
+
 def test_a_finished_grid_of_another_user_is_listed(smoke, tmp_path, monkeypatch):
     assert smoke("-m", "seed=0").code == 0
     shutil.rmtree(tmp_path / "out" / "multirun")
@@ -310,13 +382,18 @@ def test_a_clock_that_stands_or_was_set_back(tmp_path, monkeypatch, behind):
     (["loss.weights='{a: 1, b: 2}'", "seed=0,1"], 2),
 ])  # fmt: skip
 def test_how_many_runs_a_grid_has(words, cells):
-    from omegaconf import OmegaConf
-
     from mtl.cli.command import _count
 
     node = {"sweeper": {"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "params": None},
             "overrides": {"task": words}}  # fmt: skip
     assert _count(OmegaConf.create(node)) == cells
+
+
+def test_a_glob_is_counted_without_a_warning(cli, recwarn):
+    plan = cli("-m", "data=toy", "arch=point", "trainer.device=cpu", "logger=none", "seed=0", "study.plan=true",
+               "loss=glob(imtl*)")  # fmt: skip
+    assert plan.code == 0 and "3 runs (3 new)" in plan.out and not plan.err
+    assert [str(w.message) for w in recwarn if "Callback" in str(w.message)] == []
 
 
 # ---------------------------------------------------------------------------------------------------------- baselines

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import re
 import socket
 import subprocess
@@ -104,11 +105,11 @@ def test_two_runs_of_a_grid_are_two_wandb_runs(run):
     assert [(f.run["run_id"].split("-")[2], len(f.rows), f.code) for f in fragments()] == [("s0", 3, 0), ("s1", 3, 0)]
 
 
-@pytest.mark.parametrize("broken", ["login", "init", "define_metric", "log", "summary", "finish"])
+@pytest.mark.parametrize("broken", ["init", "define_metric", "log", "summary", "finish"])
 def test_wandb_cannot_stop_a_run(run, monkeypatch, broken):
     """Whichever of its calls raises: one line says so, and all files are written."""
     fake, error = mock.MagicMock(), mock.Mock(side_effect=wandb.Error("no service"))
-    if broken in ("login", "init"):
+    if broken == "init":
         monkeypatch.setattr(wandb, broken, error)
     else:
         fake.configure_mock(**{"summary.update" if broken == "summary" else broken: error})
@@ -116,6 +117,16 @@ def test_wandb_cannot_stop_a_run(run, monkeypatch, broken):
     result = run("logger=wandb")
     assert result.code == 0 and error.called and result.out.count("without it") == 1
     assert results().status == "finished" and len(results().rows) == 3
+
+
+def test_a_malformed_key_means_offline(run, monkeypatch):
+    """W&B raises when it sees a key of 3 characters."""
+    monkeypatch.setenv("WANDB_API_KEY", "abc")
+    result = run("logger=[tensorboard,wandb]", "trainer.epochs=1")
+    assert (result.code, result.err) == (0, "") and re.search("refused the key .*, so offline; upload with", result.out)
+    (fragment,) = fragments()
+    assert [row["_step"] for row in fragment.rows] == [1]
+    assert next(results().path.glob("tensorboard/events*")).stat().st_size > 0  # several loggers at once
 
 
 @pytest.mark.parametrize("mode", ["auto", "online"])
@@ -262,6 +273,13 @@ def test_tensorboard_holds_the_rows(run):
     for row in results().rows:
         values = {key: e.value for key in row for e in events.Scalars(key) if e.step == row["epoch"]}
         assert values == pytest.approx(row, rel=1e-6)
+    # The config as text, and a row of the tab HPARAMS.
+    (text,) = events.Tensors("config/text_summary")
+    assert "optimizer.lr: 0.01" in text.tensor_proto.string_val[0].decode()
+    plugin = events.summary_metadata["_hparams_/session_start_info"].plugin_data
+    assert b"optimizer.lr" in plugin.content and b"wide_resnet" in plugin.content
+    (last,) = events.Scalars("last/test/odd_accuracy")
+    assert last.value == pytest.approx(results().rows[-1]["test/odd_accuracy"])
 
 
 def test_tensorboard_missing_is_one_line_and_leaves_nothing(run, monkeypatch):
@@ -286,6 +304,74 @@ def test_an_epoch_is_one_line_of_what_there_is():
     line = console.epoch_line({**row, **tests, "weights/fine": 1.5, "weights/size": 0.5}, tasks, 7, 0)
     assert line == ("epoch 7/7 | train fine 1.235 61.5%, size 0.500 0.1235 | test fine 2.469 123%, size 1.000 0.2469 | "
                     "w 1.50/0.50 | lr 0.1 | 12,346 img/s")  # fmt: skip
+
+
+def epoch(names):
+    row = {"epoch": 3, "lr": 0.1, "time/images_per_second": 12345.6}
+    for i, name in enumerate(names):
+        for split in ("train", "test"):
+            row |= {f"{split}/{name}_loss": 1.0 + i, f"{split}/{name}_accuracy": 50.0 + i}
+        row[f"weights/{name}"] = 0.1 * i
+    return row, {name: ("accuracy", "%", True) for name in names}
+
+
+@pytest.mark.parametrize("names", [["a"], ["digit", "odd", "ink"], [f"attribute_{i}" for i in range(40)]])
+@pytest.mark.parametrize("width", [60, 80, 100, 110, 300])
+def test_an_epoch_fits_the_terminal(names, width):
+    row, tasks = epoch(names)
+    line = console.epoch_line(row, tasks, 200, 75)
+    short = line if len(line) <= width else line.fit(width)
+    assert len(short) <= width and short.startswith("epoch   3/200 | ") and "test " in short
+    assert f"{row[f'test/{names[-1]}_accuracy']:.4g}" in short  # dropped first: what the training batches say
+
+
+def test_many_tasks_are_shown_by_their_mean_the_worst_and_the_best():
+    row, tasks = epoch([f"t{i}" for i in range(40)])
+    tasks["t0"], row["test/t0_mae"], row["train/t0_mae"] = ("mae", "", False), 0.25, 0.5
+    line = console.epoch_line(row, tasks, 5, 0)
+    assert "test 1 mae 0.25, 39 accuracy 70% (worst t1 51, best t39 89)" in line and "w 0.00 to 3.90" in line
+    errors = {name: ("mae", "", False) for name in "abcde"}
+    row |= {f"test/{n}_mae": float(i) for i, n in enumerate(errors)} | {f"test/{n}_loss": 0.0 for n in errors}
+    assert "test 5 mae 2 (worst e 4, best a 0)" in console.epoch_line(row, errors, 5, 0)
+
+
+def test_a_wide_table_is_folded():
+    header, rows = ["strategy", *(f"metric_{i}" for i in range(12))], [["equal", *("1.5" for _ in range(12))]]
+    text = f"title\n{console.table(header, rows)}"
+    assert console.fold(text, None) == console.fold(text, 500) == text
+    lines = console.fold(text, 60).splitlines()
+    assert max(map(len, lines)) <= 60 and lines[0] == "title"
+    assert sum(line.startswith("strategy") for line in lines) == 3
+    assert [f"metric_{i}" for i in range(12)] == re.findall(r"metric_\d+", "\n".join(lines))
+
+
+def test_a_line_is_no_wider_than_the_terminal_and_removes_the_live_one(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(sys, "stderr", live := io.StringIO())
+    monkeypatch.setattr(console.Progress, "drawn", True)
+    handler = console.Console(out := io.StringIO())
+    logger = logging.Logger("a")
+    logger.addHandler(handler)
+    logger.info(console.wrapped("data      " + "word " * 20, 10))
+    logger.info("a command that is to be copied stays as it is, though it is long")
+    lines = out.getvalue().splitlines()
+    assert live.getvalue() == "\r\033[K" and not console.Progress.drawn
+    assert len(lines) == 5 and all(len(line) <= 40 for line in lines[:4]) and lines[1].startswith(" " * 10 + "word")
+
+
+def test_the_live_line_shows_the_loss(monkeypatch):
+    stream, clock = io.StringIO(), iter([0.0, 10.0, 11.0])
+    stream.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(console, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setenv("COLUMNS", "30")
+    progress = console.Progress(4, "epoch 1/2")
+    progress.update(2, [torch.tensor(1.5), torch.tensor(0.25)])
+    assert stream.getvalue() == "\r\033[Kepoch 1/2: step 2/4, loss 1.75"[: 4 + 29]
+
+
+def test_numbers_of_things():
+    assert [console.count(n, "epoch") for n in (0, 1, 1200)] == ["0 epochs", "1 epoch", "1,200 epochs"]
 
 
 def test_tables_and_durations():

@@ -204,6 +204,38 @@ def test_a_python_without_the_packages_gets_one_line(words):
     assert re.fullmatch(r"error: \S+ lacks torch, torchvision, hydra-core, .*\n", result.stderr)
 
 
+def test_an_environment_that_is_not_activated_is_named_before_commands(monkeypatch, tmp_path):
+    """Every printed command starts with `python`."""
+    root, folder = tmp_path / "here", tmp_path / "here" / ".venv" / "bin"
+    folder.mkdir(parents=True)
+    (folder / "activate").touch()
+    (folder / "python").touch(mode=0o755)
+    monkeypatch.chdir(root)
+    monkeypatch.delenv("MAKELEVEL", raising=False)
+    monkeypatch.setattr(environment, "__file__", str(root / "mtl" / "config" / "environment.py"))
+    monkeypatch.setattr(sys, "prefix", str(root / ".venv"))
+    monkeypatch.setenv("PATH", "/usr/bin")
+    assert environment.activation() == "source .venv/bin/activate"
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin")
+    assert environment.activation() == ""
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
+    (root / "pyproject.toml").touch()
+    with pytest.raises(SystemExit, match=r"lacks torch.*; type: source \.venv/bin/activate"):
+        environment.require()
+
+
+def test_quickstart_says_how_to_go_on_and_takes_a_smaller_torch():
+    def steps(*words):
+        command = ["make", "-n", "-B", "quickstart", *words]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    plain, small = steps(), steps("TORCH=cpu")
+    assert "source .venv/bin/activate" in plain.splitlines()[-1] and "--index-url" not in plain
+    assert "--index-url https://download.pytorch.org/whl/cpu torch torchvision" in small
+    assert "--quiet" not in plain  # several GB without a sign of life
+
+
 def test_another_python_gets_one_line(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 9, 18))
     with pytest.raises(SystemExit, match=r"is Python 3.9; 3.10 to 3.13 is needed"):

@@ -24,6 +24,7 @@ from mtl.cli.grid import progress
 from mtl.cli.overrides import refuse_hidden, repeat
 from mtl.cli.plan import plan, plan_table
 from mtl.config import schema, source, torchrun
+from mtl.config.environment import activation
 from mtl.config.identity import identify, own_code
 from mtl.engine.build import check
 from mtl.engine.directory import RunDirectory, write_json
@@ -34,6 +35,7 @@ from mtl.engine.run import Job, prepare
 from mtl.errors import Busy, ConfigError, UserError, one_line, out_of_memory
 from mtl.parallel.processes import together
 from mtl.report.runs import load
+from mtl.tracking.console import Console, clear_line
 
 log = logging.getLogger("mtl")
 RUNNING = Outcome("running", 0)
@@ -78,7 +80,7 @@ def run_from_hydra(config: DictConfig) -> float | None:
 def _open_console(hydra: DictConfig, away: bool) -> None:
     """Print the log of this process's runs, from its first run on."""
     if not log.handlers:
-        console = logging.StreamHandler(sys.stdout)
+        console = Console(sys.stdout)
         console.setLevel(logging.INFO)
         log.addHandler(console)
         log.setLevel(logging.DEBUG)
@@ -159,6 +161,7 @@ class Cell:
         if outcome.message and outcome.code == 0:
             log.info(f"elsewhere {outcome.message}")
         elif outcome.message and torchrun.rank() == 0:
+            clear_line()
             print(f"error: {outcome.message}", file=sys.stderr)
         if self.away:
             where = f", in {outcome.directory}" if outcome.directory else ""
@@ -168,6 +171,8 @@ class Cell:
             write_json(self.note, {"command": self.command, "seconds": seconds, **asdict(outcome)})
             if outcome.plan is None and self.last:
                 log.info(progress(self.note.parent))
+        elif outcome.status == "finished" and (line := activation()) and torchrun.rank() == 0:
+            log.info(f"first:     {line}")
         elif outcome.plan:
             log.info(plan_table([outcome.plan]))
         return found

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from hydra.experimental.callback import Callback
@@ -115,6 +116,14 @@ def under_way() -> Launch:
     return found
 
 
+def say_start(config: DictConfig) -> None:
+    """The first line of a command: at once, since PyTorch takes seconds to load."""
+    if "torch" not in sys.modules and _under_way.get() is not None and torchrun.rank() == 0:
+        chosen = HydraConfig.get().runtime.choices
+        words = ", ".join(str(chosen[group]) for group in ("data", "arch", "loss") if chosen.get(group))
+        print(f"start     {words}, seed {OmegaConf.select(config, 'seed')}; PyTorch is loading", flush=True)
+
+
 def launch(main: Callable[[], None]) -> int:
     """Run a `@hydra.main` function; return the process's exit code.
 
@@ -151,7 +160,8 @@ def _run(main: Callable[[], None], launched: Launch) -> tuple[int, bool]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
-        wrong = SetupError(f"cannot write to {error.filename}: {error.strerror}; set output_root=DIR")
+        place = error.filename or launched.directory or "the output folder"  # a full disk does not say which file
+        wrong = SetupError(f"cannot write to {place}: {error.strerror}; set output_root=DIR")
         code = _say(launchers.explain(error) or wrong)
     except Exception as error:  # a run's own errors end in its outcome: this one is Hydra's
         code = _say(translate(error))

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from mtl.config.environment import activation
 from mtl.config.program import program
 from mtl.errors import UserError
 from mtl.report import summaries
@@ -20,7 +21,7 @@ from mtl.report.names import visible
 from mtl.report.protocols import benchmarks
 from mtl.report.runs import Collection, load
 from mtl.report.scores import Scores
-from mtl.tracking.console import count, duration
+from mtl.tracking.console import columns, count, duration, fold
 
 ELSEWHERE, POLL = "running elsewhere", 1.0  # a run's status; seconds between two looks at it
 
@@ -80,10 +81,10 @@ def summarise(folder: Path, kept: bool, interrupted: bool = False) -> tuple[int,
         was a plan, or every cell was refused.
     """
     outcomes = _outcomes(folder)
-    if plans := [o["plan"] for o in outcomes if o["plan"]]:
+    if plans := _told_apart([o for o in outcomes if o["plan"]]):
         from mtl.cli.plan import plan_table  # late: it can train, and so needs torch
 
-        print(f"\n{plan_table(plans)}")
+        print(f"\n{fold(plan_table(plans), columns())}")
         return max(o["code"] for o in outcomes), True
     if not interrupted:
         _wait([Path(o["directory"]) for o in outcomes if o["status"] == ELSEWHERE])
@@ -92,7 +93,7 @@ def summarise(folder: Path, kept: bool, interrupted: bool = False) -> tuple[int,
     figures: list[Path] = []
     for benchmark in benchmarks(found.runs, found.stopped):
         for arch in benchmark.archs:
-            print(f"\n{summaries.metrics_table(Scores(benchmark, arch)).terminal()}")
+            print(f"\n{fold(summaries.metrics_table(Scores(benchmark, arch)).terminal(), columns())}")
         from mtl.report.figures.paper import draw  # late: matplotlib takes a second to import
 
         if kept:
@@ -111,6 +112,8 @@ def summarise(folder: Path, kept: bool, interrupted: bool = False) -> tuple[int,
     _say_doubts(found, {Path(o["directory"]).resolve() for o in failed if o["directory"]})
     print(_closing(folder, outcomes))
     if found.runs:
+        if line := activation():
+            print(f"first:    {line}")
         root = found.runs[0].directory.parents[4]
         print(f"compare:  python -m mtl.report {root}   (Δm, ranks, differences by seed, a page with all figures)")
         if found.runs[0].info["data"] == "digits":
@@ -118,6 +121,18 @@ def summarise(folder: Path, kept: bool, interrupted: bool = False) -> tuple[int,
             print(f"next:     {start} trainer.epochs=10 data.limit_train=10000   (CIFAR-100, downloaded once)")
     nothing = all(o["status"] == "refused" for o in outcomes) or not kept
     return max((o["code"] for o in outcomes), default=0), nothing
+
+
+def _told_apart(outcomes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The plans; where names differ in the digest alone, the options that differ stand behind them."""
+    words = [shlex.split(o["command"]) for o in outcomes]
+    names = [o["plan"]["name"].rpartition("-")[0] for o in outcomes]
+    plans = []
+    for outcome, name, own in zip(outcomes, names, words, strict=True):
+        others = [w for w, n in zip(words, names, strict=True) if n == name]
+        differs = [w for w in own if not all(w in other for other in others)]
+        plans.append({**outcome["plan"], "name": " ".join([outcome["plan"]["name"], *differs])})
+    return plans
 
 
 def _closing(folder: Path, outcomes: list[dict[str, Any]]) -> str:

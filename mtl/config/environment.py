@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import sys
 
 OLDEST, TOO_NEW = (3, 10), (3, 14)  # requires-python in pyproject.toml
@@ -26,6 +27,17 @@ PACKAGES = {
 }
 
 
+def activation() -> str:
+    """What to type before commands that start with `python`, if the word means another Python now; empty if not."""
+    folder = os.path.join(sys.prefix, "bin")
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    script = os.path.join(root, ".venv", "bin", "activate")
+    if folder != os.path.dirname(script) or not os.path.exists(script) or "MAKELEVEL" in os.environ:  # make says it
+        return ""
+    found = shutil.which("python")
+    return "" if found and os.path.dirname(found) == folder else f"source {os.path.relpath(script)}"
+
+
 def require() -> None:
     """End the process with one line and exit code 1 if this Python is too old, too new, or lacks a package."""
     version = "{}.{}".format(*sys.version_info[:2])
@@ -42,5 +54,6 @@ def require() -> None:
     if not os.path.exists(os.path.join(root, "pyproject.toml")):
         cure = "install mtl into another environment: python3.12 -m venv, then pip install"
     elif os.path.exists(python) and os.path.abspath(sys.executable) != python:
-        cure = f"type {os.path.relpath(python)} instead of python"
+        activate = os.path.relpath(os.path.join(root, ".venv", "bin", "activate"))
+        cure = f"type: source {activate} (or {os.path.relpath(python)} instead of python)"
     sys.exit(f"error: {sys.executable} {wrong}; {cure}")

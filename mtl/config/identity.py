@@ -64,8 +64,8 @@ class Identity:
         data, arch, loss: the chosen config options.
         digest: 8 hex digits of the config's hash; the same for all seeds.
         seed: the run's seed.
-        variant: what differs from the chosen options, such as "ink" of loss=single or "c0.2" of loss=cagrad. It is for
-            people, and no part of a path or an id.
+        variant: what differs from the chosen loss option, such as "ink" of loss=single or "c0.2" of loss=cagrad. It
+            is for people, and no part of a path or an id.
     """
 
     data: str
@@ -125,7 +125,7 @@ def identify(config: Mapping[str, Any], choices: Mapping[str, str]) -> Identity:
         loss=safe(loss),
         digest=hashlib.sha256(text.encode()).hexdigest()[:8],
         seed=config["seed"],
-        variant=variant(config, choices, CONF),
+        variant=variant(config["loss"], choices.get("loss"), CONF / "loss"),
     )
 
 

@@ -121,9 +121,10 @@ def locate(name: Any, path: str) -> Callable:
             candidates = [f"{parent}.{n}" for n in vars(pkgutil.resolve_name(parent)) if not n.startswith("_")]
         except Exception:
             candidates = []
-        raise ConfigError(
-            f"{path}={name}: cannot be imported ({one_line(error)}){suggest(name, candidates)}"
-        ) from error
+        near = suggest(name, candidates)
+        if not near and isinstance(error, ModuleNotFoundError) and error.name == str(name).partition(".")[0]:
+            near = f"; put {error.name}.py into the folder where the command is typed, or its folder into PYTHONPATH"
+        raise ConfigError(f"{path}={name}: cannot be imported ({one_line(error)}){near}") from error
     if not callable(target):
         raise ConfigError(f"{path}={name}: is not a class or function")
     return target

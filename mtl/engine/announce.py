@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from mtl.engine.directory import RunDirectory
 from mtl.engine.learner import Learner
 from mtl.engine.stages import Stage
 from mtl.losses import LossWeighting
-from mtl.tracking.console import duration, table
+from mtl.tasks import Task
+from mtl.tracking.console import count, duration, table, wrapped
 
 log = logging.getLogger("mtl")
 
@@ -38,11 +39,11 @@ def header(config: Mapping[str, Any], identity: Identity, benchmark: Benchmark, 
     heads = "" if isinstance(strategy, LossWeighting) else f", heads: {strategy.heads} gradient"
     lines = {
         "run": identity.title,
-        "data": f"{identity.data}: {samples}; tasks {', '.join(f'{t.name} ({t.outputs})' for t in learner.tasks)}",
+        "data": f"{identity.data}: {samples}; {_tasks(learner.tasks)}",
         "model": f"{identity.arch}: {count_parameters(learner.model):,} parameters, "
         f"{count_macs(learner.model, benchmark.one()) / 1e6:,.1f} MMAC an image",
         "strategy": f"{identity.loss} ({strategy.family}{heads}{f', {own} own parameters' if own else ''})",
-        "training": f"{trainer.epochs} epochs of {steps} steps, batch {benchmark.batch_size}, "
+        "training": f"{count(trainer.epochs, 'epoch')} of {count(steps, 'step')}, batch {benchmark.batch_size}, "
         f"{optimizer['_target_'].rpartition('.')[2]} lr {optimizer.get('lr', 'default')}, "
         f"{config['schedule']['_target_'].rpartition('.')[2].lower()} schedule",
         "stages": "; ".join(map(_stage, trainer.plan)) if trainer.stages else "",
@@ -57,7 +58,7 @@ def header(config: Mapping[str, Any], identity: Identity, benchmark: Benchmark, 
     }
     for key, value in lines.items():
         if value:
-            log.info(f"{key:9s} {value}")
+            log.info(wrapped(f"{key:9s} {value}", 10))
     if trainer.slow_precision(learner.device):
         log.info("WARNING   this CPU has no bf16 instructions: trainer.precision=fp32 is about 10x faster here")
 
@@ -91,13 +92,20 @@ def footer(summary: Mapping[str, Any], epochs: int, directory: RunDirectory, com
     log.info(f"reproduce: {command}")
 
 
+def _tasks(tasks: Sequence[Task], most: int = 6) -> str:
+    named = [f"{task.name} ({task.outputs})" for task in tasks]
+    if len(named) <= most:
+        return f"tasks {', '.join(named)}"
+    return f"{len(named)} tasks {', '.join(named[: most - 1])}, …, {named[-1]}"
+
+
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.get_num_threads()} threads)"
+    return f"{device} ({count(torch.get_num_threads(), 'thread')})"
 
 
 def _stage(stage: Stage) -> str:
     tasks = "" if stage.tasks is None else f" of {', '.join(stage.tasks)}"
     rate = "" if stage.lr is None else f" at lr {stage.lr:g}"
-    return f"{stage.epochs} epochs{tasks}, {' and '.join(stage.train)} learn{rate}"
+    return f"{count(stage.epochs, 'epoch')}{tasks}, {' and '.join(stage.train)} learn{rate}"

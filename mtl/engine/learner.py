@@ -184,11 +184,12 @@ class Learner:
                 # One update: see `Step.__call__`. `self.forward(batch)` is a function that computes the losses, because
                 # some methods call it several times. `info` holds the weights, statistics and forward passes.
                 info = step(self.forward(batch), _size(batch), labelled, look)
+                losses = self._add_up(info, batch, tally)
                 # The sums stay on the device. If a loss becomes NaN, the alarm raises `Diverged` within the epoch.
-                alarm.see(self._add_up(info, batch, tally), info.norm, counts)
+                alarm.see(losses, info.norm, counts)
                 if watch is not None:
                     watch.step()
-                progress.update(i + 1)
+                progress.update(i + 1, losses)
             if watch is not None:
                 watch.finish()
             read = tally.read()  # the host waits for the device here, once per epoch

@@ -36,7 +36,7 @@ from mtl.errors import Diverged, SetupError, Terminated, one_line
 from mtl.parallel.processes import Processes
 from mtl.parallel.signals import deferred
 from mtl.tracking import RunInfo, Tracker, flatten
-from mtl.tracking.console import epoch_line
+from mtl.tracking.console import count, epoch_line
 
 log = logging.getLogger("mtl")
 
@@ -175,8 +175,8 @@ class Job:
             # A signal may also come after the run was marked as finished; then nothing is left to note.
             if self.begun and not self.directory.finished:
                 self._close("interrupted", "stopped by a signal")
-                epochs = len(self.rows)
-                log.info(f"interrupted after {epochs} epochs; the same command goes on from there: {self.command}")
+                epochs = count(len(self.rows), "epoch")
+                log.info(f"interrupted after {epochs}; the same command goes on from there: {self.command}")
             raise
         except Diverged as error:
             kept = " (last.pt holds the epoch before)" if self.rows else ""
@@ -185,7 +185,7 @@ class Job:
         except WriteError as error:
             if not self.begun:
                 raise
-            saved = f"{len(self.rows)} epochs are saved, and once that is mended the same command goes on"
+            saved = f"epochs are saved: {len(self.rows)}; once that is mended the same command goes on"
             self._fail("failed", error.exit_code, f"{error}; {saved}")  # such as a full disk
         except Exception as error:
             if not self.begun and isinstance(error, SetupError):
@@ -325,6 +325,6 @@ class Job:
         root = Path(self.config["output_root"])
         return RunInfo(self.identity, self.directory.path, root, flatten(self.config), best, tuple(self.rows))
 
-    def _units(self) -> dict[str, tuple[str, str]]:
-        """For each task, name and unit of its main metric, for the epoch's line on the console."""
-        return {t.name: (t.scores[0].name, t.scores[0].unit) for t in self.learner.tasks}
+    def _units(self) -> dict[str, tuple[str, str, bool]]:
+        """For each task, name, unit and direction of its main metric, for the epoch's line on the console."""
+        return {t.name: (t.scores[0].name, t.scores[0].unit, t.scores[0].higher_is_better) for t in self.learner.tasks}

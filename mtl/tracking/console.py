@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import re
 import sys
+import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 
 def legible() -> None:
@@ -38,56 +43,196 @@ def duration(seconds: float) -> str:
     return f"{hours}h{m:02d}m" if hours else f"{m}m{s:02d}s" if m else f"{s}s"
 
 
-def epoch_line(row: Mapping[str, float], tasks: Mapping[str, tuple[str, str]], epochs: int, remaining: float) -> str:
-    """One epoch on one line.
+class Fitted(str):
+    """A line that can be said in fewer columns. A file gets the whole line."""
+
+    fit: Callable[[int], str]
+
+    def __new__(cls, text: str, fit: Callable[[int], str]) -> Fitted:
+        line = super().__new__(cls, text)
+        line.fit = fit
+        return line
+
+
+def wrapped(text: str, indent: int) -> Fitted:
+    """`text`, which goes on below in further lines that are indented. Paths and commands are not broken."""
+
+    def fit(columns: int) -> str:
+        return textwrap.fill(
+            text, max(columns, 2 * indent), subsequent_indent=" " * indent, break_long_words=False,
+            break_on_hyphens=False,
+        )  # fmt: skip
+
+    return Fitted(text, fit)
+
+
+def columns() -> int | None:
+    """The width that a line may have: of COLUMNS, or of the terminal; None for a file, which takes any."""
+    if (wish := os.environ.get("COLUMNS", "")).isdigit() and int(wish):
+        return int(wish)
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or None
+    except (OSError, ValueError, AttributeError):  # no terminal, or closed
+        return None
+
+
+def fold(text: str, width: int | None) -> str:
+    """A table whose columns do not fit side by side as several tables, each with the first column.
+
+    Args:
+        text: lines of a table of `table`, with other lines around it.
+        width: of the terminal; None for no limit.
+    """
+    lines = text.split("\n")
+    rules = [line for line in lines if re.fullmatch(r"-+(  -+)+", line)]
+    if width is None or len(rules) != 1 or len(rules[0]) <= width:
+        return text
+    spans = [match.span() for match in re.finditer("-+", rules[0])]
+    blocks: list[list[tuple[int, int]]] = [[]]
+    for span in spans[1:]:
+        if blocks[-1] and spans[0][1] + sum(2 + b - a for a, b in [*blocks[-1], span]) > width:
+            blocks.append([])
+        blocks[-1].append(span)
+    first = next(i for i, line in enumerate(lines) if len(line) == len(rules[0]))  # above it stands a title
+    folded = [
+        "\n".join("  ".join(line[a:b].ljust(b - a) for a, b in [spans[0], *block]).rstrip() for line in lines[first:])
+        for block in blocks
+    ]
+    return "\n".join([*lines[:first], "\n\n".join(folded)])
+
+
+def epoch_line(row: Mapping[str, float], tasks: Mapping[str, Sequence[Any]], epochs: int, remaining: float) -> Fitted:
+    """One epoch on one line. More than four tasks are shown by their mean, the worst and the best of them.
 
     Args:
         row: as in metrics.jsonl.
-        tasks: {task: (its main metric, that metric's unit)}.
+        tasks: {task: (its main metric, that metric's unit, whether higher is better)}.
         epochs: of the whole run.
         remaining: seconds that are left.
     """
     digits = len(str(epochs))
-    parts = [f"epoch {int(row['epoch']):{digits}d}/{epochs}"]
-    for prefix in ("train", "val", "test"):
-        cells = [
-            f"{task} {row[f'{prefix}/{task}_loss']:.3f} {row[f'{prefix}/{task}_{metric}']:.4g}{unit}"
-            for task, (metric, unit) in tasks.items()
-            if f"{prefix}/{task}_loss" in row
-        ]
-        if cells:
-            parts.append(f"{prefix} " + ", ".join(cells))
-    if weights := [f"{row[f'weights/{task}']:.2f}" for task in tasks if f"weights/{task}" in row]:
-        parts.append("w " + "/".join(weights))
-    parts.append(f"lr {row['lr']:.3g}")
-    parts.append(f"{row['time/images_per_second']:,.0f} img/s")
-    if remaining > 0:
-        parts.append(f"ETA {duration(remaining)}")
-    return " | ".join(parts)
+    splits = [name for name in ("train", "val", "test") if any(f"{name}/{task}_loss" in row for task in tasks)]
+    start = f"epoch {int(row['epoch']):{digits}d}/{epochs}"
+
+    def said(split: str, losses: bool) -> str:
+        shown = {task: told for task, told in tasks.items() if f"{split}/{task}_loss" in row}
+        if len(shown) > MANY:
+            return f"{split} {_summary(row, split, shown, named=losses)}"
+        cells = []
+        for task, told in shown.items():
+            loss = f"{row[f'{split}/{task}_loss']:.3f} " if losses else ""
+            cells.append(f"{task} {loss}{row[f'{split}/{task}_{told[0]}']:.4g}{told[1]}")
+        return f"{split} {', '.join(cells)}"
+
+    weights = [row[f"weights/{task}"] for task in tasks if f"weights/{task}" in row]
+    several = f"w {min(weights, default=0):.2f} to {max(weights, default=0):.2f}"
+    ends = {
+        "w": several if len(weights) > MANY else f"w {'/'.join(f'{w:.2f}' for w in weights)}" if weights else "",
+        "lr": f"lr {row['lr']:.3g}",
+        "speed": f"{row['time/images_per_second']:,.0f} img/s",
+        "eta": f"ETA {duration(remaining)}" if remaining > 0 else "",
+    }
+
+    def line(splits: Sequence[str], losses: bool, *names: str) -> str:
+        return " | ".join(filter(None, [start, *(said(s, losses) for s in splits), *(ends[name] for name in names)]))
+
+    def fit(width: int) -> str:
+        kept = splits[1:] or splits  # the results on new data are what an epoch is looked at for
+        ways = [
+            (splits, True, "w", "lr", "speed", "eta"), (splits, True, "lr", "eta"), (kept, True, "w", "lr", "eta"),
+            (kept, True, "eta"), (kept, False, "eta"), (kept[-1:], False, "eta"), (kept[-1:], False),
+        ]  # fmt: skip
+        lines = [line(*way) for way in ways]
+        return next((text for text in lines if len(text) <= width), f"{lines[-1][: width - 1]}…")
+
+    return Fitted(line(splits, True, "w", "lr", "speed", "eta"), fit)
+
+
+MANY = 4  # tasks that a line shows one by one
+
+
+def _summary(row: Mapping[str, float], split: str, tasks: Mapping[str, Sequence[Any]], named: bool) -> str:
+    """The mean over the tasks, the worst and the best of them, for each metric that they have."""
+    parts = []
+    for metric, unit in dict.fromkeys((told[0], told[1]) for told in tasks.values()):
+        values = {t: row[f"{split}/{t}_{metric}"] for t, told in tasks.items() if told[0] == metric}
+        higher = next(told[2:] for told in tasks.values() if told[0] == metric) != (False,)
+        text = f"{len(values)} {metric} {sum(values.values()) / len(values):.4g}{unit}"
+        if len(values) > 1:
+            low, high = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
+            worst, best = (low, high) if higher else (high, low)
+            text += (
+                f" (worst {worst} {values[worst]:.4g}, best {best} {values[best]:.4g})"
+                if named
+                else (f" ({values[worst]:.4g} to {values[best]:.4g})")
+            )
+        parts.append(text)
+    return ", ".join(parts)
+
+
+class Console(logging.StreamHandler):
+    """Prints log lines in the terminal's width, each on a line of its own: a live line is removed before."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        clear_line()
+        super().emit(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        width = columns()
+        fits = isinstance(record.msg, Fitted) and width is not None and len(record.msg) > width
+        return record.msg.fit(width) if fits else super().format(record)
+
+
+def clear_line() -> None:
+    """Remove the live line, if there is one. After Ctrl-C, too, which the terminal shows as ^C behind it."""
+    if Progress.drawn:
+        Progress.drawn = False
+        sys.stderr.write("\r\033[K")
+        sys.stderr.flush()
 
 
 class Progress:
     """One live line on a terminal. It prints nothing into a file, which it would fill."""
 
-    # The process's own, not a run's: `mtl.cli.launchers.enter` forbids it where several processes share the terminal.
+    # The process's own, not a run's: it has one terminal. `mtl.cli.launchers.enter` forbids the line where several
+    # processes share it.
     allowed = True
+    drawn = False
 
     def __init__(self, total: int, label: str):
         self.total, self.label = total, label
         self.live = self.allowed and sys.stderr.isatty()
         self.start = self.shown = time.perf_counter()
+        self._losses: Any = None
 
-    def update(self, done: int) -> None:
-        """Steps done so far; redrawn at most five times a second."""
+    def update(self, done: int, losses: Sequence[Any] = ()) -> None:
+        """Steps done so far; redrawn at most five times a second.
+
+        Args:
+            done: number of steps.
+            losses: of the tasks in this step, () tensors. Their sum is shown as soon as it is known: no step waits.
+        """
         now = time.perf_counter()
         if self.live and now - self.shown > 0.2:
             self.shown = now
             left = (now - self.start) / done * (self.total - done)
-            sys.stderr.write(f"\r\033[K{self.label}: step {done}/{self.total}, {duration(left)} left")
+            line = f"{self.label}: step {done}/{self.total}{self._loss(losses)}, {duration(left)} left"
+            width = columns()
+            sys.stderr.write(f"\r\033[K{line if width is None else line[: width - 1]}")
             sys.stderr.flush()
+            Progress.drawn = True
+
+    def _loss(self, losses: Sequence[Any]) -> str:
+        if not losses:
+            return ""
+        from mtl.losses.delayed import Delayed  # late: the console is there before torch
+
+        if self._losses is None:
+            self._losses, self._known = Delayed(), None
+        self._known = self._losses.read(sum(loss.detach() for loss in losses)) or self._known
+        return "" if self._known is None else f", loss {self._known:.4g}"
 
     def clear(self) -> None:
         """Remove the line."""
         if self.live:
-            sys.stderr.write("\r\033[K")
-            sys.stderr.flush()
+            clear_line()
