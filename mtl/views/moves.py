@@ -77,14 +77,21 @@ class Metres(Moves):
     """Depth maps (M, H, W), float32 at least: the nearest pixel's depth; `fill` outside.
 
     A picture shown s times larger is s times nearer, so depths are divided by s.
+
+    Attributes:
+        inverse: the map is disparity, which grows where things come nearer; it is multiplied by s.
     """
 
     fill: float = nan
+    inverse: bool = False
 
     def __call__(self, column: Tensor, rows: Tensor | None, view: View | None) -> Tensor:
         _check(column, "(M, H, W)", column.dim() == 3)
         depth = see(column, rows, view, self.fill, _floating(column))
-        return depth if view is None or view.whole else depth * view.a.abs().mean(1)[:, None, None]
+        if view is None or view.whole:
+            return depth
+        nearer = view.a.abs().mean(1)[:, None, None]  # 1/s
+        return depth / nearer if self.inverse else depth * nearer
 
 
 @dataclass(frozen=True)
