@@ -315,7 +315,8 @@ FEW = (
      "depth_rel_err", "normals_mean", "normals_median", "normals_11", "normals_22", "normals_30"]),
     (("experiment=cityscapes", "loss=famo", "data.classes=19"), ["segmentation_miou", "segmentation_pixel_accuracy",
      "depth_abs_err", "depth_rel_err"]),
-    (("experiment=cityscapes", "loss=pcgrad", "arch=segnet", "microscope.every=1", "microscope.samples=2", "trainer.deterministic=true"),
+    (("experiment=cityscapes", "loss=pcgrad", "arch=segnet", "microscope.every=1", "microscope.samples=2",
+          "trainer.deterministic=true"),
      ["segmentation_miou", "segmentation_pixel_accuracy", "depth_abs_err", "depth_rel_err"]),
 ])  # fmt: skip
 def test_an_experiment_trains(cli, nyuv2, cityscapes, options, names):
