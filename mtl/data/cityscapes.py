@@ -23,7 +23,7 @@ from annotated_types import Ge
 from mtl.data import npy
 from mtl.data.base import Benchmark, Split
 from mtl.data.inputs import Image
-from mtl.data.npy import Kind, Layout
+from mtl.data.npy import Layout, MapKind
 from mtl.tasks import Depth, Disparity, Segmentation, Task
 from mtl.views import Flip, ScaleCrop
 
@@ -70,9 +70,9 @@ class Cityscapes(Benchmark):
             name="Cityscapes",
             subfolders=("cityscapes2", "cityscapes"),
             kinds={
-                "image": Kind(("image",), npy.image),
-                "segmentation": Kind(labels, npy.classes(self.classes)),
-                "depth": Kind(("depth",), npy.depth),
+                "image": MapKind(("image",), npy.image),
+                "segmentation": MapKind(labels, npy.classes(self.classes)),
+                "depth": MapKind(("depth",), npy.depth),
             },
             sizes={"train": 2975, "test": 500},
             source="the field gets cityscapes2.zip (128x256) from the README of https://github.com/lorenmt/mtan",

@@ -27,7 +27,7 @@ VERSION = 1  # of the arrays' content; another one makes them anew
 
 
 @dataclass(frozen=True)
-class Kind:
+class MapKind:
     """One kind of map, and how a file of it becomes a row of a column.
 
     Args:
@@ -53,7 +53,7 @@ class Layout:
 
     name: str
     subfolders: Sequence[str]
-    kinds: Mapping[str, Kind]
+    kinds: Mapping[str, MapKind]
     sizes: Mapping[str, int]
     source: str
 
@@ -131,7 +131,7 @@ class Layout:
                 )
 
 
-def _files(folder: Path, kind: Kind) -> list[Path]:
+def _files(folder: Path, kind: MapKind) -> list[Path]:
     """0.npy, 1.npy, … of a kind in the folder of a split.
 
     Raises:
@@ -146,7 +146,7 @@ def _files(folder: Path, kind: Kind) -> list[Path]:
     return [found / f"{i}.npy" for i in range(len(numbers))]
 
 
-def _column(store: Path, kind: Kind, files: Sequence[Path]) -> Tensor:
+def _column(store: Path, kind: MapKind, files: Sequence[Path]) -> Tensor:
     """All rows of one kind: the array that is there, or one made now, by one process at a time."""
     target = store / f"{files[0].parents[1].name}-{files[0].parent.name}-{_digest(files)}.npy"
     if (array := _open(target, len(files))) is None:
@@ -181,7 +181,7 @@ def _open(target: Path, rows: int) -> np.ndarray | None:
     return array if len(array) == rows else None
 
 
-def _write(target: Path, kind: Kind, files: Sequence[Path]) -> None:
+def _write(target: Path, kind: MapKind, files: Sequence[Path]) -> None:
     """Write all rows beside the target; the finished file arrives in one rename."""
     print(f"reading {len(files):,} files of {files[0].parent} into {target}", flush=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=".part-")
@@ -202,7 +202,7 @@ def _write(target: Path, kind: Kind, files: Sequence[Path]) -> None:
         raise
 
 
-def _rows(kind: Kind, files: Sequence[Path]) -> Iterator[np.ndarray]:
+def _rows(kind: MapKind, files: Sequence[Path]) -> Iterator[np.ndarray]:
     """Raises:
     SetupError: a file is damaged, holds something else, or is of another size than the first one.
     """

@@ -20,7 +20,7 @@ from annotated_types import Ge
 
 from mtl.data.base import Benchmark, Split
 from mtl.data.inputs import Image
-from mtl.data.npy import Kind, Layout, classes, depth, image, normals
+from mtl.data.npy import Layout, MapKind, classes, depth, image, normals
 from mtl.tasks import Depth, Normals, Segmentation
 from mtl.views import Flip, ScaleCrop
 
@@ -28,10 +28,10 @@ LAYOUT = Layout(
     name="NYUv2",
     subfolders=("nyuv2",),
     kinds={
-        "image": Kind(("image",), image),
-        "segmentation": Kind(("label",), classes(13)),
-        "depth": Kind(("depth",), depth),
-        "normals": Kind(("normal",), normals),
+        "image": MapKind(("image",), image),
+        "segmentation": MapKind(("label",), classes(13)),
+        "depth": MapKind(("depth",), depth),
+        "normals": MapKind(("normal",), normals),
     },
     sizes={"train": 795, "test": 654},
     source="the field gets nyuv2.zip from the README of https://github.com/lorenmt/mtan",
