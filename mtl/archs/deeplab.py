@@ -187,7 +187,7 @@ def _pretrained(depth: int, name: str, in_channels: int, width: int) -> dict[str
     if width != WIDTH:
         raise ValueError(f"weights: {name} has width {WIDTH}, not {width}")
     if in_channels != 3:
-        raise ValueError(f"weights: {name} is of RGB images, and the data has {in_channels} channels")
+        raise ValueError(f"weights: {name} is made for 3 image channels, not {in_channels}")
     weights, folder = known[name], Path(torch.hub.get_dir()) / "checkpoints"
     try:
         state = weights.get_state_dict(progress=False, check_hash=True)

@@ -29,6 +29,7 @@ EXCLUDED = (
     "microscope",
     "data.root",
     "data.download",
+    "data.cache",
     "data.residency",
     "data.workers",
     "trainer.device",
@@ -133,12 +134,12 @@ def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of `config` without the options that do not change a run's numbers.
 
     A built-in data set has the same images in every folder, so its folder is left out. A user's own data class may
-    behave otherwise. So its folder and its `download` stay, and the folder becomes an absolute path.
+    behave otherwise. So its `root`, `download` and `cache` stay, and `root` becomes an absolute path.
     """
     content = copy.deepcopy(dict(config))
     own_data = not _built_in(content.get("data"))
     for path in EXCLUDED:
-        if own_data and path in ("data.root", "data.download"):
+        if own_data and path in ("data.root", "data.download", "data.cache"):
             continue
         *parents, key = path.split(".")
         node = content

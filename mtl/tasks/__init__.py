@@ -1,7 +1,7 @@
 """Tasks: each has labels, a loss and metrics."""
 
 from mtl.tasks.base import Task
-from mtl.tasks.dense import Depth, Normals, Segmentation
+from mtl.tasks.dense import Depth, Disparity, Normals, Segmentation
 from mtl.tasks.labels import Classification, Regression
 
-__all__ = ["Classification", "Depth", "Normals", "Regression", "Segmentation", "Task"]
+__all__ = ["Classification", "Depth", "Disparity", "Normals", "Regression", "Segmentation", "Task"]

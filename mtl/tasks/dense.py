@@ -95,6 +95,13 @@ class Depth(Task):
 
 
 @dataclass(frozen=True)
+class Disparity(Depth):
+    """`Depth` of a map that grows where things come nearer: multiplied by s where a crop is shown s times larger."""
+
+    moves: ClassVar[Moves] = Metres(inverse=True)
+
+
+@dataclass(frozen=True)
 class Normals(Task):
     """Surface normals: 1 − cos of the angle between the predicted and the true normal of each pixel.
 

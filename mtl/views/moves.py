@@ -93,15 +93,20 @@ class Metres(Moves):
 
     Attributes:
         fill: depth beyond the image; NaN counts as no label.
+        inverse: whether the map is disparity, which grows where things come nearer. It is multiplied by s.
     """
 
     fill: float = nan
+    inverse: bool = False
 
     def __call__(self, column: Tensor, rows: Tensor | None, view: View | None) -> Tensor:
         _check(column, "(M, H, W)", column.dim() == 3)
         depth = see(column, rows, view, self.fill, _floating(column))
+        if view is None or view.whole:
+            return depth
         # `a` is 1/s along both axes; its sign only says whether the picture is mirrored.
-        return depth if view is None or view.whole else depth * view.a.abs().mean(1)[:, None, None]
+        nearer = view.a.abs().mean(1)[:, None, None]
+        return depth / nearer if self.inverse else depth * nearer
 
 
 @dataclass(frozen=True)

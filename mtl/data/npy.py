@@ -1,0 +1,274 @@
+"""MTAN's layout: train/ and val/, in each a folder for each kind of map, and in these 0.npy, 1.npy, …
+
+Thousands of small files are read slowly. So each kind is written once into one array, which is memory-mapped from then
+on. The array's name holds a digest of the files' names, sizes and times: other files make another array.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from mtl.data.columns import Split
+from mtl.errors import SetupError, one_line
+
+SPLITS = {"train": "train", "test": "val"}  # the tables' test images are in val/
+VERSION = 1  # of the arrays' content; another one makes them anew
+
+
+@dataclass(frozen=True)
+class MapKind:
+    """One kind of map, and how a file of it becomes a row of a column.
+
+    Args:
+        folders: names that the kind's folder may have; the first one found is read.
+        convert: from a file's array to a row; a ValueError says what is wrong.
+    """
+
+    folders: Sequence[str]
+    convert: Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A data set in MTAN's layout.
+
+    Args:
+        name: of the data set.
+        subfolders: where it may lie in `root`, besides `root` itself.
+        kinds: by column.
+        sizes: number of files in the published data, by split; others are reported.
+        source: where the field gets the data, for a message.
+    """
+
+    name: str
+    subfolders: Sequence[str]
+    kinds: Mapping[str, MapKind]
+    sizes: Mapping[str, int]
+    source: str
+
+    def find(self, root: str) -> Path:
+        """The folder that holds train/ and val/.
+
+        Raises:
+            SetupError: there is none in `root`.
+        """
+        candidates = [Path(root).expanduser(), *(Path(root).expanduser() / name for name in self.subfolders)]
+        for folder in candidates:
+            if any((folder / split / "image").is_dir() for split in SPLITS.values()):
+                return folder
+        looked = ", ".join(str(folder.resolve()) for folder in candidates)
+        kinds = ", ".join(f"{kind.folders[0]}/" for kind in self.kinds.values())
+        raise SetupError(
+            f"{self.name} is not in data.root={root}: looked for train/ and val/, with {kinds} of 0.npy, 1.npy, …, in "
+            f"{looked}; {self.source}. Set data.root (or the environment variable MTL_DATA) to the folder that holds it"
+        )
+
+    def picture(self, root: str, height: int | None, width: int | None) -> tuple[int, int]:
+        """(height, width) of the images; only the header of one file is read.
+
+        Args:
+            height, width: what they must be; None allows any.
+
+        Raises:
+            SetupError: there is no such file, it is damaged, or the images have another size.
+        """
+        file = _files(self.find(root) / SPLITS["train"], self.kinds["image"])[0]
+        shape = _read(file, mapped=True).shape
+        if len(shape) != 3:
+            raise SetupError(f"{file}: an image (H, W, 3) is needed, not an array of shape {shape}")
+        for name, wanted, found in (("height", height, shape[0]), ("width", width, shape[1])):
+            if wanted not in (None, found):
+                raise SetupError(
+                    f"data.{name}={wanted}: {file} is {shape[0]}x{shape[1]}; data.{name}=null takes any size"
+                )
+        return shape[:2]
+
+    def load(self, root: str, cache: str | None) -> dict[str, Split]:
+        """The columns of both splits, memory-mapped.
+
+        Args:
+            cache: folder for the arrays; None for one beside the data.
+
+        Raises:
+            SetupError: data is missing, damaged or uneven, or the arrays cannot be written.
+        """
+        folder = self.find(root)
+        store = Path(cache).expanduser() if cache else folder / "mtl-cache"
+        files = {
+            split: {column: _files(folder / name, kind) for column, kind in self.kinds.items()}
+            for split, name in SPLITS.items()
+        }
+        loaded = {}
+        for split, columns in files.items():
+            self._check_even(columns)
+            if (found := len(columns["image"])) != self.sizes[split]:
+                print(f"{self.name}: {found} {split} images in {folder}; the published data has {self.sizes[split]}")
+            rows = {column: _column(store, self.kinds[column], found) for column, found in columns.items()}
+            loaded[split] = Split(rows)
+        return loaded
+
+    def _check_even(self, columns: Mapping[str, Sequence[Path]]) -> None:
+        """Raises:
+        SetupError: one kind has fewer files than another.
+        """
+        most = max(columns.values(), key=len)
+        for found in columns.values():
+            if len(found) < len(most):
+                missing = found[0].parent / most[len(found)].name
+                raise SetupError(
+                    f"{missing} is missing: {most[0].parent} has {len(most)} files, {found[0].parent} {len(found)}"
+                )
+
+
+def _files(folder: Path, kind: MapKind) -> list[Path]:
+    """0.npy, 1.npy, … of a kind in the folder of a split.
+
+    Raises:
+        SetupError: there is no such folder, or a number is missing.
+    """
+    found = next((folder / name for name in kind.folders if (folder / name).is_dir()), None)
+    if found is None:
+        raise SetupError(f"{folder / kind.folders[0]} is missing: a folder with 0.npy, 1.npy, … is needed")
+    numbers = {int(m[1]) for f in os.scandir(found) if (m := re.fullmatch(r"(\d+)\.npy", f.name))}
+    if missing := sorted(set(range(max(numbers, default=0) + 1)) - numbers):
+        raise SetupError(f"{found / f'{missing[0]}.npy'} is missing; the files are numbered from 0 without a gap")
+    return [found / f"{i}.npy" for i in range(len(numbers))]
+
+
+def _column(store: Path, kind: MapKind, files: Sequence[Path]) -> Tensor:
+    """All rows of one kind: the array that is there, or one made now, by one process at a time."""
+    target = store / f"{files[0].parents[1].name}-{files[0].parent.name}-{_digest(files)}.npy"
+    if (array := _open(target, len(files))) is None:
+        try:
+            store.mkdir(parents=True, exist_ok=True)
+            with FileLock(store / ".lock"):  # of several processes one writes it, the others wait and find it
+                if (array := _open(target, len(files))) is None:
+                    _write(target, kind, files)
+                    array = _open(target, len(files))
+        except OSError as error:
+            raise SetupError(
+                f"{target.resolve()} cannot be written ({one_line(error)}); "
+                "set data.cache to a folder of your own with enough space"
+            ) from error
+    assert array is not None
+    return torch.from_numpy(array)
+
+
+def _digest(files: Sequence[Path]) -> str:
+    """Of what can be seen without opening the files."""
+    marks = [VERSION, *((f.name, s.st_size, s.st_mtime_ns) for f in files if (s := f.stat()))]
+    return hashlib.sha256(repr((str(files[0].parent.resolve()), marks)).encode()).hexdigest()[:12]
+
+
+def _open(target: Path, rows: int) -> np.ndarray | None:
+    """The array, mapped; None where there is none, or only a part of it."""
+    try:
+        # "c": what is written into it, which nobody does, stays in memory. torch warns of arrays that are read only.
+        array = np.load(target, mmap_mode="c", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return array if len(array) == rows else None
+
+
+def _write(target: Path, kind: MapKind, files: Sequence[Path]) -> None:
+    """Write all rows beside the target; the finished file arrives in one rename."""
+    print(f"reading {len(files):,} files of {files[0].parent} into {target}", flush=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=".part-")
+    try:
+        # Not through a memory map, where a full disk would kill the process without a word.
+        with os.fdopen(handle, "wb") as out:
+            for i, row in enumerate(_rows(kind, files)):
+                if i == 0:
+                    header = {"descr": np.lib.format.dtype_to_descr(row.dtype), "fortran_order": False}
+                    np.lib.format.write_array_header_1_0(out, {**header, "shape": (len(files), *row.shape)})
+                out.write(np.ascontiguousarray(row).data)
+            out.flush()
+            os.fsync(out.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _rows(kind: MapKind, files: Sequence[Path]) -> Iterator[np.ndarray]:
+    """Raises:
+    SetupError: a file is damaged, holds something else, or is of another size than the first one.
+    """
+    first = None
+    for file in files:
+        array = _read(file)
+        try:
+            row = kind.convert(array)
+        except ValueError as error:
+            raise SetupError(f"{file}: {one_line(error)}") from error
+        first = row if first is None else first
+        if row.shape != first.shape:
+            raise SetupError(f"{file}: the shape {row.shape}, but {files[0].name} has {first.shape}")
+        yield row
+
+
+def _read(file: Path, mapped: bool = False) -> np.ndarray:
+    try:
+        return np.load(file, mmap_mode="r" if mapped else None, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise SetupError(f"{file} is damaged or unreadable ({one_line(error)}); fetch it again") from error
+
+
+# ------------------------------------------------------------------------------------------- from a file to a row
+
+
+def image(array: np.ndarray) -> np.ndarray:
+    """(H, W, 3) of 0 to 1, or uint8, to uint8. Files made from 8-bit images come back exactly."""
+    _check(array, array.ndim == 3 and array.shape[2] == 3, "an image (H, W, 3)")
+    if array.dtype == np.uint8:
+        return array
+    if not (array.min() >= -1e-3 and array.max() <= 1 + 1e-3):  # not so of NaN
+        raise ValueError(f"an image of {array.min():.4g} to {array.max():.4g}; numbers from 0 to 1 are needed")
+    return (array.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def classes(count: int) -> Callable[[np.ndarray], np.ndarray]:
+    """(H, W) of any type, −1 for no label, to int8, −100 for no label."""
+
+    def convert(array: np.ndarray) -> np.ndarray:
+        array = array.squeeze(-1) if array.ndim == 3 and array.shape[2] == 1 else array
+        _check(array, array.ndim == 2, "a map (H, W) of classes")
+        wrong = ~((array >= -1) & (array < count) & (array == np.round(array)))  # so of NaN
+        if wrong.any():
+            raise ValueError(f"the label {array[wrong][0]:g}; -1, or a class from 0 to {count - 1}, is needed")
+        return np.where(array < 0, -100, array).astype(np.int8)
+
+    return convert
+
+
+def depth(array: np.ndarray) -> np.ndarray:
+    """(H, W, 1) or (H, W), 0 for no label, to (H, W) float32."""
+    array = array.squeeze(-1) if array.ndim == 3 and array.shape[2] == 1 else array
+    _check(array, array.ndim == 2, "a map (H, W, 1) of depths")
+    wrong = (array < 0) | np.isinf(array)
+    if wrong.any():
+        raise ValueError(f"the depth {array[wrong][0]:g}; numbers from 0 are needed, 0 where there is no label")
+    return array.astype(np.float32)
+
+
+def normals(array: np.ndarray) -> np.ndarray:
+    """(H, W, 3), zeros for no label, to float32."""
+    _check(array, array.ndim == 3 and array.shape[2] == 3, "a map (H, W, 3) of normals")
+    return array.astype(np.float32)
+
+
+def _check(array: np.ndarray, right: bool, needed: str) -> None:
+    if not right or array.dtype.kind not in "fiub":
+        raise ValueError(f"{needed} is needed, not {array.dtype} of shape {array.shape}")
