@@ -149,7 +149,7 @@ def _no_option_name(text: str, words: Sequence[str]) -> ConfigError:
 
 def _unknown_key(cause: OmegaConfBaseException) -> ConfigError:
     """The user means a key of that name one level deeper (lr: optimizer.lr), or the most similar key of this level."""
-    node, key = cause.parent_node, cause.full_key
+    node, key = cause.parent_node, str(cause.full_key)
     listed = sorted(str(k) for k in node if k not in (TARGET, "hydra"))
     word, nodes = key.rpartition(".")[2], OmegaConf.to_container(node, resolve=False)
     of_class, open_ended = _arguments(node, key)
