@@ -456,7 +456,7 @@ def test_a_split_without_labels_is_null_not_nan(trained, copy, monkeypatch):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["data.limit=3"], "data.limit: unknown key; allowed: batch_size, limit_test"),
+    (["data.limit=3"], "data.limit: unknown key; allowed: batch_size"),
     (["loss=dwa"], "loss=dwa: only options of the data can be changed, as data.KEY=VALUE"),
     (["data.limit_test=1,2"], "data.limit_test=1,2: one value is needed"),
     (["data.limit_test=[1"], "'data.limit_test=[1' is not KEY=VALUE"),

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mtl.losses.base import GramianWeighting, LossWeighting
+
 OWN = '''
 from dataclasses import dataclass
 
@@ -191,6 +193,53 @@ def test_missing_labels_count_without_being_declared(own):
         assert run.code == 0, run.err
         rows.append(last_row(f"root{len(rows)}"))
     assert rows[0] == pytest.approx(rows[1], rel=1e-6)
+
+
+class Soft(GramianWeighting):
+    """Keeps one average in a buffer and a count in a plain attribute."""
+
+    def __init__(self, tasks):
+        super().__init__(tasks)
+        self.register_buffer("average", torch.zeros(self.tasks))
+        self.seen = 0
+
+    def weights(self, gramian):
+        self.seen += 1
+        self.average.lerp_(gramian.diagonal(), 0.1 if self.seen > 1 else 1.0)
+        return torch.softmax(-self.average, 0) * self.tasks
+
+
+class Short(LossWeighting):
+    """Keeps nothing."""
+
+    def forward(self, losses):
+        return losses.square().sum()
+
+
+@pytest.mark.parametrize("name", ["Soft", "Short"])
+def test_a_method_of_ones_own_is_resumed_bit_for_bit(cli, tmp_path, monkeypatch, name):
+    """No such run could be resumed: the library's own attributes were taken for the user's."""
+    from mtl.engine.learner import Learner
+
+    words = (f"loss._target_={__name__}.{name}", "arch._target_=golden.problems.Net", "~arch.depth", "data=digits",
+             "data.limit_train=32", "data.limit_test=16", "data.batch_size=8", "trainer.epochs=3", "optimizer.lr=0.05",
+             "trainer.device=cpu", "logger=none")  # fmt: skip
+    whole, real = cli(*words, f"output_root={tmp_path / 'whole'}"), Learner.train_epoch
+    assert whole.code == 0 and "WARNING" not in whole.out, whole.out
+
+    def stop(self, batches, epoch):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return real(self, batches, epoch)
+
+    monkeypatch.setattr(Learner, "train_epoch", stop)
+    cli(*words, f"output_root={tmp_path / 'parts'}")
+    monkeypatch.setattr(Learner, "train_epoch", real)
+    resumed = cli(*words, f"output_root={tmp_path / 'parts'}")
+    assert resumed.code == 0, resumed.err
+    one, two = (torch.load(next((tmp_path / part).rglob("last.pt")), weights_only=True) for part in ("whole", "parts"))
+    for part in ("model", "strategy"):
+        assert all(torch.equal(one[part][key], two[part][key]) for key in one[part])
 
 
 def test_a_run_notes_its_own_code_and_the_folder_of_its_data(own):

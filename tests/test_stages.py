@@ -16,6 +16,10 @@ def folder(tmp_path):
     return found
 
 
+def lines(run):
+    return (run / "metrics.jsonl").read_text().splitlines()
+
+
 def weights(path):
     return torch.load(path, weights_only=False)["model"]
 
@@ -64,7 +68,7 @@ def test_it_resumes_bit_for_bit_across_the_border(cli, tmp_path, monkeypatch, lo
     one, two = weights(whole / "last.pt"), weights(resumed / "last.pt")
     assert all(torch.equal(one[key], two[key]) for key in one)
     rows = [
-        [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in open(p / "metrics.jsonl")]
+        [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines(p)]
         for p in (whole, resumed)
     ]
     assert rows[0] == rows[1] and len(rows[0]) == 4
@@ -73,7 +77,7 @@ def test_it_resumes_bit_for_bit_across_the_border(cli, tmp_path, monkeypatch, lo
 def test_each_stage_has_its_own_schedule_and_rate(cli, tmp_path):
     stages = "trainer.stages=[{epochs: 2}, {epochs: 2, lr: 0.01}]"
     run = train(cli, tmp_path, "trainer.epochs=4", stages, "schedule=cosine")
-    rates = [json.loads(line)["lr"] for line in open(run / "metrics.jsonl")]
+    rates = [json.loads(line)["lr"] for line in lines(run)]
     assert rates == pytest.approx([0.05, 0.025, 0.01, 0.005])
 
 
@@ -88,6 +92,7 @@ def test_a_frozen_batch_norm_keeps_its_averages(cli, tmp_path):
     ("[{epochs: 2, tasks: [digits]}]", "trainer.stages[0].tasks: 'digits' is none of digit, odd, ink; did you mean"),
     ("[{epochs: 2, train: [backbone]}]", "trainer.stages[0].train: 'backbone' is none of shared, heads, digit"),
     ("[{epochs: 2, train: []}]", "trainer.stages[0]: trains nothing"),
+    ("[{epochs: 2, tasks: [ink], train: [digit]}]", "task ink counts, but neither its head nor 'shared' learns"),
     ("[3]", "trainer.stages[0]=3: must be an object"),
 ])  # fmt: skip
 def test_wrong_stages_are_refused_in_one_line(cli, tmp_path, stages, message):

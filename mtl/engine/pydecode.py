@@ -10,20 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from mtl.engine.names import Names, is_users_class
+from mtl.losses import Equal
 
 BIT_GENERATORS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")
 CONTAINERS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")  # of every nn.Module
-# Attributes of nn.Module and of Strategy that every run sets itself.
-SKIPPED = frozenset(vars(nn.Module())) | {
-    "names",
-    "epoch",
-    "epochs",
-    "_seed",
-    "_generators",
-    "grouped",
-    "alone",
-    "movement",
-}
+# The attributes of nn.Module and of every Strategy. A checkpoint has them elsewhere, or a run sets them by itself.
+# Equal has no others. So an attribute that is added to Strategy is never taken for a user's own.
+SKIPPED = frozenset(vars(Equal(1)))
 KEPT = ["kept"]  # the node of a value that stays as the constructor has made it
 
 

@@ -90,6 +90,12 @@ def check_stages(stages: Sequence[Stage], tasks: Sequence[str], warmup: int, kee
                     raise ConfigError(f"{where}.{key}: {name!r} is none of {', '.join(known)}{suggest(name, known)}")
         if not any(stage.counts(task) for task in tasks) or not any(map(stage.learns, [None, *tasks])):
             raise ConfigError(f"{where}: trains nothing; name at least one task, and something that learns")
+        # A loss that reaches nothing that learns has no gradient.
+        if idle := [task for task in tasks if stage.counts(task) and not (stage.learns(None) or stage.learns(task))]:
+            raise ConfigError(
+                f"{where}: task {idle[0]} counts, but neither its head nor 'shared' learns; add {idle[0]} to train, or "
+                "leave it out of tasks"
+            )
         if warmup >= stage.epochs:
             raise ConfigError(
                 f"schedule.warmup_epochs={warmup}: must be less than the {stage.epochs} epochs of {where}"
