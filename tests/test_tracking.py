@@ -105,6 +105,15 @@ def test_two_runs_of_a_grid_are_two_wandb_runs(run):
     assert [(f.run["run_id"].split("-")[2], len(f.rows), f.code) for f in fragments()] == [("s0", 3, 0), ("s1", 3, 0)]
 
 
+def test_a_grid_is_one_more_wandb_run_with_its_ranks(run):
+    """What only several runs together say: Δm, where there are baselines, and mean ranks."""
+    assert run("-m", "logger=wandb", "loss=equal,dwa", "seed=0", "trainer.epochs=1").code == 0
+    (grid,) = (f for f in fragments() if f.run["run_id"].startswith("summary-digits"))
+    assert len(fragments()) == 3 and grid.code == 0
+    ranks = {key: value for key, value in grid.summary.items() if key.startswith("mean_rank")}
+    assert set(ranks) == {"mean_rank/equal", "mean_rank/dwa"} and sum(ranks.values()) == pytest.approx(3)
+
+
 @pytest.mark.parametrize("broken", ["init", "define_metric", "log", "summary", "finish"])
 def test_wandb_cannot_stop_a_run(run, monkeypatch, broken):
     """Whichever of its calls raises: one line says so, and all files are written."""

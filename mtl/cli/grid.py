@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import statistics
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from mtl.config import schema
 from mtl.config.environment import activation
 from mtl.config.program import program
 from mtl.errors import UserError
@@ -93,7 +95,9 @@ def summarise(folder: Path, kept: bool, interrupted: bool = False) -> tuple[int,
     figures: list[Path] = []
     for benchmark in benchmarks(found.runs, found.stopped):
         for arch in benchmark.archs:
-            print(f"\n{fold(summaries.metrics_table(Scores(benchmark, arch)).terminal(), columns())}")
+            scores = Scores(benchmark, arch)
+            print(f"\n{fold(summaries.metrics_table(scores).terminal(), columns())}")
+            _tell_wandb(scores)
         from mtl.report.figures.paper import draw  # late: matplotlib takes a second to import
 
         if kept:
@@ -121,6 +125,24 @@ def summarise(folder: Path, kept: bool, interrupted: bool = False) -> tuple[int,
             print(f"next:     {start} trainer.epochs=10 data.limit_train=10000   (CIFAR-100, downloaded once)")
     nothing = all(o["status"] == "refused" for o in outcomes) or not kept
     return max((o["code"] for o in outcomes), default=0), nothing
+
+
+def _tell_wandb(scores: Scores) -> None:
+    """Report Δm and mean ranks as a W&B run, if there is something to compare and the runs are in W&B."""
+    node = scores.groups[0].any.config["logger"] if scores.groups else {}
+    node = node.get("wandb", node)
+    if node.get("_target_") != "mtl.tracking.wandb.WandbTracker" or len(scores.groups) < 2:
+        return
+    ranks, rows = scores.mean_ranks("last"), {}
+    for group in scores.groups:
+        values = [v for v in scores.delta_m(group, "last").values() if math.isfinite(v)]
+        found = {
+            "delta_m": statistics.fmean(values) if values else math.nan,
+            "mean_rank": ranks.get(group.label, math.nan),
+        }
+        rows[group.label] = {key: value for key, value in found.items() if math.isfinite(value)}
+    tracker = schema.build(node, "logger")
+    print(tracker.compare(scores.groups[0].any.directory.parents[4], f"{scores.benchmark.name} {scores.arch}", rows))
 
 
 def _told_apart(outcomes: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -76,22 +76,10 @@ class WandbTracker(Tracker):
 
     def start(self, info: RunInfo) -> str:
         self.info = info
-        wish = ""
         try:
             import wandb  # late: half a second that runs without W&B need not pay
 
-            mode = self.mode
-            if os.environ.get("WANDB_MODE") == "disabled":
-                mode = "disabled"
-            elif mode != "offline":
-                # Before init, which would prompt the user for a login.
-                mode, refused = _logged_in(wandb)
-                if refused:
-                    wish = f"W&B refused the key ({refused}), so "
-                elif mode == "offline":
-                    wish = "not logged in (wandb login), so " if self.mode == "online" else ""
-                elif not _reachable(url := wandb.setup().settings.base_url):
-                    mode, wish = "offline", f"{url} cannot be reached, so "
+            mode, wish = self._mode(wandb)
             info.output_root.joinpath("wandb").mkdir(parents=True, exist_ok=True)
             try:
                 self.run = self._open(wandb, mode)
@@ -119,6 +107,50 @@ class WandbTracker(Tracker):
         if mode == "disabled":
             return "disabled by WANDB_MODE"
         return f"{wish}offline; upload with: wandb sync {self.run.settings.sync_dir}"
+
+    def _mode(self, wandb: Any) -> tuple[str, str]:
+        """online, offline or disabled; and why it is not as wished, to begin a line with."""
+        if os.environ.get("WANDB_MODE") == "disabled":
+            return "disabled", ""
+        if self.mode == "offline":
+            return "offline", ""
+        # Before init, which would prompt the user for a login.
+        mode, refused = _logged_in(wandb)
+        if refused:
+            return mode, f"W&B refused the key ({refused}), so "
+        if mode == "offline":
+            return mode, "not logged in (wandb login), so " if self.mode == "online" else ""
+        if not _reachable(url := wandb.setup().settings.base_url):
+            return "offline", f"{url} cannot be reached, so "
+        return mode, ""
+
+    def compare(self, output_root: Path, name: str, rows: Mapping[str, Mapping[str, float]]) -> str:
+        """Report what only several runs together say, as one more run: Δm and ranks of a grid.
+
+        Args:
+            output_root: of all runs.
+            name: of the grid. The same name is the same run, which is then updated.
+            rows: {strategy: {"delta_m": …, "mean_rank": …}}.
+
+        Returns:
+            one line for the console.
+        """
+        try:
+            import wandb
+
+            columns = list(dict.fromkeys(key for row in rows.values() for key in row))
+            with wandb.init(
+                project=self.project, entity=self.entity, id=_fit(f"summary-{name}", ID, r"[^A-Za-z0-9_.-]"),
+                name=_fit(f"summary {name}", NAME), job_type="summary", tags=["summary", *self.tags],
+                dir=str(output_root.resolve()), mode=self._mode(wandb)[0], resume="allow",
+                settings=wandb.Settings(silent=True, init_timeout=BEGIN, finish_timeout=END),
+            ) as run:  # fmt: skip
+                run.summary.update({f"{key}/{s}": value for s, row in rows.items() for key, value in row.items()})
+                table = [[strategy, *(row.get(key) for key in columns)] for strategy, row in rows.items()]
+                run.log({"strategies": wandb.Table(columns=["strategy", *columns], data=table)})
+                return f"W&B:      Δm and ranks are in the run {run.id}"
+        except Exception as error:  # the table has been printed
+            return f"W&B:      no summary run ({type(error).__name__}: {_first_line(error)})"
 
     def _missing(self, mode: str) -> list[Mapping[str, float]]:
         """The rows so far that W&B does not have under this id."""
