@@ -243,7 +243,9 @@ def test_a_part_of_an_array_is_never_used(nyuv2):
     (found,) = [file for file in arrays(nyuv2) if file.name.startswith("val-normal")]
     for harm in (lambda: cut(found), lambda: found.write_bytes(b"")):
         harm()
+        (nyuv2 / "mtl-cache" / ".part-of-a-killed-process").touch()
         assert torch.equal(NYUv2(root=str(nyuv2)).splits()["test"].columns["normals"], expected)
+        assert not list(nyuv2.glob("mtl-cache/.part*"))
 
 
 def test_columns_are_mapped_and_can_be_streamed(nyuv2):
