@@ -150,6 +150,15 @@ def test_augmentation_moves_all_maps_together(nyuv2):
         assert ((lengths - 1).abs().lt(1e-5) | (lengths == 0)).all()
 
 
+def test_without_augmentation_the_maps_are_the_files(nyuv2):
+    benchmark = NYUv2(root=str(nyuv2), augmented=False, batch_size=5)
+    (batch,), column = (
+        TrainingBatches(benchmark.splits()["train"], benchmark, CPU, 0).epoch(0),
+        stack(nyuv2 / "train", "depth"),
+    )
+    assert sorted(batch["depth"].sum((1, 2)).tolist()) == pytest.approx(sorted(column.sum((1, 2, 3)).tolist()))
+
+
 # ------------------------------------------------------------------------------------------------------------- trouble
 
 
@@ -243,7 +252,9 @@ def test_a_part_of_an_array_is_never_used(nyuv2):
     (found,) = [file for file in arrays(nyuv2) if file.name.startswith("val-normal")]
     for harm in (lambda: cut(found), lambda: found.write_bytes(b"")):
         harm()
+        (nyuv2 / "mtl-cache" / ".part-of-a-killed-process").touch()
         assert torch.equal(NYUv2(root=str(nyuv2)).splits()["test"].columns["normals"], expected)
+        assert not list(nyuv2.glob("mtl-cache/.part*"))
 
 
 def test_columns_are_mapped_and_can_be_streamed(nyuv2):

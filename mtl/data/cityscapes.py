@@ -25,7 +25,7 @@ from mtl.data.base import Benchmark, Split
 from mtl.data.inputs import Image
 from mtl.data.npy import Layout, MapKind
 from mtl.tasks import Depth, Disparity, Segmentation, Task
-from mtl.views import Flip, ScaleCrop
+from mtl.views import Augment, Flip, ScaleCrop
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Cityscapes(Benchmark):
         cache: folder for the decoded arrays, about 0.8 GB at 128x256; None for mtl-cache/ beside the data.
         height, width: of the images in the files; None takes any size. Say it where there are several: only what is
             said here is a part of a run's identity.
+        augmented: whether training images are cropped, enlarged and flipped; LibMTL's tables are without.
         classes: 7 reads label_7/ (or label/, LibMTL's name for it), 19 reads label_19/.
         depth_scaling: what the augmentation does to the map where a crop is shown s times larger. divide: by s, as the
             published tables did. multiply: by s, as is right for disparity.
@@ -48,10 +49,9 @@ class Cityscapes(Benchmark):
     cache: str | None = None
     height: Annotated[int, Ge(1)] | None = None
     width: Annotated[int, Ge(1)] | None = None
+    augmented: bool = True
     classes: Literal[7, 19] = 7
     depth_scaling: Literal["divide", "multiply"] = "divide"
-
-    augment = (ScaleCrop((1.0, 1.2, 1.5)), Flip())
 
     @cached_property
     def tasks(self) -> Sequence[Task]:
@@ -77,6 +77,10 @@ class Cityscapes(Benchmark):
             sizes={"train": 2975, "test": 500},
             source="the field gets cityscapes2.zip (128x256) from the README of https://github.com/lorenmt/mtan",
         )
+
+    @property
+    def augment(self) -> Sequence[Augment]:
+        return (ScaleCrop((1.0, 1.2, 1.5)), Flip()) if self.augmented else ()
 
     def load(self) -> dict[str, Split]:
         return self.layout.load(self.root, self.cache)

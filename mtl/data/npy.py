@@ -182,7 +182,9 @@ def _open(target: Path, rows: int) -> np.ndarray | None:
 
 
 def _write(target: Path, kind: MapKind, files: Sequence[Path]) -> None:
-    """Write all rows beside the target; the finished file arrives in one rename."""
+    """Write all rows beside the target; the finished file arrives in one rename. The caller holds the lock."""
+    for left in target.parent.glob(".part-*"):  # by a process that was killed: nobody else writes now
+        left.unlink()
     print(f"reading {len(files):,} files of {files[0].parent} into {target}", flush=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=".part-")
     try:

@@ -11,7 +11,7 @@ for what differs in detail: normals are taken from the nearest pixel, not mixed 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated
@@ -22,7 +22,7 @@ from mtl.data.base import Benchmark, Split
 from mtl.data.inputs import Image
 from mtl.data.npy import Layout, MapKind, classes, depth, image, normals
 from mtl.tasks import Depth, Normals, Segmentation
-from mtl.views import Flip, ScaleCrop
+from mtl.views import Augment, Flip, ScaleCrop
 
 LAYOUT = Layout(
     name="NYUv2",
@@ -47,6 +47,7 @@ class NYUv2(Benchmark):
         cache: folder for the decoded arrays, about 3 GB; None for mtl-cache/ beside the data.
         height, width: of the images in the files; None takes any size. Say it where there are several: only what is
             said here is a part of a run's identity.
+        augmented: whether training images are cropped, enlarged and flipped; LibMTL's tables are without.
     """
 
     batch_size: Annotated[int, Ge(1)] = 2
@@ -55,13 +56,17 @@ class NYUv2(Benchmark):
     cache: str | None = None
     height: Annotated[int, Ge(1)] | None = None
     width: Annotated[int, Ge(1)] | None = None
+    augmented: bool = True
 
     tasks = (Segmentation("segmentation", 13), Depth("depth"), Normals("normals"))
-    augment = (ScaleCrop((1.0, 1.2, 1.5)), Flip())
 
     @cached_property
     def inputs(self) -> Mapping[str, Image]:
         return {"image": Image((3, *LAYOUT.picture(self.root, self.height, self.width)))}
+
+    @property
+    def augment(self) -> Sequence[Augment]:
+        return (ScaleCrop((1.0, 1.2, 1.5)), Flip()) if self.augmented else ()
 
     def load(self) -> dict[str, Split]:
         return LAYOUT.load(self.root, self.cache)

@@ -13,6 +13,7 @@ MISSING = (*DIGITS, "data._target_=golden.problems.Missing")
 CLASSES = ("data._target_=golden.problems.Classes",)
 ALONE = (*DIGITS, "data._target_=golden.problems.Alone")
 SYNTHETIC = ("data=synthetic", "data.train_size=24", "data.test_size=16", *SIZES)
+ROOMS = ("data=rooms", "data.train_size=24", "data.test_size=16", *SIZES)
 
 # Arguments without a default, for the methods that need them.
 NEEDED = {
@@ -42,11 +43,11 @@ def _archs() -> dict[str, tuple[str, ...]]:
         cases[name] += ("optimizer.momentum=0", "trainer.epochs=1")
     cases["vgg16_bn"] = (*SYNTHETIC, *cases["vgg16_bn"][len(DIGITS) :], "data.batch_size=4", "data.limit_train=8")
     cases["wide_resnet"] += ("arch.width=1", "arch.dropout=0.3")
-    cases["fcn"] = ("data=rooms", "data.height=16", "data.width=24", *cases["fcn"][1:], "arch.width=4")
+    cases["fcn"] = (*ROOMS, "data.height=16", "data.width=24", *cases["fcn"][len(DIGITS) :], "arch.width=4")
     for name in ("segnet", "segnet_mtan", "unet", "deeplabv3", "deeplabv3plus"):
         # Two tasks and one epoch, since such a network has hundreds of tensors, each with a line in the trace.
         depth = ("arch.depth=18",) if name.startswith("deeplab") else ()
-        pair = ("data=rooms", "data._target_=golden.problems.Pair", "data.height=32", "data.width=40", *SIZES)
+        pair = (*ROOMS, "data._target_=golden.problems.Pair", "data.height=32", "data.width=40")
         cases[name] = (*pair, f"arch={name}", "arch.width=2", *depth, "optimizer.lr=0.01", "trainer.epochs=1")
     cases["point"] = ("experiment=toy", "data.steps=3", "trainer.epochs=7", "trainer.device=cpu")
     return cases
