@@ -27,7 +27,16 @@ class SetupError(UserError):
 
 
 class Diverged(UserError):
-    """A loss or metric became NaN or infinite: exit code 1, status "diverged"."""
+    """A loss or metric became NaN or infinite: exit code 1, status "diverged".
+
+    Args:
+        message: what became what, and where.
+        cure: what to try.
+    """
+
+    def __init__(self, message: str, cure: str = "try a smaller optimizer.lr or schedule.warmup_epochs"):
+        super().__init__(message)
+        self.cure = cure
 
 
 class Busy(UserError):

@@ -49,6 +49,12 @@ def test_the_first_task_is_named(value):
         alarm.see([fine, torch.tensor(value)], torch.tensor(math.nan))
 
 
+def test_at_the_first_step_no_rate_is_to_blame():
+    with pytest.raises(Diverged) as caught:
+        Alarm(["a"], 0, "Equal").see([torch.tensor(math.nan)], torch.tensor(1.0))
+    assert "labels" in caught.value.cure and "optimizer.lr" not in caught.value.cure
+
+
 def test_a_task_that_does_not_count_raises_no_alarm():
     alarm, counts = Alarm(["a", "b"], 0, "Equal"), torch.tensor([True, False])
     alarm.see([torch.tensor(1.0), torch.tensor(math.nan)], torch.tensor(1.0), counts)

@@ -159,7 +159,7 @@ def test_a_grid_of_starts_and_a_second_run(cli):
 
 
 @pytest.mark.parametrize(("words", "code", "told"), [
-    ("experiment=toy loss=rotograd", 2, ("RotoGrad", "no parameters")),
+    ("experiment=toy loss=rotograd", 2, ("RotoGrad", "needs parameters")),
     ("experiment=toy loss=dtp trainer.epochs=1 data.steps=1", 1, ("DTP needs accuracies",)),
     ("data=toy", 2, ("arch", "a point in the plane, not of (1,)", "arch=point")),
     ("arch=point data=digits", 2, ("1x8x8", "data=toy")),

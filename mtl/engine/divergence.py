@@ -64,8 +64,10 @@ class Alarm:
             raise self._diverged(i, step, first[1][i])
 
     def _diverged(self, i: int, step: int, value: float) -> Diverged:
-        where = f"in epoch {self.epoch + 1}, at step {step} with {self.strategy}"
-        return Diverged(f"{self.names[i]} became {value} {where}")
+        message = f"{self.names[i]} became {value} in epoch {self.epoch + 1}, at step {step} with {self.strategy}"
+        if self.epoch == 0 and step == 1 and i < len(self.names) - 1:  # before any update
+            return Diverged(message, "no rate is to blame: look for NaN and huge numbers among inputs and labels")
+        return Diverged(message)
 
 
 def find(

@@ -180,8 +180,7 @@ class Job:
             raise
         except Diverged as error:
             kept = " (last.pt holds the epoch before)" if self.rows else ""
-            cure = "try a smaller optimizer.lr or schedule.warmup_epochs"
-            self._fail("diverged", error.exit_code, f"{self.identity.name}: {error}{kept}; {cure}")
+            self._fail("diverged", error.exit_code, f"{self.identity.name}: {error}{kept}; {error.cure}")
         except WriteError as error:
             if not self.begun:
                 raise
