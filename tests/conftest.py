@@ -19,6 +19,12 @@ needs_real_data = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def any_width(monkeypatch):
+    """Output goes to files, which take lines of any width; pytest-xdist tells its workers of 80 columns."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capfd):
     """`cli("loss=dwa", "seed=0")` runs train.py in an empty folder, and returns .code, .out and .err."""

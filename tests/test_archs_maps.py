@@ -200,4 +200,4 @@ def test_weights_that_cannot_be_had_are_one_line(cli, monkeypatch, tmp_path, opt
 @pytest.mark.parametrize("options", [("loss=pcgrad", "step.gradients=features"), ("loss=rotograd",)])
 def test_features_of_segnet_mtan_do_not_exist(cli, options):
     result = cli(*ROOMS, "arch=segnet_mtan", "arch.width=2", *options)
-    assert result.code == 2 and "SegNetMTAN has no such place" in result.err and result.err.count("\n") == 1
+    assert result.code == 2 and "SegNetMTAN has none" in result.err and result.err.count("\n") == 1

@@ -211,8 +211,9 @@ def tensors_outside(mapped: torch.Tensor) -> int:
 @pytest.mark.parametrize("residency", ["host", "auto"])
 def test_no_tensor_beside_mapped_images_is_large(residency, tmp_path, monkeypatch):
     """In a whole epoch with crop and flip, and in evaluation: less than a twentieth of 60 MB, at any batch."""
-    monkeypatch.setattr(EvaluationBatches, "batch_size", 4)
-    benchmark = Mapped(batch_size=4, limit_train=1990, val_fraction=0.1, residency=residency, workers=0)
+    benchmark = Mapped(
+        batch_size=4, eval_batch_size=4, limit_train=1990, val_fraction=0.1, residency=residency, workers=0
+    )
     benchmark.size, benchmark.file = 2000, tmp_path / "images"
     with benchmark.file.open("wb") as file:
         file.truncate(2000 * 30_000)

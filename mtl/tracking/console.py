@@ -229,7 +229,9 @@ class Progress:
 
         if self._losses is None:
             self._losses, self._known = Delayed(), None
-        self._known = self._losses.read(sum(loss.detach() for loss in losses)) or self._known
+        total = sum(loss.detach() for loss in losses)
+        known = total.item() if total.device.type == "cpu" else self._losses.read(total)
+        self._known = self._known if known is None else known
         return "" if self._known is None else f", loss {self._known:.4g}"
 
     def clear(self) -> None:
