@@ -98,6 +98,12 @@ class MMoE(Model):
             own += [*self.gates[task].parameters()]
         if self.declared == "expert" and task == "kind":
             own += [*self.experts[0].parameters()]
+        if self.declared == "twice" and task != "again":  # and among the shared parameters
+            own += [*self.experts[0].parameters()]
+        if self.declared == "stranger":
+            own += [nn.Parameter(torch.zeros(3))]
+        if self.declared == "module":
+            own = [self.towers[task]]
         return own[1:] if self.declared == "forgotten" and task == "again" else own
 
 
@@ -322,6 +328,9 @@ def test_experts_get_the_gradients_of_all_tasks_and_gates_their_own(build):
     ("+arch.declared=gate", r"arch: gates.size.weight is declared shared, but only task 'size' uses it"),
     ("+arch.declared=forgotten", r"arch: towers.again.weight is neither a shared parameter nor a task's own"),
     ("+arch.declared=unused", r"arch: no task uses the parameter spare.weight and 1 more"),
+    ("+arch.declared=twice", r"arch: experts.0.weight is declared both 'kind''s and 'size''s own; declare it shared"),
+    ("+arch.declared=stranger", r"arch: MMoE.own_parameters\('kind'\) has a Parameter of shape \(3,\) that is not a"),
+    ("+arch.declared=module", r"arch: MMoE.own_parameters\('kind'\) has a Linear that is not a parameter of MMoE"),
 ])  # fmt: skip
 def test_what_experts_cannot_do_is_one_line(own, options, message):
     assert re.match(f"error: {message}", refused(own("Table", "MMoE", *options.split())))

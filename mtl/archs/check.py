@@ -6,7 +6,7 @@ owner, or a state that a checkpoint does not save. They are refused here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,8 +77,7 @@ def check_owners(model: Model, batch: Batch, tasks: Sequence[str]) -> None:
             for task, prediction in zip(tasks, outputs.predictions, strict=True):
                 for p in _reached(model, prediction):
                     users.setdefault(id(p), set()).add(task)
-    shared = {id(p) for p in model.shared_parameters()}
-    owner = {id(p): task for task in tasks for p in model.own_parameters(task)}
+    shared, owner = _declared(model, tasks)
     trainable = {key: p for key, p in model.named_parameters() if p.requires_grad}
     if any(id(p) in shared for p in trainable.values()) and not any(users.get(k) for k in shared):
         raise ArchError(
@@ -105,6 +104,33 @@ def check_owners(model: Model, batch: Batch, tasks: Sequence[str]) -> None:
         if id(p) not in shared and found != {task}:
             other = min(found - {task})
             raise ArchError(f"{key} is declared task {task!r}'s own, but task {other!r} uses it; declare it shared")
+
+
+def _declared(model: Model, tasks: Sequence[str]) -> tuple[set[int], dict[int, str]]:
+    """The ids of the shared parameters, and {id of an own parameter: its task}.
+
+    Raises:
+        ArchError: something else than a parameter of the model is declared, or two tasks declare the same one.
+    """
+    names, owner = {id(p): key for key, p in model.named_parameters()}, {}
+
+    def ids(declared: Iterable[Any], call: str) -> Iterator[int]:
+        for one in declared:
+            if id(one) not in names:
+                shown = f"of shape {tuple(one.shape)} " if isinstance(one, Tensor) else ""
+                kind = type(model).__name__
+                raise ArchError(
+                    f"{kind}.{call} has a {type(one).__name__} {shown}that is not a parameter of {kind}; return its "
+                    "parameters, as in self.gate.parameters()"
+                )
+            yield id(one)
+
+    shared = set(ids(model.shared_parameters(), "shared_parameters()"))
+    for task in tasks:
+        for key in ids(model.own_parameters(task), f"own_parameters({task!r})"):
+            if (other := owner.setdefault(key, task)) != task:
+                raise ArchError(f"{names[key]} is declared both {other!r}'s and {task!r}'s own; declare it shared only")
+    return shared, owner
 
 
 def _pass(model: Model, batch: Batch, tasks: Sequence[str], training: bool) -> Outputs:
