@@ -43,7 +43,9 @@ def test_every_shipped_method_has_its_name_and_reference():
     )
     options = {Path(f).stem for f in shipped} or options
     known = paper_table._methods()
-    assert set(known) == options, "each method needs a line in mtl/report/methods.csv: its name and its references' keys"
+    assert set(known) == options, (
+        "each method needs a line in mtl/report/methods.csv: its name and its references' keys"
+    )
     keys = {row["key"] for row in paper_table._read("references.csv")}
     used = {key for _, found in known.values() for key in found}
     assert used <= keys and {m for m, (_, found) in known.items() if not found} == {"custom", "single"}
