@@ -1,6 +1,6 @@
 """`mtl.train` and `mtl.grid`: runs from Python, in a script or a notebook, as `train.py` starts them.
 
-The identity, the folder, resuming and skipping of a run are those of the command line: they share all the code below
+Identity, folder, resuming and skipping of a run are as on the command line: both share all the code below
 Hydra. Nothing of Hydra, of logging or of the process's signals is changed for longer than a call.
 """
 
@@ -220,7 +220,7 @@ def _restore(hydra: Any, base: Any) -> None:
 
 
 def _cells(config: DictConfig) -> list[Cell]:
-    """The run that a composed config describes, after those of its single-task baselines where they are asked for."""
+    """The run that a composed config describes. Its single-task baselines come first, if they are wanted."""
     hydra = config.hydra
     refuse_hidden(hydra)
     typed = OmegaConf.to_container(hydra.overrides.task, resolve=False)
@@ -229,7 +229,7 @@ def _cells(config: DictConfig) -> list[Cell]:
     if own := re.search(
         r'"_target_": "(__main__\.[^"]*)', json.dumps([content for content, _, _ in found], default=str)
     ):
-        raise ConfigError(f"{own[1]}: a run must know its code, and that of a notebook or script is in no file of its "
+        raise ConfigError(f"{own[1]}: a run must know its code, and code of a notebook or script is in no file of its "
                           "own; put the class into a module, as in my_net.py, and name my_net.…")  # fmt: skip
     return [
         Cell(content, choices, repeat(hydra, words), words=words, last=i == len(found) - 1)

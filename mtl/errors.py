@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """Base class. The message is one line: what is wrong, where, which values are allowed, and the nearest of them."""
+    """Base class. The message is one line: what is wrong and where, the allowed values, and the nearest one."""
 
     exit_code = 1
 

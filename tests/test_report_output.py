@@ -369,7 +369,7 @@ def test_delta_m_of_several_metrics_is_flat_or_by_task_and_the_report_says_which
     add("single", {"depth_err": 10.0, "depth_rel": 4.0}, task="depth", digest="2")
     # gains: +10 %, +20 %, −25 %
     for name, value, words in (("main", 15.0, "main metric of each task"), ("flat", 5 / 3, "all metrics alike (flat)"),
-                               ("task", 3.75, "averaged first (by task)")):  # fmt: skip
+                               ("task", 3.75, "metrics (by task)")):  # fmt: skip
         assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--delta-m", name]) == 0
         assert words in " ".join(capsys.readouterr().out.split())
         text = (tmp_path / "out/synthetic-resnet20-multi-task-last.csv").read_text()

@@ -34,7 +34,7 @@ class Maps(NamedTuple):
     Attributes:
         first, last: what the encoder's first and last convolution of a level gave.
         raised: the map of the level below, at this level's size.
-        decoded: what the decoder's last convolution of a level gave. That of level 0 are the features.
+        decoded: outputs of the decoder's last convolution of each level. The output of level 0 are the features.
     """
 
     first: list[Tensor]

@@ -122,7 +122,7 @@ def page(certificate: Certificate) -> str:
 
 
 def _description(strategy: Strategy) -> str:
-    """The docstring of the method's file; for a user's module that of its class or file, or the class's name."""
+    """The docstring of the method's file; for a user's module its class's or file's, or the class's name."""
     cls = type(strategy.module if isinstance(strategy, Custom) else strategy)
     own = [cls.__doc__, sys.modules[cls.__module__].__doc__]  # not inspect.getdoc(cls): that is nn.Module's
     texts = own if isinstance(strategy, Custom) else reversed(own)

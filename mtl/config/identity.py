@@ -242,7 +242,7 @@ def weights_file(config: Mapping[str, Any]) -> Path | None:
     """The file with the weights that a network of ours starts from; None where they have a name, or there are none.
 
     Raises:
-        ConfigError: there is no such file, or the folder is that of no run.
+        ConfigError: there is no such file, or the folder belongs to no run.
     """
     weights = config["arch"].get("weights")
     if not isinstance(weights, str) or own_arch(config):

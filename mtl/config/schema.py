@@ -53,7 +53,7 @@ def check(node: Any, path: str, supplied: Collection[str] = ()) -> None:
 def check_arguments(target: Callable, arguments: Mapping, path: str, supplied: Collection[str] = ()) -> None:
     """Compare keyword arguments with the signature of `target`, and nested nodes with their own `_target_`.
 
-    Args and Raises are those of `check`.
+    Arguments and errors are as in `check`.
     """
     try:
         parameters = inspect.signature(target).parameters

@@ -93,7 +93,7 @@ def _imports(module: str, file: Path, beside: Path | None) -> Iterator[tuple[str
     Args:
         module: dotted name of `file`, to resolve relative imports; empty for a file that is loaded by its path.
         file: the Python file.
-        beside: a folder that is searched before sys.path: that of a file that is loaded by its path.
+        beside: a folder that is searched before sys.path, such as the folder of a file that is loaded by its path.
 
     Yields:
         (module, file, beside) of each import.

@@ -122,7 +122,7 @@ class Learner:
 
     @property
     def one_jacobian(self) -> bool:
-        """Whether the step's Jacobian is that of the task losses, for the parameters, on the whole batch.
+        """Whether the step takes the Jacobian of the task losses for the parameters, on the whole batch.
 
         The microscope then reuses it, instead of computing it a second time.
         """

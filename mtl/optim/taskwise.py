@@ -140,10 +140,10 @@ class AdaTask(torch.optim.Optimizer):
 class MTLIO(AdaTask):
     """Alternating independent optimizers, one for each task (MTL-IO).
 
-    Pascal et al., "Improved Optimization Strategies for Deep Multi-Task Networks", 2021 (arXiv 2109.11678), section 3:
-    in every batch the tasks take turns; each makes its own forward pass with the parameters that the tasks before it
-    have left, and its own optimizer, which holds all shared parameters and the task's head, makes a step. One batch is
-    T steps, and T forward passes, so the learning rate that suits is smaller.
+    Pascal et al., "Improved Optimization Strategies for Deep Multi-Task Networks", 2021 (arXiv 2109.11678), section 3.
+    In every batch the tasks take turns. Each task makes a forward pass with the parameters as the earlier tasks left
+    them. Then the task's own optimizer, over all shared parameters and the task's head, makes a step. So one batch is
+    T forward passes and T steps, and smaller learning rates suit.
 
     Args:
         params, lr, base, betas, eps, weight_decay: as in `AdaTask`.

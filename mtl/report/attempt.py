@@ -24,7 +24,7 @@ class Failures(list[str]):
         self.tracebacks: list[str] = []
 
     def add(self, others: Failures) -> None:
-        """Take over those of a part."""
+        """Add the failures of a part."""
         self += others
         self.tracebacks += others.tracebacks
 

@@ -33,7 +33,7 @@ def failed(scores: Scores, group: Group, metric: str, at: str) -> str:
 
 
 def value(run: Run, metric: str) -> str:
-    """What the last epoch has: "nan", "inf", or that its figure is finite and another selection's is not."""
+    """The last epoch's value, "nan" or "inf"; or the note that it is finite, but another selection's value is not."""
     found = run.figure(metric)
     return "not in every selection" if math.isfinite(found) else str(found)
 
@@ -75,7 +75,7 @@ def decimals(scores: Scores, metric: str) -> int:
 
 
 def _digits(values: Sequence[float]) -> int:
-    """Decimals for figures of this size."""
+    """Decimals for values of this size."""
     largest = max((abs(v) for v in values if math.isfinite(v)), default=0)
     return 2 if largest >= 10 else 3 if largest >= 1 else 4
 

@@ -1,4 +1,4 @@
-"""What the runs show and do not show, in three sentences: who leads, whether the lead holds, and what is missing."""
+"""Three sentences about the runs: which strategy leads, whether the lead holds, and which runs are missing."""
 
 from __future__ import annotations
 

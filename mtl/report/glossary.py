@@ -14,7 +14,7 @@ TERMS = {
     "±": "Sample standard deviation over seeds.",
     "*": "The best mean among the multi-task strategies, or bold. It does not say that the difference is real. "
     "Strategies with fewer seeds than most, a failed seed or a value that is not finite are left out.",
-    "†": "The mean is better than that of single-task learning with the same config.",
+    "†": "The mean is better than the mean of single-task learning with the same config.",
     "mean over tasks": "Mean of the tasks' main metrics, of tasks with the same kind of metric.",
     "Δm": "Mean relative gain over single-task learning, in percent (Maninis et al. 2019). Above 0 is better.",
     "achievement": "Mean share of the single-task value, in percent (Yun & Cho 2023). 100 is single-task learning.",

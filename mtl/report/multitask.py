@@ -1,6 +1,6 @@
 """What a multi-task network is worth over all its tasks: Δm, achievement, mean rank, Pareto front.
 
-Arrays are (runs or strategies, figures); `higher` says for each figure whether higher is better.
+Arrays are (runs or strategies, metrics); `higher` says for each metric whether higher is better.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def delta_m(values: ArrayLike, baselines: ArrayLike, higher: ArrayLike, tasks: S
         tasks: (K,) the task of each metric, to average within the tasks first.
 
     Returns:
-        NaN where a figure is missing or not finite, or a baseline is 0.
+        NaN where a metric is missing or not finite, or a baseline is 0.
     """
     values, baselines = _finite(values), _finite(baselines)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -42,14 +42,14 @@ def delta_m(values: ArrayLike, baselines: ArrayLike, higher: ArrayLike, tasks: S
 def achievement(values: ArrayLike, baselines: ArrayLike, higher: ArrayLike) -> float:
     """Mean share of the tasks' potential that is reached, in percent; 100 is single-task learning.
 
-    a_t = M_t / p_t with the single-task figure p_t as potential, p_t / M_t where lower is better: Yun & Cho,
+    a_t = M_t / p_t with the single-task metric p_t as potential, p_t / M_t where lower is better: Yun & Cho,
     "Achievement-Based Training Progress Balancing for Multi-Task Learning", ICCV 2023.
 
     Args:
         values, baselines, higher: (T,) as for `delta_m`.
 
     Returns:
-        NaN where a figure is missing, not finite or negative (a share of it means nothing) or a denominator is 0.
+        NaN where a metric is missing, not finite or negative (a share of it means nothing) or a denominator is 0.
     """
     values, baselines = _finite(values), _finite(baselines)
     above, below = np.where(higher, values, baselines), np.where(higher, baselines, values)
@@ -60,7 +60,7 @@ def achievement(values: ArrayLike, baselines: ArrayLike, higher: ArrayLike) -> f
 def ranks(figures: ArrayLike, higher: ArrayLike) -> NDArray:
     """Ranks from 1 (best) within each column; equals share the mean of their places.
 
-    What is not a finite number shares the last places, whichever infinity it is.
+    Values that are not finite numbers share the last places.
 
     Args:
         figures: (S, M) of S strategies.
@@ -83,7 +83,7 @@ def mean_rank(figures: ArrayLike, higher: ArrayLike) -> NDArray:
 
 
 def pareto_optimal(figures: ArrayLike, higher: ArrayLike, rivals: ArrayLike | None = None) -> NDArray:
-    """Which runs no other run dominates, i.e. equals or beats in all figures and beats in one.
+    """Runs that no other run dominates: none is at least as good in all metrics, and better in one.
 
     Equal runs do not dominate each other; a run with a value that is not finite is never optimal and dominates none.
 
@@ -107,7 +107,7 @@ def pareto_optimal(figures: ArrayLike, higher: ArrayLike, rivals: ArrayLike | No
 
 
 def _costs(figures: ArrayLike, higher: ArrayLike) -> NDArray:
-    """(N, K) lower is better; infinite where there is no finite figure."""
+    """(N, K) lower is better; infinite where there is no finite value."""
     figures = _finite(figures)
     return np.where(np.isnan(figures), np.inf, np.where(higher, -figures, figures))
 

@@ -58,7 +58,7 @@ def pairing(scores: Scores) -> str:
 
 
 def provenance(scores: Scores) -> str:
-    """How many runs, of which commit, on which machines."""
+    """The number of runs, their commits and their machines."""
     runs = [r for g in [*scores.groups, *scores.baselines] for r in g.runs]
     if not runs:
         return ""

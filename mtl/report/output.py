@@ -72,7 +72,7 @@ def write(content: Content, out: Path, asked: Sequence[str], failed: Failures) -
     """Every file, or a line in `failed`. What an earlier report left and this one does not write is removed.
 
     Args:
-        asked: formats; without one of FORMATS all of them. Those of an earlier report in `out` are added.
+        asked: formats; all of FORMATS if none of these is among them. Formats of an earlier report in `out` are added.
 
     Raises:
         OSError: `out` cannot be written.

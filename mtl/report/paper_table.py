@@ -29,7 +29,7 @@ NONE = "--"
 _DELTA = {
     "main": "over the main metric of each task",
     "flat": "over all metrics",
-    "task": "over all metrics, those of one task averaged first",
+    "task": "over all metrics, after a mean over each task's metrics",
 }
 
 

@@ -30,7 +30,7 @@ class Group:
         arch: the same for the architecture.
         runs: the finished ones, sorted by seed.
         optimizer: the option's name.
-        stopped: runs of this group that failed, diverged or have not finished; their figures are missing in `runs`.
+        stopped: runs of this group that failed, diverged or have not finished; their values are missing in `runs`.
     """
 
     label: str
@@ -57,7 +57,7 @@ class Group:
 
     @cached_property
     def setting(self) -> str:
-        """The config but for the loss and the switches of its step, as a key."""
+        """The config without the loss and the switches of its step, as a key."""
         return _key({k: v for k, v in _decisive(self.any).items() if k not in ("loss", "step")})
 
     @property
@@ -108,7 +108,7 @@ class Protocol:
 
     @cached_property
     def selections(self) -> list[str]:
-        """How figures were chosen, of `SELECTIONS`; "selected" only where every strategy's runs have it."""
+        """How epochs were selected, of `SELECTIONS`; "selected" only where every strategy's runs have it."""
         everywhere = self.groups and all(r.summary.get("selected") for g in self.groups for r in g.runs)
         return [s for s in SELECTIONS if s != "selected" or everywhere]
 
@@ -118,15 +118,15 @@ class Protocol:
         return "selected" if "selected" in self.selections else "last"
 
     def baseline(self, group: Group, task: str) -> Group | None:
-        """The group trained on `task` alone, with the config of `group` but for the loss."""
+        """The group trained on `task` alone, with the config of `group` except for the loss."""
         return counterpart(group, [b for b in self.baselines if b.task == task])
 
 
 def benchmarks(runs: Iterable[Run], stopped: Iterable[Run] = ()) -> list[Protocol]:
     """Sort runs into benchmarks and groups.
 
-    Runs belong to one benchmark when their data and trainer nodes are equal but for what decides no figure (paths,
-    device, workers), and to one group when their identity is the same but for the seed.
+    Runs belong to one benchmark if their data and trainer nodes are equal, apart from options that decide no number
+    (paths, device, workers). They belong to one group if their identities are equal, apart from the seed.
 
     Args:
         runs: finished.
@@ -170,7 +170,7 @@ def _benchmark(name: str, groups: list[Group]) -> Protocol:
 
 
 def counterpart(group: Group, candidates: Sequence[Group]) -> Group | None:
-    """The one of `candidates` with the config of `group` but for the loss, on the same architecture.
+    """The candidate with the same architecture and the same config as `group`, except for the loss.
 
     The switches in `step` say how the tasks' gradients are combined, so they go with the loss; a candidate that agrees
     in them too is preferred.
@@ -182,7 +182,7 @@ def counterpart(group: Group, candidates: Sequence[Group]) -> Group | None:
 
 
 def _decisive(run: Run) -> dict[str, Any]:
-    """The config without what decides no figure; with the run's note on own code, which config.yaml does not hold."""
+    """The config without options that decide no number, and with the run's note on own code."""
     content = as_before(decisive(run.config))  # a run from before an option was added equals one at its default
     for node, noted in (run.info.get("own") or {}).items():
         if isinstance(content.get(node), dict):

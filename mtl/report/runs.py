@@ -76,7 +76,7 @@ class Run:
                 first task's validation metric chose.
 
         Returns:
-            NaN where the run has no such figure; an infinite one as it is.
+            NaN where the run has no such metric; infinite values stay.
         """
         value = (self.summary.get(at) or {}).get(f"test/{metric}")
         return number(value["value"] if isinstance(value, dict) else value)
@@ -144,7 +144,7 @@ class Collection:
 
 
 def load(paths: Sequence[str | Path]) -> Collection:
-    """All runs below `paths`, each of which is an output tree or the directory of one run.
+    """All runs below `paths`. Each path is an output tree, or the directory of one run.
 
     Raises:
         ConfigError: a path does not exist.
@@ -184,7 +184,7 @@ def fingerprint(paths: Sequence[str | Path]) -> dict[str, tuple[int, int]]:
 
 
 def _without_edited(runs: Sequence[Run], found: Collection) -> list[Run]:
-    """Note the configs that are not those of their digest. Where another seed has the digest's config, that counts."""
+    """Note each config that does not give its digest. If another seed has the digest's config, that one counts."""
     genuine = {id(r): validate.genuine(r.info, r.config) for r in runs}
     originals = {r.info["group"]: r for r in reversed(runs) if genuine[id(r)]}
     kept = []

@@ -1,4 +1,4 @@
-"""The figures of a comparison: one benchmark on one architecture, strategy by strategy."""
+"""The values of a comparison: one benchmark on one architecture, strategy by strategy."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ class Scores:
         return self.complete(group) and not group.failures and whole
 
     def broken(self, run: Run, at: str) -> list[str]:
-        """The metrics of which a run has no finite value; without those of which no run has one."""
+        """Metrics that lack a finite value in some run, but not in all runs."""
         return [m for m in self.known if not math.isfinite(run.figure(m, at))]
 
     @cached_property
     def known(self) -> dict[str, bool]:
-        """{metric: higher is better}, of those of which some run's last epoch has a finite value."""
+        """{metric: higher is better}, for each metric that is finite in the last epoch of some run."""
         runs = [r for g in self.groups for r in g.runs]
         return {m: up for m, up in self.metrics.items() if any(math.isfinite(r.figure(m)) for r in runs)}
 
@@ -111,7 +111,7 @@ class Scores:
         return found
 
     def delta_m(self, group: Group, at: str) -> dict[int, float]:
-        """{seed: Δm in %}, as `Protocol.delta_m` defines it; without the seeds that lack a figure or a baseline."""
+        """{seed: Δm in %}, as `Protocol.delta_m` defines it; without the seeds that lack a metric or a baseline."""
         if self.benchmark.delta_m == "main":
             return self._against_baselines(group, at, multitask.delta_m, self.mains)
         metrics = [m for m in self.metrics if m in self.owner]

@@ -47,7 +47,7 @@ class Difference:
 
 
 def paired(values: Sequence[float], reference: Sequence[float], higher: bool) -> Difference:
-    """Compare figures of the same seeds.
+    """Compare values of the same seeds.
 
     Args:
         values, reference: (n,), seed by seed; a pair without a finite difference does not count.

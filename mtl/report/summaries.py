@@ -1,4 +1,4 @@
-"""The tables of a comparison: figures, multi-task metrics, differences paired by seed, and what is missing."""
+"""The tables of a comparison: metrics, multi-task metrics, differences paired by seed, and what is missing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PUBLISHED = {
 _DELTA = {
     "main": "over the main metric of each task",
     "flat": "over all metrics alike (flat)",
-    "task": "over all metrics, those of one task averaged first (by task)",
+    "task": "over all metrics, after a mean over each task's metrics (by task)",
 }
 
 
@@ -82,7 +82,7 @@ def _alone_row(scores: Scores, columns: Sequence[tuple[str, str]], width: int) -
 
 
 def metrics_table(scores: Scores) -> Table:
-    """Strategy x metric, all selections side by side; baselines and published figures below.
+    """Strategy x metric, all selections side by side; baselines and published values below.
 
     Of more than MANY tasks: their mean, and the best and the worst of them.
     """
@@ -244,7 +244,7 @@ def differences(scores: Scores, reference: str, at: str) -> Table | None:
 
 
 def per_run(benchmarks: Sequence[Protocol]) -> Table:
-    """One row per finished run with all of its figures: what every other table is made of."""
+    """One row per finished run with all of its values. Every other table is made from these."""
     metrics = list(dict.fromkeys(m for b in benchmarks for m in b.metrics))
     columns = [(m, at) for m in metrics for at in SELECTIONS]
     rows = []
@@ -294,7 +294,7 @@ def baseline_command(scores: Scores) -> str | None:
 
 
 def _published(scores: Scores, columns: Sequence[tuple[str, str]]) -> tuple[list[list[Entry]], str]:
-    """Rows of published figures for this data set and architecture, and what to know of them."""
+    """Rows of published values for this data set and architecture, and a note about them."""
     with (Path(__file__).parent / "published.csv").open() as f:
         entries = [e for e in csv.DictReader(f) if e["arch"] == scores.arch] if scores.groups else []
     if not entries or entries[0]["data"] != scores.groups[0].any.info["data"]:

@@ -24,7 +24,7 @@ class Entry:
         best: of its column.
         beats: it is better than single-task learning.
         spread: standard deviation that belongs to the value; CSV gives it a column of its own.
-        count: of the values behind this one, where it is not that of the row; a column of its own in CSV as well.
+        count: number of values behind this entry, if it differs from the row's number; a column of its own in CSV.
     """
 
     text: str
@@ -46,7 +46,7 @@ class Table:
 
     Attributes:
         title: what it shows.
-        note: what is special about it: sources, what was left out.
+        note: sources, and what was left out.
         header: of each column; a line break may part it in two.
         rows: as long as the header each.
         terms: words of `glossary.TERMS` that it uses.

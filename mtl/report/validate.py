@@ -1,4 +1,4 @@
-"""What is wrong with the files of a run, said once at reading, so that the report can trust what it was given."""
+"""Checks the files of a run once, when they are read. After that the report can trust them."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def check_summary(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]])
         raise Unreadable("summary.json names different metrics for the last and the best epoch")
     listed = [m for metrics in summary.get("tasks", {}).values() for m in metrics]
     if listed and {f"test/{m}" for m in listed} != set(last):
-        raise Unreadable("summary.json: the metrics of tasks are not those of last")
+        raise Unreadable("summary.json: tasks and last name different metrics")
     quoted = [(key, value, epochs) for key, value in last.items()]
     if lacking := [key for key, entry in best.items() if "value" not in entry]:
         raise Unreadable(f"summary.json: best lacks the value of {lacking[0]}")

@@ -251,7 +251,7 @@ def _slashed(key: str) -> str:
 
 
 def _logged_in(wandb: Any) -> tuple[str, str]:
-    """online or offline, and what is wrong with the key."""
+    """The mode, online or offline, and the fault of the key, if it has one."""
     try:
         return ("online" if wandb.login(prompt=False, verify=False) else "offline"), ""
     except Exception as error:  # a key of another length, say

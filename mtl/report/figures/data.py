@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from mtl.report.protocols import Protocol
 from mtl.report.runs import SELECTIONS
 
-LARGEST = 1e100  # of what is drawn: beyond, the margins of the axes are infinite
+LARGEST = 1e100  # the largest value that is drawn; beyond it, the margins of the axes are infinite
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def figure(
     """`panels` that show anything, and a caption that says what lines and bands mean.
 
     Args:
-        at: the values are those of one epoch, which is named.
+        at: the epoch that the values belong to, in words.
     """
     if at:
         note += f" At the {'epoch ' if benchmark.main == 'selected' else ''}{SELECTIONS[benchmark.main]}."

@@ -16,7 +16,7 @@ from mtl.report.runs import Run
 Curves = Mapping[str, NDArray]  # of one run
 
 POINTS = 200  # of a curve at most: a panel has no room for more, and the published protocols have no more epochs
-OWNED, LATE, FEW = 5.0, 0.75, 4  # a scale may be five times as long as that of the last quarter of the epochs
+OWNED, LATE, FEW = 5.0, 0.75, 4  # a scale may be five times as long as the scale of the last quarter of the epochs
 MICRO = "micro/tasks/cosine"
 GRADIENTS = {
     "grad/cosine": ("direction", "cosine of two tasks' gradients"),
@@ -168,7 +168,7 @@ def _unfinished(group: Group, run: Run, values: NDArray | None) -> Trace | None:
 
 
 def _limits(panel: Panel) -> Panel:
-    """A scale without the first epochs, where it would be more than OWNED times as long as that of the LATE ones.
+    """A scale that leaves the first epochs out, if they would make it more than OWNED times as long.
 
     As many of the others are shown as that length allows.
     """

@@ -64,7 +64,7 @@ def write(
     """Write the page; what could not be made, as lines that the page shows in its place.
 
     Args:
-        collection: all runs that were found, of which those left out are listed.
+        collection: all runs that were found. The page lists the runs that were left out.
         benchmarks: what the figures show.
         tables: in the order in which they are to be read. Those on a benchmark stand beside its figures.
         file: replaced in one step.
@@ -220,7 +220,7 @@ def _benchmark(benchmark: Protocol, number: int, tables: Sequence[Table], page: 
 def _on(
     arch: str, tables: Sequence[Table], figures: Sequence[Figure], looks: Mapping[str, Style], page: _Page
 ) -> list[str]:
-    """Tables and figures of one architecture in reading order, what is folded at the end or in its own place."""
+    """Tables and figures of one architecture in reading order. Folded parts come last, or stand in their own place."""
     parts = []
     for kind in ORDER:
         for table in tables:

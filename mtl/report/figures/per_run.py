@@ -1,6 +1,6 @@
-"""Every figure of a benchmark, those over epochs by `curves`, those of one figure per run here.
+"""Every figure of a benchmark. `over_epochs` draws curves; this module draws one value per run.
 
-A run's figures are those of `Benchmark.main`, at one epoch, so that they belong to one and the same network.
+A run's values are the metrics of `Protocol.main` at one epoch. So they belong to one and the same network.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def figures(benchmark: Protocol, failed: Failures | None = None) -> dict[str, li
 
 
 def _on(benchmark: Protocol, arch: str) -> Protocol:
-    """The benchmark on one architecture. The functions below, but for `styles`, take such a one."""
+    """The benchmark on one architecture. All functions below except `styles` take one."""
     baselines = [b for b in benchmark.baselines if b.arch == arch]
     return replace(benchmark, groups=benchmark.of(arch), baselines=baselines,
                    lost=[g for g in benchmark.lost if g.arch == arch])  # fmt: skip
