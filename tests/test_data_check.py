@@ -14,7 +14,7 @@ from mtl.data.synthetic import Synthetic
 from mtl.errors import ConfigError, SetupError
 from mtl.metrics.base import Score
 from mtl.metrics.labels import Accuracy
-from mtl.tasks import Classification, Regression
+from mtl.tasks import Classification, Depth, Disparity, Regression
 from mtl.views import Crop, Flip
 
 
@@ -42,6 +42,7 @@ def with_metric(metric: type, name: str = "a") -> tuple[Classification]:
     ({"tasks": ("a",)}, "tasks: 'a' is no mtl.tasks.Task"), ({"tasks": (Regression(""),)}, "the name '' may hold"),
     *(({"tasks": (Regression(name),)}, f"the name '{name}' may hold") for name in ("a.b", "a/b", "a b", "ü:")),
     ({"tasks": (Regression("a"), Regression("a"))}, "two tasks have the name 'a'"),
+    ({"tasks": (Depth("near"), Disparity("far", target="near"))}, "near and far share the column 'near', but move it"),
     ({"tasks": (Regression("training"),)}, "the name 'training'"),
     ({"tasks": (Regression("a", 0),)}, "a has outputs=0"),
     ({"tasks": with_metric(called("loss"))},

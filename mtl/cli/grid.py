@@ -93,17 +93,20 @@ def summarise(folder: Path, kept: bool, interrupted: bool = False) -> tuple[int,
     found = load([o["directory"] for o in outcomes if o["directory"] and Path(o["directory"]).is_dir()])
     outcomes = [_as_found(o, found) for o in outcomes]
     figures: list[Path] = []
+    told: list[str] = []  # where W&B has the comparison
     for benchmark in benchmarks(found.runs, found.stopped):
         for arch in benchmark.archs:
             scores = Scores(benchmark, arch)
             print(f"\n{fold(summaries.metrics_table(scores).terminal(), columns())}")
-            _tell_wandb(scores)
+            told += filter(None, [_tell_wandb(scores)])
         from mtl.report.figures.paper import draw  # late: matplotlib takes a second to import
 
         if kept:
             figures += draw(benchmark, folder, only=["learning-curves"])
     if found.runs:
         print("test set, mean ± std over seeds; *: the best mean, which need not be a real difference\n")
+    for line in told:  # after the tables and their note
+        print(line)
     for figure in figures:
         print(f"figure: {figure}")
     if (search := folder / "optimization_results.yaml").exists():  # of Hydra's Optuna sweeper
@@ -127,12 +130,16 @@ def summarise(folder: Path, kept: bool, interrupted: bool = False) -> tuple[int,
     return max((o["code"] for o in outcomes), default=0), nothing
 
 
-def _tell_wandb(scores: Scores) -> None:
-    """Report Δm and mean ranks as a W&B run, if there is something to compare and the runs are in W&B."""
+def _tell_wandb(scores: Scores) -> str:
+    """Report Δm and mean ranks as a W&B run, if there is something to compare and the runs are in W&B.
+
+    Returns:
+        a line for the console; empty if nothing was reported.
+    """
     node = scores.groups[0].any.config["logger"] if scores.groups else {}
     node = node.get("wandb", node)
     if node.get("_target_") != "mtl.tracking.wandb.WandbTracker" or len(scores.groups) < 2:
-        return
+        return ""
     ranks, rows = scores.mean_ranks("last"), {}
     for group in scores.groups:
         values = [v for v in scores.delta_m(group, "last").values() if math.isfinite(v)]
@@ -142,7 +149,7 @@ def _tell_wandb(scores: Scores) -> None:
         }
         rows[group.label] = {key: value for key, value in found.items() if math.isfinite(value)}
     tracker = schema.build(node, "logger")
-    print(tracker.compare(scores.groups[0].any.directory.parents[4], f"{scores.benchmark.name} {scores.arch}", rows))
+    return tracker.compare(scores.groups[0].any.directory.parents[4], f"{scores.benchmark.name} {scores.arch}", rows)
 
 
 def _told_apart(outcomes: list[dict[str, Any]]) -> list[dict[str, Any]]:

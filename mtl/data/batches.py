@@ -88,16 +88,15 @@ class EvaluationBatches:
 
     def __init__(self, split: Split, benchmark: Benchmark, device: torch.device):
         self.benchmark, self.device, self.size = benchmark, device, len(split)
-        self.batch_size = benchmark.eval_batch_size
         self.resident = _resident(split, benchmark, device)
         self.split = split.to(device) if self.resident else split
 
     def __iter__(self) -> Iterator[Batch]:
+        size = self.benchmark.eval_batch_size
         if self.resident:
-            starts = range(0, self.size, self.batch_size)
-            batches = (self.split.batch(slice(start, start + self.batch_size)) for start in starts)
+            batches = (self.split.batch(slice(start, start + size)) for start in range(0, self.size, size))
         else:
-            indices = torch.arange(self.size).split(self.batch_size)
+            indices = torch.arange(self.size).split(size)
             batches = stream_batches(self.split, indices, self.benchmark.workers, self.device)
         for batch in batches:
             yield ready(self.benchmark, batch)

@@ -53,6 +53,11 @@ def check_declared(benchmark: Any) -> None:
     for task in benchmark.tasks:
         if task.column in inputs:
             raise ValueError(f"tasks: {task.name} has its labels in the column {task.column!r}, which is an input")
+        # A shared column is moved once, for the first of its tasks.
+        first = next(one for one in benchmark.tasks if one.column == task.column)
+        if first.moves != task.moves:
+            what = f"{first.name} and {task.name} share the column {task.column!r}, but move it differently"
+            raise ValueError(f"tasks: {what} ({first.moves} and {task.moves}); give each a column of its own")
     if not _is_sequence(augment) or not all(isinstance(one, Augment) for one in augment):
         raise ValueError(f"augment: {augment!r:.80}; a tuple is needed, such as (mtl.views.Flip(),)")
     if len({type(one) for one in augment}) < len(augment):  # two of one kind would share a random stream

@@ -148,7 +148,8 @@ class WandbTracker(Tracker):
                 run.summary.update({f"{key}/{s}": value for s, row in rows.items() for key, value in row.items()})
                 table = [[strategy, *(row.get(key) for key in columns)] for strategy, row in rows.items()]
                 run.log({"strategies": wandb.Table(columns=["strategy", *columns], data=table)})
-                return f"W&B:      Δm and ranks are in the run {run.id}"
+                # There is no Δm without single-task baselines.
+                return f"W&B:      {'Δm and ranks' if 'delta_m' in columns else 'ranks'} are in the run {run.id}"
         except Exception as error:  # the table has been printed
             return f"W&B:      no summary run ({type(error).__name__}: {_first_line(error)})"
 
