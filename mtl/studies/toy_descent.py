@@ -1,7 +1,8 @@
 """Follows a strategy down CAGrad's toy problem, outside the engine.
 
 `mtl.studies.toy` uses it; `mtl.data.toy` explains the problem. Gradients are analytic, in float64. They are plain
-Python numbers, because tensors with two elements would be far slower. Strategies get G = J Jᵀ, or the losses minus
+Python numbers, because tensors with two elements would be far slower. So this is the one caller of the methods that
+does not use `mtl.Step`; a test walks every method both ways. (`data=toy` trains with `mtl.Step`.) Strategies get G = J Jᵀ, or the losses minus
 their lower bounds −21 · scale and −21. For methods that learn from epochs, an epoch is 100 steps.
 """
 
