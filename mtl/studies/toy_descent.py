@@ -2,8 +2,10 @@
 
 `mtl.studies.toy` uses it; `mtl.data.toy` explains the problem. Gradients are analytic, in float64. They are plain
 Python numbers, because tensors with two elements would be far slower. So this is the one caller of the methods that
-does not use `mtl.Step`; a test walks every method both ways. (`data=toy` trains with `mtl.Step`.) Strategies get G = J Jᵀ, or the losses minus
-their lower bounds −21 · scale and −21. For methods that learn from epochs, an epoch is 100 steps.
+does not use `mtl.Step`; a test walks every method both ways. (`data=toy` trains with `mtl.Step`.)
+
+Strategies get G = J Jᵀ, or the losses minus their lower bounds −21 · scale and −21. For methods that learn from epochs,
+an epoch is 100 steps.
 """
 
 from __future__ import annotations
