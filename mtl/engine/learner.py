@@ -6,7 +6,6 @@ waits for the device: sums stay there as tensors, and the host reads them once p
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,12 +20,11 @@ from mtl.data.batches import TrainingBatches
 from mtl.data.columns import Batch
 from mtl.engine.device import Execution
 from mtl.engine.divergence import Alarm
-from mtl.engine.pystate import PythonState, Unsavable
-from mtl.engine.stages import Stage, stage_at
+from mtl.engine.saved import Saved
+from mtl.engine.stages import Stage, freeze, stage_at
 from mtl.engine.step import Losses, Step
 from mtl.engine.switches import Info, Switches
 from mtl.engine.trained import Idle, Watch
-from mtl.errors import SetupError, one_line
 from mtl.inspect.microscope import GradientObserver, Microscope
 from mtl.losses import Statistics, Strategy
 from mtl.losses.hooks import defines
@@ -37,7 +35,6 @@ from mtl.random import seeded
 from mtl.tasks import Task
 from mtl.tracking.console import Progress
 
-log = logging.getLogger("mtl")
 STATISTICS = ("norm", "ratio", "cosine", "conflict", "magnitude")  # fields of `Info`; reported as grad/<name>
 
 
@@ -103,8 +100,7 @@ class Learner:
     processes: Processes | None = None
 
     def __post_init__(self) -> None:
-        self._python = PythonState(self.strategy, self.model, self.device)
-        self._unsavable: str | None = None  # why a user's own attributes cannot be saved, if they cannot
+        self._saved = Saved(self.model, self.optimizer, self.strategy, self.device)
         self._trained = False  # whether any epoch so far has changed the model
         self._idle: Idle | None = None  # why the latest epoch has not changed it
         self._trainable = [p for p in self.model.parameters() if p.requires_grad]
@@ -156,7 +152,7 @@ class Learner:
         with seeded(self.seed, "dropout", epoch), self.trainer.flags():
             started, epochs, steps = time.perf_counter(), self.trainer.epochs, len(batches)
             if epoch == 0:
-                self._python_state()  # warns at the start, rather than after hours, if a resume will be impossible
+                self._saved.python_state()  # warns now, rather than after hours, if a resume will be impossible
             self.strategy.epoch_start(epoch, epochs, self.seed)
             self.model.train()
             self.strategy.train()
@@ -263,23 +259,14 @@ class Learner:
         # A run without stages: nothing to freeze or unfreeze. What the user froze in the model stays frozen.
         if len(self.trainer.plan) == 1 and stage == Stage(stage.epochs):
             return None
-        learns = {id(p) for task in self.tasks if stage.learns(task.name) for p in self.model.own_parameters(task.name)}
-        learns |= {id(p) for p in self.model.shared_parameters()} if stage.learns(None) else set()
-        for p in self._trainable:
-            p.requires_grad_(id(p) in learns)
-        known = {id(p) for p in self._trainable}
-        # requires_grad=False does not stop batch norm's running averages; evaluation mode does. Only a batch norm that
-        # the stage froze is concerned: `known - learns` leaves out parameters that the user froze.
-        for module in self.model.modules():
-            own = list(module.parameters(recurse=False))
-            if hasattr(module, "track_running_stats") and own and all(id(p) in known - learns for p in own):
-                module.eval()
+        names = [task.name for task in self.tasks]
+        freeze(self.model, names, stage, self._trainable)
         if begins:  # each stage starts without the momentum of the stage before, as a run of its own would
             self.optimizer.state.clear()
         # Group 0 holds the model's parameters, group 1 the method's own. A stage's `lr` concerns the model only.
         for i, (group, rate) in enumerate(zip(self.optimizer.param_groups, self._rates, strict=True)):
             group["initial_lr"] = stage.lr if stage.lr is not None and i == 0 else rate
-        counts = [stage.counts(task.name) for task in self.tasks]
+        counts = [stage.counts(name) for name in names]
         return None if all(counts) else torch.tensor(counts).to(self.device, non_blocking=True)
 
     def _labelled(self, batch: Batch, counts: Tensor | None) -> Tensor:
@@ -409,22 +396,8 @@ class Learner:
             group["lr"] = group["initial_lr"] * factor
 
     def state(self) -> dict:
-        """Everything that a resumed run needs besides (seed, epoch): model, optimizer, method, a user's attributes.
-
-        If a user's attributes cannot be saved, the entry "unsavable" says why. The run goes on, but cannot be resumed.
-        """
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "strategy": self.strategy.state_dict(),
-        }
-        if python := self._python_state():
-            state["python"] = python
-        if self._unsavable:
-            state["unsavable"] = self._unsavable
-        if not self._trained:
-            state["untrained"] = True
-        return state
+        """Everything that a resumed run needs besides (seed, epoch): see `Saved`."""
+        return {**self._saved.state(), **({} if self._trained else {"untrained": True})}
 
     def load_state(self, state: dict) -> None:
         """Continue from `state`.
@@ -436,32 +409,8 @@ class Learner:
         Raises:
             SetupError: a part of the state could not be saved, or the state belongs to other classes.
         """
-        if (why := state.get("unsavable")) and state.get("epoch"):
-            raise SetupError(
-                f"the run cannot be resumed exactly: {why}; keep it in a buffer, a number, a list, a dict or a tensor, "
-                "and delete the run's folder to start afresh"
-            )
-        if python := state.get("python"):
-            # This comes first. Some modules create parameters in their first batch; these must exist before
-            # load_state_dict can fill them.
-            try:
-                self._python.restore(python)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise SetupError(f"last.pt does not fit the classes of this run: {one_line(error)}") from error
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.strategy.load_state_dict(state["strategy"])
+        self._saved.load(state)
         self._trained = bool(state.get("epoch")) and not state.get("untrained", False)
-
-    def _python_state(self) -> dict | None:
-        """The attributes of a user's own classes. If they cannot be saved: None, and one warning."""
-        try:
-            return self._python.save()
-        except Unsavable as error:
-            if self._unsavable is None:
-                self._unsavable = str(error)
-                log.info(f"WARNING   {error}: this run cannot be resumed after an interruption")
-            return None
 
 
 def _size(batch: Batch) -> int:

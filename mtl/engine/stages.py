@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt
+from torch import nn
 
+from mtl.archs.model import Model
 from mtl.config import schema
 from mtl.errors import ConfigError, suggest
 
@@ -115,3 +117,25 @@ def stage_at(stages: Sequence[Stage], epoch: int) -> tuple[Stage, int]:
             return stage, first
         first += stage.epochs
     return stages[-1], first - stages[-1].epochs  # beyond the last epoch, the last stage goes on
+
+
+def freeze(model: Model, tasks: Sequence[str], stage: Stage, trainable: Sequence[nn.Parameter]) -> None:
+    """Freeze the parameters of `model` that do not learn in a stage, and unfreeze the others.
+
+    Args:
+        model: the run's model.
+        tasks: names of the run's tasks.
+        stage: the stage that begins, or goes on.
+        trainable: the parameters that the user has not frozen. All others stay as they are.
+    """
+    learns = {id(p) for task in tasks if stage.learns(task) for p in model.own_parameters(task)}
+    learns |= {id(p) for p in model.shared_parameters()} if stage.learns(None) else set()
+    for p in trainable:
+        p.requires_grad_(id(p) in learns)
+    # requires_grad=False does not stop batch norm's running averages; evaluation mode does. Only a batch norm that the
+    # stage froze is concerned: `frozen` leaves out parameters that the user froze.
+    frozen = {id(p) for p in trainable} - learns
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if hasattr(module, "track_running_stats") and own and all(id(p) in frozen for p in own):
+            module.eval()
