@@ -139,7 +139,7 @@ def _message(error: Exception) -> str:
 def hints_of(target: Callable) -> dict[str, Any]:
     """The type hint of each argument of a class or function, with its range; empty if the hints cannot be read."""
     extra = OPTIMIZER if getattr(target, "__module__", "").startswith("torch.optim.") else {}
-    # The hints of a class are those of its __init__. A dataclass has them on the class itself.
+    # The hints of a class stand at its __init__. A dataclass has them on the class itself.
     if inspect.isclass(target) and not hasattr(target, "__dataclass_fields__"):
         target = target.__init__
     try:
@@ -199,10 +199,10 @@ def explain(error: ValidationError, value: Any) -> str:
     # Every member of a union reports an error. "or null" is said once, at the end. Classes are left out, because their
     # instances cannot come from YAML.
     silent = ("none_required", "is_instance_of", "needs_python_object")
-    told = [e for e in errors if e["type"] not in silent] or errors
+    useful = [e for e in errors if e["type"] not in silent] or errors
     lengths = {"missing": "a longer list", "too_long": "a shorter list"}
-    texts = dict.fromkeys(lengths.get(e["type"], e["msg"].replace("Input should be ", "")) for e in told)
-    choices = " or ".join(e["ctx"]["expected"] for e in told if e["type"] == "literal_error")
+    texts = dict.fromkeys(lengths.get(e["type"], e["msg"].replace("Input should be ", "")) for e in useful)
+    choices = " or ".join(e["ctx"]["expected"] for e in useful if e["type"] == "literal_error")
     allowed = [choice.strip(" '") for choice in choices.replace(" or ", ",").split(",")]
     none = " or null" if any(e["type"] == "none_required" for e in errors) else ""
     return f"must be {' or '.join(texts)}{none}{suggest(value, allowed) if isinstance(value, str) else ''}"

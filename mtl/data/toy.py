@@ -97,7 +97,7 @@ class ToyTask(Task):
         if points.shape[1:] != (2,):
             shape = tuple(points.shape[1:])
             raise ConfigError(
-                f"arch: the toy's losses are those of a point in the plane, not of {shape}; use arch=point"
+                f"arch: the toy's losses take a point in the plane, not the shape {shape}; use arch=point"
             )
         return self.scale * toy_loss(points, self.sign)
 

@@ -65,7 +65,7 @@ def accumulate(found: Gradients) -> Info:
                 add(parameters, gradients)
             if found.direction is not None:
                 _add_direction(one, found.direction)
-        # The report's norm is that of the shared parameters' `.grad`. In these cases it is not the direction's norm.
+        # The reported norm is the norm of the shared parameters' `.grad`. Here it differs from the direction's norm.
         if found.heads is None or one.of_features or defines(strategy, "regulariser"):
             info = replace(info, norm=one.unscaled(norm(one.shared)))
         # After an overflow, the buffers of a loss weighting are put back. The device decides; the host does not wait.

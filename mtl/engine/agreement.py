@@ -33,7 +33,7 @@ class Call:
     graph: bool = True
 
 
-def told(strategy: Strategy, call: Call) -> dict[str, Any]:
+def facts_of(strategy: Strategy, call: Call) -> dict[str, Any]:
     """The facts that must be equal in all processes at each call. The first difference is reported."""
     return {"call": call.name, "method": type(strategy).__name__, "tasks": ", ".join(strategy.names), **call.facts}
 
@@ -43,15 +43,15 @@ def progress(strategy: Strategy) -> dict[str, Any]:
     return {"steps": strategy.calls.steps, "epoch": strategy.epoch, "seed of the random stream": strategy._seed}
 
 
-def first_difference(told: Sequence[dict[str, Any]]) -> str | None:
+def first_difference(facts: Sequence[dict[str, Any]]) -> str | None:
     """The first fact in which two processes differ, as text: "steps: 3 in process 0, 4 in process 1".
 
     Args:
-        told: the facts of each process.
+        facts: the facts of each process.
     """
-    for rank, other in enumerate(told):
-        for key in told[0] | other:
-            if (a := told[0].get(key)) != (b := other.get(key)):
+    for rank, other in enumerate(facts):
+        for key in facts[0] | other:
+            if (a := facts[0].get(key)) != (b := other.get(key)):
                 return f"{key}: {a} in process 0, {b} in process {rank}"
     return None
 
@@ -123,7 +123,7 @@ def check_strategies(strategies: Sequence[dict[str, Any]]) -> None:
                 "process 0; load its checkpoint in every process, or in process 0"
             )
         for name in sorted(first["lasting"] | other["lasting"]):
-            shapes = [_shape(told["tensors"].get(name)) for told in (first, other)]
+            shapes = [_shape(one["tensors"].get(name)) for one in (first, other)]
             if shapes[0] != shapes[1]:
                 raise ValueError(
                     f"group: the strategy's {name} has shape {shapes[0]} in process 0, {shapes[1]} in process {rank}; "

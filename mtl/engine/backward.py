@@ -124,11 +124,11 @@ def gradients(
         # one backward pass of Σ w_i L_i through the network gives the same gradient as the total itself.
         if isinstance(strategy, LossWeighting):
             found.losses = torch.stack(samples[-1] if one.combines else scalars)
-            told = found.losses if share is None else values.clone().requires_grad_()
+            inputs = found.losses if share is None else values.clone().requires_grad_()
             total = None
-            if told.requires_grad:  # False: no task has a label in this batch
-                total = strategy(told.clone(), **taken(strategy, "forward", present=one.present))
-            weights = method.slopes(one, total, told)
+            if inputs.requires_grad:  # False: no task has a label in this batch
+                total = strategy(inputs.clone(), **taken(strategy, "forward", present=one.present))
+            weights = method.slopes(one, total, inputs)
             if not one.combines:  # the usual case: `accumulate` makes the one backward pass
                 found.info = replace(found.info, weights=weights)
                 return found

@@ -252,7 +252,9 @@ def check_owners(
         own = [p for p in heads[i] if id(p) in reached.leaves]
         if heads[i] and not reached.custom and (not own or (others and not moves(losses[i], own))):
             where = (
-                f"; it reaches those of heads[{owner[id(others[0])]}]: are the heads in task order?" if others else ""
+                f"; it reaches parameters of heads[{owner[id(others[0])]}]: are the heads in task order?"
+                if others
+                else ""
             )
             raise ValueError(f"heads[{i}]: the loss of task {names[i]} reaches none of its parameters{where}")
         if others:

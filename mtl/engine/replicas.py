@@ -170,7 +170,7 @@ class Replicas:
         """
         device, tasks = self.carrier(rows[0][0].device), strategy.tasks
         new = call.name == "mtl.backward" and self.steps < 0
-        marks = [_mark(agreement.told(strategy, call)), 0 if new else _mark(agreement.progress(strategy))]
+        marks = [_mark(agreement.facts_of(strategy, call)), 0 if new else _mark(agreement.progress(strategy))]
         # One sum can compare numbers: n marks are all equal if and only if n · Σ mark² = (Σ mark)². After the marks and
         # their squares come three counts of processes: failed, new, with a graph.
         fields = [*marks, *(mark**2 for mark in marks), 0, int(new), int(call.graph)]
@@ -196,11 +196,11 @@ class Replicas:
             ValueError: the processes differ.
             RuntimeError: a process has failed.
         """
-        told, known, told_squares, known_squares, failed, new, graphs = fields
+        facts, known, fact_squares, known_squares, failed, new, graphs = fields
         if failed:
             self._explain(None, device)
-        if self.size * told_squares != told**2:
-            self._differ(agreement.told(strategy, call), device)
+        if self.size * fact_squares != facts**2:
+            self._differ(agreement.facts_of(strategy, call), device)
         # If a process is new, all take over the first process's progress. Until then it may differ.
         if not new and self.size * known_squares != known**2:
             self._differ(agreement.progress(strategy), device)
@@ -242,11 +242,11 @@ class Replicas:
         ours = {"model": agreement.describe_model(*model)}
         if first:
             ours["strategy"] = agreement.describe_strategy(strategy)
-        told = self._gather(ours, self.carrier(device))
-        agreement.check_models([other["model"] for other in told])
+        everyone = self._gather(ours, self.carrier(device))
+        agreement.check_models([other["model"] for other in everyone])
         if not first:
             return
-        strategies = [other["strategy"] for other in told]
+        strategies = [other["strategy"] for other in everyone]
         agreement.check_strategies(strategies)
         source = dist.get_global_rank(self.group, 0) if self.group is not dist.group.WORLD else 0
         with torch.no_grad():

@@ -122,7 +122,7 @@ class Job:
     tracker: Tracker
     rows: list[dict[str, float]] = field(default_factory=list)  # of metrics.jsonl: one for each saved epoch
     digest: bytes = START  # of these rows; a checkpoint holds it, so that an edited metrics.jsonl is noticed
-    told: int = 0  # how many rows the tracker has received
+    tracked: int = 0  # how many rows the tracker has received
     begun: bool = False  # whether run.json already has the status "running"
     failed: Outcome | None = None  # set by `_ends` if an error ended the run
 
@@ -139,7 +139,7 @@ class Job:
         learner, processes = self.learner, self.learner.processes
         forget_peak_memory(learner.device)
         self.rows, self.digest = resume(self.directory, self.identity.name, learner)
-        self.told = len(self.rows)  # a resumed run's tracker already has these rows
+        self.tracked = len(self.rows)  # a resumed run's tracker already has these rows
         with self._ends():
             self._begin()
             with nullcontext() if processes is None else processes.guard(self._last_words):
@@ -216,7 +216,7 @@ class Job:
         """Save an epoch, then report it."""
         with deferred():  # a signal that arrives while the row and the checkpoint are written waits until both are
             self._save(row)
-        self._tell()
+        self._track()
         epochs = self.learner.trainer.epochs
         log.info(epoch_line(row, self._units(), epochs, row["time/seconds"] * (epochs - row["epoch"])))
 
@@ -232,11 +232,11 @@ class Job:
         if best(self.rows, *self._selector) is row:
             checkpoint.link(self.directory.last, self.directory.best)  # a hard link: the weights are not written twice
 
-    def _tell(self) -> None:
+    def _track(self) -> None:
         """Send the tracker the rows that it does not have yet."""
-        for row in self.rows[self.told :]:
+        for row in self.rows[self.tracked :]:
             self.tracker.log(row)
-            self.told += 1
+            self.tracked += 1
 
     def _refuse_divergence(self, row: Mapping[str, float]) -> None:
         """End the run if a loss, a metric, the gradient or a weight is NaN or infinite.
@@ -283,7 +283,7 @@ class Job:
         """Write summary.json, close the tracker, and mark the run as finished. The mark comes last."""
         summary = {"status": "finished", **self.summary()}
         write_json(self.directory.summary, summary)
-        self._tell()
+        self._track()
         # If a signal stops the run here, it counts as interrupted. The next attempt reports it again.
         self.tracker.finish(flatten(summary), ok=True)
         with deferred():
@@ -303,7 +303,7 @@ class Job:
                 self._last_words(status, error)
             with suppress(WriteError):
                 write_json(self.directory.summary, summary)
-        self._tell()
+        self._track()
         self.tracker.finish(flatten(summary), ok=False)
 
     def _last_words(self, status: str, error: str) -> None:

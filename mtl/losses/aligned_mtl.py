@@ -37,7 +37,7 @@ class AlignedMTL(GramianWeighting):
     def weights(self, gramian: Tensor, present: Tensor | None = None) -> Tensor:
         eps = torch.finfo(gramian.dtype).eps
         values, vectors = torch.linalg.eigh(decomposable(double(gramian)))
-        # `eps` is that of the Gramian, not of float64: the Gramian's own rounding decides which eigenvalues are real.
+        # `eps` belongs to the Gramian's own dtype, not to float64: its rounding decides which eigenvalues are real.
         kept = values > values[-1] * len(values) * eps
         rank = kept.sum().clamp(min=1)
         if self.scale == "min":

@@ -25,7 +25,7 @@ from mtl.losses.solvers import cosines, double, shortest, steepest_worst_case
 
 
 class ConicGrad(GramianWeighting):
-    """weights = those of the update d = ‖g₀‖ × (the best unit direction in the cone).
+    """The weights of the update d = ‖g₀‖ × (the best unit direction in the cone).
 
     Args:
         c: smallest allowed cosine between the update and the mean gradient.

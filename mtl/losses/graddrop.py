@@ -8,7 +8,7 @@ Chen et al., "Just Pick a Sign: Optimizing Deep Multitask Models with Gradient S
 By default the rule acts on each parameter's gradient, as in the CAGrad and Nash-MTL codes.
 
 The paper masks the gradients of the shared activations z instead: `step.gradients=features`. The sign and size of an
-element are then those of Σ_n sign(z_n) g_in, summed over the batch. One draw per element masks all samples.
+element are then taken from Σ_n sign(z_n) g_in, summed over the batch. One draw per element masks all samples.
 """
 
 from collections.abc import Sequence

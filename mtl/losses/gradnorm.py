@@ -7,7 +7,7 @@ Chen et al., "GradNorm: Gradient Normalization for Adaptive Loss Balancing in De
 
 α = 1.5 and η = 0.025 (NYUv2). Shared parameters and heads follow Σ w_i L_i, with the weights before the update.
 
-- The norms are those of all shared parameters. The paper takes the last shared layer only, to save time.
+- The norms are taken over all shared parameters. The paper takes the last shared layer only, to save time.
   `step.gradients=features` takes the norms at that layer's output, which costs no more.
 - A weight stays above 1e-4, because nothing in the rule keeps it positive.
 

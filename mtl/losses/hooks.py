@@ -170,8 +170,8 @@ def defines(strategy: Any, hook: str) -> bool:
 
 def knows_absent(strategy: Any) -> bool:
     """Whether all functions of the method take `present`, so that a task may be absent."""
-    told = all(signatures.taken(strategy, name, present=None) for name in (strategy.rule, "regulariser"))
-    return told and not any(getattr(getattr(type(strategy), hook), "blind", False) for hook in MARKED)
+    taken = all(signatures.taken(strategy, name, present=None) for name in (strategy.rule, "regulariser"))
+    return taken and not any(getattr(getattr(type(strategy), hook), "blind", False) for hook in MARKED)
 
 
 def differentiates(strategy: Any) -> bool:

@@ -6,7 +6,7 @@ direction that maximises Σ_i log g_i·d is d = Σ_i α_i g_i with
     G α = 1/α,  α > 0,          so that ‖d‖² = T.
 
 Heads receive α_i ∇L_i. `max_norm` = 1 is the authors' clip of the shared gradient; it makes the step's norm 1. The
-shared direction is that of FairGrad with α = 1. If 0 lies in the convex hull of the gradients (a Pareto-stationary
+shared direction equals FairGrad's with α = 1. If 0 lies in the convex hull of the gradients (a Pareto-stationary
 point), the equation has no solution. The weights then grow until Jᵀα vanishes.
 
 The authors solve a sequence of convex programs (cvxpy with ECOS). Without ECOS, six public codes silently fall back

@@ -181,5 +181,5 @@ class StrategyState(nn.Module):
         if (method := known.get("method", mine)) != mine:  # states of older versions have no method
             raise ValueError(f"state_dict: of the method {method}; this strategy is {mine}")
         if known["names"] != list(self.names):
-            told, here = ", ".join(known["names"]), ", ".join(self.names)
-            raise ValueError(f"state_dict: of the tasks {told}, in this order; this strategy has {here}")
+            saved, here = ", ".join(known["names"]), ", ".join(self.names)
+            raise ValueError(f"state_dict: of the tasks {saved}, in this order; this strategy has {here}")

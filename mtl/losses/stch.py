@@ -50,7 +50,7 @@ class STCH(LossWeighting):
 
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
         x = logs(losses, present)
-        # A task without a nadir is compared with its own current loss: x is 0, and its gradient that of log L.
+        # A task without a nadir is compared with its own current loss: x is 0, with the gradient of log L.
         x = (x - torch.where(self.nadir.isnan(), x.detach(), self.nadir.to(x).clamp(min=FLOOR).log())) / self.mu
         if present is not None:
             x = torch.where(present, x, -torch.inf)

@@ -6,8 +6,8 @@ al., "Examining Common Paradigms in Multi-Task Learning", 2024 (eq. 2). The mini
     gaussian (L2)   L / (2σ²) + log σ   at σ² = L:   w_i = 1 / (2 sg[L_i])
     laplace (L1)    L / σ + log σ       at σ = L:    w_i = 1 / sg[L_i]
 
-Classification, L / σ² + log σ, gives the gaussian's weights too. sg[·] stops the gradient. The gradients are
-therefore those of ½ Σ log L_i (gaussian) and Σ log L_i (laplace), and we compute these sums: UW-O is
+Classification, L / σ² + log σ, gives the gaussian's weights too. sg[·] stops the gradient. The gradients
+therefore equal the gradients of ½ Σ log L_i (gaussian) and Σ log L_i (laplace). We compute these sums: UW-O is
 `scale_invariant`, halved for the gaussian. A loss of exactly 0 therefore weighs 0 instead of infinity. Σw is not
 fixed.
 """
