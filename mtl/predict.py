@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtl.data.columns import Column, Ragged
 from mtl.engine.files import check_regular, write_text, writing
 from mtl.engine.loaded import EPOCHS, LoadedRun, load
 from mtl.errors import ConfigError, SetupError, UserError, one_line
@@ -24,7 +25,7 @@ from mtl.tracking.console import legible
 
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 ARRAYS = (".npy", ".npz")
-Columns = dict[str, Tensor]
+Columns = dict[str, Column]
 Answers = dict[str, Tensor]  # by column of the table, such as "digit_class"
 
 
@@ -119,12 +120,23 @@ def _arrays(file: Path) -> Columns | Tensor:
         if isinstance(content, np.ndarray):
             return torch.from_numpy(content)
         with content:
-            columns = {name: torch.from_numpy(content[name]) for name in content.files}
+            columns = _ragged({name: torch.from_numpy(content[name]) for name in content.files})
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{file}: is damaged, or holds more than numbers ({one_line(error)[:100]})") from error
     if len(columns) == 1:  # numpy.savez(file, array) calls it arr_0
         (only,) = columns.values()
         return columns if "arr_0" not in columns else only
+    return columns
+
+
+def _ragged(arrays: dict[str, Tensor]) -> Columns:
+    """The columns in arrays: `atoms` (M, …) and `atoms_lengths` (N,) together are the ragged column `atoms`."""
+    columns: Columns = {}
+    for name, values in arrays.items():
+        if name.removesuffix("_lengths") in arrays and name.endswith("_lengths"):
+            continue
+        lengths = arrays.get(f"{name}_lengths")
+        columns[name] = values if lengths is None else Ragged(values, lengths.long())
     return columns
 
 

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from mtl.archs.model import ArchError, Model, Outputs
 from mtl.archs.restore import as_before
-from mtl.data.columns import Batch
+from mtl.data.columns import Batch, equal
 
 
 def check_model(model: Model, batch: Batch, tasks: Sequence[str]) -> Outputs:
@@ -35,14 +35,14 @@ def check_model(model: Model, batch: Batch, tasks: Sequence[str]) -> Outputs:
     """
     name = type(model.trunk).__name__
     # Copies, to find out whether the network changes its inputs in place.
-    kept = {key: value.clone(memory_format=torch.preserve_format) for key, value in batch.items()}
+    kept = {key: value.clone() for key, value in batch.items()}
     with as_before(model):
         outputs = _pass(model, batch, tasks, training=True)
     # Only after a forward pass, because it creates the parameters of lazy modules.
     if unmade := [key for key, p in model.named_parameters() if is_lazy(p)]:
         raise ArchError(f"the parameter {unmade[0]} has no shape yet after a forward pass; does {name} use it?")
     check_owners(model, batch, tasks)
-    if not all(torch.equal(batch[key], kept[key]) for key in kept):
+    if not all(equal(batch[key], kept[key]) for key in kept):
         raise ArchError(f"{name} changes its inputs in place, and some methods use them twice; work on a copy")
     # A second pass with the same weights and random numbers must give the same result. Otherwise the network keeps a
     # state of its own, such as a counter, and a resumed run would differ.

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from mtl.data.base import Benchmark
 from mtl.data.check import pieces
-from mtl.data.columns import Batch, Split
+from mtl.data.columns import Batch, Column, Ragged, Split
 from mtl.data.inputs import Image
 from mtl.random import stream
-from mtl.views import View
+from mtl.views import Moves, View
 
 
 class TrainingBatches:
@@ -60,8 +60,9 @@ class TrainingBatches:
         view = self._view(epoch)
         if self.resident:
             # Only row numbers are computed here. `ready` gathers the rows together with the crop, in one operation.
-            order = order.to(self.device, non_blocking=True)
-            gathered = ((self.split.columns, self.split.positions(index)) for index in order.split(size))
+            rows = self.split.positions(order)
+            pairs = zip(rows.split(size), rows.to(self.device, non_blocking=True).split(size), strict=True)
+            gathered = ((_chosen(self.split.columns, rows, moved), moved) for rows, moved in pairs)
         else:
             # The DataLoader's processes gather the rows, so `ready` gets batches (rows is None).
             batches = stream_batches(self.split, order.split(size)[: self.steps], self.benchmark.workers, self.device)
@@ -103,23 +104,36 @@ class EvaluationBatches:
 
 
 def ready(
-    benchmark: Benchmark, columns: Mapping[str, Tensor], rows: Tensor | None = None, view: View | None = None
+    benchmark: Benchmark, columns: Mapping[str, Column], rows: Tensor | None = None, view: View | None = None
 ) -> Batch:
     """Make a batch for the network and the tasks: select rows, apply the views, normalise the images.
 
     Args:
-        columns: the columns by name, on the device.
-        rows: (B,) the rows to select; None for all, in this order.
+        columns: the columns by name, on the device. A ragged column holds the B samples only.
+        rows: (B,) the rows to select from the tensors; None for all, in this order.
         view: the views of the B samples; None without augmentation.
     """
     batch = {}
     for name, one in benchmark.inputs.items():
-        batch[name] = one.ready(one.moves(columns[name], rows, view))
+        batch[name] = one.ready(_moved(one.moves, columns[name], rows, view))
     # Label maps follow their image's view: `moves` says how. Two tasks may share a column, which is then moved once.
     for task in benchmark.tasks:
         if task.column not in batch and task.column in columns:
-            batch[task.column] = task.moves(columns[task.column], rows, view)
+            batch[task.column] = _moved(task.moves, columns[task.column], rows, view)
     return batch
+
+
+def _chosen(columns: Mapping[str, Column], rows: Tensor, moved: Tensor) -> dict[str, Column]:
+    """The columns, with the ragged ones cut down to the given rows: the host must know how many values these have.
+
+    Args:
+        rows, moved: (B,) the same row numbers, on the host and on the device.
+    """
+    return {name: c.take(rows, moved) if isinstance(c, Ragged) else c for name, c in columns.items()}
+
+
+def _moved(moves: Moves, column: Column, rows: Tensor | None, view: View | None) -> Column:
+    return moves(column, None if isinstance(column, Ragged) else rows, view)
 
 
 def picture(benchmark: Benchmark) -> tuple[int, int]:
@@ -149,9 +163,7 @@ class _Chunks(Dataset):
         return self.split.batch(self.indices[i])
 
 
-def stream_batches(
-    split: Split, indices: Sequence[Tensor], workers: int, device: torch.device
-) -> Iterator[dict[str, Tensor]]:
+def stream_batches(split: Split, indices: Sequence[Tensor], workers: int, device: torch.device) -> Iterator[Batch]:
     """One batch for each of the `indices`, gathered by DataLoader processes and sent to the device."""
     # Only from pinned memory can a batch be copied to a GPU while the GPU computes.
     pinned = device.type == "cuda"

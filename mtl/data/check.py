@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from mtl.config.source import blame
-from mtl.data.columns import Batch, Split
-from mtl.data.inputs import Image, Input
+from mtl.data.columns import Batch, Column, Ragged, Split
+from mtl.data.inputs import Image, Input, check_ragged
 from mtl.errors import SetupError, UserError, one_line, suggest
 from mtl.metrics.base import Metric, Score
 from mtl.metrics.tally import Tally
@@ -111,10 +111,10 @@ def few(split: Split, tasks: Sequence[Task]) -> Batch:
     return split.batch(torch.tensor(sorted(chosen)))
 
 
-def pieces(split: Split, column: str) -> Iterator[Tensor]:
-    """The rows of one column, in pieces of at most 64 MiB. So a memory-mapped column is never copied as a whole."""
-    values = split.columns[column]
-    size = max(1, PIECE // max(1, values.shape[1:].numel() * values.element_size()))
+def pieces(split: Split, column: str) -> Iterator[Column]:
+    """The rows of one column, in pieces of about 64 MiB. So a memory-mapped column is never copied as a whole."""
+    one, values = split.only([column]), split.columns[column]
+    size = max(1, PIECE // max(1, one.bytes // max(1, len(split))))
     for start in range(0, len(split), size):
         part = slice(start, start + size)
         yield values[part] if split.rows is None else values[split.rows[part]]
@@ -139,7 +139,7 @@ def check_tasks(tasks: Sequence[Task], predictions: Sequence[Any], batch: Batch)
             raise SetupError(f"data: task {task.name!r}: {_message(error)}") from error
 
 
-def _check_task(task: Task, prediction: Any, target: Tensor) -> None:
+def _check_task(task: Task, prediction: Any, target: Column) -> None:
     """Try loss and metrics of one task.
 
     Raises:
@@ -222,9 +222,12 @@ def _check_columns(split: Split, benchmark: Any) -> None:
         if name not in columns:
             hint = suggest(name, known)
             raise ValueError(f"{name}: there is no such column, only {_listed(columns)}; inputs reads it{hint}")
-        if not isinstance(columns[name], Tensor):
-            kind = type(columns[name]).__name__
-            raise ValueError(f"{name}: a {kind}; a tensor is needed (torch.from_numpy makes a tensor of an array)")
+        needed = benchmark.inputs[name].column
+        if not isinstance(columns[name], needed):
+            kind, how = type(columns[name]).__name__, "a tensor is needed (torch.from_numpy makes a tensor of an array)"
+            if needed is Ragged:
+                how = "a ragged column is needed: mtl.data.Ragged(values, lengths)"
+            raise ValueError(f"{name}: a {kind}; {how}")
         try:
             benchmark.inputs[name].check(columns[name])
         except ValueError as error:
@@ -259,25 +262,32 @@ def _check_labels(split: Split, task: Task, benchmark: Any) -> None:
         raise ValueError(f"no labels for task {task.name!r}; there are labels for {_listed(others)}{hint}")
     target = columns[name]
     try:
-        if not isinstance(target, Tensor):
+        if not isinstance(target, Tensor | Ragged):
             raise ValueError(f"a {type(target).__name__}; a tensor is needed (torch.as_tensor makes one)")
-        if target.layout != torch.strided:
-            raise ValueError(f"layout {target.layout}; convert with to_dense()")
-        if target.ndim == 0 or len(target) != size:
-            raise ValueError(f"shape {tuple(target.shape)}; one label for each of the {size} samples is needed")
+        values = target
+        if isinstance(target, Ragged):
+            check_ragged(target)
+            values = target.values
+            if len(target) != size:
+                raise ValueError(f"{len(target)} lengths; one for each of the {size} samples is needed")
+        if values.layout != torch.strided:
+            raise ValueError(f"layout {values.layout}; convert with to_dense()")
+        if values.ndim == 0 or len(target) != size:
+            raise ValueError(f"shape {tuple(values.shape)}; one label for each of the {size} samples is needed")
         # With augmentation, a map that does not follow its image would teach wrong labels, without any error.
         shapes = [one.shape[1:] for one in inputs.values() if isinstance(one, Image)]
-        if benchmark.augment and (problem := task.moves.fits(tuple(target.shape[1:]), shapes[0])):
-            raise ValueError(f"shape {tuple(target.shape)}: {problem}")
-        if target.is_complex():
-            raise ValueError(f"dtype {str(target.dtype).removeprefix('torch.')}; {task.allowed}")
+        if benchmark.augment and (problem := task.moves.fits(tuple(values.shape[1:]), shapes[0])):
+            raise ValueError(f"shape {tuple(values.shape)}: {problem}")
+        if values.is_complex():
+            raise ValueError(f"dtype {str(values.dtype).removeprefix('torch.')}; {task.allowed}")
         start, count, first = 0, 0, None
         for part in pieces(split, name):
             wrong = _wrong(task, part)
             if found := int(wrong.sum()):
                 if first is None:
                     where = tuple(wrong.nonzero()[0].tolist())
-                    first = start + where[0], part[where].item()
+                    sample = int(part.owner()[where[0]]) if isinstance(part, Ragged) else where[0]
+                    first = start + sample, (part.values if isinstance(part, Ragged) else part)[where].item()
                 count += found
             start += len(part)
         if first is not None:
@@ -287,8 +297,8 @@ def _check_labels(split: Split, task: Task, benchmark: Any) -> None:
         raise ValueError(f"labels of task {task.name!r}: {_message(error)}") from error
 
 
-def _wrong(task: Task, target: Tensor) -> Tensor:
-    """Mark the labels that the task cannot be trained on.
+def _wrong(task: Task, target: Column) -> Tensor:
+    """Mark the labels that the task cannot be trained on: a bool for each label, of a ragged column for each value.
 
     Raises:
         ValueError: the labels have another dtype or shape than the task needs, or `units` does not return one integer
@@ -298,15 +308,17 @@ def _wrong(task: Task, target: Tensor) -> Tensor:
         wrong = task.wrong(target)
     except ValueError as error:
         raise ValueError(f"{one_line(error)}; {task.allowed}{blame(error)}") from error
-    units, kind = task.units(target), type(task).__name__
-    if not isinstance(units, Tensor) or units.is_floating_point() or units.shape != target.shape[:1]:
+    units, kind, values = task.units(target), type(task).__name__, target
+    if isinstance(target, Ragged):
+        values = target.values
+    if not isinstance(units, Tensor) or units.is_floating_point() or units.shape != (len(target),):
         shown = f"{units.dtype} of shape {tuple(units.shape)}" if isinstance(units, Tensor) else repr(units)[:60]
-        hint = "; drop the second dimension of the labels with squeeze(1)" if target.shape[1:] == (1,) else ""
+        hint = "; drop the second dimension of the labels with squeeze(1)" if values.shape[1:] == (1,) else ""
         raise ValueError(
             f"{kind}.units returned {shown}; an integer for each sample, ({len(target)},), is needed{hint}"
         )
-    if wrong.shape != target.shape or wrong.dtype != torch.bool:
-        raise ValueError(f"{kind}.wrong must return a bool for each label, of the shape {tuple(target.shape)}")
+    if wrong.shape != values.shape or wrong.dtype != torch.bool:
+        raise ValueError(f"{kind}.wrong must return a bool for each label, of the shape {tuple(values.shape)}")
     return wrong
 
 

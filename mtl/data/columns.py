@@ -2,13 +2,174 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-Batch = dict[str, Tensor]  # rows of the columns by name, for B samples
+
+@dataclass(frozen=True, eq=False)
+class Ragged:
+    """A column whose samples have different numbers of rows, such as the atoms of molecules or the boxes of images.
+
+    It is indexed like a tensor: `column[2:5]` and `column[torch.tensor([4, 0])]` are ragged columns of these samples,
+    and `column[3]` is the tensor of sample 3.
+
+    Example: `Ragged.of([torch.zeros(5, 3), torch.zeros(2, 3)])` holds two molecules, of 5 and of 2 atoms.
+
+    Args:
+        values: (M, …) the rows of all samples, one sample after another.
+        lengths: (N,) int64, the number of rows of each sample; 0 for a sample that is labelled and empty (an image
+            without boxes), −1 for a sample that is not labelled.
+        known: the lengths on the host, if `lengths` are on a GPU. They say how many rows a batch has, so that the host
+            need not wait for the GPU. `to` sets them.
+    """
+
+    values: Tensor
+    lengths: Tensor
+    known: Tensor | None = field(default=None, repr=False)
+
+    @staticmethod
+    def of(samples: Sequence[Tensor | None]) -> Ragged:
+        """A column from the rows (L, …) of each sample; None for a sample that is not labelled.
+
+        Raises:
+            ValueError: all samples are None.
+        """
+        labelled = [sample for sample in samples if sample is not None]
+        if not labelled:
+            raise ValueError("Ragged.of: no sample has rows, so the shape of a row is unknown")
+        lengths = torch.tensor([-1 if sample is None else len(sample) for sample in samples])
+        return Ragged(torch.cat(labelled), lengths)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int | slice | Tensor) -> Ragged | Tensor:
+        """The samples at `index`. Only an index on a GPU makes the host wait."""
+        if isinstance(index, Tensor):
+            return self.take(index.cpu())
+        if not isinstance(index, slice):
+            if not -len(self) <= (position := operator.index(index)) < len(self):
+                raise IndexError(f"sample {position} of {len(self)}")
+            position %= len(self)
+            return self[position : position + 1].values
+        start, stop, step = index.indices(len(self))
+        if step != 1:
+            return self.take(torch.arange(start, stop, step))
+        if (start, stop) == (0, len(self)):
+            return self
+        # Neighbouring samples are neighbours in `values`, too. So a slice is a view.
+        stop = max(start, stop)
+        first, last = (int(self._ends[i - 1]) if i else 0 for i in (start, stop))
+        known = None if self.known is None else self.known[start:stop]
+        return Ragged(self.values[first:last], self.lengths[start:stop], known)
+
+    def take(self, index: Tensor, moved: Tensor | None = None) -> Ragged:
+        """The samples at `index`, copied. The host does not wait for the device.
+
+        Args:
+            index: (B,) int64, or a mask (N,); on the host.
+            moved: the same positions on the device of the values, if they are there already.
+        """
+        if index.dtype == torch.bool:
+            index = torch.arange(len(self))[index]
+        if moved is None:
+            moved = index.to(self.device, non_blocking=True)
+        on_host = self._on_host[index]
+        total = int(on_host.clamp(min=0).sum())
+        lengths = self.lengths[moved]
+        sizes = lengths.clamp(min=0)
+        owner = torch.repeat_interleave(sizes, output_size=total)  # without output_size the host would have to wait
+        # Row i of the result is row i − (start of its sample here) + (start of its sample there).
+        shift = self._starts[moved] - (sizes.cumsum(0) - sizes)
+        values = self.values[torch.arange(total, device=self.device) + shift[owner]]
+        return Ragged(values, lengths, None if self.known is None else on_host)
+
+    def owner(self) -> Tensor:
+        """(M,) the sample to which each row belongs. (torch_geometric calls it `batch`.)"""
+        return torch.repeat_interleave(self.lengths.clamp(min=0), output_size=len(self.values))
+
+    def within(self) -> Tensor:
+        """(M,) the position of each row in its sample: 0, 1, … anew for each sample."""
+        return torch.arange(len(self.values), device=self.device) - self._starts[self.owner()]
+
+    def padded(self, most: int | None = None, fill: float = 0) -> Tensor:
+        """(N, most, …) the rows of each sample, followed by rows of `fill`.
+
+        Args:
+            most: None for the rows of the longest sample.
+            fill: of the missing rows.
+
+        Raises:
+            ValueError: a sample has more rows than `most`.
+        """
+        longest = int(self._on_host.max().clamp(min=0)) if len(self) else 0
+        most = longest if most is None else most
+        if longest > most:
+            raise ValueError(f"a sample has {longest} rows, more than {most}")
+        out = self.values.new_full((len(self), most, *self.values.shape[1:]), fill)
+        out[self.owner(), self.within()] = self.values
+        return out
+
+    def with_values(self, values: Tensor) -> Ragged:
+        """The same samples with other values (M, …), row for row."""
+        return replace(self, values=values)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Ragged:
+        """The column on `device`; itself if it is there already."""
+        if self.device == torch.device(device):
+            return self
+        values, lengths = (t.to(device, non_blocking=non_blocking) for t in (self.values, self.lengths))
+        return Ragged(values, lengths, None if lengths.device.type == "cpu" else self._on_host)
+
+    def pin_memory(self) -> Ragged:
+        """The column in pinned memory, from which a GPU copies in the background. DataLoader calls it."""
+        return Ragged(self.values.pin_memory(), self.lengths.pin_memory())
+
+    def contiguous(self) -> Ragged:
+        """The column with contiguous values."""
+        return self.with_values(self.values.contiguous())
+
+    def clone(self) -> Ragged:
+        """A copy."""
+        return replace(self, values=self.values.clone(), lengths=self.lengths.clone())
+
+    @property
+    def device(self) -> torch.device:
+        """Of the values and the lengths."""
+        return self.values.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self.values.dtype
+
+    def is_floating_point(self) -> bool:
+        """Whether the values are floats."""
+        return self.values.is_floating_point()
+
+    @cached_property
+    def _on_host(self) -> Tensor:
+        return self.lengths.cpu() if self.known is None else self.known
+
+    @cached_property
+    def _ends(self) -> Tensor:
+        """(N,) on the host: the number of rows up to and with each sample."""
+        return self._on_host.clamp(min=0).cumsum(0)
+
+    @cached_property
+    def _starts(self) -> Tensor:
+        """(N,) on the device: the first row of each sample."""
+        sizes = self.lengths.clamp(min=0)
+        return sizes.cumsum(0) - sizes
+
+
+Column = Tensor | Ragged
+Batch = dict[str, Column]  # rows of the columns by name, for B samples
 
 
 @dataclass(frozen=True)
@@ -18,11 +179,12 @@ class Split:
     Example: ``Split({"image": images, "fine": fine, "coarse": coarse})``.
 
     Args:
-        columns: tensors (M, …) by name: images (M, H, W, C) uint8, and labels. They may be memory-mapped.
+        columns: tensors (M, …) or `Ragged` columns by name: images (M, H, W, C) uint8, labels, atoms. They may be
+            memory-mapped.
         rows: (N,) int64, the samples' row numbers, in the order of the samples; None for all M rows.
     """
 
-    columns: Mapping[str, Tensor]
+    columns: Mapping[str, Column]
     rows: Tensor | None = None
 
     def __post_init__(self):
@@ -35,7 +197,7 @@ class Split:
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()))) if self.rows is None else len(self.rows)
 
-    def column(self, name: str) -> Tensor:
+    def column(self, name: str) -> Column:
         """(N, …) one column of the samples. It is a copy if rows are selected."""
         return self.columns[name] if self.rows is None else self.columns[name][self.rows]
 
@@ -50,7 +212,7 @@ class Split:
     def select(self, index: Tensor | slice) -> Split:
         """The samples at `index` (an int64 or bool tensor, or a slice). No column is copied."""
         if self.rows is None and isinstance(index, slice):
-            return Split(self.batch(index))  # a slice of a tensor is a view, not a copy
+            return Split(self.batch(index))  # a slice of a column is a view, not a copy
         rows = torch.arange(len(self)) if self.rows is None else self.rows
         return Split(self.columns, rows[index])
 
@@ -69,4 +231,21 @@ class Split:
     @property
     def bytes(self) -> int:
         """Memory of the samples in all columns, in bytes."""
-        return len(self) * sum(c.shape[1:].numel() * c.element_size() for c in self.columns.values())
+        return sum(_bytes(column, self.rows) for column in self.columns.values())
+
+
+def _bytes(column: Column, rows: Tensor | None) -> int:
+    if isinstance(column, Ragged):
+        lengths = column.lengths if rows is None else column.lengths[rows]
+        values = column.values
+        count = int(lengths.clamp(min=0).sum())
+        return count * values.shape[1:].numel() * values.element_size() + _bytes(lengths, None)
+    size = len(column) if rows is None else len(rows)
+    return size * column.shape[1:].numel() * column.element_size()
+
+
+def equal(a: Column, b: Column) -> bool:
+    """Whether two columns hold the same numbers."""
+    if isinstance(a, Ragged) and isinstance(b, Ragged):
+        return torch.equal(a.lengths, b.lengths) and torch.equal(a.values, b.values)
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)

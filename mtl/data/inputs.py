@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mtl.data.columns import Column, Ragged
 from mtl.views import Fixed, Moves, Picture
 
 
@@ -25,9 +26,11 @@ class Input(ABC):
 
     Attributes:
         moves: how the column follows a sample's view (crop, flip). A table's row, for example, stays as it is.
+        column: the kind of column: a tensor, or `Ragged`.
     """
 
     moves: ClassVar[Moves] = Fixed()
+    column: ClassVar[type] = Tensor
 
     def __init__(self, shape: Sequence[int]):
         if not (_is_sequence(shape) and len(shape) and all(isinstance(n, Integral) and n > 0 for n in shape)):
@@ -35,16 +38,24 @@ class Input(ABC):
         self.shape = tuple(int(n) for n in shape)
 
     @abstractmethod
-    def check(self, column: Tensor) -> None:
+    def check(self, column: Any) -> None:
         """Check the dtype and shape of a column, before training.
 
         Raises:
             ValueError: the column has another dtype or shape than this input needs.
         """
 
-    def ready(self, gathered: Tensor) -> Tensor:
+    def ready(self, gathered: Any) -> Any:
         """Prepare rows (B, …) of the column, on the device, for the network: (B, *shape)."""
         return gathered
+
+    def read(self, value: Any) -> Column:
+        """The column in the samples that a user gives to a trained model: tensors, or what becomes one.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: it can be no column.
+        """
+        return torch.as_tensor(value)
 
     def open(self, path: Path) -> tuple[Tensor, str]:
         """One sample's row of the column from a file, and what had to be changed for that; empty for nothing.
@@ -54,7 +65,7 @@ class Input(ABC):
         """
         raise ValueError("the model reads no images; give its columns as an .npy or .npz file")
 
-    def example(self, size: int, generator: torch.Generator) -> Tensor:
+    def example(self, size: int, generator: torch.Generator) -> Column:
         """(size, *shape) random numbers, to try a network out before the data is loaded."""
         return torch.randn(size, *self.shape, generator=generator)
 
@@ -125,7 +136,7 @@ class Image(Input):
         return gathered.float().div_(255).sub_(mean).div_(std).permute(0, 3, 1, 2)
 
     def example(self, size: int, generator: torch.Generator) -> Tensor:
-        return super().example(size, generator).contiguous(memory_format=torch.channels_last)
+        return torch.randn(size, *self.shape, generator=generator).contiguous(memory_format=torch.channels_last)
 
 
 class Numbers(Input):
@@ -143,6 +154,84 @@ class Numbers(Input):
 
     def ready(self, gathered: Tensor) -> Tensor:
         return gathered.float()
+
+
+class Rows(Input):
+    """Rows of numbers, differently many for each sample, such as a molecule's atoms: a `Ragged` column.
+
+    Example: `Rows((3,))` for positions in space, `Rows(below=10)` for atomic numbers, `Rows((2,), below=30)` for bonds.
+
+    Args:
+        shape: of one row; () for a single number.
+        below: None for floats, which are passed on as float32. Else the rows hold integers from 0 to below − 1, which
+            are passed on as int64.
+    """
+
+    column = Ragged
+
+    def __init__(self, shape: Sequence[int] = (), below: int | None = None):
+        super().__init__(shape if shape != () else (1,))
+        if below is not None and not (isinstance(below, Integral) and below > 0):
+            raise ValueError(f"below: {below!r}; a whole number from 1, or None for floats, is needed")
+        self.row, self.below = tuple(shape), below
+
+    def check(self, column: Ragged) -> None:
+        check_ragged(column)
+        values, lengths = column.values, column.lengths
+        shape, dtype = tuple(values.shape[1:]), str(values.dtype).removeprefix("torch.")
+        kind = "floats" if self.below is None else "integers"
+        integers = not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
+        if shape != self.row or not (values.is_floating_point() if self.below is None else integers):
+            needed = f"{kind} of shape {('M', *self.row)}".replace("'", "")
+            raise ValueError(f"values are {dtype} of shape {tuple(values.shape)}; {needed} are needed")
+        if len(lengths) and int(lengths.min()) < 0:
+            where = int(lengths.argmin())
+            raise ValueError(f"sample {where} has the length {int(lengths[where])}; an input has 0 rows or more")
+        if self.below is not None and len(values):
+            low, high = int(values.min()), int(values.max())
+            if low < 0 or high >= self.below:
+                wrong = low if low < 0 else high
+                raise ValueError(f"a row holds {wrong}; integers from 0 to {self.below - 1} are needed")
+
+    def ready(self, gathered: Ragged) -> Ragged:
+        values = gathered.values
+        return gathered.with_values(values.float() if self.below is None else values.long())
+
+    def read(self, value: Any) -> Ragged:
+        """A `Ragged` as it is, or made of a list with the rows (L, …) of each sample."""
+        if isinstance(value, Ragged):
+            return value
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise ValueError(f"a {type(value).__name__}; a Ragged, or a list with the rows of each sample, is needed")
+        return Ragged.of([torch.as_tensor(one) for one in value])
+
+    def example(self, size: int, generator: torch.Generator) -> Ragged:
+        """Samples of 3, 2, 4, 3, 2, 4, … rows: the same for every ragged input, so that numbers fit positions."""
+        lengths = torch.tensor([3, 2, 4]).repeat(size // 3 + 1)[:size]
+        many = int(lengths.sum()), *self.row
+        if self.below is None:
+            return Ragged(torch.randn(many, generator=generator), lengths)
+        # 0 and 1 only: integers may be the numbers of another column's rows (a bond's atoms), and every sample has two.
+        return Ragged(torch.randint(min(2, self.below), many, generator=generator), lengths)
+
+
+def check_ragged(column: Ragged) -> None:
+    """Check that the lengths of a ragged column fit its values.
+
+    Raises:
+        ValueError: they do not, or have another dtype or shape than they need.
+    """
+    values, lengths = column.values, column.lengths
+    if not (isinstance(values, Tensor) and isinstance(lengths, Tensor)):
+        raise ValueError("values and lengths of a Ragged must be tensors (torch.from_numpy makes a tensor of an array)")
+    if lengths.dtype != torch.int64 or lengths.ndim != 1:
+        raise ValueError(f"lengths are {lengths.dtype} of shape {tuple(lengths.shape)}; int64 of shape (N,) is needed")
+    if values.ndim == 0:
+        raise ValueError("values are a single number; a tensor (M, …) is needed")
+    if len(lengths) and int(lengths.min()) < -1:
+        raise ValueError(f"a sample has the length {int(lengths.min())}; −1 (not labelled), or 0 and more, is needed")
+    if (total := int(lengths.clamp(min=0).sum())) != len(values):
+        raise ValueError(f"the lengths add up to {total}, but there are {len(values)} rows of values")
 
 
 @cache

@@ -104,7 +104,7 @@ class LoadedRun:
         columns = {}
         for name, one in expected.items():
             try:
-                columns[name] = torch.as_tensor(inputs[name])
+                columns[name] = one.read(inputs[name])
                 one.check(columns[name])
             except (ValueError, TypeError, RuntimeError) as error:
                 raise ConfigError(f"inputs: {name}: {one_line(error)}") from error
