@@ -195,15 +195,11 @@ def build_learner(
     if not any(p.requires_grad for p in model.parameters()):
         raise SetupError("arch: every parameter of the model is frozen (requires_grad=False); nothing would be trained")
     model, strategy = trainer.place(model, device), strategy.to(device)
-    # Group 0: the model. Group 1: the method's own parameters, such as the log variances of uncertainty weighting.
-    groups = [{"params": list(model.parameters())}]
-    if own := list(strategy.parameters()):
-        # They may have their own rate, and by default no weight decay: it would pull the log variances to 0. None
-        # follows the optimizer's setting.
-        settings = {"lr": strategy.lr, "weight_decay": strategy.weight_decay}
-        groups.append({"params": own, **{k: v for k, v in settings.items() if v is not None}})
+    groups, backbone = _parameter_groups(model, strategy, trainer.backbone_lr_factor)
     with seeded(seed, "optimizer"):
         optimizer = schema.build(config["optimizer"], "optimizer", params=groups)
+    if backbone is not None:  # after the optimizer is built: the config may leave the rate to its class
+        optimizer.param_groups[backbone]["lr"] *= trainer.backbone_lr_factor
     switches = switches or Switches()
     if getattr(optimizer, "alternates", False) and (type(strategy) is not Equal or switches != Switches()):
         raise ConfigError(
@@ -218,6 +214,41 @@ def build_learner(
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return Learner(trainer, model, tasks, strategy, optimizer, schedule, device, seed, switches, microscope)
+
+
+def _parameter_groups(model: Model, strategy: Strategy, factor: float) -> tuple[list[dict[str, Any]], int | None]:
+    """The optimizer's parameter groups.
+
+    Args:
+        factor: of the learning rate of the shared parameters.
+
+    Returns:
+        the groups: the model (without a backbone of another rate), maybe the backbone, maybe the method's own
+        parameters, such as the log variances of uncertainty weighting; and the number of the backbone's group.
+
+    Raises:
+        ConfigError: the backbone can have no rate of its own.
+    """
+    groups, backbone = [{"params": list(model.parameters())}], None
+    if factor != 1:
+        key = f"trainer.backbone_lr_factor={factor:g}"
+        shared = list(model.shared_parameters())
+        if not any(p.requires_grad for p in shared):
+            raise ConfigError(f"{key}: the model has no shared parameter that learns; leave it at 1")
+        if defines(strategy, "look_ahead"):
+            name = type(strategy).__name__
+            raise ConfigError(f"{key}: {name} tries steps out with one rate for all parameters; leave it at 1")
+        taken = {id(p) for p in shared}
+        groups = [{"params": [p for p in model.parameters() if id(p) not in taken]}, {"params": shared}]
+        # The decoders come first, because the first group's rate is the one that is logged.
+        groups = [group for group in groups if group["params"]]
+        backbone = len(groups) - 1
+    if own := list(strategy.parameters()):
+        # They may have their own rate, and by default no weight decay: it would pull the log variances to 0. None
+        # follows the optimizer's setting.
+        settings = {"lr": strategy.lr, "weight_decay": strategy.weight_decay}
+        groups.append({"params": own, **{k: v for k, v in settings.items() if v is not None}})
+    return groups, backbone
 
 
 def _build_model(
