@@ -133,7 +133,19 @@ class Numbers(Input):
 
     Args:
         shape: of one sample.
+        mean, std: of each number along the last axis, or one for all; the network gets (x − mean) / std. By default it
+            gets x.
+
+    Raises:
+        ValueError: the message begins with the name of the argument.
     """
+
+    def __init__(self, shape: Sequence[int], mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)):
+        super().__init__(shape)
+        self.mean, self.std = (_numbers(n, v, self.shape[-1], "numbers") for n, v in (("mean", mean), ("std", std)))
+        if min(self.std) <= 0:
+            raise ValueError(f"std: {std!r:.80}; numbers are divided by it, so it must be greater than 0")
+        self.scaled = any(self.mean) or any(value != 1 for value in self.std)
 
     def check(self, column: Tensor) -> None:
         shape, dtype = tuple(column.shape), str(column.dtype).removeprefix("torch.")
@@ -142,7 +154,10 @@ class Numbers(Input):
             raise ValueError(f"{dtype} of shape {shape}; {needed}")
 
     def ready(self, gathered: Tensor) -> Tensor:
-        return gathered.float()
+        if not self.scaled:
+            return gathered.float()
+        mean, std = _constants(self.mean, gathered.device), _constants(self.std, gathered.device)
+        return ((gathered - mean) / std).float()
 
 
 @cache
@@ -151,7 +166,7 @@ def _constants(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-def _numbers(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
+def _numbers(name: str, values: Sequence[float], channels: int, what: str = "channels") -> tuple[float, ...]:
     """One finite number for each channel. A single number is used for all channels."""
     try:
         found = tuple(float(v) for v in ([values] if isinstance(values, Real) else values))
@@ -159,7 +174,7 @@ def _numbers(name: str, values: Sequence[float], channels: int) -> tuple[float, 
         found = ()
     found = found * channels if len(found) == 1 else found
     if len(found) != channels or not all(map(math.isfinite, found)):
-        raise ValueError(f"{name}: {values!r}; one finite number for each of the {channels} channels is needed")
+        raise ValueError(f"{name}: {values!r}; one finite number for each of the {channels} {what} is needed")
     return found
 
 

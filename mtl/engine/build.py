@@ -41,7 +41,7 @@ from mtl.tasks import Task
 # comes from the data.
 NODES: dict[str, tuple[str, ...]] = {
     "data": (),
-    "arch": ("in_channels", "tasks"),
+    "arch": ("in_channels", "in_shapes", "tasks"),
     "loss": ("tasks",),
     "optimizer": ("params",),
     "schedule": (),
@@ -74,12 +74,15 @@ def check(config: Mapping[str, Any]) -> None:
         schema.check(config.get(name), name, supplied)
 
 
-def assemble(config: Mapping[str, Any], processes: Processes | None = None) -> tuple[Benchmark, Learner]:
+def assemble(
+    config: Mapping[str, Any], processes: Processes | None = None, facts: Mapping[str, Any] | None = None
+) -> tuple[Benchmark, Learner]:
     """Build what a checked config describes, except its data and its tracker.
 
     Args:
         config: resolved and checked.
         processes: the processes that share the work; None if there is only this one.
+        facts: what a run that is loaded has learnt from its data's files; see `Benchmark.facts`.
 
     Raises:
         UserError: two nodes do not fit each other, or the machine has no such device.
@@ -87,7 +90,7 @@ def assemble(config: Mapping[str, Any], processes: Processes | None = None) -> t
     # A user's own class may draw from the global generators. Each object gets its own stream, so that another loss, for
     # example, does not change the model's initial weights.
     with seeded(config["seed"], "data"):
-        benchmark = build_benchmark(config["data"])
+        benchmark = build_benchmark(config["data"], facts)
     with seeded(config["seed"], "loss"):
         strategy: Strategy = schema.build(config["loss"], "loss", tasks=[t.name for t in benchmark.tasks])
     # Some methods divide each batch, and every part needs a sample. See `parts`.
@@ -269,6 +272,8 @@ def _build_model(
     supplied: dict[str, Any] = {}
     if takes_all or "in_channels" in parameters:
         supplied["in_channels"] = first.shape[0]
+    if "in_shapes" in parameters:
+        supplied["in_shapes"] = {name: one.shape for name, one in benchmark.inputs.items()}
     if "tasks" in parameters:
         supplied["tasks"] = tasks
     built = schema.build(node, "arch", **supplied)
