@@ -220,7 +220,7 @@ class DataTable(Benchmark):
 
     def open_table(self, file: Path) -> tuple[list[str], dict[str, Tensor]]:
         table = sheet.read(file, [self.image] if self.image is not None else [], self._learnt["columns"])
-        return [table.at(i) for i in range(len(table))], self._read_inputs(table)
+        return [f"{file}:{row}" for row in table.rows], self._read_inputs(table)
 
     def _columns(self, table: Sheet) -> dict[str, Tensor]:
         columns = self._read_inputs(table)
