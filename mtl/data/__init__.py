@@ -3,12 +3,12 @@
 from mtl.data.base import Benchmark
 from mtl.data.columns import Split
 from mtl.data.gather import from_dataset
-from mtl.data.inputs import Image, Input, Numbers
+from mtl.data.inputs import Image, Input, Numbers, Tokens
 from mtl.data.pictures import from_files
 from mtl.data.table import DataTable
 from mtl.views import Augment, Crop, Flip, ScaleCrop
 
 __all__ = [
     "Augment", "Benchmark", "Crop", "DataTable", "Flip", "Image", "Input", "Numbers", "ScaleCrop", "Split",
-    "from_dataset", "from_files",
+    "Tokens", "from_dataset", "from_files",
 ]  # fmt: skip

@@ -182,7 +182,7 @@ class _Column:
     def _tensor(self, value: Any, sample: int) -> Tensor:
         where = f"from_dataset: item {sample}: {self.name}"
         if type(value).__module__.startswith("PIL."):
-            value = np.asarray(value)
+            value = np.array(value)
             value = value[..., None] if value.ndim == 2 else value
         if isinstance(value, str | bytes):
             raise SetupError(f"{where} is text ({value[:30]!r}); turn it into numbers first, as a tokenizer does")

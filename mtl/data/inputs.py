@@ -160,6 +160,38 @@ class Numbers(Input):
         return ((gathered - mean) / std).float()
 
 
+class Tokens(Input):
+    """Text as numbers of tokens: a column (M, length) of integers from 0 to vocabulary − 1. Passed on as int64.
+
+    Args:
+        length: tokens of a sample; shorter texts are padded.
+        vocabulary: number of different tokens.
+
+    Raises:
+        ValueError: the message begins with the name of the argument.
+    """
+
+    def __init__(self, length: int, vocabulary: int):
+        super().__init__((length,))
+        if not isinstance(vocabulary, Integral) or vocabulary < 1:
+            raise ValueError(f"vocabulary: {vocabulary!r}; a whole number from 1 is needed")
+        self.vocabulary = int(vocabulary)
+
+    def check(self, column: Tensor) -> None:
+        shape, dtype = tuple(column.shape), str(column.dtype).removeprefix("torch.")
+        if column.is_floating_point() or shape[1:] != self.shape:
+            raise ValueError(f"{dtype} of shape {shape}; integers of shape (N, {self.shape[0]}) are needed")
+        if len(column) and not (column.min() >= 0 and column.max() < self.vocabulary):
+            found = f"{column.min().item()} to {column.max().item()}"
+            raise ValueError(f"tokens from {found}; 0 to {self.vocabulary - 1} are allowed")
+
+    def ready(self, gathered: Tensor) -> Tensor:
+        return gathered.long()
+
+    def example(self, size: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(self.vocabulary, (size, *self.shape), generator=generator)
+
+
 @cache
 def _constants(values: tuple[float, ...], device: torch.device) -> Tensor:
     # Cached, because a copy from the host in every step would make the host wait for a GPU.
