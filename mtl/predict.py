@@ -21,12 +21,14 @@ from mtl.data.columns import Column, Ragged
 from mtl.engine.files import check_regular, write_text, writing
 from mtl.engine.loaded import EPOCHS, LoadedRun, load
 from mtl.errors import ConfigError, SetupError, UserError, one_line
+from mtl.tasks import Task
 from mtl.tracking.console import legible
 
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 ARRAYS = (".npy", ".npz")
 Columns = dict[str, Column]
-Answers = dict[str, Tensor]  # by column of the table, such as "digit_class"
+Answers = dict[str, np.ndarray]  # by column of the table, such as "digit_class"
+TABLES = (".csv", ".tsv")
 
 
 def predict(run: LoadedRun, files: Sequence[Path], changed: Counter[str]) -> tuple[list[str], Answers]:
@@ -34,7 +36,8 @@ def predict(run: LoadedRun, files: Sequence[Path], changed: Counter[str]) -> tup
 
     Args:
         run: as loaded.
-        files: image files, folders of them, .npy and .npz files with the columns that the data set stores.
+        files: image files, folders of them, .npy and .npz files with the columns that the data set stores; tables, if
+            the data set was one.
         changed: counts what had to be done to images, such as "resized to 32x32".
 
     Returns:
@@ -44,16 +47,16 @@ def predict(run: LoadedRun, files: Sequence[Path], changed: Counter[str]) -> tup
         UserError: a file is missing, damaged or not what the model reads.
     """
     names: list[str] = []
-    parts: dict[str, list[Tensor]] = {}
+    parts: dict[str, list[np.ndarray]] = {}
     for place, labels, columns in _batches(run, files, changed):
         try:
             found = run.predict(columns)
         except ConfigError as error:
             raise ConfigError(f"{place}: {error}") from error
-        for key, value in _flat(found).items():
+        for key, value in _flat(run.tasks, found).items():
             parts.setdefault(key, []).append(value)
         names += labels
-    return names, {key: torch.cat(values) for key, values in parts.items()}
+    return names, {key: np.concatenate(values) for key, values in parts.items()}
 
 
 def _batches(
@@ -63,13 +66,11 @@ def _batches(
     names: list[str] = []
     rows: list[Tensor] = []
     for file in _listed(files):
-        if file.suffix.lower() in ARRAYS:
+        if file.suffix.lower() in (*ARRAYS, *TABLES):
             if rows:
                 yield file, names, torch.stack(rows)
                 names, rows = [], []
-            columns = _arrays(file)
-            size = len(columns) if isinstance(columns, Tensor) else max(map(len, columns.values()), default=0)
-            yield file, [f"{_named(file)}[{i}]" for i in range(size)], columns
+            yield file, *(_arrays(file) if file.suffix.lower() in ARRAYS else _table(run, file))
             continue
         row, what = _picture(run, file)
         changed.update([what] if what else [])
@@ -113,8 +114,21 @@ def _picture(run: LoadedRun, file: Path) -> tuple[Tensor, str]:
         raise ConfigError(f"{file}: {error}") from error
 
 
-def _arrays(file: Path) -> Columns | Tensor:
-    """The columns of an .npz file, or the only one of an .npy file; nothing in it is run."""
+def _table(run: LoadedRun, file: Path) -> tuple[list[str], Columns]:
+    try:
+        return run.benchmark.open_table(file)
+    except ValueError as error:
+        raise ConfigError(f"{file}: {error}") from error
+
+
+def _arrays(file: Path) -> tuple[list[str], Columns | Tensor]:
+    """Names of the samples, and the columns of an .npz file, or the only one of an .npy file; nothing in it is run."""
+    columns = _columns(file)
+    size = len(columns) if isinstance(columns, Tensor) else max(map(len, columns.values()), default=0)
+    return [f"{_named(file)}[{i}]" for i in range(size)], columns
+
+
+def _columns(file: Path) -> Columns | Tensor:
     try:
         content = np.load(file, allow_pickle=False)
         if isinstance(content, np.ndarray):
@@ -140,14 +154,15 @@ def _ragged(arrays: dict[str, Tensor]) -> Columns:
     return columns
 
 
-def _flat(found: dict[str, dict[str, Tensor]]) -> Answers:
-    """{task: {answer: …}} as {"task_answer": …}."""
+def _flat(tasks: Sequence[Task], found: dict[str, dict[str, Tensor]]) -> Answers:
+    """{task: {answer: …}} as {"task_answer": …}, with class names in the place of numbers."""
     flat: Answers = {}
-    for task, answers in found.items():
-        for answer, value in answers.items():
-            if (key := f"{task}_{answer}") in flat:
-                raise ConfigError(f"task {task!r}: its answer {answer!r} has the name of another column, {key}")
-            flat[key] = value
+    for task in tasks:
+        for answer, value in found[task.name].items():
+            if (key := f"{task.name}_{answer}") in flat:
+                raise ConfigError(f"task {task.name!r}: its answer {answer!r} has the name of another column, {key}")
+            names = task.named(answer)
+            flat[key] = np.array(names)[value.numpy()] if len(names) else value.numpy()
     return flat
 
 
@@ -206,7 +221,7 @@ def write(out: Path, names: Sequence[str], answers: Answers) -> None:
     with writing(out):
         try:
             with partial.open("wb") as file:
-                np.savez_compressed(file, files=np.array(names), **{k: value.numpy() for k, value in answers.items()})
+                np.savez_compressed(file, files=np.array(names), **answers)
             os.replace(partial, out)
         finally:
             with suppress(OSError):
@@ -218,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mtl.predict", description=__doc__.partition(":")[0] + ".")
     parser.add_argument("run", metavar="RUN", help="folder of a run, such as outputs/digits/resnet20/dwa/…/seed0")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE",
-                        help="images, folders of images, .npy or .npz files")  # fmt: skip
+                        help="images, folders of images, .npy or .npz files; tables, if the data was one")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FILE", help="FILE.csv or FILE.npz; default: a CSV is printed")
     parser.add_argument("--epoch", choices=EPOCHS, default="best", help="which checkpoint; default: %(default)s")
     parser.add_argument("--device", default="auto", help="as trainer.device; default: %(default)s")

@@ -119,10 +119,12 @@ def test_the_strategy_architecture_and_data_set_train_together(cli, tmp_path, mo
     run = cli(*options)
     assert run.code == 0, run.err
     assert "shape_accuracy" in run.out and "size_mae" in run.out
-    for data, arch, metrics in (("Table", "MLP", ("positive_accuracy", "total_mae")),
+    for data, arch, metrics in (("Table", None, ("positive_accuracy", "total_mae")),
                                 ("Table", "MMoE", ("positive_accuracy", "total_mae")),
                                 ("Masks", "Dense", ("mask_accuracy", "bright_accuracy"))):  # fmt: skip
         shown = f"data=shapes arch=tiny data._target_=my_package.{data} arch._target_=my_package.{arch}"
+        if arch is None:  # one of ours
+            shown = f"data=shapes arch=mlp data._target_=my_package.{data}"
         assert f"--config-dir my_conf {shown}" in TEXT[ROOT / "docs" / "own-data.md"]
         run = cli("--config-dir", "my_conf", *shown.split(), "trainer.epochs=1", "logger=none", "loss=pcgrad")
         assert run.code == 0, run.err

@@ -8,7 +8,9 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ ADDED: dict[str, Any] = {
     "loss.mean@mtl.losses.GradNorm": "arithmetic",
     "trainer.stages": [],
     "data.eval_batch_size": 500,
+    "trainer.backbone_lr_factor": 1.0,
 }
 
 # Classes of mtl that were moved or renamed: {today's path: the path that goes into the hash}.
@@ -53,6 +56,9 @@ MOVED: dict[str, str] = {
     "mtl.inspect.microscope.Microscope": "mtl.engine.microscope.Microscope",
     "mtl.optim.schedules.StepDecay": "mtl.optim.schedules.Step",
 }
+
+# Options of our own data sets that name a file of the user's: its content decides the numbers, not its path.
+FILES = ("file", "test_file")
 
 LABEL = 39  # characters; a W&B group has three labels and the digest, and W&B allows 128
 
@@ -116,6 +122,10 @@ def identify(config: Mapping[str, Any], choices: Mapping[str, str]) -> Identity:
         arch = f"{arch}-{name}"  # torchvision-resnet18
     if (file := weights_file(content)) is not None:
         content["arch"]["weights"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    contents = _data_files(content)
+    if contents and (CONF / "data" / f"{choices.get('data')}.yaml").is_file():
+        data = f"{data}-{Path(content['data'][next(iter(contents))]).stem}"  # table-birds
+    content["data"].update(contents)
     if own := own_code(config):
         content["source"] = own
     # Sorted keys, so that the order of options on the command line does not matter.
@@ -172,6 +182,8 @@ def own_parts(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
         found[name] = {module: digest[:8] for module, digest in own.items()}
     if not _built_in(content.get("data")) and isinstance(root := content["data"].get("root"), str):
         found["data"]["root"] = root
+    with suppress(ConfigError):  # a run can be used where its files are not
+        found["data"] |= {key: digest[:8] for key, digest in _data_files(content).items()}
     return {name: own for name, own in found.items() if own}
 
 
@@ -231,6 +243,36 @@ def _built_in(node: Any) -> bool:
 def _loss_file(content: Mapping[str, Any]) -> Path | None:
     file = content["loss"].get("file")
     return Path(file) if isinstance(file, str) and Path(file).is_file() else None
+
+
+def _data_files(content: Mapping[str, Any]) -> dict[str, str]:
+    """{option: sha256} of the files of the user's that a data set of ours reads.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    node, found = content.get("data"), {}
+    if not isinstance(node, Mapping) or not _built_in(node):
+        return found
+    for key in FILES:
+        if isinstance(name := node.get(key), str):
+            try:
+                path = Path(name).expanduser()
+                known = path.stat()
+                found[key] = _content(path, known.st_size, known.st_mtime_ns)
+            except OSError as error:
+                raise ConfigError(f"data.{key}={name}: {error.strerror or error}") from error
+    return found
+
+
+@cache
+def _content(path: Path, size: int, changed: int) -> str:
+    """The sha256 of a file of this size that was changed at that time. A grid asks for each of its runs."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def own_arch(config: Mapping[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -67,6 +68,25 @@ class Benchmark(ABC):
             mtl.errors.SetupError: the data is missing, damaged or cannot be downloaded.
         """
 
+    def facts(self) -> dict[str, Any]:
+        """What the model needs and the class learns from its files, such as class names, in a form that JSON can hold.
+
+        It is saved in run.json, so that the model can be used without these files.
+        """
+        return {}
+
+    def recall(self, facts: Mapping[str, Any]) -> None:
+        """Take the facts of a run's training, before anything else is asked for. It is called if there are any."""
+        raise TypeError(f"{type(self).__name__} has facts(), so that it needs recall(facts), too")
+
+    def open_table(self, file: Path) -> tuple[list[str], Batch]:
+        """The samples in a table: what each is called, and the columns that the network reads.
+
+        Raises:
+            ValueError: the network reads no tables.
+        """
+        raise ValueError("the model reads no tables; give images, or its columns as an .npy or .npz file")
+
     @property
     def columns(self) -> list[str]:
         """Names of the columns that inputs and tasks read."""
@@ -119,8 +139,11 @@ class Benchmark(ABC):
         return {"train": train.select(order[held_out:].sort().values), "val": val, "test": test}
 
 
-def build_benchmark(node: Mapping[str, Any]) -> Benchmark:
+def build_benchmark(node: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> Benchmark:
     """Build the data set that a checked data node describes. No data is read yet.
+
+    Args:
+        facts: of the training of a run that is loaded; None otherwise.
 
     Raises:
         ConfigError: the class is not a Benchmark, or its class attributes do not fit together.
@@ -129,6 +152,8 @@ def build_benchmark(node: Mapping[str, Any]) -> Benchmark:
     if not isinstance(benchmark, Benchmark):
         raise ConfigError(f"data.{schema.TARGET}={node[schema.TARGET]}: must make a Benchmark, not {benchmark!r:.60}")
     try:
+        if facts:
+            benchmark.recall(facts)
         check_declared(benchmark)
     except UserError:  # a file that says how large the images are is missing
         raise

@@ -144,7 +144,19 @@ class Numbers(Input):
 
     Args:
         shape: of one sample.
+        mean, std: of each number along the last axis, or one for all; the network gets (x − mean) / std. By default it
+            gets x.
+
+    Raises:
+        ValueError: the message begins with the name of the argument.
     """
+
+    def __init__(self, shape: Sequence[int], mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)):
+        super().__init__(shape)
+        self.mean, self.std = (_numbers(n, v, self.shape[-1], "numbers") for n, v in (("mean", mean), ("std", std)))
+        if min(self.std) <= 0:
+            raise ValueError(f"std: {std!r:.80}; numbers are divided by it, so it must be greater than 0")
+        self.scaled = any(self.mean) or any(value != 1 for value in self.std)
 
     def check(self, column: Tensor) -> None:
         shape, dtype = tuple(column.shape), str(column.dtype).removeprefix("torch.")
@@ -153,7 +165,42 @@ class Numbers(Input):
             raise ValueError(f"{dtype} of shape {shape}; {needed}")
 
     def ready(self, gathered: Tensor) -> Tensor:
-        return gathered.float()
+        if not self.scaled:
+            return gathered.float()
+        mean, std = _constants(self.mean, gathered.device), _constants(self.std, gathered.device)
+        return ((gathered - mean) / std).float()
+
+
+class Tokens(Input):
+    """Text as numbers of tokens: a column (M, length) of integers from 0 to vocabulary − 1. Passed on as int64.
+
+    Args:
+        length: tokens of a sample; shorter texts are padded.
+        vocabulary: number of different tokens.
+
+    Raises:
+        ValueError: the message begins with the name of the argument.
+    """
+
+    def __init__(self, length: int, vocabulary: int):
+        super().__init__((length,))
+        if not isinstance(vocabulary, Integral) or vocabulary < 1:
+            raise ValueError(f"vocabulary: {vocabulary!r}; a whole number from 1 is needed")
+        self.vocabulary = int(vocabulary)
+
+    def check(self, column: Tensor) -> None:
+        shape, dtype = tuple(column.shape), str(column.dtype).removeprefix("torch.")
+        if column.is_floating_point() or shape[1:] != self.shape:
+            raise ValueError(f"{dtype} of shape {shape}; integers of shape (N, {self.shape[0]}) are needed")
+        if len(column) and not (column.min() >= 0 and column.max() < self.vocabulary):
+            found = f"{column.min().item()} to {column.max().item()}"
+            raise ValueError(f"tokens from {found}; 0 to {self.vocabulary - 1} are allowed")
+
+    def ready(self, gathered: Tensor) -> Tensor:
+        return gathered.long()
+
+    def example(self, size: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(self.vocabulary, (size, *self.shape), generator=generator)
 
 
 class Rows(Input):
@@ -240,7 +287,7 @@ def _constants(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-def _numbers(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
+def _numbers(name: str, values: Sequence[float], channels: int, what: str = "channels") -> tuple[float, ...]:
     """One finite number for each channel. A single number is used for all channels."""
     try:
         found = tuple(float(v) for v in ([values] if isinstance(values, Real) else values))
@@ -248,7 +295,7 @@ def _numbers(name: str, values: Sequence[float], channels: int) -> tuple[float, 
         found = ()
     found = found * channels if len(found) == 1 else found
     if len(found) != channels or not all(map(math.isfinite, found)):
-        raise ValueError(f"{name}: {values!r}; one finite number for each of the {channels} channels is needed")
+        raise ValueError(f"{name}: {values!r}; one finite number for each of the {channels} {what} is needed")
     return found
 
 

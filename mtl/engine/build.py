@@ -41,7 +41,7 @@ from mtl.tasks import Task
 # comes from the data.
 NODES: dict[str, tuple[str, ...]] = {
     "data": (),
-    "arch": ("in_channels", "tasks"),
+    "arch": ("in_channels", "in_shapes", "tasks"),
     "loss": ("tasks",),
     "optimizer": ("params",),
     "schedule": (),
@@ -74,12 +74,15 @@ def check(config: Mapping[str, Any]) -> None:
         schema.check(config.get(name), name, supplied)
 
 
-def assemble(config: Mapping[str, Any], processes: Processes | None = None) -> tuple[Benchmark, Learner]:
+def assemble(
+    config: Mapping[str, Any], processes: Processes | None = None, facts: Mapping[str, Any] | None = None
+) -> tuple[Benchmark, Learner]:
     """Build what a checked config describes, except its data and its tracker.
 
     Args:
         config: resolved and checked.
         processes: the processes that share the work; None if there is only this one.
+        facts: what a run that is loaded has learnt from its data's files; see `Benchmark.facts`.
 
     Raises:
         UserError: two nodes do not fit each other, or the machine has no such device.
@@ -87,7 +90,7 @@ def assemble(config: Mapping[str, Any], processes: Processes | None = None) -> t
     # A user's own class may draw from the global generators. Each object gets its own stream, so that another loss, for
     # example, does not change the model's initial weights.
     with seeded(config["seed"], "data"):
-        benchmark = build_benchmark(config["data"])
+        benchmark = build_benchmark(config["data"], facts)
     with seeded(config["seed"], "loss"):
         strategy: Strategy = schema.build(config["loss"], "loss", tasks=[t.name for t in benchmark.tasks])
     # Some methods divide each batch, and every part needs a sample. See `parts`.
@@ -195,15 +198,11 @@ def build_learner(
     if not any(p.requires_grad for p in model.parameters()):
         raise SetupError("arch: every parameter of the model is frozen (requires_grad=False); nothing would be trained")
     model, strategy = trainer.place(model, device), strategy.to(device)
-    # Group 0: the model. Group 1: the method's own parameters, such as the log variances of uncertainty weighting.
-    groups = [{"params": list(model.parameters())}]
-    if own := list(strategy.parameters()):
-        # They may have their own rate, and by default no weight decay: it would pull the log variances to 0. None
-        # follows the optimizer's setting.
-        settings = {"lr": strategy.lr, "weight_decay": strategy.weight_decay}
-        groups.append({"params": own, **{k: v for k, v in settings.items() if v is not None}})
+    groups, backbone = _parameter_groups(model, strategy, trainer.backbone_lr_factor)
     with seeded(seed, "optimizer"):
         optimizer = schema.build(config["optimizer"], "optimizer", params=groups)
+    if backbone is not None:  # after the optimizer is built: the config may leave the rate to its class
+        optimizer.param_groups[backbone]["lr"] *= trainer.backbone_lr_factor
     switches = switches or Switches()
     if getattr(optimizer, "alternates", False) and (type(strategy) is not Equal or switches != Switches()):
         raise ConfigError(
@@ -218,6 +217,41 @@ def build_learner(
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return Learner(trainer, model, tasks, strategy, optimizer, schedule, device, seed, switches, microscope)
+
+
+def _parameter_groups(model: Model, strategy: Strategy, factor: float) -> tuple[list[dict[str, Any]], int | None]:
+    """The optimizer's parameter groups.
+
+    Args:
+        factor: of the learning rate of the shared parameters.
+
+    Returns:
+        the groups: the model (without a backbone of another rate), maybe the backbone, maybe the method's own
+        parameters, such as the log variances of uncertainty weighting; and the number of the backbone's group.
+
+    Raises:
+        ConfigError: the backbone can have no rate of its own.
+    """
+    groups, backbone = [{"params": list(model.parameters())}], None
+    if factor != 1:
+        key = f"trainer.backbone_lr_factor={factor:g}"
+        shared = list(model.shared_parameters())
+        if not any(p.requires_grad for p in shared):
+            raise ConfigError(f"{key}: the model has no shared parameter that learns; leave it at 1")
+        if defines(strategy, "look_ahead"):
+            name = type(strategy).__name__
+            raise ConfigError(f"{key}: {name} tries steps out with one rate for all parameters; leave it at 1")
+        taken = {id(p) for p in shared}
+        groups = [{"params": [p for p in model.parameters() if id(p) not in taken]}, {"params": shared}]
+        # The decoders come first, because the first group's rate is the one that is logged.
+        groups = [group for group in groups if group["params"]]
+        backbone = len(groups) - 1
+    if own := list(strategy.parameters()):
+        # They may have their own rate, and by default no weight decay: it would pull the log variances to 0. None
+        # follows the optimizer's setting.
+        settings = {"lr": strategy.lr, "weight_decay": strategy.weight_decay}
+        groups.append({"params": own, **{k: v for k, v in settings.items() if v is not None}})
+    return groups, backbone
 
 
 def _build_model(
@@ -238,6 +272,8 @@ def _build_model(
     supplied: dict[str, Any] = {}
     if takes_all or "in_channels" in parameters:
         supplied["in_channels"] = first.shape[0]
+    if "in_shapes" in parameters:
+        supplied["in_shapes"] = {name: one.shape for name, one in benchmark.inputs.items()}
     if "tasks" in parameters:
         supplied["tasks"] = tasks
     built = schema.build(node, "arch", **supplied)

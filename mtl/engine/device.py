@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 from torch import nn
 
 from mtl.data.columns import Batch
@@ -29,6 +29,8 @@ class Execution:
         channels_last: the memory layout of images and convolutions.
         deterministic: use only deterministic GPU kernels. A CPU run is bit-reproducible anyway.
         stages: the stages of the training, as in `mtl.engine.stages`; empty for one stage with all epochs.
+        backbone_lr_factor: learning rate of the shared parameters, as a multiple of the optimizer's. The decoders and
+            the method learn at the full rate. For a pretrained backbone, 0.1 is usual.
 
     Attributes:
         plan: the stages.
@@ -40,6 +42,7 @@ class Execution:
     channels_last: bool = True
     deterministic: bool = False
     stages: Sequence[Any] = ()
+    backbone_lr_factor: Annotated[float, Gt(0)] = 1.0
 
     def __post_init__(self) -> None:
         name, _, index = self.device.partition(":")

@@ -263,9 +263,12 @@ class Learner:
         freeze(self.model, names, stage, self._trainable)
         if begins:  # each stage starts without the momentum of the stage before, as a run of its own would
             self.optimizer.state.clear()
-        # Group 0 holds the model's parameters, group 1 the method's own. A stage's `lr` concerns the model only.
-        for i, (group, rate) in enumerate(zip(self.optimizer.param_groups, self._rates, strict=True)):
-            group["initial_lr"] = stage.lr if stage.lr is not None and i == 0 else rate
+        # A stage's `lr` concerns the model only, not the method's own parameters. A backbone keeps its share of it.
+        method = {id(p) for p in self.strategy.parameters()}
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            of_model = not any(id(p) in method for p in group["params"])
+            share = rate / self._rates[0] if self._rates[0] else 1.0
+            group["initial_lr"] = rate if stage.lr is None or not of_model else stage.lr * share
         counts = [stage.counts(name) for name in names]
         return None if all(counts) else torch.tensor(counts).to(self.device, non_blocking=True)
 

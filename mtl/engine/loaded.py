@@ -16,7 +16,7 @@ from torch import Tensor
 from mtl import __version__
 from mtl.archs.model import Model
 from mtl.archs.weights import replaced
-from mtl.config.identity import CONF, own_parts, today
+from mtl.config.identity import CONF, FILES, TARGET, own_parts, today
 from mtl.data.base import Benchmark
 from mtl.data.batches import ready
 from mtl.engine.build import NODES, assemble, check
@@ -154,7 +154,9 @@ def load(
     try:
         check(config)
         with replaced():
-            benchmark, learner = assemble(config)
+            # Another class of data has its own facts.
+            facts = info.get("facts") if TARGET not in (data or {}) else None
+            benchmark, learner = assemble(config, facts=facts)
     except UserError as error:
         raise type(error)(f"{path}: {error}") from error
     if why := saved.pop("unsavable", None):
@@ -209,7 +211,7 @@ def _warn_of_changes(info: Mapping[str, Any], config: Mapping[str, Any], path: P
     for node, modules in own_parts(config).items():
         for module, digest in modules.items():
             before = then.get(node, {}).get(module, digest)
-            if module != "root" and before != digest:
+            if module not in ("root", *FILES) and before != digest:
                 warnings.warn(f"{module} was changed after {path} was trained with it", stacklevel=4)
 
 

@@ -314,8 +314,10 @@ class Job:
         """The fields of run.json that describe the run; reports read them."""
         names = {"name": self.identity.name, "group": self.identity.group}
         choices = {k: v for k, v in self.choices.items() if k in NODES}
+        facts = self.benchmark.facts()
         return {**asdict(self.identity), **names, "choices": choices, "command": self.command,
-                "processes": torchrun.size(), "own": own_parts(self.config)}  # fmt: skip
+                "processes": torchrun.size(), "own": own_parts(self.config),
+                **({"facts": facts} if facts else {})}  # fmt: skip
 
     def _info(self) -> RunInfo:
         """What a tracker needs to know at the start: names, config, metrics, and the rows of a resumed run."""

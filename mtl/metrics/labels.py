@@ -24,11 +24,20 @@ class MeanAbsoluteError(Mean):
     """Mean |prediction − target|, in the target's unit.
 
     Predictions (N, 1), targets (N,), NaN for a sample without a label.
+
+    Args:
+        std, mean: a prediction is multiplied by `std` and added to `mean`, which gives the target's unit.
     """
 
     scores = (Score("mae", higher_is_better=False),)
 
+    def __init__(self, mean: float = 0.0, std: float = 1.0):
+        self.mean, self.std = mean, std
+
     def add(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         known = ~target.isnan()
-        error = (prediction.squeeze(1) - target.to(prediction.dtype)).abs()
+        prediction = prediction.squeeze(1)
+        if (self.mean, self.std) != (0.0, 1.0):
+            prediction = prediction.float() * self.std + self.mean  # bf16 has three digits
+        error = (prediction - target.to(prediction.dtype)).abs()
         return error.masked_fill(~known, 0.0).sum(), known.sum()

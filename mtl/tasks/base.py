@@ -66,6 +66,10 @@ class Task(ABC):
         """What a user reads of a prediction, {name: (N, …)}, such as the class instead of the scores of all classes."""
         return {"prediction": prediction}
 
+    def named(self, answer: str) -> Sequence[str]:
+        """The names of an answer's values 0, 1, …, such as class names; empty if its values are numbers."""
+        return ()
+
     def wrong(self, target: Tensor) -> Tensor:
         """Bool, of the shape of `target`: True for labels that are not allowed. Called once, when data is loaded."""
         if target.ndim == 1 and target.is_floating_point():

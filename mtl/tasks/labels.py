@@ -16,7 +16,20 @@ from mtl.tasks.base import Task
 
 @dataclass(frozen=True)
 class Classification(Task):
-    """Cross-entropy over `outputs` classes: predictions (N, outputs), targets (N,) integers, −100 for no label."""
+    """Cross-entropy over `outputs` classes: predictions (N, outputs), targets (N,) integers, −100 for no label.
+
+    Args:
+        classes: names of the classes, for the answers; empty if they have none.
+
+    Raises:
+        ValueError: there is another number of names than of classes.
+    """
+
+    classes: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.classes and len(self.classes) != self.outputs:
+            raise ValueError(f"classes: {len(self.classes)} names of {self.outputs} classes")
 
     @property
     def metrics(self) -> Sequence[Metric]:
@@ -41,19 +54,36 @@ class Classification(Task):
         probability, likeliest = prediction.softmax(1).max(1)
         return {"class": likeliest, "probability": probability}
 
+    def named(self, answer: str) -> Sequence[str]:
+        return self.classes if answer == "class" else ()
+
 
 @dataclass(frozen=True)
 class Regression(Task):
     """Smooth L1 (Huber) loss of one number: predictions (N, 1), targets (N,) numbers, NaN for no label.
 
     Its gradient is bounded. So a regression head can be trained with the learning rates that suit classification.
+
+    Args:
+        mean, std: of the training labels. The model predicts, and the loss compares, standardised numbers:
+            (label − mean) / std. Labels, metrics and answers are in the label's own unit.
+
+    Raises:
+        ValueError: `std` is not greater than 0.
     """
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.std > 0:
+            raise ValueError(f"std: {self.std}; labels are divided by it, so it must be greater than 0")
 
     allowed = "a number must be finite, or NaN where a sample has no label"
 
     @property
     def metrics(self) -> Sequence[Metric]:
-        return (MeanAbsoluteError(),)
+        return (MeanAbsoluteError(self.mean, self.std),)
 
     def units(self, target: Tensor) -> Tensor:
         return (~target.isnan()).long()
@@ -64,13 +94,21 @@ class Regression(Task):
             raise ValueError(f"{self.name} is one number for each sample, but the model predicts the shape {shape}")
         # Labels from NumPy are float64, which would make the loss float64 as well. NaN is replaced before the loss,
         # because a NaN that is masked afterwards would come back in the gradient.
-        known = target.nan_to_num(0.0).to(prediction.dtype)
+        known = target.nan_to_num(0.0)
+        if self._scaled:
+            known = (known - self.mean) / self.std
+        known = known.to(prediction.dtype)
         loss = F.smooth_l1_loss(prediction.squeeze(1), known, reduction="none")
         return torch.where(target.isnan(), 0.0, loss)
 
     def answers(self, prediction: Tensor) -> dict[str, Tensor]:
-        """The number, (N,)."""
-        return {"number": prediction.squeeze(1)}
+        """The number, (N,), in the labels' unit."""
+        number = prediction.squeeze(1)
+        return {"number": number.float() * self.std + self.mean if self._scaled else number}
+
+    @property
+    def _scaled(self) -> bool:
+        return (self.mean, self.std) != (0.0, 1.0)
 
 
 def wrong_classes(target: Tensor, classes: int) -> Tensor:
