@@ -68,15 +68,17 @@ def check_owners(model: Model, batch: Batch, tasks: Sequence[str]) -> None:
     Raises:
         ArchError: a declaration is wrong or missing, or no task uses a parameter.
     """
-    users: dict[int, set[str]] = {}
+    # For each parameter, the tasks that use it, and whether its gradient was ever other than 0.
+    users: dict[int, dict[str, bool]] = {}
     # In both modes: some networks drop whole layers at random in training, and others use a layer only in training.
     for training in (True, False):
         with as_before(model):
             outputs = _pass(model, batch, tasks, training)
             _refuse_strangers(model, outputs.predictions)
             for task, prediction in zip(tasks, outputs.predictions, strict=True):
-                for p in _reached(model, prediction):
-                    users.setdefault(id(p), set()).add(task)
+                for p, moved in _reached(model, prediction):
+                    known = users.setdefault(id(p), {})
+                    known[task] = known.get(task, False) or moved
     shared, owner = _declared(model, tasks)
     trainable = {key: p for key, p in model.named_parameters() if p.requires_grad}
     if any(id(p) in shared for p in trainable.values()) and not any(users.get(k) for k in shared):
@@ -92,7 +94,9 @@ def check_owners(model: Model, batch: Batch, tasks: Sequence[str]) -> None:
             "freeze it with requires_grad_(False)"
         )
     for key, p in trainable.items():
-        found, task = users[id(p)], owner.get(id(p))
+        task = owner.get(id(p))
+        # Alike tasks have a common graph, from which each one seems to use all heads. Only a gradient shows the truth.
+        found = {user for user, moved in users[id(p)].items() if moved or user == task or task is None}
         if id(p) in shared and task is not None:
             continue  # tied weights, in both lists: each backward pass decides whose they are
         if id(p) not in shared and task is None:
@@ -167,17 +171,21 @@ def _tensors(value: Any) -> list[Tensor]:
     return [tensor for part in parts for tensor in _tensors(part)]
 
 
-def _reached(model: Model, prediction: Any) -> list[nn.Parameter]:
-    """The parameters that a prediction depends on."""
+def _reached(model: Model, prediction: Any) -> list[tuple[nn.Parameter, bool]]:
+    """The parameters in the graph of a prediction, and whether the gradient of each is other than 0."""
     tensors = [t for t in _tensors(prediction) if t.requires_grad]
     if not tensors:
         return []
     # Not autograd.grad: re-entrant checkpoints raise an error in it.
     sum(t.sum() for t in tensors).backward(retain_graph=True)
-    found = [p for p in model.parameters() if p.grad is not None]
-    for p in found:
+    found = [(p, _not_zero(p.grad)) for p in model.parameters() if p.grad is not None]
+    for p, _ in found:
         p.grad = None
     return found
+
+
+def _not_zero(gradient: Tensor) -> bool:
+    return bool((gradient.to_dense() if gradient.is_sparse else gradient).any())
 
 
 def _refuse_strangers(model: Model, predictions: Sequence[Any]) -> None:

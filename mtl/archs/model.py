@@ -12,12 +12,14 @@ from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtl.archs.restore import as_before
 from mtl.data.columns import Batch
 from mtl.tasks import Task
+from mtl.tasks.groups import places_of_alike
 
 Views = Callable[[Tensor], Sequence[Tensor]]  # features → each decoder's input
 Runner = Callable[[nn.Module, Sequence[Tensor]], Tensor]  # (backbone, its inputs) → features
@@ -91,6 +93,7 @@ class HardSharing(Model):
         for task in tasks:
             # Not heads[name] = …: ModuleDict refuses names of its own methods, such as a task called "values".
             self.heads._modules[task.name] = _decoder(backbone, task)
+        self._alike = places_of_alike(tasks)
 
     def forward(self, batch: Batch, views: Views | None = None, run: Runner | None = None) -> Outputs:
         """The predictions of all tasks.
@@ -108,7 +111,7 @@ class HardSharing(Model):
         _check_features(self.backbone, features, inputs[0])
         # RotoGrad gives each decoder its own rotation of the features. All other methods give them the features.
         seen = [features] * len(self.heads) if views is None else views(features)
-        return Outputs([head(view) for head, view in zip(self.heads.values(), seen, strict=True)], features)
+        return Outputs(decode(list(self.heads.values()), seen, self._alike), features)
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         return self.backbone.parameters()
@@ -136,6 +139,41 @@ def _decoder(backbone: nn.Module, task: Task) -> nn.Module:
             "or a method decoder(task)"
         )
     return nn.Linear(int(width), task.outputs)
+
+
+def decode(decoders: Sequence[nn.Module], inputs: Sequence[Any], places: Sequence[Sequence[int]]) -> list[Any]:
+    """The predictions of T decoders. Linear decoders of alike tasks are computed in one product.
+
+    Args:
+        decoders: of the T tasks.
+        inputs: of the T decoders.
+        places: positions of alike tasks, as from `places_of_alike`.
+    """
+    found: list[Any] = [None] * len(decoders)
+    for group in places:
+        several = [decoders[i] for i in group]
+        if len(group) > 1 and _stackable(several) and all(inputs[i] is inputs[group[0]] for i in group):
+            predictions = _stacked(several, inputs[group[0]])
+        else:
+            predictions = [decoder(inputs[i]) for i, decoder in zip(group, several, strict=True)]
+        for i, prediction in zip(group, predictions, strict=True):
+            found[i] = prediction
+    return found
+
+
+def _stackable(decoders: Sequence[Any]) -> bool:
+    """Whether all are linear layers of one shape. A layer with hooks must be called, for them to run."""
+    first, hooks = decoders[0], ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return all(type(d) is nn.Linear and not any(getattr(d, hook) for hook in hooks) for d in decoders) and all(
+        d.weight.shape == first.weight.shape and (d.bias is None) == (first.bias is None) for d in decoders
+    )
+
+
+def _stacked(layers: Sequence[nn.Linear], features: Tensor) -> Sequence[Tensor]:
+    """K predictions (N, C) of K linear layers. Each layer keeps parameters of its own, which are joined here."""
+    weight = torch.cat([layer.weight for layer in layers])
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    return F.linear(features, weight, bias).unflatten(-1, (len(layers), -1)).unbind(-2)
 
 
 def _check_features(backbone: nn.Module, features: Any, first: Tensor) -> None:

@@ -42,7 +42,8 @@ class TrainingBatches:
         self.partial = frozenset(
             t.name
             for t in benchmark.tasks
-            if t.column in split.columns and not all(t.labelled(part).all() for part in pieces(split, t.column))
+            if t.column in split.columns
+            and not all(t.labelled(t.select(part)).all() for part in pieces(split, t.column))
         )
         self.resident = _resident(split, benchmark, device)
         self.split = split.to(device) if self.resident else split

@@ -21,6 +21,7 @@ from mtl.errors import SetupError, UserError, one_line, suggest
 from mtl.metrics.base import Metric, Score
 from mtl.metrics.tally import Tally
 from mtl.tasks import Task
+from mtl.tasks.groups import check_alike
 from mtl.views import Augment
 
 NAME = re.compile(r"\w[\w-]*")  # a task's name becomes a part of metric names, checkpoint keys and config keys
@@ -103,7 +104,7 @@ def few(split: Split, tasks: Sequence[Task]) -> Batch:
     for task in tasks:
         start = 0
         for part in pieces(split, task.column):
-            missing = (~task.labelled(part)).nonzero()[:1].flatten()
+            missing = (~task.labelled(task.select(part))).nonzero()[:1].flatten()
             if len(missing):
                 chosen.add(start + int(missing))
                 break
@@ -132,11 +133,15 @@ def check_tasks(tasks: Sequence[Task], predictions: Sequence[Any], batch: Batch)
     """
     for task, prediction in zip(tasks, predictions, strict=True):
         try:
-            _check_task(task, prediction, batch[task.column])
+            _check_task(task, prediction, task.select(batch[task.column]))
         except UserError:
             raise
         except Exception as error:  # whatever a user's own task raises
             raise SetupError(f"data: task {task.name!r}: {_message(error)}") from error
+    try:
+        check_alike(tasks, predictions, batch)
+    except ValueError as error:
+        raise SetupError(f"data: {error}") from error
 
 
 def _check_task(task: Task, prediction: Any, target: Column) -> None:
@@ -190,6 +195,8 @@ def _check_names(tasks: Any) -> None:
             raise ValueError("tasks: no task can have the name 'training'; rename it")
         if not isinstance(task.target, str):
             raise ValueError(f"tasks: {task.name} has target={task.target!r}; the name of a column is needed")
+        if task.index is not None and (not isinstance(task.index, Integral) or task.index < 0):
+            raise ValueError(f"tasks: {task.name} has index={task.index!r}; the number of a column, from 0, is needed")
         if not isinstance(task.outputs, Integral) or task.outputs < 1:
             raise ValueError(f"tasks: {task.name} has outputs={task.outputs!r}; a whole number from 1 is needed")
         if names.count(task.name) > 1:
@@ -274,6 +281,9 @@ def _check_labels(split: Split, task: Task, benchmark: Any) -> None:
             raise ValueError(f"layout {values.layout}; convert with to_dense()")
         if values.ndim == 0 or len(target) != size:
             raise ValueError(f"shape {tuple(values.shape)}; one label for each of the {size} samples is needed")
+        if task.index is not None and (values is not target or values.ndim < 2 or values.shape[1] <= task.index):
+            shape = tuple(values.shape)
+            raise ValueError(f"shape {shape}; index={task.index} needs a matrix (N, K) with K from {task.index + 1}")
         # With augmentation, a map that does not follow its image would teach wrong labels, without any error.
         shapes = [one.shape[1:] for one in inputs.values() if isinstance(one, Image)]
         if benchmark.augment and (problem := task.moves.fits(tuple(values.shape[1:]), shapes[0])):
@@ -282,6 +292,7 @@ def _check_labels(split: Split, task: Task, benchmark: Any) -> None:
             raise ValueError(f"dtype {str(values.dtype).removeprefix('torch.')}; {task.allowed}")
         start, count, first = 0, 0, None
         for part in pieces(split, name):
+            part = task.select(part)
             wrong = _wrong(task, part)
             if found := int(wrong.sum()):
                 if first is None:
@@ -314,6 +325,8 @@ def _wrong(task: Task, target: Column) -> Tensor:
     if not isinstance(units, Tensor) or units.is_floating_point() or units.shape != (len(target),):
         shown = f"{units.dtype} of shape {tuple(units.shape)}" if isinstance(units, Tensor) else repr(units)[:60]
         hint = "; drop the second dimension of the labels with squeeze(1)" if values.shape[1:] == (1,) else ""
+        if values.ndim == 2 and values.shape[1] > 1 and values is target:
+            hint = "; with index=k, a task reads one column of a matrix: see mtl.tasks.alike"
         raise ValueError(
             f"{kind}.units returned {shown}; an integer for each sample, ({len(target)},), is needed{hint}"
         )

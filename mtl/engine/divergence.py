@@ -103,7 +103,7 @@ def _has_labels(task: Task, batches: EvaluationBatches | None, partial: Collecti
         # With few labels, all of them may have been in the last, incomplete batch, which was left out. If the training
         # has really diverged, the weights show it: see `finite`.
         return task.name not in partial
-    return any(bool(task.labelled(part).any()) for part in pieces(batches.split, task.column))
+    return any(bool(task.labelled(task.select(part)).any()) for part in pieces(batches.split, task.column))
 
 
 def finite(*modules: nn.Module) -> bool:

@@ -33,6 +33,7 @@ from mtl.optim.schedules import Schedule
 from mtl.parallel.processes import Processes
 from mtl.random import seeded
 from mtl.tasks import Task
+from mtl.tasks.groups import Groups
 from mtl.tracking.console import Progress
 
 STATISTICS = ("norm", "ratio", "cosine", "conflict", "magnitude")  # fields of `Info`; reported as grad/<name>
@@ -100,6 +101,7 @@ class Learner:
     processes: Processes | None = None
 
     def __post_init__(self) -> None:
+        self._groups = Groups(self.tasks)
         self._saved = Saved(self.model, self.optimizer, self.strategy, self.device)
         self._trained = False  # whether any epoch so far has changed the model
         self._idle: Idle | None = None  # why the latest epoch has not changed it
@@ -215,25 +217,22 @@ class Learner:
         # A name with a slash, such as "step/norm", cannot collide with a task's: no task name contains a slash.
         predictions, losses = self._whole(info.passes, batch)
         counts = self._add_tasks(predictions, batch, tally)
-        for task, loss, count in zip(self.tasks, losses, counts, strict=True):
-            # A loss is a mean over the batch's labels. Multiplied by their number it can be summed over batches.
-            tally.add(f"{task.name}_loss", loss * count)
+        # A loss is a mean over the batch's labels. Multiplied by their number it can be summed over batches.
+        tally.add("loss", torch.stack(list(losses)) * counts)
         for name in ("weights", *STATISTICS):
             if (value := getattr(info, name)) is not None:
                 tally.add(f"step/{name}", value)
         return losses
 
-    def _add_tasks(self, predictions: Sequence[Any], batch: Batch, tally: Tally) -> list[Tensor]:
+    def _add_tasks(self, predictions: Sequence[Any], batch: Batch, tally: Tally) -> Tensor:
         """Add a batch to the metrics of all tasks.
 
         Returns:
-            T numbers () of labelled units in the batch, such as samples.
+            (T,) numbers of labelled units in the batch, such as samples.
         """
-        counts = [t.count(batch[t.column]) for t in self.tasks]
-        tally.add("count", torch.stack(counts))
-        for task, prediction in zip(self.tasks, predictions, strict=True):
-            for i, metric in enumerate(task.metrics):
-                tally.update(f"{task.name}/{i}", metric, prediction, batch[task.column])
+        counts = self._groups.counts(batch)
+        tally.add("count", counts)
+        self._groups.update(predictions, batch, tally)
         return counts
 
     def _of_steps(self, read: Mapping[str, Tensor], steps: int) -> dict[str, float]:
@@ -275,7 +274,7 @@ class Learner:
     def _labelled(self, batch: Batch, counts: Tensor | None) -> Tensor:
         """(N, T) bool: whether sample n has a label of task t, and the task counts in this stage."""
         # For each sample, and not only for the batch, because a step may divide the batch into parts.
-        labelled = torch.stack([t.labelled(batch[t.column]) for t in self.tasks], 1)
+        labelled = self._groups.labelled(batch)
         return labelled if counts is None else labelled & counts
 
     def step(self) -> Step:
@@ -296,7 +295,7 @@ class Learner:
         # A method with independent batches has made a pass for each part. The predictions are joined, and the loss is
         # computed again: the mean of the parts' losses would weigh labels unequally.
         predictions = [torch.cat(parts) for parts in zip(*(p.predictions for p in passes), strict=True)]
-        return predictions, self._losses(predictions, batch)
+        return predictions, self._groups.losses(predictions, batch)
 
     def forward(self, batch: Batch) -> Callable[[slice], Pass]:
         """The function that computes the losses of a part of this batch: `Step` calls it as forward(slice(0, 64))."""
@@ -304,7 +303,7 @@ class Learner:
         def forward(part: slice) -> Pass:
             piece = {name: column[part] for name, column in batch.items()}
             outputs = self.predict(piece)
-            return Pass(self._losses(outputs.predictions, piece), outputs.features, outputs.predictions)
+            return Pass(self._groups.losses(outputs.predictions, piece), outputs.features, outputs.predictions)
 
         return forward
 
@@ -326,9 +325,6 @@ class Learner:
         if torch.is_grad_enabled() and not features.requires_grad and self.switches.of_features(self.strategy):
             features.requires_grad_()  # the backbone is frozen, but the method needs gradients of the features
         return self.strategy.views(features)
-
-    def _losses(self, predictions: Sequence[Any], batch: Batch) -> list[Tensor]:
-        return [t.loss(p, batch[t.column]) for t, p in zip(self.tasks, predictions, strict=True)]
 
     def epoch_end(self, row: dict[str, float]) -> None:
         """Give the method the epoch's mean training losses and each task's main metric.
@@ -376,21 +372,17 @@ class Learner:
         for batch in batches:
             predictions = self.predict(batch).predictions
             self._add_tasks(predictions, batch, tally)
-            for task, prediction in zip(self.tasks, predictions, strict=True):
-                # A sum over the labelled samples. `_row` divides it by their number, so that batch sizes do not matter.
-                tally.add(f"{task.name}_loss", task.criterion(prediction, batch[task.column]).sum())
+            # A sum over the labelled samples. `_row` divides it by their number, so that batch sizes do not matter.
+            tally.add("loss", self._groups.sums(predictions, batch))
         return self._row(name, tally.read())
 
     def _row(self, split: str, read: Mapping[str, Tensor]) -> dict[str, float]:
         """{"test/fine_loss": …, "test/fine_accuracy": …} from an epoch's sums; NaN where no sample had a label."""
-        row = {}
-        for task, count in zip(self.tasks, read["count"].tolist(), strict=True):
-            total = read[f"{task.name}_loss"].item()
+        row, losses = {}, read["loss"].tolist()
+        for k, (task, total, count) in enumerate(zip(self.tasks, losses, read["count"].tolist(), strict=True)):
             row[f"{split}/{task.name}_loss"] = total / count if count else math.nan
-            for i, metric in enumerate(task.metrics):
-                values = metric.compute(read[f"{task.name}/{i}"])
-                for score in metric.scores:
-                    row[f"{split}/{task.name}_{score.name}"] = values[score.name]
+            for name, value in self._groups.scores(k, read).items():
+                row[f"{split}/{task.name}_{name}"] = value
         return row
 
     def _set_rate(self, progress: float, epochs: int) -> None:

@@ -148,7 +148,7 @@ class GradientObserver:
             batch: contains the labels.
         """
         size = min(self.samples, len(predictions[0]))
-        labelled = torch.stack([t.labelled(batch[t.column]) for t in self.tasks])  # (T, N)
+        labelled = torch.stack([t.labelled(t.select(batch[t.column])) for t in self.tasks])  # (T, N)
         self.present, self.labelled = labelled.any(1), labelled[:, :size]
         self.losses = torch.stack([loss.detach() for loss in losses])
         self.between_tasks = None
@@ -159,7 +159,7 @@ class GradientObserver:
         self.rows = []  # T x S lists of the parameters' gradients
         for t, p in zip(self.tasks, predictions, strict=True):
             # `criterion` gives one loss per sample. Each needs a backward pass of its own through the whole batch.
-            values = t.criterion(p[:size], batch[t.column][:size]) if size else []
+            values = t.criterion(p[:size], t.select(batch[t.column])[:size]) if size else []
             self.rows.append([self._gradients(value) for value in values])
 
     def jacobian(self, jacobian: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from mtl.tasks.base import Task
 from mtl.tasks.dense import Depth, Disparity, Normals, Segmentation
+from mtl.tasks.groups import alike
 from mtl.tasks.labels import Classification, Regression
 
-__all__ = ["Classification", "Depth", "Disparity", "Normals", "Regression", "Segmentation", "Task"]
+__all__ = ["Classification", "Depth", "Disparity", "Normals", "Regression", "Segmentation", "Task", "alike"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +30,8 @@ class Task(ABC):
         name: key in configs, logs and tables.
         outputs: number of values that the decoder predicts for each unit, such as the number of classes.
         target: the column with the labels; empty for the column with the task's own name.
+        index: the task's labels are column number `index` of a matrix (N, K). Tasks that differ only in this number and
+            their names are computed together: see `mtl.tasks.alike`.
 
     Attributes:
         moves: how a label changes when its image is cropped, flipped or scaled.
@@ -39,6 +41,7 @@ class Task(ABC):
     name: str
     outputs: int = 1
     target: str = ""
+    index: int | None = field(default=None, kw_only=True)
 
     moves: ClassVar[Moves] = Fixed()
     allowed: ClassVar[str] = "a label must be a finite number"
@@ -82,6 +85,10 @@ class Task(ABC):
         """The name of the column with the labels."""
         return self.target or self.name
 
+    def select(self, column: Tensor) -> Tensor:
+        """The task's own labels from (rows of) its column: the column itself, or one column of a matrix."""
+        return column if self.index is None else column[:, self.index]
+
     @property
     def scores(self) -> list[Score]:
         """The scores of all metrics; the first one is the main one."""
@@ -101,15 +108,24 @@ class Task(ABC):
         Raises:
             ValueError: the criterion does not return one loss for each sample.
         """
+        losses, units = self.checked_losses(prediction, target)
+        # The same as losses.sum() / units.sum(), up to rounding. In this form the factor is exactly 1 if each sample
+        # has one label, so the result equals losses.mean() bit for bit.
+        return losses.mean() * (len(losses) / units.sum().clamp(min=1).to(losses.dtype))
+
+    def checked_losses(self, prediction: Any, target: Any) -> tuple[Tensor, Tensor]:
+        """(N,) `criterion` and (N,) `units` of a batch.
+
+        Raises:
+            ValueError: the criterion does not return one loss for each sample.
+        """
         losses, units = self.criterion(prediction, target), self.units(target)
         if losses.shape != units.shape:
             raise ValueError(
                 f"{type(self).__name__}.criterion returned the shape {tuple(losses.shape)} for a "
                 f"prediction {_shape(prediction)}; one loss for each sample has the shape {tuple(units.shape)}"
             )
-        # The same as losses.sum() / units.sum(), up to rounding. In this form the factor is exactly 1 if each sample
-        # has one label, so the result equals losses.mean() bit for bit.
-        return losses.mean() * (len(losses) / units.sum().clamp(min=1).to(losses.dtype))
+        return losses, units
 
 
 def _shape(value: Any) -> object:
