@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import shipped
 from test_report import fine
 from test_report_faults import plotless  # noqa: F401
 from test_report_output import baselines, crowd, write
@@ -38,7 +39,7 @@ def test_the_paper_has_one_table_with_names_arrows_and_seeds(tmp_path, plotless)
 
 def test_names_and_references_are_of_methods():
     """A method without a row in methods.csv stands in the table with its option's name, and without a citation."""
-    options = {f.stem for f in (ROOT / "conf/loss").glob("*.yaml")}
+    options = {*shipped.options("loss")}
     known = paper_table._methods()
     assert set(known) <= options, "mtl/report/methods.csv names a method that is gone"
     keys = {row["key"] for row in paper_table._read("references.csv")}
@@ -48,7 +49,7 @@ def test_names_and_references_are_of_methods():
 
 def test_the_references_say_what_the_sources_say():
     """Titles, authors, years and numbers of arXiv are those in the headers of the methods: none is made up."""
-    sources = [*ROOT.glob("mtl/losses/*.py"), ROOT / "mtl/report/multitask.py"]
+    sources = [*shipped.files("mtl/losses/*.py"), ROOT / "mtl/report/multitask.py"]
     said = " ".join(" ".join(f.read_text() for f in sources).split())
     for row in paper_table._read("references.csv"):
         title = row["title"].removeprefix("The ")
