@@ -273,8 +273,8 @@ def test_keys_that_a_file_leaves_out_are_those_of_its_class(cli, tmp_path, monke
         (tmp_path / "conf" / node).mkdir(parents=True)
         (tmp_path / "conf" / node / "strangers.yaml").write_text(f"# mine\n_target_: {target}\n")
     monkeypatch.syspath_prepend(tmp_path)
-    mine = ("--config-dir=conf", "data=strangers", "loss=strangers", "optimizer=strangers", "arch=resnet20", "logger=none",
-            "trainer.epochs=1", "trainer.device=cpu", "seed=0")  # fmt: skip
+    mine = ("--config-dir=conf", "data=strangers", "loss=strangers", "optimizer=strangers", "arch=resnet20",
+            "logger=none", "trainer.epochs=1", "trainer.device=cpu", "seed=0")  # fmt: skip
     run = cli(*mine, "data.limit_train=64", "data.shift=2", "loss.c=0.2", "optimizer.lr=0.01")
     assert run.code == 0 and "64 train" in run.out, run.err
     config = json.loads(json.dumps(OmegaConf.to_container(OmegaConf.load(*tmp_path.rglob("seed0/config.yaml")))))
