@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+import shipped
 import torch
 from torch import Tensor, nn
 
@@ -15,8 +15,7 @@ from mtl.losses import Statistics, Strategy
 from mtl.losses.hooks import defines
 
 TASKS = 3
-NAMES = sorted(f.stem for f in (Path(mtl.__file__).parents[1] / "conf/loss").glob("*.yaml"))
-METHODS = [name for name in NAMES if name not in ("custom", "single")]
+METHODS = [name for name in shipped.options("loss") if name not in ("custom", "single")]
 
 
 class Net(nn.Module):

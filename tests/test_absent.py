@@ -1,10 +1,10 @@
 """A task without labels is dropped: what its loss holds reaches nothing, and what is known of it rests."""
 
 import copy
-from pathlib import Path
 
 import numpy as np
 import pytest
+import shipped
 import torch
 from torch import nn
 
@@ -28,8 +28,7 @@ from mtl.losses import (
     Uncertainty,
 )
 
-NAMES = sorted(f.stem for f in (Path(mtl.__file__).parents[1] / "conf/loss").glob("*.yaml"))
-METHODS = [name for name in NAMES if name not in ("custom", "single")]
+METHODS = [name for name in shipped.options("loss") if name not in ("custom", "single")]
 ABSENT = torch.tensor([True, False, True])
 OTHERS = [0, 2]
 PAPER = Switches()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shipped
 import torch
 import yaml
 from conftest import ROOT
@@ -477,7 +478,7 @@ def test_refused_evaluations(words, message, trained, capsys, tmp_path, monkeypa
 def test_the_overview_lists_every_command(capsys):
     started = {
         ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
-        for file in (ROOT / "mtl").rglob("*.py")
+        for file in shipped.files("mtl/**/*.py")
         if 'if __name__ == "__main__":' in file.read_text()
     }
     assert {*COMMANDS, "mtl"} == started

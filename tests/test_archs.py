@@ -3,10 +3,10 @@
 import inspect
 import random
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
+import shipped
 import torch
 import torchvision
 import yaml
@@ -20,7 +20,7 @@ from mtl.archs.vgg import VGG16BN
 from mtl.config import schema
 from mtl.tasks import Classification, Depth, Normals, Regression, Segmentation
 
-FILES = {file.stem: file for file in sorted((Path(__file__).parents[1] / "conf" / "arch").glob("*.yaml"))}
+FILES = {file.stem: file for file in shipped.files("conf/arch/*.yaml")}
 del FILES["point"]  # no network: tests/test_toy_data.py
 del FILES["mlp"]  # of all inputs of the data: tests/test_table.py
 del FILES["timm"]  # an extra: tests/test_torchvision_arch.py

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import shipped
 import torch
 
 from mtl.certify import agreement, certify, main, optimality, pages, properties
@@ -19,7 +20,10 @@ def threads():
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("name", pages.names())
+METHODS = [name for name in shipped.options("loss") if name not in pages.SKIPPED]
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_the_page_is_up_to_date_and_every_claim_holds(name):
     certificate = certify(name)
     assert certificate.complaints() == []
@@ -34,7 +38,10 @@ def test_the_page_is_up_to_date_and_every_claim_holds(name):
 def test_the_index_lists_all_methods_and_nothing_else():
     lines = (pages.DOCS / "README.md").read_text().splitlines()
     rows = [line for line in lines if line.startswith("| [`")]
-    assert [line.split("`")[1] for line in rows] == 2 * pages.names(), f"docs/methods/README.md: {REGENERATE}"
+    listed = [line.split("`")[1] for line in rows]
+    assert set(listed) <= set(pages.names()), f"docs/methods/README.md: {REGENERATE}"
+    # A method that git does not track is listed or not, as its author likes.
+    assert [name for name in listed if name in METHODS] == 2 * METHODS, f"docs/methods/README.md: {REGENERATE}"
     assert [line for line in lines if line not in rows] == pages.index([]).splitlines(), REGENERATE
 
 
@@ -279,9 +286,9 @@ def test_what_a_module_remembers_in_plain_attributes_is_part_of_its_history(tmp_
 def test_a_strategy_in_a_config_folder_is_measured_and_its_claim_holds(tmp_path, capsys, monkeypatch):
     (tmp_path / "own_strategy.py").write_text(STRATEGY)
     (tmp_path / "conf" / "loss").mkdir(parents=True)
-    (tmp_path / "conf" / "loss" / "power.yaml").write_text("_target_: own_strategy.Power\npower: 2.0\n")
+    (tmp_path / "conf" / "loss" / "strangers.yaml").write_text("_target_: own_strategy.Power\npower: 2.0\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert main(["loss=power", "loss.power=3", "--config-dir", str(tmp_path / "conf")]) == 0
+    assert main(["loss=strangers", "loss.power=3", "--config-dir", str(tmp_path / "conf")]) == 0
     text = capsys.readouterr().out
     assert "**A power mean.**" in text and "power: 3" in text
     assert answer(text, "scale_free") == "yes, as the paper claims" and answer(text, "exact_absence") == "yes"

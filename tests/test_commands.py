@@ -24,7 +24,7 @@ from mtl.errors import ConfigError, Terminated
 
 TOY = ("data=toy", "arch=point", "data.steps=2", "trainer.epochs=1", "trainer.device=cpu", "logger=none", "seed=0")
 MINE = "# mine\n_target_: mtl.losses.DWA\ntemperature: 3.0\n"
-PRIMARY = "defaults:\n  - config\n  - override loss: mine\n  - _self_\ntrainer:\n  epochs: 1\n"
+PRIMARY = "defaults:\n  - config\n  - override loss: strangers\n  - _self_\ntrainer:\n  epochs: 1\n"
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def own(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     loss = tmp_path / "my conf" / "loss"
     loss.mkdir(parents=True)
-    (loss / "mine.yaml").write_text(MINE)
+    (loss / "strangers.yaml").write_text(MINE)
     (tmp_path / "my conf" / "primary.yaml").write_text(PRIMARY)
     before = set(sys.modules)
     yield tmp_path
@@ -53,8 +53,8 @@ def records(root: Path) -> list[tuple[Path, dict]]:
 
 @pytest.mark.parametrize(("words", "expected"), [
     ("logger=none -m seed=0,1", "--multirun logger=none seed=0,1"),
-    ("seed=0 --config-dir X loss=mine --multirun", "--multirun --config-dir=X seed=0 loss=mine"),
-    ("seed=0 -cd X loss=mine", "--config-dir=X seed=0 loss=mine"),
+    ("seed=0 --config-dir X loss=strangers --multirun", "--multirun --config-dir=X seed=0 loss=strangers"),
+    ("seed=0 -cd X loss=strangers", "--config-dir=X seed=0 loss=strangers"),
     ("seed=0 --config-dir=X -cn p ~optimizer", "--config-name=p --config-dir=X seed=0 ~optimizer"),
     ("loss=dwa --cfg job -p loss seed=1", "--cfg=job --package=loss loss=dwa seed=1"),
     ("a=1 -i defaults b=2 --help", "--help --info=defaults a=1 b=2"),
@@ -82,7 +82,7 @@ def test_a_wrong_flag_is_one_line(cli, tmp_path, words, said):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--config-dir", "my conf", "loss=mine"], ["hydra.searchpath=[file://{here}/my conf]", "loss=mine"],
+    ["--config-dir", "my conf", "loss=strangers"], ["hydra.searchpath=[file://{here}/my conf]", "loss=strangers"],
     ["-cd=my conf", "-cn", "primary"], ["--config-path={here}/whole", "--config-name=primary"],
 ], ids=["dir", "searchpath", "name", "path"])  # fmt: skip
 def test_the_printed_command_repeats_the_run(cli, own, flags):
@@ -92,7 +92,7 @@ def test_the_printed_command_repeats_the_run(cli, own, flags):
     first = cli(*TOY, *(flag.format(here=own) for flag in flags))
     assert first.code == 0, first.err
     ((directory, run),) = records(own)
-    assert run["loss"] == "mine"
+    assert run["loss"] == "strangers"
     printed = re.search(r"^reproduce: (.*)$", first.out, re.M)[1]
     assert printed == run["command"]
     again = cli(*shlex.split(printed)[2:])
@@ -100,7 +100,7 @@ def test_the_printed_command_repeats_the_run(cli, own, flags):
 
 
 def test_cells_and_baselines_keep_the_flags(cli, own):
-    result = cli("-m", *TOY, "--config-dir=my conf", "loss=mine", "study.baselines=auto")
+    result = cli("-m", *TOY, "--config-dir=my conf", "loss=strangers", "study.baselines=auto")
     assert result.code == 0, result.err
     (cells,) = (own / "outputs" / "multirun").iterdir()
     commands = [run["command"] for _, run in records(own)]
@@ -108,13 +108,13 @@ def test_cells_and_baselines_keep_the_flags(cli, own):
     assert len(commands) == 6 and all("'--config-dir=my conf'" in command for command in commands)
 
 
-@pytest.mark.parametrize("name", ["dwa", "mine", "same"])
+@pytest.mark.parametrize("name", ["dwa", "strangers", "same"])
 def test_an_option_that_ours_would_hide_is_refused(cli, own, name):
     """Chosen itself, or as the base of a chosen one; an unchanged copy of ours hides nothing."""
     text = (ROOT / "conf" / "loss" / "dwa.yaml").read_text()
     (own / "my conf" / "loss" / "dwa.yaml").write_text(text if name == "same" else text.replace("2.0", "3.0"))
-    if name == "mine":
-        (own / "my conf" / "loss" / "mine.yaml").write_text("defaults: [dwa]\ntemperature: 1.0\n")
+    if name == "strangers":
+        (own / "my conf" / "loss" / "strangers.yaml").write_text("defaults: [dwa]\ntemperature: 1.0\n")
     result = cli(*TOY, "--config-dir=my conf", f"loss={name.replace('same', 'dwa')}")
     assert result.code == (0 if name == "same" else 2), result.err
     if name != "same":
@@ -175,12 +175,12 @@ def test_options_on_a_saved_config_count(own):
 
 
 def test_a_saved_run_is_run_again_from_its_folder(cli, own):
-    assert cli(*TOY, "--config-dir=my conf", "loss=mine", "loss.temperature=1.5").code == 0
+    assert cli(*TOY, "--config-dir=my conf", "loss=strangers", "loss.temperature=1.5").code == 0
     ((directory, run),) = records(own)
     for flags in (["--config-dir", str(directory), "--config-name", "config"], ["-cp", str(directory)]):
         assert f"{run['name']}: finished" in cli(*flags).out
     other = cli("-m", "seed=0,7", "-cd", str(directory), "study.plan=true")
-    assert re.findall(r"-mine-s(\d)-\w+ +(\w+)", other.out) == [("0", "finished"), ("7", "new")]
+    assert re.findall(r"-strangers-s(\d)-\w+ +(\w+)", other.out) == [("0", "finished"), ("7", "new")]
 
 
 VALUES = [
@@ -319,15 +319,15 @@ def test_the_folder_of_own_data_decides_the_numbers(own):
 
 def test_code_that_changes_while_a_command_runs_is_refused(cli, own):
     """The process still has the old code: its numbers must not get the new code's name."""
-    (own / "mine.py").write_text("from mtl.losses import DWA\nclass Mine(DWA): ...\n")
+    (own / "strangers.py").write_text("from mtl.losses import DWA\nclass Mine(DWA): ...\n")
     importlib.invalidate_caches()
-    assert cli(*TOY, "loss=dwa", "loss._target_=mine.Mine").code == 0
-    (own / "mine.py").write_text("from mtl.losses import DWA\nclass Mine(DWA): x = 1\n")
-    result = cli(*TOY, "loss=dwa", "loss._target_=mine.Mine")
-    assert result.code == 2 and result.err.startswith("error: mine was changed while this command ran")
-    del sys.modules["mine"]  # as in a process of its own
+    assert cli(*TOY, "loss=dwa", "loss._target_=strangers.Mine").code == 0
+    (own / "strangers.py").write_text("from mtl.losses import DWA\nclass Mine(DWA): x = 1\n")
+    result = cli(*TOY, "loss=dwa", "loss._target_=strangers.Mine")
+    assert result.code == 2 and result.err.startswith("error: strangers was changed while this command ran")
+    del sys.modules["strangers"]  # as in a process of its own
     importlib.invalidate_caches()
-    assert cli(*TOY, "loss=dwa", "loss._target_=mine.Mine").code == 0
+    assert cli(*TOY, "loss=dwa", "loss._target_=strangers.Mine").code == 0
     assert len(records(own)) == 2
 
 
@@ -376,21 +376,25 @@ def test_odd_names_of_options_files_and_classes_become_safe(own):
 # ----------------------------------------------------------------------------------------------- errors in own code
 
 BROKEN = {  # file: its text, what the line says beside file and line
-    "call": ("def Mine(tasks):\n    return len(None)\n", "mine.py:2 in Mine", "object of type 'NoneType' has no len()"),
-    "torch": ("import torch\ndef Mine(tasks):\n    torch.ones(2) @ torch.ones(3)\n", "mine.py:3 in Mine", "size"),
-    "key": ("def Mine(tasks):\n    return {}['weight']\n", "mine.py:2 in Mine", "KeyError: 'weight'"),
-    "zero": ("def Mine(tasks):\n    return 1 / 0\n", "mine.py:2 in Mine", "ZeroDivisionError"),
-    "import": ("x = 1\nimport nowhere_at_all\n", "mine.py:2 in <module>", "nowhere_at_all"),
-    "syntax": ("def Mine(tasks:\n    pass\n", "mine.py:1", "loss._target_=mine.Mine"),
+    "call": (
+        "def Mine(tasks):\n    return len(None)\n",
+        "strangers.py:2 in Mine",
+        "object of type 'NoneType' has no len()",
+    ),
+    "torch": ("import torch\ndef Mine(tasks):\n    torch.ones(2) @ torch.ones(3)\n", "strangers.py:3 in Mine", "size"),
+    "key": ("def Mine(tasks):\n    return {}['weight']\n", "strangers.py:2 in Mine", "KeyError: 'weight'"),
+    "zero": ("def Mine(tasks):\n    return 1 / 0\n", "strangers.py:2 in Mine", "ZeroDivisionError"),
+    "import": ("x = 1\nimport nowhere_at_all\n", "strangers.py:2 in <module>", "nowhere_at_all"),
+    "syntax": ("def Mine(tasks:\n    pass\n", "strangers.py:1", "loss._target_=strangers.Mine"),
 }
 
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_an_error_in_own_code_names_its_file_and_line(cli, own, kind):
     text, *said = BROKEN[kind]
-    (own / "mine.py").write_text(text)
+    (own / "strangers.py").write_text(text)
     importlib.invalidate_caches()
-    result = cli(*TOY, "loss._target_=mine.Mine")
+    result = cli(*TOY, "loss._target_=strangers.Mine")
     assert result.code == 2 and len(result.err.splitlines()) == 1 and result.err.startswith("error: loss")
     assert [part for part in said if part not in result.err] == [], result.err
     file = Path(re.search(r"; traceback in (\S+)\)$", result.err.strip())[1])

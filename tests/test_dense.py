@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import shipped
 import torch
 import yaml
 
@@ -23,7 +24,7 @@ from mtl.errors import ConfigError
 from mtl.tracking import Tracker
 
 ROOT = Path(__file__).parents[1]
-LOSSES = sorted(file.stem for file in (ROOT / "conf" / "loss").glob("*.yaml"))
+LOSSES = shipped.options("loss")
 VECTORS = ("rep_mtl", "rotograd")
 SCORES = {"segmentation": 60.0, "depth": 0.5, "normals": 25.0}
 OWN = """
@@ -293,7 +294,7 @@ def test_nobody_else_knows_of_pixels():
         r"(tasks|metrics)\.dense|\b(Segmentation|Depth|Normals|Rooms|FCN|[Pp]ixels?|segmentation|normals)\b"
     )
     knowing = ("tasks", "metrics", "views", "data", "archs")
-    files = [file for file in (ROOT / "mtl").rglob("*.py") if file.relative_to(ROOT / "mtl").parts[0] not in knowing]
+    files = [file for file in shipped.files("mtl/**/*.py") if file.relative_to(ROOT / "mtl").parts[0] not in knowing]
     assert len(files) > 100
     found = [(str(file), line) for file in files for line in file.read_text().splitlines() if words.search(line)]
     assert not found

@@ -15,6 +15,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import shipped
 import torch
 import yaml
 from conftest import ROOT
@@ -101,7 +102,7 @@ NEEDED = {
     "rotograd": {"burn_in": 3},
     "annealed_calibrated": {"calibration": 2},
 }
-LOSSES = sorted({f.stem for f in (ROOT / "conf" / "loss").glob("*.yaml")} - {"custom"})
+LOSSES = sorted({*shipped.options("loss")} - {"custom"})
 # (loss, optimizer, switches, benchmark): every method, every optimizer, every switch.
 CASES = [(loss, "sgd", {}, Classes if loss == "dtp" else Few) for loss in LOSSES]
 CASES += [("pcgrad", optimizer, {}, Few) for optimizer in ("adam", "adatask", "signsgd")]

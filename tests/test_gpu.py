@@ -1,6 +1,7 @@
 """What only a GPU can show. Skipped where there is none."""
 
 import pytest
+import shipped
 import torch
 from conftest import ROOT
 
@@ -35,7 +36,7 @@ NEEDED = {
     "pivrg": "loss.baselines={fine: 60, coarse: 70}",
     "amtl": "loss.potentials={fine: 60, coarse: 70}",
 }
-LOSSES = sorted({f.stem for f in (ROOT / "conf" / "loss").glob("*.yaml")} - {"custom", *WAITING})
+LOSSES = sorted({*shipped.options("loss")} - {"custom", *WAITING})
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

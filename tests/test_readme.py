@@ -7,6 +7,7 @@ import sys
 import types
 
 import pytest
+import shipped
 import torch
 import yaml
 from conftest import ROOT
@@ -19,7 +20,7 @@ from mtl.config import schema
 from mtl.losses import hooks
 
 README = ROOT / "README.md"
-MANUAL = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+MANUAL = [README, ROOT / "CONTRIBUTING.md", *shipped.files("docs/*.md")]
 PAGES = [*MANUAL, ROOT / "results" / "README.md", ROOT / "docs" / "methods" / "README.md"]
 TEXT = {page: page.read_text() for page in PAGES}
 BLOCKS = [(page, source) for page in MANUAL for source in re.findall(r"```python\n(.*?)```", TEXT[page], re.DOTALL)]
@@ -74,7 +75,7 @@ def test_the_number_of_methods_that_need_two_lines_only():
     """More steps than a method that depends on epochs makes in silence."""
     torch.manual_seed(0)
     backbone, heads = torch.nn.Linear(4, 6).double(), [torch.nn.Linear(6, 1).double() for _ in range(3)]
-    names = sorted(file.stem for file in (ROOT / "conf" / "loss").glob("*.yaml") if file.stem != "custom")
+    names = [name for name in shipped.options("loss") if name != "custom"]
     enough = []
     for name in names:
         strategy = schema.build(arguments(name), "loss", tasks=["0", "1", "2"]).double()
@@ -101,13 +102,13 @@ def test_the_strategy_is_what_its_docstring_says():
 
 
 def test_the_strategy_architecture_and_data_set_train_together(cli, tmp_path, monkeypatch):
-    """As docs/own-data.md says, with its own YAML files."""
+    """As docs/own-data.md says, with its own YAML files, under names that no option of a user's own has."""
     sources = [
         next(source for _, source in BLOCKS if f"class {name}" in source)
         for name in ("Mine", "Tiny", "Shapes", "Table", "Masks", "MMoE")
     ]
     (tmp_path / "my_package.py").write_text("from __future__ import annotations\n" + "\n".join(sources))
-    files = {"Mine": "loss/mine", "Tiny": "arch/tiny", "Shapes": "data/shapes"}
+    files = {"Mine": "loss/shown_mine", "Tiny": "arch/shown_tiny", "Shapes": "data/shown_shapes"}
     for text in re.findall(r"```yaml\n(.*?)```", TEXT[ROOT / "docs" / "own-data.md"], re.DOTALL):
         file = tmp_path / "my_conf" / f"{files[yaml.safe_load(text)['_target_'].partition('.')[2]]}.yaml"
         file.parent.mkdir(parents=True)
@@ -115,7 +116,7 @@ def test_the_strategy_architecture_and_data_set_train_together(cli, tmp_path, mo
     monkeypatch.syspath_prepend(tmp_path)
     shown = "--config-dir my_conf data=shapes arch=tiny loss=mine trainer.epochs=1"
     assert shown in TEXT[ROOT / "docs" / "own-data.md"]
-    options = [*shown.split(), "logger=none"]
+    options = [*_as_shown(shown), "logger=none"]
     run = cli(*options)
     assert run.code == 0, run.err
     assert "shape_accuracy" in run.out and "size_mae" in run.out
@@ -126,11 +127,15 @@ def test_the_strategy_architecture_and_data_set_train_together(cli, tmp_path, mo
         if arch is None:  # one of ours
             shown = f"data=shapes arch=mlp data._target_=my_package.{data}"
         assert f"--config-dir my_conf {shown}" in TEXT[ROOT / "docs" / "own-data.md"]
-        run = cli("--config-dir", "my_conf", *shown.split(), "trainer.epochs=1", "logger=none", "loss=pcgrad")
+        run = cli("--config-dir", "my_conf", *_as_shown(shown), "trainer.epochs=1", "logger=none", "loss=pcgrad")
         assert run.code == 0, run.err
         assert all(metric in run.out for metric in metrics)
     refused = cli(*options, "loss.power=-1")
     assert refused.code == 2 and refused.err.strip() == "error: loss.power=-1: must be greater than 0"
+
+
+def _as_shown(command: str) -> list[str]:
+    return [re.sub(r"^(data|arch|loss)=", r"\1=shown_", word) for word in command.split()]
 
 
 def test_the_readme_is_short():
@@ -180,6 +185,4 @@ def test_every_link_leads_somewhere(page):
 
 def test_every_page_of_the_manual_is_in_its_index():
     index = TEXT[ROOT / "docs" / "README.md"]
-    assert [page.name for page in sorted((ROOT / "docs").glob("*.md")) if f"({page.name})" not in index] == [
-        "README.md"
-    ]
+    assert [page.name for page in shipped.files("docs/*.md") if f"({page.name})" not in index] == ["README.md"]

@@ -393,10 +393,10 @@ def test_the_command_for_baselines_keeps_flags_and_drops_any_loss(command, expec
 
 def test_the_command_for_baselines_runs_with_a_config_folder_of_ones_own(cli, tmp_path):
     (tmp_path / "mine" / "loss").mkdir(parents=True)
-    (tmp_path / "mine" / "loss" / "own.yaml").write_text("_target_: mtl.losses.DWA\ntemperature: 3.0\n")
+    (tmp_path / "mine" / "loss" / "strangers.yaml").write_text("_target_: mtl.losses.DWA\ntemperature: 3.0\n")
     small = ("experiment=smoke", "data.train_size=64", "data.test_size=32", "data.batch_size=32", "trainer.epochs=1",
              "output_root=out")  # fmt: skip
-    assert cli("--config-dir", "mine", "loss=own", "loss.temperature=4.0", *small, "seed=5").code == 0
+    assert cli("--config-dir", "mine", "loss=strangers", "loss.temperature=4.0", *small, "seed=5").code == 0
     (file,) = Path("out").rglob("run.json")
     info = json.loads(file.read_text())
     if "--config-dir" not in info["command"]:  # as the command line notes it

@@ -5,17 +5,17 @@ import random
 
 import numpy as np
 import pytest
+import shipped
 import torch
 
 import mtl
-from mtl.config.identity import CONF
 from mtl.data.toy import LOWER, toy_losses
 from mtl.errors import ConfigError
 from mtl.losses.hooks import defines
 from mtl.studies import scale_invariance, toy
 from mtl.studies.toy_descent import descend, named, on_front, problem
 
-METHODS = sorted(file.stem for file in (CONF / "loss").glob("*.yaml"))
+METHODS = shipped.options("loss")
 
 
 def written_with_clamps(x1, x2, scale):
@@ -146,19 +146,19 @@ def test_studies_take_losses_of_ones_own(tmp_path, capsys, monkeypatch):
     (tmp_path / "own" / "loss").mkdir(parents=True)
     (tmp_path / "my_losses.py").write_text("from mtl.losses import DWA\nclass Mine(DWA): ...\n")
     monkeypatch.syspath_prepend(tmp_path)
-    file = tmp_path / "own" / "loss" / "mine.yaml"
+    file = tmp_path / "own" / "loss" / "strangers.yaml"
     file.write_text("defaults: [dwa]\n_target_: my_losses.Mine\n")
     words = ["--config-dir", str(tmp_path / "own"), "--out", str(tmp_path / "out")]
-    mine = named("mine:temperature=3.0", own=tmp_path / "own")
+    mine = named("strangers:temperature=3.0", own=tmp_path / "own")
     assert type(mine).__name__ == "Mine" and mine.temperature == 3.0
-    assert toy.main(["trajectories", "mine", "--cap", "3", "--setting", "nash", *words]) == 0
-    assert scale_invariance.main(["mine/sgd", "--epochs", "2", *words]) == 0
+    assert toy.main(["trajectories", "strangers", "--cap", "3", "--setting", "nash", *words]) == 0
+    assert scale_invariance.main(["strangers/sgd", "--epochs", "2", *words]) == 0
     file.rename(file.with_name("cagrad.yaml"))
     for main, command in ((toy.main, ["trajectories", "cagrad"]), (scale_invariance.main, ["cagrad/sgd"])):
         capsys.readouterr()
         assert main([*command, *words]) == 2
         assert "hides" in capsys.readouterr().err
-    assert toy.main(["trajectories", "mine", "--config-dir", "nowhere", "--out", str(tmp_path / "new")]) == 2
+    assert toy.main(["trajectories", "strangers", "--config-dir", "nowhere", "--out", str(tmp_path / "new")]) == 2
     assert (
         capsys.readouterr().err == "error: --config-dir nowhere: is not a folder\n" and not (tmp_path / "new").exists()
     )

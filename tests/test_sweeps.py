@@ -8,6 +8,7 @@ import re
 from functools import cache
 
 import pytest
+import shipped
 import yaml
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
@@ -22,7 +23,7 @@ from mtl.engine.replay import objective
 from mtl.errors import ConfigError
 from mtl.studies import tuned_rates
 
-FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
+FILES = shipped.files("sweeps/*.yaml")
 SMALL = ("experiment=smoke", "data.train_size=64", "data.test_size=32", "data.batch_size=32", "arch=wide_resnet",
          "arch.depth=10", "arch.width=1", "trainer.epochs=1")  # fmt: skip
 
@@ -169,11 +170,11 @@ def test_the_protocol_chooses_on_validation_data_and_survives(train, tmp_path, m
 def test_the_protocol_tries_methods_of_ones_own_config_folder(train, tmp_path, capfd):
     folder = tmp_path / "my_configs"
     (folder / "loss").mkdir(parents=True)
-    (folder / "loss" / "mine.yaml").write_text("_target_: mtl.losses.DWA\ntemperature: 1.0\n")
-    assert train("mine", "--config-dir", str(folder), "--rates", "0.1", "--seeds", "1") == 0
+    (folder / "loss" / "strangers.yaml").write_text("_target_: mtl.losses.DWA\ntemperature: 1.0\n")
+    assert train("strangers", "--config-dir", str(folder), "--rates", "0.1", "--seeds", "1") == 0
     assert all(f"hydra.searchpath=[{folder}]" in arguments for arguments in train.grids) and len(train.grids) == 2
     out = capfd.readouterr().out
-    assert re.search(rf"^python train.py -m .*searchpath=\[{folder}\].* loss=mine ", out, re.MULTILINE)
+    assert re.search(rf"^python train.py -m .*searchpath=\[{folder}\].* loss=strangers ", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

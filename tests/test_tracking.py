@@ -368,6 +368,17 @@ def test_a_line_is_no_wider_than_the_terminal_and_removes_the_live_one(monkeypat
     assert len(lines) == 5 and all(len(line) <= 40 for line in lines[:4]) and lines[1].startswith(" " * 10 + "word")
 
 
+def test_a_header_is_said_again_where_it_differs_only():
+    logger = logging.Logger("a")
+    logger.addHandler(console.Console(out := io.StringIO()))
+    for loss in ("equal", "equal", "dwa"):
+        logger.info(console.Heading("data", "digits"))
+        logger.info(console.Heading("strategy", loss))
+        logger.info("trained")
+    said = ["data      digits", "strategy  equal", "trained", "trained", "strategy  dwa", "trained"]
+    assert out.getvalue().splitlines() == said
+
+
 def test_the_live_line_shows_the_loss(monkeypatch):
     stream, clock = io.StringIO(), iter([0.0, 10.0, 11.0])
     stream.isatty = lambda: True

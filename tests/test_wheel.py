@@ -98,11 +98,11 @@ def test_a_grid_over_own_configs_and_classes_and_the_report(installed):
     )
     folder = installed.folder / "my_configs" / "loss"
     folder.mkdir(parents=True)
-    (folder / "mine.yaml").write_text("# Root of the sum of squares\n_target_: my_package.Mine\n")
-    out = installed("mtl-train", "-m", "--config-dir", "my_configs", "data=digits", *SHORT, "loss=mine,equal")
+    (folder / "strangers.yaml").write_text("# Root of the sum of squares\n_target_: my_package.Mine\n")
+    out = installed("mtl-train", "-m", "--config-dir", "my_configs", "data=digits", *SHORT, "loss=strangers,equal")
     assert "2 of 2 runs finished" in out and re.search(r"^next:     mtl-train ", out, re.MULTILINE)
     report = installed("-m", "mtl.report", "outputs", "--format", "md")
-    assert re.search(r"^mine +1 ", report, re.MULTILINE) and re.search(
+    assert re.search(r"^strangers +1 ", report, re.MULTILINE) and re.search(
         r"mtl-train .*-m loss=single loss\.task=digit", report
     )
 

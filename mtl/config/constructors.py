@@ -17,12 +17,17 @@ from mtl.errors import ConfigError, one_line
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
-def checked(init: Callable[..., None], but: Collection[str] = ()) -> Callable[..., None]:
+def checked(
+    init: Callable[..., None],
+    but: Collection[str] = (),
+    after: Callable[[Any, Callable[..., None]], None] | None = None,
+) -> Callable[..., None]:
     """Wrap an `__init__` so that it compares its arguments with their type hints before it runs.
 
     Args:
         init: the `__init__`.
         but: names of arguments that `init` checks by itself.
+        after: called with the object and `init` when `init` has returned.
     """
     signature = inspect.signature(init)
 
@@ -38,6 +43,8 @@ def checked(init: Callable[..., None], but: Collection[str] = ()) -> Callable[..
         if found:
             check_hinted(hints_of(init), found, init.__qualname__.removesuffix(".__init__").rpartition(".")[2])
         init(self, *args, **kwargs)
+        if after is not None:
+            after(self, init)
 
     return wrapper
 

@@ -16,7 +16,7 @@ from mtl.engine.learner import Learner
 from mtl.engine.stages import Stage
 from mtl.losses import LossWeighting
 from mtl.tasks import Task
-from mtl.tracking.console import count, duration, table, wrapped
+from mtl.tracking.console import Heading, count, duration, table
 
 log = logging.getLogger("mtl")
 
@@ -58,7 +58,7 @@ def header(config: Mapping[str, Any], identity: Identity, benchmark: Benchmark, 
     }
     for key, value in lines.items():
         if value:
-            log.info(wrapped(f"{key:9s} {value}", 10))
+            log.info(Heading(key, value))
     if trainer.slow_precision(learner.device):
         log.info("WARNING   this CPU has no bf16 instructions: trainer.precision=fp32 is about 10x faster here")
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mtl.engine import guard, method, ownership
+from mtl.engine import guard, method, ownership, returned
 from mtl.engine.accumulate import Gradients, accumulate
 from mtl.engine.backward_pass import Owners, full_precision, understood
 from mtl.engine.gradients import jacobians, similarity
@@ -125,10 +125,10 @@ def gradients(
         if isinstance(strategy, LossWeighting):
             found.losses = torch.stack(samples[-1] if one.combines else scalars)
             inputs = found.losses if share is None else values.clone().requires_grad_()
-            total = None
+            weights = torch.zeros_like(inputs)
             if inputs.requires_grad:  # False: no task has a label in this batch
                 total = strategy(inputs.clone(), **taken(strategy, "forward", present=one.present))
-            weights = method.slopes(one, total, inputs)
+                weights = method.slopes(one, total, inputs)
             if not one.combines:  # the usual case: `accumulate` makes the one backward pass
                 found.info = replace(found.info, weights=weights)
                 return found
@@ -150,11 +150,11 @@ def gradients(
             with guard.kept(strategy, values, gramian, own), method.own_gradients_scaled(one):
                 if isinstance(strategy, GramianWeighting):
                     facts = taken(strategy, "weights", present=one.present, losses=values)
-                    weights = strategy.weights(gramian if cross is None else cross, **facts).to(jacobian)
+                    found_weights = strategy.weights(gramian if cross is None else cross, **facts)
+                    weights = returned.weights(strategy, found_weights).to(jacobian)
                 elif isinstance(strategy, JacobianAggregation):
                     facts = taken(strategy, "aggregate", present=one.present, losses=values, features=one.cut)
-                    merged = strategy.aggregate(jacobian, **facts)
-                    direction, weights = merged if isinstance(merged, tuple) else (merged, None)
+                    direction, weights = returned.merged(strategy, strategy.aggregate(jacobian, **facts), jacobian)
 
             # The method decides the length of the step, unless the switch `scale` does. The order matters: scale=sum
             # also applies to the heads, but scale=norm and a method's own clip apply to the shared gradient only.

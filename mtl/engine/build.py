@@ -32,7 +32,7 @@ from mtl.engine.stages import check_stages
 from mtl.errors import ConfigError, SetupError, one_line
 from mtl.inspect.microscope import Microscope
 from mtl.losses import Equal, Strategy
-from mtl.losses.hooks import defines
+from mtl.losses.hooks import defines, needs_features
 from mtl.parallel.processes import Processes
 from mtl.random import seeded, stream
 from mtl.tasks import Task
@@ -305,9 +305,10 @@ def _check_features(model: Model, outputs: Outputs, strategy: Strategy, tasks: l
     """
     # Most methods need no features at all.
     name, kind = type(strategy).__name__, type(model.trunk).__name__  # for the messages
-    if not (strategy.flat or defines(strategy, "views") or switches.of_features(strategy)):
+    cut = strategy.flat or defines(strategy, "views") or switches.of_features(strategy)
+    if not cut and not needs_features(strategy):
         return
-    if outputs.features is None or "views" not in inspect.signature(model.forward).parameters:
+    if outputs.features is None or (cut and "views" not in inspect.signature(model.forward).parameters):
         raise ConfigError(f"loss: {name} works on the features between backbone and heads, and {kind} has none")
     if strategy.flat and outputs.features.ndim != 2:
         shown = ", ".join(map(str, outputs.features.shape[1:]))

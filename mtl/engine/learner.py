@@ -24,7 +24,7 @@ from mtl.engine.saved import Saved
 from mtl.engine.stages import Stage, freeze, stage_at
 from mtl.engine.step import Losses, Step
 from mtl.engine.switches import Info, Switches
-from mtl.engine.trained import Idle, Watch
+from mtl.engine.trained import Idle, Watch, say_unweighed
 from mtl.inspect.microscope import GradientObserver, Microscope
 from mtl.losses import Statistics, Strategy
 from mtl.losses.hooks import defines
@@ -340,6 +340,9 @@ class Learner:
         """
         if self._idle is not None:
             self._idle.judge(self.strategy.epoch, self.trainer.epochs)
+        if self.strategy.epoch == 0:
+            counts = stage_at(self.trainer.plan, 0)[0].tasks
+            say_unweighed(self.strategy, row, self.strategy.names if counts is None else counts)
         with seeded(self.seed, "epoch_end", self.strategy.epoch), self.trainer.flags():
             self._epoch_end(row)
 

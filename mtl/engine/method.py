@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mtl.engine import hidden
+from mtl.config.source import definition
+from mtl.engine import hidden, returned
 from mtl.engine.accumulate import add
 from mtl.engine.backward_pass import BackwardPass
 from mtl.engine.switches import to_count
@@ -25,30 +26,24 @@ def regulariser(one: BackwardPass, losses: list[Tensor]) -> Tensor | None:
         extra = one.strategy.regulariser(
             losses, **taken(one.strategy, "regulariser", features=one.features, present=one.present)
         )
+    extra = returned.regulariser(one.strategy, extra)
     return extra if extra is not None and extra.requires_grad else None
 
 
-def slopes(one: BackwardPass, total: Tensor | None, losses: Tensor) -> Tensor:
+def slopes(one: BackwardPass, total: Tensor, losses: Tensor) -> Tensor:
     """(T,) the slopes ∂total/∂L_i. They are the tasks' weights in this step, for every method and a user's own loss.
 
     The method's own parameters, such as log variances, get their gradients here as well.
 
     Args:
         one: the arguments of the step.
-        total: () the method's result; None if no task has a label in this batch.
+        total: () the method's result.
         losses: (T,) the losses that the method was given.
 
     Raises:
         ValueError: the total is no scalar, or does not depend on the losses.
     """
-    if total is None:
-        return torch.zeros_like(losses)
-    strategy = one.strategy
-    if not isinstance(total, Tensor) or total.numel() != 1:
-        shown = f"a tensor of shape {tuple(total.shape)}" if isinstance(total, Tensor) else f"a {type(total).__name__}"
-        raise ValueError(
-            f"{type(strategy).__name__}.forward returned {shown}; one differentiable number is needed, such as a sum"
-        )
+    strategy, total = one.strategy, returned.total(one.strategy, total)
     own = [p for p in strategy.parameters() if p.requires_grad]
     # retain_graph: the losses' own graph is needed for the backward pass through the network.
     weights, found = None, []
@@ -57,7 +52,8 @@ def slopes(one: BackwardPass, total: Tensor | None, losses: Tensor) -> Tensor:
     if weights is None:
         raise ValueError(
             f"{type(strategy).__name__}: the total does not depend on the losses, so it trains nothing; "
-            "torch.tensor(...), .item() and .detach() cut it off from them"
+            "torch.tensor(...), .item() and .detach() cut it off from them "
+            f"(defined in {definition(type(strategy).forward)})"
         )
     # Scaled, because the optimizer's GradScaler will divide all gradients by the loss scale.
     add(own, [None if g is None else one.scaled(g) for g in found])
@@ -106,7 +102,7 @@ def heads(one: BackwardPass, losses: list[Tensor], own: HeadGradients, weights: 
     # The method sees true gradients. Its result is scaled again.
     true = own if one.scale is None else [[None if g is None else one.unscaled(g) for g in head] for head in own]
     with torch.enable_grad(), _nothing_hidden(one):
-        found = strategy.head_gradients(true, **facts)
+        found = returned.head_gradients(strategy, strategy.head_gradients(true, **facts), own)
     return found if one.scale is None else [[None if g is None else one.scaled(g) for g in head] for head in found]
 
 

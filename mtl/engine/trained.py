@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from mtl.config.source import definition
+from mtl.engine.names import is_users_class
 from mtl.errors import UserError
+from mtl.losses.base import Strategy
 from mtl.metrics.tally import Tally
 
 log = logging.getLogger("mtl")
@@ -70,6 +73,21 @@ class Watch:
         if not read["watch/changed"]:
             return Idle(f"the steps are too small to change a parameter (optimizer.lr={full:g})")
         return None
+
+
+def say_unweighed(strategy: Strategy, row: Mapping[str, float], tasks: Sequence[str]) -> None:
+    """Warn of tasks that a user's own method has given the weight 0 in a whole epoch: `return losses[0]`, for example.
+
+    Args:
+        strategy: a method of ours is not looked at: `single` and `static` mean it.
+        row: the epoch's row of metrics.jsonl.
+        tasks: those that count in the epoch's stage.
+    """
+    unused = [task for task in tasks if row.get(f"weights/{task}") == 0]
+    if unused and is_users_class(type(strategy)):
+        what = f"has given {', '.join(unused)} the weight 0 in each step of epoch {int(row['epoch'])}"
+        where = f"{type(strategy).__name__} (defined in {definition(type(strategy))})"
+        log.info(f"WARNING   {where} {what}: the shared parameters learn nothing from that")
 
 
 @dataclass(frozen=True)

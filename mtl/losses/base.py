@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mtl.config.constructors import checked
+from mtl.config.source import definition
 from mtl.losses import hooks, signatures
 from mtl.losses.epochs import Statistics, once_an_epoch
 from mtl.losses.hooks import optional
@@ -84,7 +85,7 @@ class Strategy(StrategyState, ABC):
                 setattr(cls, hook, hooks.noted(hook, once_an_epoch(function) if hook == "epoch_end" else function))
         # The wrapped constructor checks its arguments against their type hints, such as Annotated[float, Gt(0)].
         if "__init__" in cls.__dict__:
-            cls.__init__ = checked(cls.__init__, but=("tasks",))
+            cls.__init__ = checked(cls.__init__, but=("tasks",), after=_check_begun)
 
     def __init__(self, tasks: int | Sequence[str]):
         signatures.check(self)
@@ -169,6 +170,15 @@ class Strategy(StrategyState, ABC):
     @optional
     def epoch_end(self, statistics: Statistics) -> None:
         """Learn from the results of an epoch, at its end (DWA, for example)."""
+
+
+def _check_begun(strategy: Strategy, init: Callable[..., None]) -> None:
+    """Raises:
+    TypeError: the constructor `init` has ended without a call of the constructor of `Strategy`.
+    """
+    if "names" not in vars(strategy):
+        where = f"{type(strategy).__name__}.__init__ (defined in {definition(init)})"
+        raise TypeError(f"{where} does not call super().__init__(tasks); that call belongs into its first line")
 
 
 class LossWeighting(Strategy):

@@ -1,6 +1,7 @@
 """ConicGrad: the best worst-case improvement among the directions within an angle of the mean gradient.
 
-Hassanpour et al., ConicGrad, 2025 (arXiv 2502.00217). With the mean gradient g₀,
+Hassanpour et al., "Fantastic Multi-Task Gradient Updates and How to Find Them In a Cone", 2025 (arXiv 2502.00217).
+With the mean gradient g₀,
 
     d = ‖g₀‖ · argmax over unit d of min_i g_i·d   subject to cos(d, g₀) ≥ c.
 

@@ -47,10 +47,10 @@ class ConsMTL(FairGrad):
     def head_gradients(
         self,
         own: HeadGradients,
-        weights: Tensor | None = None,
-        losses: Sequence[Tensor] = (),
-        features: Tensor | None = None,
-        heads: Sequence[Sequence[nn.Parameter]] = (),
+        weights: Tensor,
+        losses: Sequence[Tensor],
+        features: Tensor | None,
+        heads: Sequence[Sequence[nn.Parameter]],
     ) -> HeadGradients:
         if features is None:
             raise ValueError("features: ConsMTL needs the tensor that all heads start from")

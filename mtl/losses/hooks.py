@@ -174,6 +174,14 @@ def knows_absent(strategy: Any) -> bool:
     return taken and not any(getattr(getattr(type(strategy), hook), "blind", False) for hook in MARKED)
 
 
+def needs_features(strategy: Any) -> bool:
+    """Whether the method cannot do without the features: a function of its own takes them, without a default."""
+    return any(
+        defines(strategy, hook) and signatures.required(strategy, hook, "features")
+        for hook in ("views", "regulariser", "head_gradients")
+    )
+
+
 def differentiates(strategy: Any) -> bool:
     """Whether the method computes derivatives of the losses itself. Their graph must then be kept."""
     if defines(strategy, "regulariser"):

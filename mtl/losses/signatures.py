@@ -40,6 +40,12 @@ def _names(function: Callable[..., Any], hook: str) -> frozenset[str]:
     return frozenset(OPTIONAL[hook]) if any(p.kind is Parameter.VAR_KEYWORD for p in rest) else frozenset(known)
 
 
+def required(strategy: Any, hook: str, name: str) -> bool:
+    """Whether the method's function `hook` has an argument `name` without a default."""
+    parameter = signature(getattr(type(strategy), hook)).parameters.get(name)
+    return parameter is not None and parameter.default is Parameter.empty
+
+
 def taken(strategy: Any, hook: str, **given: Any) -> dict[str, Any]:
     """Select from the `given` arguments the ones that the method's function `hook` takes."""
     names = _names(getattr(type(strategy), hook), hook)

@@ -1,7 +1,7 @@
 r"""The table of a paper: `paper.tex` for `\input`, and `methods.bib` with a reference for every shipped method.
 
-What the references hold is what the headers of mtl/losses say of their papers. Where those give "et al.", the entry
-ends in "and others".
+`references.csv` has the papers: all authors as "Last, First and …", and the title, venue and year that the headers in
+mtl/losses give. `methods.csv` says which method cites which of them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,17 @@ from mtl.report.statistics import deviation, mean
 HEAD = "% By python -m mtl.report --paper, which replaces this file.\n"
 WIDE = 5  # columns of numbers: a table with more spans both columns of a page
 NONE = "--"
+JOURNALS = {"TMLR": "Transactions on Machine Learning Research", "C. R. Math.": "Comptes Rendus Mathematique"}
+PROCEEDINGS = {
+    "CVPR": "IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)",
+    "CVPR Workshops": "IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR) Workshops",
+    "ECCV": "European Conference on Computer Vision (ECCV)",
+    "GCPR": "German Conference on Pattern Recognition (GCPR)",
+    "ICCV": "IEEE/CVF International Conference on Computer Vision (ICCV)",
+    "ICLR": "International Conference on Learning Representations (ICLR)",
+    "ICML": "International Conference on Machine Learning (ICML)",
+    "NeurIPS": "Advances in Neural Information Processing Systems (NeurIPS)",
+}
 _DELTA = {
     "main": "over the main metric of each task",
     "flat": "over all metrics",
@@ -168,15 +179,14 @@ def _best(means: Sequence[float], higher: bool | None) -> float | None:
 
 
 def _entry(reference: dict[str, str]) -> str:
-    kind = "article" if reference["venue"] in ("TMLR", "C. R. Math.") else "inproceedings"
-    place = "journal" if kind == "article" else "booktitle"
-    if not reference["venue"]:
-        kind = "misc"
+    venue = reference["venue"]
+    kind = "misc" if not venue else "article" if venue in JOURNALS else "inproceedings"
     fields = {
-        "author": tex(reference["authors"]),
-        "key": "" if reference["authors"] else tex(reference["title"]),  # to sort by
+        # BibTeX takes an accent and its letter as one letter if both stand in braces.
+        "author": re.sub(r"(\\\W)\{(\w)\}", r"{\1{\2}}", tex(reference["authors"])),
         "title": f"{{{tex(reference['title'])}}}",
-        place: tex(reference["venue"]),
+        "journal": JOURNALS.get(venue, ""),
+        "booktitle": PROCEEDINGS.get(venue, ""),
         "year": reference["year"],
         "eprint": reference["arxiv"],
         "archiveprefix": "arXiv" if reference["arxiv"] else "",

@@ -66,6 +66,18 @@ def wrapped(text: str, indent: int) -> Fitted:
     return Fitted(text, fit)
 
 
+class Heading(Fitted):
+    """A line of a run's header: what, and how it is. A grid's console says it again only where it differs."""
+
+    key: str
+
+    def __new__(cls, key: str, value: str) -> Heading:
+        line = wrapped(f"{key:9s} {value}", 10)
+        heading = super().__new__(cls, line, line.fit)
+        heading.key = key
+        return heading
+
+
 def columns() -> int | None:
     """The width that a line may have: of COLUMNS, or of the terminal; None for a file, which takes any."""
     if (wish := os.environ.get("COLUMNS", "")).isdigit() and int(wish):
@@ -171,9 +183,20 @@ def _summary(row: Mapping[str, float], split: str, tasks: Mapping[str, Sequence[
 
 
 class Console(logging.StreamHandler):
-    """Prints log lines in the terminal's width, each on a line of its own: a live line is removed before."""
+    """Prints log lines in the terminal's width, each on a line of its own: a live line is removed before.
+
+    Of a run's header it leaves out the lines that the run before had as well. train.log has all of them.
+    """
+
+    def __init__(self, stream: Any = None):
+        super().__init__(stream)
+        self._headings: dict[str, str] = {}  # the last line of each key
 
     def emit(self, record: logging.LogRecord) -> None:
+        if isinstance(heading := record.msg, Heading):
+            if self._headings.get(heading.key) == heading:
+                return
+            self._headings[heading.key] = heading
         clear_line()
         super().emit(record)
 
