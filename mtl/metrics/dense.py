@@ -3,10 +3,10 @@
 Eigen & Fergus, "Predicting Depth, Surface Normals and Semantic Labels with a Common Multi-scale Convolutional
 Architecture", ICCV 2015.
 
-There are two ways to combine batches. `pooled` computes a metric once, over all labelled pixels of a split. So do LibMTL
-and papers that use it. `batch_mean` computes it for each batch, and takes the mean over the batches. So does the code of
-MTAN, CAGrad, Nash-MTL, FAMO, FairGrad and MTLlib, for depth and normals. The two differ: in a batch with fewer labels
-or fewer images, a pixel counts more; and a mean of medians is no median. Segmentation is pooled in all of them.
+There are two ways to combine batches. `pooled` computes a metric once, over all labelled pixels of a split. So do
+LibMTL and the papers that use it. `batch_mean` computes it for each batch, and takes the mean over the batches. So does
+the code of MTAN, CAGrad, Nash-MTL, FAMO, FairGrad and MTLlib, for depth and normals. The two differ: a pixel counts
+more in a batch with fewer labels, and a mean of medians is no median. Segmentation is pooled in all of them.
 """
 
 from __future__ import annotations
