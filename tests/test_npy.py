@@ -329,6 +329,12 @@ FEW = (
     (("experiment=cityscapes", "loss=pcgrad", "arch=segnet", "microscope.every=1", "microscope.samples=2",
           "trainer.deterministic=true"),
      ["segmentation_miou", "segmentation_pixel_accuracy", "depth_abs_err", "depth_rel_err"]),
+    (("experiment=nyuv2_paradigms", "loss=single", "loss.task=depth", "optimizer=signsgd"),
+     ["depth_abs_err", "depth_rel_err"]),
+    (("experiment=nyuv2_amtl", "loss=amtl", "arch.depth=18", "arch.weights=null", "data.val_fraction=0.5",
+      "loss.potentials={segmentation: 50, depth: 0.5, normals: 20}"),
+     ["segmentation_miou", "segmentation_pixel_accuracy", "depth_abs_err", "depth_rel_err", "normals_mean",
+      "normals_median", "normals_11", "normals_22", "normals_30"]),
 ])  # fmt: skip
 def test_an_experiment_trains(cli, nyuv2, cityscapes, options, names):
     result = cli(*options, f"data.root={nyuv2.parent}", *FEW)
