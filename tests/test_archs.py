@@ -38,7 +38,7 @@ def build(arch: str, tasks=(FINE, COARSE), in_channels: int = 3, seed: int = 0, 
     node = {**yaml.safe_load(FILES[arch].read_text()), **overrides}
     whole = "tasks" in inspect.signature(schema.locate(node["_target_"], "arch")).parameters
     built = schema.build(node, "arch", in_channels=in_channels, **({"tasks": tasks} if whole else {}))
-    return built if whole else HardSharing(built, tasks)
+    return built if isinstance(built, Model) else HardSharing(built, tasks)
 
 
 def images(*shape: int) -> dict[str, torch.Tensor]:

@@ -1,6 +1,7 @@
 """Losses and metrics of maps against torch on the labelled pixels alone, scikit-learn and NumPy; the rendered rooms."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -191,6 +192,37 @@ def test_states_add_up_and_are_kept_in_place(kind):
     metric.update(states[0], prediction.detach()[-1:], target[-1:])  # without a label
     torch.testing.assert_close(states[0], states[1] + states[2])
     assert all(math.isnan(value) for value in metric.compute(metric.zero().double()).values())
+
+
+BATCHES = ((0, 1), (1, 4), (4, N))  # uneven; the last image of the last batch has no label
+
+
+@pytest.mark.parametrize("kind", ["depth", "normals"])
+def test_a_mean_over_batches_is_the_published_codes(kind):
+    """Each batch counts alike, whatever its size; one without a label counts nothing. Two halves add up."""
+    prediction, target, known = make(kind)
+    metric = replace(TASKS[kind], reduction="batch_mean").metrics[0]
+    values = [oracle(kind, prediction[a:b], target[a:b], known[a:b]) for a, b in BATCHES]
+    wanted = {name: np.mean([v[name] for v in values]) for name in values[0]}
+    whole, first, second = metric.zero(), metric.zero(), metric.zero()
+    for (a, b), half in zip((*BATCHES, (N - 1, N)), (first, second, second, first), strict=True):
+        for state in (whole, half):
+            with NoWaiting():
+                metric.update(state, prediction.detach()[a:b], target[a:b])
+    found = metric.compute(whole.double())
+    assert found == pytest.approx(wanted, abs=0.006) and metric.compute(first + second) == pytest.approx(found)
+    pooled = oracle(kind, prediction, target, known)
+    assert any(abs(found[name] - pooled[name]) > 1e-3 for name in pooled)  # the two reductions do differ
+    assert all(math.isnan(value) for value in metric.compute(metric.zero()).values())
+    metric.update(whole, prediction.detach() * math.nan, target)  # a network that has diverged
+    assert kind == "normals" or math.isnan(metric.compute(whole)["abs_err"])
+
+
+def test_the_reduction_is_an_option_of_the_data_which_pools_by_default():
+    assert Rooms().tasks == Rooms.tasks
+    tasks = Rooms(reduction="batch_mean").tasks
+    assert [type(t.metrics[0]).__name__ for t in tasks] == ["ConfusionMatrix", "BatchMean", "BatchMean"]
+    assert [t.scores for t in tasks] == [t.scores for t in Rooms.tasks]
 
 
 class NoWaiting(TorchDispatchMode):

@@ -329,6 +329,12 @@ FEW = (
     (("experiment=cityscapes", "loss=pcgrad", "arch=segnet", "microscope.every=1", "microscope.samples=2",
           "trainer.deterministic=true"),
      ["segmentation_miou", "segmentation_pixel_accuracy", "depth_abs_err", "depth_rel_err"]),
+    (("experiment=nyuv2_paradigms", "loss=single", "loss.task=depth", "optimizer=signsgd"),
+     ["depth_abs_err", "depth_rel_err"]),
+    (("experiment=nyuv2_amtl", "loss=amtl", "arch.depth=18", "arch.weights=null", "data.val_fraction=0.5",
+      "loss.potentials={segmentation: 50, depth: 0.5, normals: 20}"),
+     ["segmentation_miou", "segmentation_pixel_accuracy", "depth_abs_err", "depth_rel_err", "normals_mean",
+      "normals_median", "normals_11", "normals_22", "normals_30"]),
 ])  # fmt: skip
 def test_an_experiment_trains(cli, nyuv2, cityscapes, options, names):
     result = cli(*options, f"data.root={nyuv2.parent}", *FEW)
@@ -336,6 +342,21 @@ def test_an_experiment_trains(cli, nyuv2, cityscapes, options, names):
     assert [line.split()[0] for line in result.out.splitlines() if re.match(r"\w+_\w+ +[\d.]+ ", line)] == names
     (config,) = Path("outputs").rglob("run.json")
     assert json.loads(config.read_text())["status"] == "finished"
+
+
+def test_a_run_is_not_taken_for_that_of_another_size(cli, nyuv2, tmp_path):
+    """Two folders whose images differ in size share an identity. A run of one is neither skipped nor resumed."""
+    other = fake(tmp_path / "large" / "nyuv2", {"label": 13}, normals=True, shape=(64, 64))
+    command = ("data=nyuv2", "arch=fcn", *FEW[1:], "loss=single", "loss.task=depth")
+    assert cli(*command, f"data.root={nyuv2.parent}").code == 0
+    (file,) = Path("outputs").rglob("run.json")
+    assert json.loads(file.read_text())["inputs"] == {"image": [3, H, W]}
+    assert cli(*command, f"data.root={tmp_path / 'gone'}").code == 0  # skipped: a finished run needs no data
+    wrong = f"error: {file.parent} was trained on inputs image of 3x{H}x{W}, but the data has 3x64x64; set another"
+    for status in ("finished", "interrupted"):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "status": status}))
+        run = cli(*command, f"data.root={other.parent}")
+        assert run.code == 2 and run.err.startswith(wrong) and run.err.count("\n") == 1, run.err
 
 
 # ----------------------------------------------------------------------------------------------------------- real data

@@ -12,11 +12,12 @@ from torch import nn
 
 from mtl.archs.check import check_model
 from mtl.archs.model import HardSharing
+from mtl.archs.pyramid import Pyramid
 from mtl.archs.timm import TimmBackbone
 from mtl.archs.torchvision import TorchvisionBackbone
 from mtl.config.identity import identify
 from mtl.engine.loaded import load
-from mtl.tasks import Classification, Regression
+from mtl.tasks import Classification, Depth, Normals, Regression, Segmentation
 
 DIGITS = ("data=digits", "data.limit_train=32", "data.limit_test=16", "data.batch_size=16", "logger=none",
           "trainer.epochs=1", "trainer.device=cpu", "arch=torchvision", "arch.name=shufflenet_v2_x0_5")  # fmt: skip
@@ -56,6 +57,62 @@ def test_weights_of_a_file_give_torchvisions_features(name, tmp_path):
         ours = TorchvisionBackbone(channels, name, weights=str(tmp_path / "w.pth")).eval()
         with torch.no_grad():
             torch.testing.assert_close(ours(seen), peer(images.expand(-1, 3, -1, -1)).flatten(1), rtol=1e-4, atol=1e-5)
+
+
+PIXELS = [Segmentation("classes", 5), Depth("depth"), Normals("normals"), Classification("scene", 3)]
+
+
+@pytest.mark.parametrize("name, maps", [("mobilenet_v3_small", 4), ("squeezenet1_1", 3), ("shufflenet_v2_x0_5", 4)])
+def test_tasks_with_labels_of_pixels_get_maps(name, maps):
+    """From maps of several sizes, every parameter of which is trained; a task with one label an image goes along."""
+    torch.manual_seed(0)
+    backbone = TorchvisionBackbone(3, name, tasks=PIXELS)
+    model = HardSharing(backbone, PIXELS)
+    outputs = check_model(model, {"image": torch.randn(2, 3, 44, 60)}, [task.name for task in PIXELS])
+    assert [p.shape for p in outputs.predictions] == [(2, 5, 44, 60), (2, 1, 44, 60), (2, 3, 44, 60), (2, 3)]
+    assert outputs.features.shape == (2, backbone.out_features, 11, 15) and len(backbone.pyramid.lateral) == maps
+    with pytest.raises(ValueError, match="multiples of 4, not 44x61"):
+        model({"image": torch.randn(2, 3, 44, 61)})
+
+
+def test_the_maps_are_the_networks_and_its_weights_fit_either_way(tmp_path):
+    """The last map of each size of torchvision's network; weights go from one without maps to one with, and back."""
+    torch.save(state_of("resnet18"), tmp_path / "w.pth")
+    dense = TorchvisionBackbone(3, "resnet18", str(tmp_path / "w.pth"), frozen=True, tasks=PIXELS).train()
+    peer = torchvision.models.resnet18(weights=None).eval()
+    peer.load_state_dict(state_of("resnet18"))
+    x = images = torch.rand(2, 3, 64, 96)
+    wanted = []
+    with torch.no_grad():
+        for layer in (nn.Sequential(peer.conv1, peer.bn1, peer.relu, peer.maxpool, peer.layer1),
+                      peer.layer2, peer.layer3, peer.layer4):  # fmt: skip
+            wanted.append(x := layer(x))
+        for found, map_ in zip(dense.network(images).values(), wanted, strict=True):
+            torch.testing.assert_close(found, map_)
+    assert not dense.network.training and dense.pyramid.training
+    assert {n.split(".")[0] for n, p in dense.named_parameters() if p.requires_grad} == {"pyramid"}
+    torch.save({"model": {f"backbone.{k}": v for k, v in dense.state_dict().items()}}, tmp_path / "run.pth")
+    again = TorchvisionBackbone(3, "resnet18", weights=str(tmp_path / "run.pth"))
+    assert torch.equal(again.network.layer4[1].conv2.weight, peer.layer4[1].conv2.weight)
+
+
+def test_the_pyramid_adds_each_map_to_the_next_larger_one():
+    pyramid, images = Pyramid([3, 5]), torch.randn(2, 3, 16, 24)
+    large, small = torch.randn(2, 3, 4, 6), torch.randn(2, 5, 2, 3)
+    enlarged = nn.functional.interpolate(pyramid.lateral[1](small), (4, 6), mode="bilinear")
+    wanted = pyramid.smooth.eval()(pyramid.lateral[0](large) + enlarged)
+    torch.testing.assert_close(pyramid([large, small], images), wanted)
+    with pytest.raises(ValueError, match=r"^name: swin_t has no maps of several sizes, which tasks with labels of pix"):
+        TorchvisionBackbone(3, "swin_t", tasks=PIXELS)
+
+
+def test_rooms_train_on_a_network_by_name_and_the_run_is_loaded_again(cli, tmp_path):
+    run = cli("data=rooms", "data.train_size=8", "data.test_size=4", "data.height=32", "data.width=32", "logger=none",
+              "data.batch_size=4", "trainer.epochs=1", "arch=torchvision", "arch.name=shufflenet_v2_x0_5")  # fmt: skip
+    assert run.code == 0, run.err
+    (folder,) = tmp_path.rglob("seed42")
+    predictions = load(folder, "last").model.eval()({"image": torch.zeros(2, 3, 32, 32)}).predictions
+    assert [p.shape for p in predictions] == [(2, 6, 32, 32), (2, 1, 32, 32), (2, 3, 32, 32)]
 
 
 def test_weights_by_name_are_torchvisions_and_only_tensors(monkeypatch):
@@ -153,9 +210,21 @@ def test_a_network_of_timm(monkeypatch):
     class Net(nn.Sequential):
         num_features = 6
 
-    def create_model(name, pretrained, num_classes, in_chans):
-        assert not pretrained and num_classes == 0
-        return Net(nn.Conv2d(in_chans, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    class Maps(nn.Module):
+        feature_info = types.SimpleNamespace(reduction=lambda: [2, 4, 8], channels=lambda: [5, 6, 7])
+
+        def __init__(self, channels):
+            super().__init__()
+            self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 1, 2) for a, b in ((channels, 5), (5, 6), (6, 7)))
+
+        def forward(self, x):
+            return [x := convolution(x) for convolution in (nn.MaxPool2d(1), *self.convolutions)][1:]
+
+    def create_model(name, pretrained, in_chans, num_classes=None, features_only=False):
+        assert not pretrained and (num_classes == 0) != features_only
+        return (
+            Maps(in_chans) if features_only else Net(nn.Conv2d(in_chans, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        )
 
     names = ["net", "other"]
     fake = types.SimpleNamespace(create_model=create_model, is_model=names.__contains__, list_models=lambda: names)
@@ -163,6 +232,10 @@ def test_a_network_of_timm(monkeypatch):
     backbone = TimmBackbone(1, "net", frozen=True).train()
     assert backbone(torch.randn(2, 1, 8, 8)).shape == (2, backbone.out_features) == (2, 6)
     assert not backbone.network.training and not any(p.requires_grad for p in backbone.parameters())
+    model = HardSharing(TimmBackbone(1, "net", tasks=PIXELS), PIXELS)
+    outputs = check_model(model, {"image": torch.randn(2, 1, 32, 32)}, [task.name for task in PIXELS])
+    assert [p.shape[2:] for p in outputs.predictions] == [(32, 32)] * 3 + [()]
+    assert [conv.in_channels for conv in model.backbone.pyramid.lateral] == [6, 7]  # not the map of half the size
     with pytest.raises(ValueError, match=r"^name: 'nett' is none of timm's 2 networks; did you mean net"):
         TimmBackbone(1, "nett")
     with pytest.raises(ValueError, match=r"^weights: 'X' is no file"):

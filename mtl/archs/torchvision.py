@@ -1,14 +1,26 @@
-"""Any classification network of torchvision as a backbone, with or without its pretrained weights."""
+"""Any classification network of torchvision as a backbone, with or without its pretrained weights.
+
+For tasks with labels of pixels, a feature pyramid joins the network's maps of several sizes (`mtl.archs.pyramid`). Not
+every network has such maps: torchvision's transformers (vit, swin, maxvit) are refused then; some of timm's have them.
+"""
 
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
+from mtl.archs import pyramid
+from mtl.archs.pyramid import Pyramid
 from mtl.archs.weights import channels, first_convolution, read, start_from, wanted
 from mtl.errors import suggest
+from mtl.tasks import Task
 
 CLASSES = 1000  # of ImageNet: what the last layer of torchvision's networks predicts
 
@@ -16,6 +28,7 @@ CLASSES = 1000  # of ImageNet: what the last layer of torchvision's networks pre
 class TorchvisionBackbone(nn.Module):
     """A network of torchvision without its classifier: images (N, C, H, W) to features (N, F).
 
+    With a task that labels pixels the features are a map (N, 128, H/4, W/4); see `mtl.archs.pyramid`.
     It sees the images as the data set normalises them. Its first convolution fits any number of channels.
 
     Args:
@@ -23,13 +36,23 @@ class TorchvisionBackbone(nn.Module):
         name: as torchvision.models spells it, such as resnet18.
         weights: a name of torchvision's such as DEFAULT (downloaded once), a file with a state dict, or the folder of a
             run with the same network; None for random weights.
-        frozen: the network does not learn, and its batch norms keep their averages; only the decoders are trained.
+        frozen: the network does not learn, and its batch norms keep their averages; only the decoders, and the pyramid
+            of a map, are trained.
+        tasks: the tasks. They decide between (N, F) and a map.
 
     Raises:
-        ValueError: there is no such network, or no such weights; the message begins with the argument's name.
+        ValueError: there is no such network, or no such weights, or the network has no maps for a task that labels
+            pixels; the message begins with the argument's name.
     """
 
-    def __init__(self, in_channels: int, name: str, weights: str | None = None, frozen: bool = False):
+    def __init__(
+        self,
+        in_channels: int,
+        name: str,
+        weights: str | None = None,
+        frozen: bool = False,
+        tasks: Sequence[Task] = (),
+    ):
         super().__init__()
         known = torchvision.models.list_models(module=torchvision.models)
         if name not in known:
@@ -40,17 +63,30 @@ class TorchvisionBackbone(nn.Module):
         self.network = torchvision.models.get_model(name, weights=None, **_options(name, weights))
         self.out_features = _remove_classifier(self.network)
         _see(self.network, in_channels)
+        self.pyramid = None
+        if pyramid.dense(tasks):
+            stages = _stages(self.network, in_channels, name)
+            # Only the layers up to the last map are kept: what is behind it would never be trained.
+            self.network = create_feature_extractor(self.network, list(stages))
+            self.pyramid, self.out_features = Pyramid(list(stages.values())), pyramid.WIDTH
         if wanted(weights):
             start_from(self.network, _download(named) if named else read(weights), weights)
-        self.layer_groups = layers(self.network)
+        self.layer_groups = layers(self.network) | ({"pyramid": ["pyramid"]} if self.pyramid else {})
         self.network.requires_grad_(not frozen)
 
     def train(self, mode: bool = True) -> TorchvisionBackbone:
         """Training mode, except for a frozen network."""
-        return super().train(mode and not self.frozen)
+        super().train(mode)
+        self.network.train(mode and not self.frozen)
+        return self
+
+    def decoder(self, task: Task) -> nn.Module:
+        """Of a map `mtl.archs.pyramid.decoder`; of features (N, F) a linear layer."""
+        return pyramid.decoder(task) if self.pyramid else nn.Linear(self.out_features, task.outputs)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.network(images).flatten(1)
+        found = self.network(images)
+        return found.flatten(1) if self.pyramid is None else self.pyramid(list(found.values()), images)
 
 
 FAMILIES = ("resnet18", "resnet50", "mobilenet_v3_small", "efficientnet_b0", "convnext_tiny", "vit_b_16", "swin_t")
@@ -61,6 +97,37 @@ def layers(network: nn.Module) -> dict[str, list[str]]:
     return {
         name: [f"network.{name}"] for name, child in network.named_children() if any(True for _ in child.parameters())
     }
+
+
+@torch.no_grad()
+def _stages(network: nn.Module, in_channels: int, name: str) -> dict[str, int]:
+    """{module: channels} of the last map of each size, from a quarter of the images' size downwards.
+
+    Raises:
+        ValueError: there are fewer than two such maps.
+    """
+    height, width = 128, 160  # not equal: a map (N, H, W, C) is told from (N, C, H, W)
+    found: dict[int, tuple[str, int]] = {}
+
+    def note(path: str, output: object) -> None:
+        if isinstance(output, Tensor) and output.ndim == 4:
+            across, down = math.log2(width / output.shape[3]), math.log2(height / output.shape[2])
+            if abs(across - down) < 0.3 and round(down) >= 2:
+                found[round(down)] = path, output.shape[1]
+
+    tried = copy.deepcopy(network).to("meta").eval()  # on this device nothing is computed but shapes
+    for path, module in tried.named_modules():
+        if path and path.count(".") < 2:  # stages, and the blocks of "features"
+            module.register_forward_hook(lambda _, __, output, path=path: note(path, output))
+    try:
+        tried(torch.zeros(1, in_channels, height, width, device="meta"))
+    except Exception:  # a transformer that accepts one size of images only
+        found.clear()
+    maps = {size: at for size, at in sorted(found.items()) if size <= 5}
+    if len(maps) < 2:
+        raise ValueError(f"name: {name} has no maps of several sizes, which tasks with labels of pixels need; "
+                         "a convolutional network has, such as resnet18")  # fmt: skip
+    return dict(maps.values())
 
 
 def _options(name: str, weights: str | None) -> dict[str, object]:

@@ -9,6 +9,7 @@ from typing import Any
 from mtl.config import schema
 from mtl.config.identity import identify
 from mtl.data.base import build_benchmark
+from mtl.data.check import check_shapes
 from mtl.engine.backward import Switches
 from mtl.engine.directory import RunDirectory
 from mtl.errors import ConfigError
@@ -58,11 +59,13 @@ def fill(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, Any
         return dict(config)
     schema.check(config.get("data"), "data")
     results = {}
-    for task in build_benchmark(config["data"]).tasks:
+    benchmark = build_benchmark(config["data"])
+    for task in benchmark.tasks:
         alone, chosen, _ = single_task(config, choices, [], task.name)
         directory = RunDirectory(identify(alone, chosen).directory(config["output_root"]))
         name = f"{task.name}_{task.scores[0].name}"
         if directory.run.get("status") == "finished":
+            check_shapes(directory.run.get("inputs"), benchmark, directory.path)
             last = directory.rows()[-1]
             results[task.name] = last.get(f"val/{name}", last[f"train/{name}"])
         elif config["study"].get("plan"):

@@ -46,6 +46,7 @@ ADDED: dict[str, Any] = {
     "trainer.stages": [],
     "data.eval_batch_size": 500,
     "trainer.backbone_lr_factor": 1.0,
+    "data.reduction": "pooled",
 }
 
 # Classes of mtl that were moved or renamed: {today's path: the path that goes into the hash}.

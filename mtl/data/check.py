@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from mtl.config.source import blame
 from mtl.data.columns import Batch, Column, Ragged, Split
 from mtl.data.inputs import Image, Input, check_ragged
-from mtl.errors import SetupError, UserError, one_line, suggest
+from mtl.errors import ConfigError, SetupError, UserError, one_line, suggest
 from mtl.metrics.base import Metric, Score
 from mtl.metrics.tally import Tally
 from mtl.tasks import Task
@@ -93,6 +94,34 @@ def check_loaded(benchmark: Any, loaded: Any) -> None:
                 _check_labels(split, task, benchmark)
         except ValueError as error:
             raise SetupError(f"{where}: {name} split: {error}") from error
+
+
+def shapes(benchmark: Any) -> dict[str, list[int]]:
+    """{"image": [3, 288, 384]}: the shape of each input, for run.json."""
+    return {name: list(one.shape) for name, one in benchmark.inputs.items()}
+
+
+def check_shapes(noted: Any, benchmark: Any, run: Path) -> None:
+    """Compare the data's inputs with those that a run was trained on.
+
+    A data set may take the images' size from its files, and the folder of the files is no part of a run's identity.
+
+    Args:
+        noted: what `shapes` returned for the run; None for a run from before it was noted.
+        benchmark: the data as it is now.
+        run: the run's directory.
+
+    Raises:
+        ConfigError: a shape differs.
+    """
+    for name, shape in shapes(benchmark).items():
+        before = noted.get(name, shape) if isinstance(noted, Mapping) else shape
+        if before != shape:
+            old, new = ("x".join(map(str, numbers)) for numbers in (before, shape))
+            raise ConfigError(
+                f"{run} was trained on inputs {name} of {old}, but the data has {new}; set another output_root, or the "
+                "options of the data that say its size (such as data.height and data.width)"
+            )
 
 
 def few(split: Split, tasks: Sequence[Task]) -> Batch:

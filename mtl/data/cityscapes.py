@@ -24,6 +24,7 @@ from mtl.data import npy
 from mtl.data.base import Benchmark, Split
 from mtl.data.inputs import Image
 from mtl.data.npy import Layout, MapKind
+from mtl.metrics.dense import Reduction
 from mtl.tasks import Depth, Disparity, Segmentation, Task
 from mtl.views import Augment, Flip, ScaleCrop
 
@@ -41,6 +42,8 @@ class Cityscapes(Benchmark):
         classes: 7 reads label_7/ (or label/, LibMTL's name for it), 19 reads label_19/.
         depth_scaling: what the augmentation does to the map where a crop is shown s times larger. divide: by s, as the
             published tables did. multiply: by s, as is right for disparity.
+        reduction: how the metrics of depth combine batches. pooled: over all pixels, as LibMTL. batch_mean: the mean of
+            each batch's value, as CAGrad, Nash-MTL, FAMO and FairGrad with batches of eight images.
     """
 
     batch_size: Annotated[int, Ge(1)] = 8
@@ -52,11 +55,12 @@ class Cityscapes(Benchmark):
     augmented: bool = True
     classes: Literal[7, 19] = 7
     depth_scaling: Literal["divide", "multiply"] = "divide"
+    reduction: Reduction = "pooled"
 
     @cached_property
     def tasks(self) -> Sequence[Task]:
         depth = Depth if self.depth_scaling == "divide" else Disparity
-        return Segmentation("segmentation", self.classes), depth("depth")
+        return Segmentation("segmentation", self.classes), depth("depth", reduction=self.reduction)
 
     @cached_property
     def inputs(self) -> Mapping[str, Image]:

@@ -14,14 +14,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from annotated_types import Ge
 
 from mtl.data.base import Benchmark, Split
 from mtl.data.inputs import Image
 from mtl.data.npy import Layout, MapKind, classes, depth, image, normals
-from mtl.tasks import Depth, Normals, Segmentation
+from mtl.metrics.dense import Reduction
+from mtl.tasks import Depth, Normals, Segmentation, Task
+from mtl.tasks.dense import reduce_by
 from mtl.views import Augment, Flip, ScaleCrop
 
 LAYOUT = Layout(
@@ -48,6 +50,8 @@ class NYUv2(Benchmark):
         height, width: of the images in the files; None takes any size. Say it where there are several: only what is
             said here is a part of a run's identity.
         augmented: whether training images are cropped, enlarged and flipped; LibMTL's tables are without.
+        reduction: how the metrics of depth and normals combine batches. pooled: over all pixels, as LibMTL. batch_mean:
+            the mean of each batch's value, as MTAN, CAGrad, Nash-MTL, FAMO and FairGrad with batches of two images.
     """
 
     batch_size: Annotated[int, Ge(1)] = 2
@@ -57,8 +61,12 @@ class NYUv2(Benchmark):
     height: Annotated[int, Ge(1)] | None = None
     width: Annotated[int, Ge(1)] | None = None
     augmented: bool = True
+    reduction: Reduction = "pooled"
 
-    tasks = (Segmentation("segmentation", 13), Depth("depth"), Normals("normals"))
+    tasks: ClassVar[Sequence[Task]] = (Segmentation("segmentation", 13), Depth("depth"), Normals("normals"))
+
+    def __post_init__(self) -> None:
+        self.tasks = reduce_by(self.tasks, self.reduction)
 
     @cached_property
     def inputs(self) -> Mapping[str, Image]:

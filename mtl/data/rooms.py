@@ -7,11 +7,11 @@ into the picture. Depth is z, as a depth camera measures it. No paper reports re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import nan, tau
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,10 @@ from annotated_types import Ge
 from torch import Tensor
 
 from mtl.data import Benchmark, Flip, Image, ScaleCrop, Split
+from mtl.metrics.dense import Reduction
 from mtl.random import stream
-from mtl.tasks import Depth, Normals, Segmentation
+from mtl.tasks import Depth, Normals, Segmentation, Task
+from mtl.tasks.dense import reduce_by
 
 CLASSES = ("floor", "ceiling", "wall", "window", "box", "ball")
 FLOOR, CEILING, WALL, WINDOW, BOX, BALL = range(len(CLASSES))
@@ -37,6 +39,8 @@ class Rooms(Benchmark):
     Args:
         train_size, test_size: number of images. A larger data set starts with the images of a smaller one.
         height, width: of the images, in pixels.
+        reduction: how the metrics of depth and normals combine batches: pooled over all pixels, or the mean of each
+            batch's value (batch_mean).
     """
 
     batch_size: Annotated[int, Ge(1)] = 16
@@ -44,9 +48,13 @@ class Rooms(Benchmark):
     test_size: Annotated[int, Ge(1)] = 200
     height: Annotated[int, Ge(1)] = 48
     width: Annotated[int, Ge(1)] = 64
+    reduction: Reduction = "pooled"
 
-    tasks = (Segmentation("segmentation", len(CLASSES)), Depth("depth"), Normals("normals"))
+    tasks: ClassVar[Sequence[Task]] = (Segmentation("segmentation", len(CLASSES)), Depth("depth"), Normals("normals"))
     augment = (ScaleCrop((1.0, 1.2, 1.5)), Flip())
+
+    def __post_init__(self) -> None:
+        self.tasks = reduce_by(self.tasks, self.reduction)
 
     @cached_property
     def inputs(self) -> Mapping[str, Image]:

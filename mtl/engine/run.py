@@ -19,8 +19,9 @@ from mtl.archs.model import count_macs, count_parameters
 from mtl.config import schema, torchrun
 from mtl.config.identity import Identity, own_parts
 from mtl.config.source import place
-from mtl.data.base import Benchmark
+from mtl.data.base import Benchmark, build_benchmark
 from mtl.data.batches import EvaluationBatches, TrainingBatches
+from mtl.data.check import check_shapes, shapes
 from mtl.engine import announce, checkpoint
 from mtl.engine.build import NODES, assemble, open_batches
 from mtl.engine.directory import RunDirectory, now
@@ -32,7 +33,7 @@ from mtl.engine.outcome import Outcome
 from mtl.engine.replay import inspect, repeat
 from mtl.engine.resume import mend_best, resume, state
 from mtl.engine.summary import best, forget_peak_memory, metrics, owned, peak_memory, selector, speed, summarise
-from mtl.errors import Diverged, SetupError, Terminated, one_line
+from mtl.errors import Diverged, SetupError, Terminated, UserError, one_line
 from mtl.parallel.processes import Processes
 from mtl.parallel.signals import deferred
 from mtl.tracking import RunInfo, Tracker, flatten
@@ -79,6 +80,7 @@ def prepare(
 
     # Build everything before the directory is opened: a mistake in the config then leaves no folder behind.
     benchmark, learner = assemble(config, processes)
+    check_shapes(done.get("inputs"), benchmark, path)
     tracker: Tracker = schema.build(config["logger"], "logger")
     with RunDirectory(path) if leads else nullcontext() as directory:
         # The first process may have to download the data. The others wait, and then find it on the disk.
@@ -94,6 +96,11 @@ def prepare(
 
 def _look_again(config: Mapping[str, Any], identity: Identity, path: Path, finished: str) -> None:
     """Check the files of a finished run, and report it again if the tracker accepts repeats (Weights & Biases)."""
+    benchmark = None
+    with suppress(UserError):  # the data may be missing: a finished run does not need it
+        benchmark = build_benchmark(config["data"])
+    if benchmark is not None:
+        check_shapes(RunDirectory(path).run.get("inputs"), benchmark, path)
     # A damaged summary is written anew, for which the model must be built. This machine may lack the run's GPU.
     on_cpu = {**config, "trainer": {**config["trainer"], "device": "cpu"}}
     inspect(RunDirectory(path), identity.name, config["trainer"]["epochs"], lambda: assemble(on_cpu))
@@ -317,7 +324,7 @@ class Job:
         facts = self.benchmark.facts()
         return {**asdict(self.identity), **names, "choices": choices, "command": self.command,
                 "processes": torchrun.size(), "own": own_parts(self.config),
-                **({"facts": facts} if facts else {})}  # fmt: skip
+                "inputs": shapes(self.benchmark), **({"facts": facts} if facts else {})}  # fmt: skip
 
     def _info(self) -> RunInfo:
         """What a tracker needs to know at the start: names, config, metrics, and the rows of a resumed run."""

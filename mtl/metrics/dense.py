@@ -1,13 +1,19 @@
 """Metrics of dense tasks: segmentation, depth, surface normals.
 
 Eigen & Fergus, "Predicting Depth, Surface Normals and Semantic Labels with a Common Multi-scale Convolutional
-Architecture", ICCV 2015. Each metric is computed once, over all labelled pixels of a split. Some repositories print the
-mean of batch means instead, which differs: there a pixel counts more in a batch with fewer labels.
+Architecture", ICCV 2015.
+
+There are two ways to combine batches. `pooled` computes a metric once, over all labelled pixels of a split. So do
+LibMTL and the papers that use it. `batch_mean` computes it for each batch, and takes the mean over the batches. So does
+the code of MTAN, CAGrad, Nash-MTL, FAMO, FairGrad and MTLlib, for depth and normals. The two differ: a pixel counts
+more in a batch with fewer labels, and a mean of medians is no median. Segmentation is pooled in all of them.
 """
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +21,7 @@ from torch import Tensor
 from mtl.metrics.base import Metric, Score
 
 BINS = 18_000  # from 0° to 180°, in steps of a hundredth of a degree
+Reduction = Literal["pooled", "batch_mean"]
 
 
 class ConfusionMatrix(Metric):
@@ -52,7 +59,57 @@ class ConfusionMatrix(Metric):
         return {"miou": 100 * ious.mean().item(), "pixel_accuracy": accuracy}
 
 
-class DepthErrors(Metric):
+class Pooled(Metric):
+    """A metric over all labelled pixels. A subclass computes its scores on the state's device, for `BatchMean`."""
+
+    @abstractmethod
+    def pixels(self, state: Tensor) -> Tensor:
+        """() the number of labelled pixels."""
+
+    @abstractmethod
+    def values(self, state: Tensor) -> Tensor:
+        """(K,) float64 the scores in their order; anything if there is no labelled pixel. The host must not wait."""
+
+    def compute(self, state: Tensor) -> dict[str, float]:
+        names = [score.name for score in self.scores]
+        if not self.pixels(state).item():
+            return dict.fromkeys(names, math.nan)
+        return dict(zip(names, self.values(state).tolist(), strict=True))
+
+
+class BatchMean(Metric):
+    """The mean over batches of another metric's value in each batch. A batch without a labelled pixel is left out.
+
+    The published code would return NaN for such a batch.
+
+    Args:
+        metric: the metric of one batch. The state holds the (K,) sums of its scores, and the number of batches.
+    """
+
+    def __init__(self, metric: Pooled):
+        self.metric, self.scores = metric, metric.scores
+
+    def zero(self) -> Tensor:
+        return torch.zeros(len(self.scores) + 1, dtype=torch.float64)
+
+    def update(self, state: Tensor, prediction: Tensor, target: Tensor) -> None:
+        batch = torch.zeros_like(self.metric.zero(), device=state.device)
+        self.metric.update(batch, prediction, target)
+        labelled = self.metric.pixels(batch) > 0
+        state[:-1] += self.metric.values(batch).masked_fill(~labelled, 0.0)
+        state[-1] += labelled
+
+    def compute(self, state: Tensor) -> dict[str, float]:
+        *sums, batches = state.tolist()
+        return {s.name: total / batches if batches else math.nan for s, total in zip(self.scores, sums, strict=True)}
+
+
+def reduced(metric: Pooled, reduction: Reduction) -> Metric:
+    """The metric itself for `pooled`; its mean over batches for `batch_mean`."""
+    return metric if reduction == "pooled" else BatchMean(metric)
+
+
+class DepthErrors(Pooled):
     """Absolute error |d̂ − d| and relative error |d̂ − d| / d of depths: means over the labelled pixels.
 
     Predictions (N, 1, H, W), depths d (N, H, W), 0 or NaN for a pixel without a label. The relative error is a ratio,
@@ -71,14 +128,14 @@ class DepthErrors(Metric):
         for total, values in zip(state, (error, error / depth, known), strict=True):
             total += values.sum(dtype=state.dtype)
 
-    def compute(self, state: Tensor) -> dict[str, float]:
-        absolute, relative, pixels = state.tolist()
-        if not pixels:
-            return {"abs_err": math.nan, "rel_err": math.nan}
-        return {"abs_err": absolute / pixels, "rel_err": relative / pixels}
+    def pixels(self, state: Tensor) -> Tensor:
+        return state[2]
+
+    def values(self, state: Tensor) -> Tensor:
+        return state[:2] / state[2]
 
 
-class Angles(Metric):
+class Angles(Pooled):
     """Angle between predicted and true normal, in degrees: mean, median, and shares within 11.25°, 22.5° and 30°.
 
     Predictions (N, 3, H, W) of any length, labels (N, H, W, 3), zeros or NaN for a pixel without a label. A prediction
@@ -107,13 +164,16 @@ class Angles(Metric):
         bins = (degrees * 100).long().clamp(0, BINS - 1)
         state.index_add_(0, bins.masked_fill(~known, 0).flatten(), known.flatten().long())
 
-    def compute(self, state: Tensor) -> dict[str, float]:
-        pixels = int(state.sum())
-        if not pixels:
-            return {score.name: math.nan for score in self.scores}
-        middles, below = (torch.arange(BINS, dtype=torch.float64) + 0.5) / 100, state.cumsum(0)
+    def pixels(self, state: Tensor) -> Tensor:
+        return state.sum()
+
+    def values(self, state: Tensor) -> Tensor:
+        state = state.double()  # exact: a count is far below 2⁵³
+        middles = (torch.arange(BINS, dtype=torch.float64, device=state.device) + 0.5) / 100
+        below = state.cumsum(0)
+        pixels = below[-1]
         # The median is the mean of the two pixels in the middle, which are the same one if the number is odd.
-        halves = torch.tensor([(pixels - 1) // 2, pixels // 2], dtype=below.dtype)
-        median = middles[torch.searchsorted(below, halves, right=True)].mean().item()
-        shares = {name: 100 * int(state[: round(limit * 100)].sum()) / pixels for name, limit in self.limits.items()}
-        return {"mean": (middles @ state.double()).item() / pixels, "median": median, **shares}
+        halves = torch.stack([((pixels - 1) / 2).floor(), (pixels / 2).floor()])
+        median = middles[torch.searchsorted(below, halves, right=True).clamp(max=BINS - 1)].mean()
+        shares = [100 * state[: round(limit * 100)].sum() / pixels for limit in self.limits.values()]
+        return torch.stack([(middles @ state) / pixels, median, *shares])

@@ -17,13 +17,14 @@ from pathlib import Path
 
 from mtl.errors import ConfigError, SetupError, UserError, suggest
 from mtl.report import output, summaries
+from mtl.report import select as selection
 from mtl.report.attempt import Failures, attempt
 from mtl.report.findings import findings
 from mtl.report.glossary import used
 from mtl.report.names import slug, visible
 from mtl.report.output import FIGURES, FORMATS, PAPER, Content
 from mtl.report.protocols import benchmarks
-from mtl.report.runs import fingerprint, load
+from mtl.report.runs import SELECTIONS, fingerprint, load
 from mtl.report.scores import Scores
 from mtl.report.tables import Table
 
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             close = suggest(options.delta_m, DELTA_M)
             raise ConfigError(f"--delta-m {options.delta_m}: one of {', '.join(DELTA_M)}{close}")
         formats += [PAPER] if options.paper else []
-        settings = (options.path, options.reference, out, formats, options.wandb, options.delta_m)
+        settings = (options.path, options.reference, out, formats, options.wandb, options.delta_m, options.select)
         if options.watch is not None:
             return _watch(*settings, every=options.watch)
         failed = report(*settings)
@@ -75,6 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--paper", action="store_true", help="also write the table of a paper, paper.tex, and methods.bib")
     add("--delta-m", default="main", metavar="main|flat|task",
         help="metrics in Δm: the main one of each task (default), all alike, or all averaged by task")  # fmt: skip
+    add(
+        "--select",
+        metavar="|".join(SELECTIONS),
+        help="epoch that conclusions rest on; default: selected where there is validation data, else last",
+    )
     add("--watch", nargs="?", type=seconds, const=SECONDS, metavar="SECONDS",
         help=f"look for new epochs again and again, and rebuild the report; default: every {SECONDS:g} s")  # fmt: skip
     add("--wandb", metavar="ENTITY/PROJECT", help="also make a W&B workspace that compares the runs")
@@ -125,7 +131,7 @@ def _watch(*settings, every: float) -> int:
 
 def report(
     paths: Sequence[Path], reference: str | None, out: Path, formats: Sequence[str], wandb: str | None = None,
-    delta_m: str = "main", refresh: float | None = None,
+    delta_m: str = "main", select: str | None = None, refresh: float | None = None,
 ) -> Failures:  # fmt: skip
     """Print the main tables of all runs below `paths`; write tables, figures and the page into `out`.
 
@@ -135,7 +141,7 @@ def report(
         out: folder; what an earlier report wrote there is brought up to date or removed.
         formats: of FORMATS (none stands for all), and of FIGURES or PAPER in addition.
         wandb: "entity/project", in which a W&B workspace is made.
-        delta_m: as in `Protocol`.
+        delta_m, select: as in `Protocol`.
         refresh: seconds after which the page loads itself again.
 
     Returns:
@@ -153,6 +159,8 @@ def report(
     found = [replace(b, delta_m=delta_m) for b in benchmarks(collection.runs, collection.stopped)]
     if reference is not None:
         summaries.check_reference(reference, found)
+    for line in selection.select(select, found) if select else ():
+        _say(line)
     failed = Failures()
     content = Content(collection, found, refresh=refresh)
     for benchmark in found:

@@ -11,6 +11,9 @@ TERMS = {
     "best": "The value of the best test epoch of each metric. It was chosen on test data, so it is too good. No one "
     "network has all of these values.",
     "selected": "The value of the one epoch that the first task's validation metric chose.",
+    "last10": "The mean of the values of the last ten epochs.",
+    "delta_m": "The value of the one epoch whose validation metrics have the best Δm. A single-task run has the epoch "
+    "that its own validation metric chose.",
     "±": "Sample standard deviation over seeds.",
     "*": "The best mean among the multi-task strategies, or bold. It does not say that the difference is real. "
     "Strategies with fewer seeds than most, a failed seed or a value that is not finite are left out.",

@@ -45,7 +45,10 @@ _DELTA = {
 
 
 def latex(benchmarks: Sequence[Protocol]) -> str:
-    """One table for each benchmark and architecture on which a strategy has finished, with values of the last epoch."""
+    """One table for each benchmark and architecture on which a strategy has finished.
+
+    It has the values of the last epoch, or of the selection that was asked for.
+    """
     tables = [
         _table(Scores(benchmark, arch)) for benchmark in benchmarks for arch in benchmark.archs if benchmark.of(arch)
     ]
@@ -58,7 +61,7 @@ def bibliography() -> str:
 
 
 def _table(scores: Scores) -> str:
-    at = "last"
+    at = scores.benchmark.select or "last"
     columns = list(scores.compared)
     gains = {g.label: scores.delta_m(g, at) for g in scores.groups}
     ranks = scores.mean_ranks(at)
@@ -139,7 +142,7 @@ def _caption(scores: Scores, delta: bool, rank: bool) -> str:
     number = f"{many} seed{'' if counts == [1] else 's'} ({', '.join(map(str, seeds))})"
     what = "mean and standard deviation over" if counts[-1] > 1 else "of"
     parts = [
-        f"{tex(bench.name)}, {tex(scores.arch)}: test metrics, {SELECTIONS['last']}, {what} {number}.",
+        f"{tex(bench.name)}, {tex(scores.arch)}: test metrics, {SELECTIONS[bench.select or 'last']}, {what} {number}.",
         "Bold: the best multi-task method." if len(scores.groups) > 1 else "",
         rf"$\Delta_m$: mean relative gain over single-task learning \cite{{maninis2019astmt}}, {_DELTA[bench.delta_m]}."
         if delta

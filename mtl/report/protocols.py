@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from mtl.config.identity import as_before, canonical, decisive
-from mtl.report.runs import SELECTIONS, Run
+from mtl.report.runs import ALWAYS, Run
 from mtl.report.validate import SINGLE
 from mtl.tracking import flatten
 
@@ -88,6 +88,7 @@ class Protocol:
         lost: groups without a finished run.
         delta_m: which metrics Δm takes: "main" (the main one of each task), "flat" (all alike) or "task" (all, those
             of one task averaged first).
+        select: the selection that conclusions rest on, of `SELECTIONS`; None for the usual one.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Protocol:
     tasks: dict[str, str] = field(default_factory=dict)
     lost: list[Group] = field(default_factory=list)
     delta_m: str = "main"
+    select: str | None = None
 
     @property
     def archs(self) -> list[str]:
@@ -106,16 +108,20 @@ class Protocol:
         """The strategies on one architecture."""
         return [g for g in self.groups if g.arch == arch]
 
-    @cached_property
+    @property
     def selections(self) -> list[str]:
         """How epochs were selected, of `SELECTIONS`; "selected" only where every strategy's runs have it."""
-        everywhere = self.groups and all(r.summary.get("selected") for g in self.groups for r in g.runs)
-        return [s for s in SELECTIONS if s != "selected" or everywhere]
+        asked = [] if self.select in (None, *ALWAYS) else [self.select]
+        return [s for s in ALWAYS if s != "selected" or self._validated] + asked
+
+    @cached_property
+    def _validated(self) -> bool:
+        return bool(self.groups) and all(r.summary.get("selected") for g in self.groups for r in g.runs)
 
     @property
     def main(self) -> str:
         """The selection that conclusions rest on: by validation data if there is any, else the last epoch."""
-        return "selected" if "selected" in self.selections else "last"
+        return self.select or ("selected" if self._validated else "last")
 
     def baseline(self, group: Group, task: str) -> Group | None:
         """The group trained on `task` alone, with the config of `group` except for the loss."""

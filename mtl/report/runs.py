@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,12 @@ from mtl.report.names import visible
 from mtl.report.validate import number
 from mtl.tracking import flatten
 
-SELECTIONS = {"last": "last epoch", "best": "best epoch", "selected": "chosen on validation data"}
+SELECTIONS = {
+    "last": "last epoch", "best": "best epoch", "selected": "chosen on validation data",
+    "last10": "mean of the last ten epochs", "delta_m": "chosen by Δm on validation data",
+}  # fmt: skip
+ALWAYS = ("last", "best", "selected")  # the others are shown on request: see `mtl.report.select`
+LAST = 10  # epochs of "last10"
 _DRAWN = ("test/", "weights/", "grad/", "micro/tasks/")  # what figures show over epochs
 FILES = ("run.json", "config.yaml", "metrics.jsonl", "summary.json")
 UNFINISHED = ("running", "interrupted")  # the status of a run that may go on
@@ -41,6 +47,7 @@ class Run:
         summary: summary.json; empty for a run that did not finish.
         curves: {"test/fine_accuracy": (E,) one value per epoch, NaN where there is none, …}: of metrics.jsonl what
             figures show over epochs. Of a run that has not finished, the epochs so far; empty for one that failed.
+        chosen: {selection: epoch, from 1}, of those that `mtl.report.select` chooses.
     """
 
     directory: Path
@@ -48,6 +55,7 @@ class Run:
     config: dict[str, Any]
     summary: dict[str, Any]
     curves: dict[str, NDArray] = field(default_factory=dict, repr=False, compare=False)
+    chosen: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def rows(self) -> list[dict[str, float]]:
@@ -72,12 +80,18 @@ class Run:
 
         Args:
             metric: such as "fine_accuracy".
-            at: "last" epoch; "best" epoch of this very metric on test data; or "selected", at the one epoch that the
-                first task's validation metric chose.
+            at: "last" epoch; "best" epoch of this very metric on test data; "selected", at the one epoch that the
+                first task's validation metric chose; "last10", the mean of the last ten; or "delta_m", at the epoch in
+                `chosen`.
 
         Returns:
             NaN where the run has no such metric; infinite values stay.
         """
+        if at not in ALWAYS:
+            curve = self.curves.get(f"test/{metric}", np.array([]))
+            if at == "last10":
+                return float(curve[-LAST:].mean()) if len(curve) >= LAST else math.nan
+            return float(curve[self.chosen[at] - 1]) if len(curve) and at in self.chosen else math.nan
         value = (self.summary.get(at) or {}).get(f"test/{metric}")
         return number(value["value"] if isinstance(value, dict) else value)
 

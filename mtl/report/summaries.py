@@ -16,7 +16,7 @@ from mtl.report.names import visible
 from mtl.report.notes import excuses, pairing, provenance, some
 from mtl.report.overall import Kind
 from mtl.report.protocols import Group, Protocol
-from mtl.report.runs import SELECTIONS, Collection
+from mtl.report.runs import ALWAYS, SELECTIONS, Collection
 from mtl.report.scores import Scores
 from mtl.report.statistics import holm, mean, paired, verdict
 from mtl.report.tables import Entry, Table
@@ -246,7 +246,8 @@ def differences(scores: Scores, reference: str, at: str) -> Table | None:
 def per_run(benchmarks: Sequence[Protocol]) -> Table:
     """One row per finished run with all of its values. Every other table is made from these."""
     metrics = list(dict.fromkeys(m for b in benchmarks for m in b.metrics))
-    columns = [(m, at) for m in metrics for at in SELECTIONS]
+    shown = [at for at in SELECTIONS if at in ALWAYS or any(b.select == at for b in benchmarks)]
+    columns = [(m, at) for m in metrics for at in shown]
     rows = []
     for benchmark in benchmarks:
         for group in [*benchmark.groups, *benchmark.baselines]:

@@ -8,14 +8,14 @@ NaN.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from mtl.metrics.base import Metric
-from mtl.metrics.dense import Angles, ConfusionMatrix, DepthErrors
+from mtl.metrics.dense import Angles, ConfusionMatrix, DepthErrors, Reduction, reduced
 from mtl.tasks.base import Task
 from mtl.tasks.labels import wrong_classes
 from mtl.views import Directions, Metres, Moves, Pixels
@@ -67,14 +67,17 @@ class Depth(Task):
     """L1 loss of each pixel's depth: predictions (N, 1, H, W), targets (N, H, W) in metres.
 
     A pixel has no label if its depth is 0 (as in MTAN's files) or NaN (as after a crop beyond the image).
+    `reduction` says how the metrics combine batches, see `mtl.metrics.dense`.
     """
+
+    reduction: Reduction = "pooled"
 
     moves: ClassVar[Moves] = Metres()
     allowed = "a map (N, H, W) of depths from 0 is needed, 0 or NaN where a pixel has no label"
 
     @property
     def metrics(self) -> Sequence[Metric]:
-        return (DepthErrors(),)
+        return (reduced(DepthErrors(), self.reduction),)
 
     def wrong(self, target: Tensor) -> Tensor:
         _check_labels(target, 3)
@@ -110,17 +113,18 @@ class Normals(Task):
     Labels that interpolation has shortened are not normalised, as in MTAN.
 
     Different from MTAN's code: a prediction is divided by its length, but at least by 1e-3. So no gradient is longer
-    than 1000, even if a prediction is zero.
+    than 1000, even if a prediction is zero. `reduction` says how the metrics combine batches, see `mtl.metrics.dense`.
     """
 
     outputs: int = 3
+    reduction: Reduction = "pooled"
 
     moves: ClassVar[Moves] = Directions()
     allowed = "a map (N, H, W, 3) of unit vectors is needed, zeros or NaN where a pixel has no label"
 
     @property
     def metrics(self) -> Sequence[Metric]:
-        return (Angles(),)
+        return (reduced(Angles(), self.reduction),)
 
     def wrong(self, target: Tensor) -> Tensor:
         _check_labels(target, 4)
@@ -143,6 +147,11 @@ class Normals(Task):
     def answers(self, prediction: Tensor) -> dict[str, Tensor]:
         """The unit normal of each pixel, (N, H, W, 3), as labels are stored."""
         return {"normal": F.normalize(prediction, dim=1, eps=SHORTEST).movedim(1, -1)}
+
+
+def reduce_by(tasks: Sequence[Task], reduction: Reduction) -> tuple[Task, ...]:
+    """The tasks, whose metrics of depth and normals combine batches in this way; other tasks as they are."""
+    return tuple(replace(t, reduction=reduction) if isinstance(t, Depth | Normals) else t for t in tasks)
 
 
 def _directed(normals: Tensor) -> Tensor:

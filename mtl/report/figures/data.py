@@ -96,7 +96,8 @@ def figure(
         at: the epoch that the values belong to, in words.
     """
     if at:
-        note += f" At the {'epoch ' if benchmark.main == 'selected' else ''}{SELECTIONS[benchmark.main]}."
+        rule = SELECTIONS[benchmark.main]
+        note += f" At the {'epoch ' if rule.startswith('chosen') else ''}{rule}."
     seeds = sorted({len(g.runs) for g in benchmark.groups})
     if seeds and not several(benchmark):
         note += " One seed each."
