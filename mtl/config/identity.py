@@ -33,6 +33,7 @@ EXCLUDED = (
     "data.residency",
     "data.workers",
     "trainer.device",
+    "trainer.pictures",
     "study",
 )
 

@@ -28,6 +28,8 @@ class Execution:
         precision: fp32, or bf16 autocast (parameters, gradients and losses stay fp32).
         channels_last: the memory layout of images and convolutions.
         deterministic: use only deterministic GPU kernels. A CPU run is bit-reproducible anyway.
+        pictures: test samples that are drawn after the epochs 1, 2, 4, 8, … and the last one; 0 for none. See
+            `mtl.engine.pictures`.
         stages: the stages of the training, as in `mtl.engine.stages`; empty for one stage with all epochs.
 
     Attributes:
@@ -40,6 +42,7 @@ class Execution:
     channels_last: bool = True
     deterministic: bool = False
     stages: Sequence[Any] = ()
+    pictures: Annotated[int, Ge(0)] = 4
 
     def __post_init__(self) -> None:
         name, _, index = self.device.partition(":")

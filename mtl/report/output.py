@@ -22,7 +22,7 @@ PAPER = "paper"
 ERRORS = "report-errors.txt"
 
 # A file is ours by its name and by its beginning: what only bears such a name may be the user's.
-_TABLE = r"(.+-(figures|(tasks|multi-task|differences|optimizers)-\w+)|contradictions|missing|runs)"
+_TABLE = r"(.+-(figures|cost|(tasks|multi-task|differences|optimizers)-\w+)|contradictions|missing|runs)"
 _FIGURE = r".+-(learning-curves|weights|gradients|layers|parallel-coordinates|pareto|cost|learning-rates)"
 _OURS = (
     (rf"{_TABLE}\.csv", rb"(strategy|metric|optimizer|directory|benchmark),"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -84,6 +85,11 @@ class Run:
     def fact(self, name: str) -> float:
         """One of `validate.FACTS`; NaN where the run does not know it."""
         return number(self.summary.get(name))
+
+    @property
+    def gpu(self) -> bool:
+        """Whether it was trained on a GPU."""
+        return bool(self.info.get("hardware", {}).get("gpu"))
 
     @property
     def open(self) -> bool:
@@ -274,3 +280,9 @@ def _rows_so_far(directory: Path) -> list[dict[str, float]]:
 def _curves(rows: Sequence[Mapping[str, float]]) -> dict[str, NDArray]:
     keys = [k for k in dict.fromkeys(chain.from_iterable(rows)) if k.startswith(_DRAWN)]
     return {visible(k): np.array([number(r.get(k)) for r in rows]) for k in keys}
+
+
+def step_time(run: Run) -> float:
+    """Milliseconds per training step; NaN where the run does not know it."""
+    rate, batch = run.fact("images_per_second"), run.config["data"].get("batch_size")
+    return 1000 * batch / rate if isinstance(batch, int) and rate > 0 else math.nan

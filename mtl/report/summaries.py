@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mtl.errors import ConfigError, suggest
@@ -16,7 +16,7 @@ from mtl.report.names import visible
 from mtl.report.notes import excuses, pairing, provenance, some
 from mtl.report.overall import Kind
 from mtl.report.protocols import Group, Protocol
-from mtl.report.runs import SELECTIONS, Collection
+from mtl.report.runs import SELECTIONS, Collection, Run, step_time
 from mtl.report.scores import Scores
 from mtl.report.statistics import holm, mean, paired, verdict
 from mtl.report.tables import Entry, Table
@@ -241,6 +241,35 @@ def differences(scores: Scores, reference: str, at: str) -> Table | None:
     return _table(
         scores, "differences", f"differences from {reference}", note, header, rows, (at, "95 %", "verdict"), at
     )
+
+
+def cost(scores: Scores) -> Table | None:
+    """Images per second, step time and peak memory of each strategy; None if no run knows any of them."""
+    columns: dict[str, Callable[[Run], float]] = {
+        "images\nper second": lambda r: r.fact("images_per_second"),
+        "ms per\nstep": step_time,
+        "peak memory\nGPU, GiB": lambda r: r.fact("peak_memory_gib") if r.gpu else math.nan,
+        "peak memory\nprocess, GiB": lambda r: math.nan if r.gpu else r.fact("peak_memory_gib"),
+        "hours": lambda r: r.fact("seconds") / 3600,
+        "parameters\nmillions": lambda r: r.fact("parameters") / 1e6,
+    }
+    groups = [*scores.groups, *scores.baselines]
+    rows, header = [[Entry(g.label), Entry(str(len(g.runs)), len(g.runs))] for g in groups], ["strategy", "n"]
+    for name, fact in columns.items():
+        values = [[x for r in g.runs if math.isfinite(x := fact(r))] for g in groups]
+        if any(values):
+            header.append(name)
+            for row, cell in zip(rows, spreads(values, [len(g.runs) for g in groups], [False] * len(groups), True),
+                                 strict=True):  # fmt: skip
+                row.append(cell)
+    if len(header) == 2:
+        return None
+    note = (
+        "Mean ± sample standard deviation over seeds. Images per second and step time are measured in training, with "
+        "data loading and without evaluation. A busy machine makes both worse. Peak memory of a GPU: all tensors. "
+        "Peak memory of a CPU run: the resident memory of the whole process, with Python and the data."
+    )
+    return _table(scores, "cost", "speed and memory", note, header, rows, ("±",))
 
 
 def per_run(benchmarks: Sequence[Protocol]) -> Table:

@@ -16,7 +16,7 @@ from mtl.report.figures.style import Style, palette
 from mtl.report.multitask import pareto_optimal
 from mtl.report.overall import MANY, kinds
 from mtl.report.protocols import Group, Protocol, rateless
-from mtl.report.runs import Run
+from mtl.report.runs import Run, step_time
 from mtl.report.scores import Scores
 from mtl.report.statistics import mean
 
@@ -119,7 +119,7 @@ def cost(benchmark: Protocol) -> Figure:
     metric, traces = _first(benchmark), []
     for group in benchmark.groups:
         known = [(r, time, _values(benchmark, replace(group, runs=[r]), metric))
-                 for r in group.runs if (time := step_time(r)) is not None]  # fmt: skip
+                 for r in group.runs if drawable(time := step_time(r))]  # fmt: skip
         known = [(r, time, values[0]) for r, time, values in known if values]
         traces += _scatter(group, [t for _, t, _ in known], [y for _, _, y in known], [r for r, _, _ in known])
     times = [x for t in traces for x in t.x]
@@ -175,14 +175,6 @@ def _values(benchmark: Protocol, group: Group, metric: str) -> list[float]:
     """Of the runs that have a finite one; `metric` may be the mean of a kind."""
     metrics = [metric] if metric in benchmark.metrics else kinds(benchmark)[metric].metrics
     return [v for r in group.runs if drawable(v := mean([r.figure(m, benchmark.main) for m in metrics]))]
-
-
-def step_time(run: Run) -> float | None:
-    """Milliseconds a training step."""
-    rate, batch = run.fact("images_per_second"), run.config["data"].get("batch_size")
-    if not isinstance(batch, int) or not drawable(rate) or rate <= 0:
-        return None
-    return 1000 * batch / rate if drawable(1000 * batch / rate) else None
 
 
 def _higher(benchmark: Protocol, metric: str) -> bool | None:
