@@ -285,4 +285,4 @@ def _curves(rows: Sequence[Mapping[str, float]]) -> dict[str, NDArray]:
 def step_time(run: Run) -> float:
     """Milliseconds per training step; NaN where the run does not know it."""
     rate, batch = run.fact("images_per_second"), run.config["data"].get("batch_size")
-    return 1000 * batch / rate if isinstance(batch, int) and rate > 0 else math.nan
+    return 1000 * batch / rate if isinstance(batch, int) and 0 < rate < math.inf else math.nan

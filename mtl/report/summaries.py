@@ -246,12 +246,12 @@ def differences(scores: Scores, reference: str, at: str) -> Table | None:
 def cost(scores: Scores) -> Table | None:
     """Images per second, step time and peak memory of each strategy; None if no run knows any of them."""
     columns: dict[str, Callable[[Run], float]] = {
-        "images\nper second": lambda r: r.fact("images_per_second"),
-        "ms per\nstep": step_time,
-        "peak memory\nGPU, GiB": lambda r: r.fact("peak_memory_gib") if r.gpu else math.nan,
-        "peak memory\nprocess, GiB": lambda r: math.nan if r.gpu else r.fact("peak_memory_gib"),
+        "images/s": lambda r: r.fact("images_per_second"),
+        "ms/step": step_time,
+        "peak GiB\nGPU": lambda r: r.fact("peak_memory_gib") if r.gpu else math.nan,
+        "peak GiB\nprocess": lambda r: math.nan if r.gpu else r.fact("peak_memory_gib"),
         "hours": lambda r: r.fact("seconds") / 3600,
-        "parameters\nmillions": lambda r: r.fact("parameters") / 1e6,
+        "parameters\nmillion": lambda r: r.fact("parameters") / 1e6,
     }
     groups = [*scores.groups, *scores.baselines]
     rows, header = [[Entry(g.label), Entry(str(len(g.runs)), len(g.runs))] for g in groups], ["strategy", "n"]

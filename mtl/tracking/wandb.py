@@ -189,7 +189,9 @@ class WandbTracker(Tracker):
 
     def log(self, row: Mapping[str, float]) -> None:
         if self.run is not None:
-            finite: dict[str, Any] = {k: v for k, v in row.items() if not (isinstance(v, float) and not math.isfinite(v))}
+            finite: dict[str, Any] = {
+                k: v for k, v in row.items() if not (isinstance(v, float) and not math.isfinite(v))
+            }
             if sheet := pictures.of(self.info.directory, int(row["epoch"])):
                 import wandb
 

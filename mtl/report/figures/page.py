@@ -17,7 +17,7 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from mtl.report.attempt import Failures, attempt
-from mtl.report.figures import per_run
+from mtl.report.figures import per_run, pictures
 from mtl.report.figures.data import Figure
 from mtl.report.figures.plot import spec
 from mtl.report.figures.style import DARK, Style, colour_note
@@ -48,6 +48,7 @@ class _Page:
     drawn: list[str] = field(default_factory=list)
     tables: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     figures: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    sprites: pictures.Sprites = field(default_factory=pictures.Sprites)
     said: int = 0  # of `failed`, the lines that the page shows already
 
     def part(self, name: str, make: Callable[[], str]) -> str:
@@ -95,6 +96,7 @@ def write(
         page.part("Where it comes from", lambda: _origin(collection.runs)),
         "</main>",
     ]
+    parts.append(f"<style>{page.sprites.css}</style>")
     content = _PAGE.format(
         policy=escape(POLICY, quote=True).replace("&#x27;", "'"),
         refresh=f'<meta http-equiv="refresh" content="{math.ceil(refresh)}">\n' if refresh else "",
@@ -213,14 +215,17 @@ def _benchmark(benchmark: Protocol, number: int, tables: Sequence[Table], page: 
     for arch in archs:
         if len(archs) > 1:
             parts.append(f"<h3>{escape(arch)}</h3>")
-        parts += _on(arch, [t for t in own if t.about[1] == arch], figures.get(arch, []), looks, page)
+        here = per_run.on(benchmark, arch)
+        parts += _on(here, arch, [t for t in own if t.about[1] == arch], figures.get(arch, []), looks, page)
     return "".join(parts) + "</section>"
 
 
 def _on(
-    arch: str, tables: Sequence[Table], figures: Sequence[Figure], looks: Mapping[str, Style], page: _Page
-) -> list[str]:
-    """Tables and figures of one architecture in reading order. Folded parts come last, or stand in their own place."""
+    benchmark: Protocol, arch: str, tables: Sequence[Table], figures: Sequence[Figure], looks: Mapping[str, Style],
+    page: _Page,
+) -> list[str]:  # fmt: skip
+    """Tables, figures and pictures of one architecture in reading order. Folded parts come last, or stand in their own
+    place."""
     parts = []
     for kind in ORDER:
         for table in tables:
@@ -230,6 +235,8 @@ def _on(
             if figure.name == kind:
                 parts.append(page.part(f"{figure.title}, {arch}", partial(_figure, figure, looks, page)))
         parts.append(_fold("tasks", [t for t in tables if t.kind == kind == "tasks"], page))
+    drawn = partial(pictures.section, benchmark, list(looks), page.sprites, page.figures)
+    parts.append(page.part(f"Pictures, {arch}", drawn))
     parts.append(_fold("", [t for t in tables if t.folded and t.kind != "tasks"], page))
     return parts
 

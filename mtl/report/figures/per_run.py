@@ -32,7 +32,7 @@ def figures(benchmark: Protocol, failed: Failures | None = None) -> dict[str, li
     makers = (learning_curves, weights, gradients, layers, parallel_coordinates, pareto, cost, learning_rates)
     found: dict[str, list[Figure]] = {}
     for arch in dict.fromkeys(g.arch for g in [*benchmark.groups, *benchmark.lost] if g.runs or g.open):
-        part, found[arch] = _on(benchmark, arch), []
+        part, found[arch] = on(benchmark, arch), []
         for make in makers:
             name = f"{make.__name__.replace('_', ' ')} of {benchmark.name}, {arch}"
             made = make(part) if failed is None else attempt(name, lambda make=make, part=part: make(part), failed)
@@ -40,7 +40,7 @@ def figures(benchmark: Protocol, failed: Failures | None = None) -> dict[str, li
     return found
 
 
-def _on(benchmark: Protocol, arch: str) -> Protocol:
+def on(benchmark: Protocol, arch: str) -> Protocol:
     """The benchmark on one architecture. All functions below except `styles` take one."""
     baselines = [b for b in benchmark.baselines if b.arch == arch]
     return replace(benchmark, groups=benchmark.of(arch), baselines=baselines,
