@@ -29,7 +29,7 @@ from mtl.tracking.pictures import Sheet, encode, epochs, path_of
 
 log = logging.getLogger("mtl")
 
-LONGEST = 256  # pixels of a picture's longer side; of larger ones every second, third, … pixel is shown
+LONGEST = 256  # of a picture's longer side; of larger ones every second, third, … row and column is shown
 
 
 class Pictures:
@@ -63,7 +63,8 @@ class Pictures:
     def draw(self, epoch: int) -> None:
         """Write the pictures of an epoch, if they are due and not there yet.
 
-        A failure, such as an error in a user's own `draw`, costs the run its pictures and nothing else: one line says so.
+        A failure costs the run its pictures and nothing else: one line says so. An example is an error in a user's
+        own `draw`.
         """
         due = epoch > 0 and (epoch & (epoch - 1) == 0 or epoch == self.learner.trainer.epochs)
         file = path_of(self.directory, epoch)
@@ -107,7 +108,7 @@ def _checked(task: Task, colours: Tensor) -> Tensor:
 
 
 def _resized(colours: Tensor, height: int, width: int) -> NDArray:
-    """(N, height, width, 3) by the nearest pixel, since a mean of two classes' colours may be a third class's."""
+    """(N, height, width, 3) by the nearest point, since a mean of two classes' colours may be a third class's."""
     rows = torch.arange(height) * colours.shape[1] // height
     columns = torch.arange(width) * colours.shape[2] // width
     return colours.cpu()[:, rows][:, :, columns].numpy()

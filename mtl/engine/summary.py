@@ -88,7 +88,7 @@ def forget_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Peak memory in GiB: what the run's tensors take on a GPU, or the resident memory of the whole process on a CPU."""
+    """Peak memory in GiB: of the tensors on a GPU; on a CPU the resident memory of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     with suppress(OSError, StopIteration, ValueError):

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 FOLDER, KEY = "pictures", "mtl"
-GAP = 2  # white pixels between two tiles
+GAP = 2  # white rows and columns between two tiles
 KINDS = ("image", "truth", "prediction")
-LARGEST, PIXELS = 64 * 10**6, 50 * 10**6  # bytes and pixels of a picture; a run writes far less
+LARGEST, AREA = 64 * 10**6, 50 * 10**6  # bytes, and height times width; a run writes far less
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def read(file: Path) -> Sheet:
         raise ValueError("no picture of a run")
     data = file.read_bytes()
     # The size is checked before anything is decoded: a small file can hold a huge picture.
-    if len(data) < 24 or int(np.prod(struct.unpack(">II", data[16:24]), dtype=float)) > PIXELS:
+    if len(data) < 24 or int(np.prod(struct.unpack(">II", data[16:24]), dtype=float)) > AREA:
         raise ValueError("no picture of a run, or damaged")
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as opened:

@@ -20,7 +20,7 @@ from mtl.tracking.pictures import Sheet, epochs, path_of, read
 
 BUDGET = 8 * 10**6  # characters of all pictures in a page, which some browsers and mail programs must carry
 OVER = 6  # epochs of a strip
-SMALL = 160  # pixels of width: smaller pictures are enlarged, with their pixels as squares
+SMALL = 160  # of width: smaller pictures are enlarged, without a blur
 
 
 @dataclass
@@ -125,10 +125,13 @@ def _read(directory: Path, epoch: int, wrong: list[str]) -> Sheet | None:
         return read(path_of(directory, epoch))
     except (OSError, ValueError) as error:
         reason = (error.strerror or "cannot be read") if isinstance(error, OSError) else str(error)
-        line = f"{visible(str(path_of(directory, epoch)))}: {reason}"
-        if line not in wrong:
-            wrong.append(line)
+        _note(wrong, f"{visible(str(path_of(directory, epoch)))}: {reason}")
         return None
+
+
+def _note(lines: list[str], line: str) -> None:
+    if line not in lines:
+        lines.append(line)
 
 
 def _side_by_side(
@@ -143,7 +146,7 @@ def _side_by_side(
             columns.append((head, "", name))
     for one in having:
         if not _same(first, one.sheet, task):
-            wrong.append(f"{visible(str(one.run.directory))}: other samples than {having[0].label}'s")
+            _note(wrong, f"{visible(str(one.run.directory))}: other samples than {having[0].label}'s")
         elif name := sprites.add(one.sheet.column(task, "prediction")):
             columns.append((one.label, f"seed {one.run.seed}, epoch {one.epoch}", name))
         else:
