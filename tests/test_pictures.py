@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from mtl.report.__main__ import main
 from mtl.report.figures import pictures as page_pictures
 from mtl.tasks import Classification, Depth, Normals, Segmentation
 from mtl.tracking.pictures import GAP, Sheet, encode, path_of, read
+from mtl.tracking.wandb import WandbTracker
 
 # ----------------------------------------------------------------------------------------------------------- colours
 
@@ -135,7 +138,7 @@ def test_pictures_of_a_run(cli, monkeypatch):
     from mtl.engine.run import Job
 
     small = (*SMALL, "trainer.pictures=3")
-    assert cli(*small, "output_root=with", "logger=all", "logger.wandb.mode=offline").code == 0
+    assert cli(*small, "output_root=with", "logger=tensorboard").code == 0
     assert list(files("with")) == ["epoch_0001.png", "epoch_0002.png", "epoch_0003.png"]
     sheets = [read(f) for f in sorted(Path("with").rglob("pictures/*"))]
     assert sheets[0].tiles.shape == (7, 3, 16, 24, 3)
@@ -162,13 +165,16 @@ def test_pictures_of_a_run(cli, monkeypatch):
 
 
 def _check_trackers(sheets: list[Sheet]) -> None:
-    media = sorted(Path("with").rglob("media/images/*.png"), key=lambda m: m.stat().st_mtime_ns)
-    assert len(media) == 3
-    for file, one in zip(media, sheets, strict=True):
-        assert np.array_equal(np.array(Image.open(file).convert("RGB")), one.page)
-    events = EventAccumulator(str(next(Path("with").rglob("tensorboard")))).Reload()
+    (folder,) = (file.parent for file in Path("with").rglob("run.json"))
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [e.step for e in events.Images("pictures")] == [1, 2, 3]
     assert (events.Images("pictures")[0].height, events.Images("pictures")[0].width) == sheets[0].page.shape[:2]
+    tracker = WandbTracker()
+    tracker.info, tracker.run = SimpleNamespace(directory=folder), mock.Mock()
+    for epoch in (3, 4):
+        tracker.log({"epoch": epoch, "test/loss": float("nan")})
+    (third,), (fourth,) = (call.args for call in tracker.run.log.call_args_list)
+    assert np.array_equal(np.array(third["pictures"].image), sheets[2].page) and fourth == {"epoch": 4}
 
 
 OWN = """

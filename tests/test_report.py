@@ -159,7 +159,7 @@ def test_rows_are_read_and_older_runs_say_what_is_better_by_their_best_epoch(tmp
     (run,) = load([folder]).runs
     assert [row["test/depth_mae"] for row in run.rows] == [10.5, 9.0, 10.0]
     assert run.metrics == HIGHER and run.tasks == {"fine": "fine_accuracy", "depth": "depth_mae"}
-    assert [run.figure("depth_mae", at) for at in ("last", "best", "selected")] == [10.0, 9.0, 10.5]
+    assert [run.value("depth_mae", at) for at in ("last", "best", "selected")] == [10.0, 9.0, 10.5]
 
 
 # -- sorting ----------------------------------------------------------------------------------------------------------

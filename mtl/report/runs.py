@@ -25,7 +25,7 @@ from mtl.report.validate import number
 from mtl.tracking import flatten
 
 SELECTIONS = {"last": "last epoch", "best": "best epoch", "selected": "chosen on validation data"}
-_DRAWN = ("test/", "weights/", "grad/", "micro/tasks/")  # what figures show over epochs
+_DRAWN = ("test/", "weights/", "grad/", "micro/tasks/")  # the keys that figures show over epochs
 FILES = ("run.json", "config.yaml", "metrics.jsonl", "summary.json")
 UNFINISHED = ("running", "interrupted")  # the status of a run that may go on
 _PRUNED = ("wandb", "multirun")  # of an output tree: no runs in there
@@ -40,8 +40,9 @@ class Run:
         info: run.json.
         config: config.yaml.
         summary: summary.json; empty for a run that did not finish.
-        curves: {"test/fine_accuracy": (E,) one value per epoch, NaN where there is none, …}: of metrics.jsonl what
-            figures show over epochs. Of a run that has not finished, the epochs so far; empty for one that failed.
+        curves: {"test/fine_accuracy": (E,) one value per epoch, NaN where there is none, …}: the part of
+            metrics.jsonl that figures show over epochs. Of a run that has not finished, the epochs so far; empty for a
+            run that failed.
     """
 
     directory: Path
@@ -68,7 +69,7 @@ class Run:
         """Why it did not finish, on one line."""
         return self.info.get("error") or ""
 
-    def figure(self, metric: str, at: str = "last") -> float:
+    def value(self, metric: str, at: str = "last") -> float:
         """A test metric.
 
         Args:
@@ -131,7 +132,7 @@ class Run:
 
 @dataclass
 class Collection:
-    """What `load` found.
+    """The runs that `load` has found.
 
     Attributes:
         runs: the finished ones, sorted by directory.
@@ -200,7 +201,7 @@ def _without_edited(runs: Sequence[Run], found: Collection) -> list[Run]:
             there, here = (flatten({**r.config, "seed": None, "output_root": None}) for r in (original, run))
             keys = [k for k in {**there, **here} if here.get(k, "missing") != there.get(k, "missing")]
             words = ", ".join(f"{k} {here.get(k, 'missing')} instead of {there.get(k, 'missing')}" for k in keys[:3])
-            reason = f"contradiction: config.yaml is not that of seed {original.seed} of the same group: {words}"
+            reason = f"contradiction: config.yaml differs from seed {original.seed} of the same group: {words}"
             found.damaged.append((run.directory, reason))
             continue
         said = validate.doubts(run.info, run.config, run.summary.get("epochs"))

@@ -1,4 +1,4 @@
-"""The tables of a comparison: metrics, multi-task metrics, differences paired by seed, and what is missing."""
+"""The tables of a comparison: metrics, multi-task metrics, differences paired by seed, cost, missing runs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _table(
     scores: Scores, kind: str, what: str, note: str, header: list[str], rows: list[list[Entry]],
     terms: tuple[str, ...], at: str | None = None,
 ) -> Table:  # fmt: skip
-    """One of this benchmark and architecture, with what its title and its place in the page follow from."""
+    """A table of this benchmark and architecture, with its title and its place in the page."""
     title = f"{scores.benchmark.name}, {scores.arch}: {what}" + (f", {SELECTIONS[at]}" if at else "")
     secondary = at is not None and at != scores.benchmark.main
     return Table(title, note, header, rows, terms, (scores.benchmark.name, scores.arch), kind, secondary)
@@ -229,7 +229,7 @@ def differences(scores: Scores, reference: str, at: str) -> Table | None:
     named = any(g.name == reference for g in scores.groups)
     alone = [g.label for g in scores.groups if g.name != reference and scores.reference(g, reference) is None] * named
     note = (
-        f"Strategy minus {reference}, same seed{', same config but for the loss' if named else ''}. {len(pairs)} "
+        f"Strategy minus {reference}, same seed{', same config except for the loss' if named else ''}. {len(pairs)} "
         f"comparisons, {sum(not math.isnan(d.p) for d in pairs)} of them tested."
     )
     if alone:
@@ -281,7 +281,7 @@ def per_run(benchmarks: Sequence[Protocol]) -> Table:
         for group in [*benchmark.groups, *benchmark.baselines]:
             for run in group.runs:
                 words = [benchmark.name, group.arch, group.label, group.optimizer, str(run.seed)]
-                numbers = [run.figure(m, at) for m, at in columns] + [run.fact(f) for f in FACTS]
+                numbers = [run.value(m, at) for m, at in columns] + [run.fact(f) for f in FACTS]
                 cells = [Entry("") if math.isnan(x) else Entry(str(x), x) for x in numbers]
                 ends = [str(run.info.get("commit")), str(run.info.get("dirty")), visible(str(run.directory))]
                 rows.append([*map(Entry, words), *cells, *map(Entry, ends)])

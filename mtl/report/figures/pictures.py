@@ -106,7 +106,7 @@ def _runs(group: Group) -> list[Run]:
 
 
 def _seed(groups: Sequence[Group]) -> int | None:
-    """The seed of which most strategies have pictures; of several, the smallest."""
+    """The seed with pictures of the most strategies; the smallest of several."""
     seeds = [run.seed for group in groups for run in _runs(group)]
     return min(seeds, key=lambda s: (-seeds.count(s), s), default=None)
 
