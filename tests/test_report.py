@@ -189,7 +189,7 @@ def test_groups_are_told_apart_by_what_differs_and_baselines_found_by_their_conf
     assert groups["equal, adam"].optimizer == "adam"
     assert {b.label for b in benchmark.baselines} == {"single, fine, sgd", "single, fine, adam", "single, depth, sgd"}
     found = {name: benchmark.baseline(g, "fine") for name, g in groups.items()}
-    value = {name: b and b.runs[0].figure("fine_accuracy") for name, b in found.items()}
+    value = {name: b and b.runs[0].value("fine_accuracy") for name, b in found.items()}
     assert value["pcgrad"] == value["dwa, temperature 1"] == 50.0  # the step's switches go with the loss
     assert value["equal, adam"] == 40.0 and value["equal, sgd, lr 0.01"] is None
 
