@@ -195,7 +195,8 @@ def test_the_legend_stays_in_view_and_tables_stand_beside_their_figures(runs):
     names = [re.sub(r"^(Table|Figure) \d+\. |synthetic, resnet20: |\.$", "", name) for name in found["order"]]
     assert [re.sub(r"^synthetic, resnet20: |\.$", "", n) for n in names] == [
         "test metrics", "Learning curves", "multi-task metrics, last epoch", "All metrics", "Task against task",
-        "differences from equal, last epoch", "Accuracy and cost", "The same tables for the best test epoch",
+        "differences from equal, last epoch", "speed and memory", "Accuracy and cost",
+        "The same tables for the best test epoch",
     ]  # fmt: skip
     assert not found["open"] and len(found["terms"]) == len(set(found["terms"])) >= 8
 

@@ -159,7 +159,7 @@ def test_rows_are_read_and_older_runs_say_what_is_better_by_their_best_epoch(tmp
     (run,) = load([folder]).runs
     assert [row["test/depth_mae"] for row in run.rows] == [10.5, 9.0, 10.0]
     assert run.metrics == HIGHER and run.tasks == {"fine": "fine_accuracy", "depth": "depth_mae"}
-    assert [run.figure("depth_mae", at) for at in ("last", "best", "selected")] == [10.0, 9.0, 10.5]
+    assert [run.value("depth_mae", at) for at in ("last", "best", "selected")] == [10.0, 9.0, 10.5]
 
 
 # -- sorting ----------------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def test_groups_are_told_apart_by_what_differs_and_baselines_found_by_their_conf
     assert groups["equal, adam"].optimizer == "adam"
     assert {b.label for b in benchmark.baselines} == {"single, fine, sgd", "single, fine, adam", "single, depth, sgd"}
     found = {name: benchmark.baseline(g, "fine") for name, g in groups.items()}
-    value = {name: b and b.runs[0].figure("fine_accuracy") for name, b in found.items()}
+    value = {name: b and b.runs[0].value("fine_accuracy") for name, b in found.items()}
     assert value["pcgrad"] == value["dwa, temperature 1"] == 50.0  # the step's switches go with the loss
     assert value["equal, adam"] == 40.0 and value["equal, sgd, lr 0.01"] is None
 

@@ -186,7 +186,7 @@ def change(file, old, new):
 @pytest.mark.parametrize(
     ("name", "old", "new", "reason"),
     [
-        ("config.yaml", "lr: 0.1", "lr: 0.5", "config.yaml is not that of seed 0 of the same group: optimizer.lr 0.5"),
+        ("config.yaml", "lr: 0.1", "lr: 0.5", "config.yaml differs from seed 0 of the same group: optimizer.lr 0.5"),
         ("config.yaml", "epochs: 3", "epochs: 9", "trainer.epochs 9 instead of 3"),
         ("config.yaml", "seed: 1", "seed: 7", "config.yaml says seed 7, run.json says seed 1"),
         ("run.json", '"seed": 1', '"seed": 7', "the folder is seed1, run.json says seed 7"),

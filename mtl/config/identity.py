@@ -35,6 +35,7 @@ EXCLUDED = (
     "data.residency",
     "data.workers",
     "trainer.device",
+    "trainer.pictures",
     "study",
 )
 

@@ -57,6 +57,10 @@ class Input(ABC):
         """
         return torch.as_tensor(value)
 
+    def draw(self, rows: Tensor) -> Tensor | None:
+        """Pictures (N, H, W, 3) uint8 of raw rows of the column; None if the column is no picture."""
+        return None
+
     def open(self, path: Path) -> tuple[Tensor, str]:
         """One sample's row of the column from a file, and what had to be changed for that; empty for nothing.
 
@@ -102,6 +106,10 @@ class Image(Input):
         if hints or shape[1:] != (height, width, channels):
             needed = f"uint8 images of shape (N, {height}, {width}, {channels}) are needed"
             raise ValueError(f"{dtype} of shape {shape}; {'; '.join([needed, *hints])}")
+
+    def draw(self, rows: Tensor) -> Tensor:
+        """The stored images. Where they have neither three nor four channels, the first one is shown in grey."""
+        return rows[..., :3] if rows.shape[-1] in (3, 4) else rows[..., :1].expand(*rows.shape[:-1], 3)
 
     def open(self, path: Path) -> tuple[Tensor, str]:
         """(H, W, C) uint8 of an image file: turned upright, as grey, RGB or RGBA, and resized where it is larger or

@@ -28,6 +28,8 @@ class Execution:
         precision: fp32, or bf16 autocast (parameters, gradients and losses stay fp32).
         channels_last: the memory layout of images and convolutions.
         deterministic: use only deterministic GPU kernels. A CPU run is bit-reproducible anyway.
+        pictures: test samples that are drawn after the epochs 1, 2, 4, 8, … and the last one; 0 for none. See
+            `mtl.engine.pictures`.
         stages: the stages of the training, as in `mtl.engine.stages`; empty for one stage with all epochs.
         backbone_lr_factor: learning rate of the shared parameters, as a multiple of the optimizer's. The decoders and
             the method learn at the full rate. For a pretrained backbone, 0.1 is usual.
@@ -43,6 +45,7 @@ class Execution:
     deterministic: bool = False
     stages: Sequence[Any] = ()
     backbone_lr_factor: Annotated[float, Gt(0)] = 1.0
+    pictures: Annotated[int, Ge(0)] = 4
 
     def __post_init__(self) -> None:
         name, _, index = self.device.partition(":")

@@ -30,6 +30,7 @@ from mtl.engine.files import START, Damaged, WriteError, digest, write_json
 from mtl.engine.follow import Follower, hand_out
 from mtl.engine.learner import Learner
 from mtl.engine.outcome import Outcome
+from mtl.engine.pictures import Pictures
 from mtl.engine.replay import inspect, repeat
 from mtl.engine.resume import mend_best, resume, state
 from mtl.engine.summary import best, forget_peak_memory, metrics, owned, peak_memory, selector, speed, summarise
@@ -131,6 +132,7 @@ class Job:
     digest: bytes = START  # of these rows; a checkpoint holds it, so that an edited metrics.jsonl is noticed
     tracked: int = 0  # how many rows the tracker has received
     begun: bool = False  # whether run.json already has the status "running"
+    pictures: Pictures = field(init=False)
     failed: Outcome | None = None  # set by `_ends` if an error ended the run
 
     def execute(self) -> Outcome:
@@ -147,6 +149,7 @@ class Job:
         forget_peak_memory(learner.device)
         self.rows, self.digest = resume(self.directory, self.identity.name, learner)
         self.tracked = len(self.rows)  # a resumed run's tracker already has these rows
+        self.pictures = Pictures(learner, self.evaluations["test"], self.directory.path)
         with self._ends():
             self._begin()
             with nullcontext() if processes is None else processes.guard(self._last_words):
@@ -209,6 +212,8 @@ class Job:
             directory.start(self.config, self._identity_fields(), self.learner.device)
             self.begun = True
             directory.truncate(rows)  # rows beyond the checkpoint are trained again
+            self.pictures.forget(len(rows))
+        self.pictures.draw(len(rows))  # a kill between the checkpoint and its pictures has lost them
         where = self.tracker.start(self._info())
         sizes = {"train": self.train.size, **{name: b.size for name, b in self.evaluations.items()}}
         announce.header(
@@ -223,6 +228,7 @@ class Job:
         """Save an epoch, then report it."""
         with deferred():  # a signal that arrives while the row and the checkpoint are written waits until both are
             self._save(row)
+        self.pictures.draw(row["epoch"])
         self._track()
         epochs = self.learner.trainer.epochs
         log.info(epoch_line(row, self._units(), epochs, row["time/seconds"] * (epochs - row["epoch"])))

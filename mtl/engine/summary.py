@@ -6,6 +6,8 @@ import math
 import resource
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,14 +79,20 @@ def speed(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def forget_peak_memory(device: torch.device) -> None:
-    """Reset a GPU's peak memory, which may be from an earlier run in this process."""
+    """Reset the peak memory, which may be from an earlier run in this process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):  # no Linux, or a container that forbids it: then the peak is the process's
+            Path("/proc/self/clear_refs").write_text("5")  # 5 resets the peak and nothing else
 
 
 def peak_memory(device: torch.device) -> float:
-    """Peak memory in GiB: of the GPU, or on a CPU of this whole process, with earlier runs in it."""
+    """Peak memory in GiB: of the tensors on a GPU; on a CPU the resident memory of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20  # from KiB
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -214,6 +214,7 @@ def _tables(scores: Scores, reference: str, failed: Failures) -> dict[str, Table
         add(f"optimizers-{at}", lambda at=at: summaries.optimizers(scores, at), main)
         if main and not compared:
             _say(f"no differences from {reference}: no other strategy on {scores.arch} shares its config\n")
+    add("cost", lambda: summaries.cost(scores), False)
     if command := attempt(f"baselines {name}", lambda: summaries.baseline_command(scores), failed):
         _say(f"Δm needs single-task baselines with the same config: {command}\n")
     return tables

@@ -16,7 +16,7 @@ NONE = Entry("–")
 
 
 def count(scores: Scores, group: Group) -> Entry:
-    """The number of seeds with a result, and what became of the others."""
+    """The number of seeds with a result, and the status of the others."""
     states = Counter(r.status for r in group.stopped)
     text = ", ".join([str(len(group.runs)), *(f"{n} {state}" for state, n in states.items())])
     # Of a baseline, the other tasks' metrics are not broken but not there.
@@ -25,7 +25,7 @@ def count(scores: Scores, group: Group) -> Entry:
 
 
 def failed(scores: Scores, group: Group, metric: str, at: str) -> str:
-    """What a strategy lacks in a metric: "1 of 3 seeds diverged"; empty if nothing."""
+    """The missing seeds of a strategy in a metric: "1 of 3 seeds diverged"; empty if nothing."""
     states = Counter(r.status for r in group.failures)
     if broken := len(group.runs) - len(scores.by_seed(group, metric, at)):
         states["not finite"] = broken
@@ -34,7 +34,7 @@ def failed(scores: Scores, group: Group, metric: str, at: str) -> str:
 
 def value(run: Run, metric: str) -> str:
     """The last epoch's value, "nan" or "inf"; or the note that it is finite, but another selection's value is not."""
-    found = run.figure(metric)
+    found = run.value(metric)
     return "not in every selection" if math.isfinite(found) else str(found)
 
 

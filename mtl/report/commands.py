@@ -1,4 +1,4 @@
-"""The command lines of runs, and what other commands follow from them."""
+"""The command lines of runs, and other commands made from them."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def read_rows(file: Path) -> Iterator[Any]:
 
 
 def plain(value: Any, depth: int = 0, count: list[int] | None = None) -> Any:
-    """A copy of what JSON and YAML call plain: mappings, lists, texts, numbers, true, false, null.
+    """A copy of a plain value, as in JSON and YAML: mappings, lists, texts, numbers, true, false, null.
 
     Texts are made `visible`, on one line.
 

@@ -88,7 +88,7 @@ def _by_rank(scores: Scores, rivals: dict[str, Group], reference: str) -> list[s
 
 
 def _missing(scores: Scores, known: bool) -> str:
-    """What a reader would still need."""
+    """Runs that are missing for a firm conclusion."""
     parts = []
     lacking = [
         g.label for g in scores.groups if any(scores.benchmark.baseline(g, t) is None for t in scores.benchmark.tasks)

@@ -68,5 +68,5 @@ def _latex(character: str) -> str:
 
 
 def spreadsheet(text: str) -> str:
-    """A word that Excel and its like do not run as a formula."""
+    """A text that Excel and similar programs do not run as a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

@@ -1,4 +1,4 @@
-"""What the notes under the tables say of the runs behind them."""
+"""The notes under the tables, about the runs behind them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mtl.report.scores import Scores
 
 
 def excuses(scores: Scores) -> str:
-    """Which strategies lack what: runs without a result, values that are not finite, seeds."""
+    """Gaps of the strategies: runs without a result, values that are not finite, missing seeds."""
     stopped = [
         f"{g.label}, seed {', '.join(f'{r.seed} {r.status}' for r in g.stopped)}"
         for g in [*scores.groups, *scores.baselines, *scores.lost]
@@ -38,7 +38,7 @@ def excuses(scores: Scores) -> str:
 
 
 def pairing(scores: Scores) -> str:
-    """Which baselines the runs of a strategy are held against."""
+    """The baselines that the runs of a strategy are compared with."""
     same = averaged = 0
     without = []
     for group in scores.groups:

@@ -1,4 +1,4 @@
-"""The files of a report: what an earlier report left in the folder is brought up to date, or goes."""
+"""The files of a report. An earlier report's files in the folder are brought up to date or removed."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ FIGURES = ("png", "pdf", "svg")
 PAPER = "paper"
 ERRORS = "report-errors.txt"
 
-# A file is ours by its name and by its beginning: what only bears such a name may be the user's.
-_TABLE = r"(.+-(figures|(tasks|multi-task|differences|optimizers)-\w+)|contradictions|missing|runs)"
+# A file is ours by its name and by its beginning. Another file with such a name may be the user's.
+_TABLE = r"(.+-(figures|cost|(tasks|multi-task|differences|optimizers)-\w+)|contradictions|missing|runs)"
 _FIGURE = r".+-(learning-curves|weights|gradients|layers|parallel-coordinates|pareto|cost|learning-rates)"
 _OURS = (
     (rf"{_TABLE}\.csv", rb"(strategy|metric|optimizer|directory|benchmark),"),
@@ -45,13 +45,13 @@ def earlier(folder: Path) -> Iterator[Path]:
 
 
 def formats(files: Iterable[Path]) -> set[str]:
-    """What these files of a report were asked for as."""
+    """The formats of a report's files."""
     return {PAPER if f.name in ("paper.tex", "methods.bib") else f.suffix[1:] for f in files if f.name != ERRORS}
 
 
 @dataclass
 class Content:
-    """What a report is made of.
+    """The content of a report.
 
     Attributes:
         collection: all runs that were found.
@@ -69,7 +69,7 @@ class Content:
 
 
 def write(content: Content, out: Path, asked: Sequence[str], failed: Failures) -> list[Path]:
-    """Every file, or a line in `failed`. What an earlier report left and this one does not write is removed.
+    """Write every file, or note it in `failed`. Files that an earlier report wrote and this one does not are removed.
 
     Args:
         asked: formats; all of FORMATS if none of these is among them. Formats of an earlier report in `out` are added.
@@ -96,7 +96,7 @@ def write(content: Content, out: Path, asked: Sequence[str], failed: Failures) -
     if "csv" in wanted:
         save("runs.csv", lambda: summaries.per_run(content.benchmarks).csv())
     if PAPER in wanted:
-        from mtl.report import paper_table  # here and below: what only some formats need
+        from mtl.report import paper_table  # late, here and below: only some formats need it
 
         save("paper.tex", lambda: paper_table.latex(content.benchmarks))
         save("methods.bib", paper_table.bibliography)

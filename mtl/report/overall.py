@@ -1,4 +1,4 @@
-"""What stands for the tasks where there are many of them: their mean, by kinds of metrics."""
+"""A summary of many tasks: their mean, by kinds of metrics."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class Group:
 
     def by_seed(self, metric: str, at: str) -> dict[int, float]:
         """{seed: value} of the finished runs whose value is a finite number."""
-        return {r.seed: value for r in self.runs if math.isfinite(value := r.figure(metric, at))}
+        return {r.seed: value for r in self.runs if math.isfinite(value := r.value(metric, at))}
 
 
 @dataclass
@@ -86,8 +86,8 @@ class Protocol:
         baselines: single-task learning, one group per arch and task (and optimizer).
         tasks: the main metric of each task, {"fine": "fine_accuracy", …}.
         lost: groups without a finished run.
-        delta_m: which metrics Δm takes: "main" (the main one of each task), "flat" (all alike) or "task" (all, those
-            of one task averaged first).
+        delta_m: which metrics Δm takes: "main" (the main one of each task), "flat" (all alike) or "task" (all,
+            after a mean over each task's metrics).
         select: the selection that conclusions rest on, of `SELECTIONS`; None for the usual one.
     """
 
@@ -216,7 +216,7 @@ def _option(run: Run, node: str) -> str:
 def _labels(groups: Sequence[Group], named: str, nodes: Sequence[str]) -> list[str]:
     """One label per group: the option chosen for the node `named`, and what differs in `nodes` where several share it.
 
-    Groups with equal nodes get equal labels, except for losses, which must be told apart: there the run's digest
+    Groups with equal nodes get equal labels, except for losses, which need different labels: there the run's digest
     decides. Where the words leave two nodes alike (a long value is cut), a digest of the node does.
     """
     configs = [{n: c[n] for n in nodes if n in c} for c in (_decisive(g.any) for g in groups)]

@@ -30,7 +30,7 @@ SELECTIONS = {
 }  # fmt: skip
 ALWAYS = ("last", "best", "selected")  # the others are shown on request: see `mtl.report.select`
 LAST = 10  # epochs of "last10"
-_DRAWN = ("test/", "weights/", "grad/", "micro/tasks/")  # what figures show over epochs
+_DRAWN = ("test/", "weights/", "grad/", "micro/tasks/")  # the keys that figures show over epochs
 FILES = ("run.json", "config.yaml", "metrics.jsonl", "summary.json")
 UNFINISHED = ("running", "interrupted")  # the status of a run that may go on
 _PRUNED = ("wandb", "multirun")  # of an output tree: no runs in there
@@ -45,9 +45,10 @@ class Run:
         info: run.json.
         config: config.yaml.
         summary: summary.json; empty for a run that did not finish.
-        curves: {"test/fine_accuracy": (E,) one value per epoch, NaN where there is none, …}: of metrics.jsonl what
-            figures show over epochs. Of a run that has not finished, the epochs so far; empty for one that failed.
-        chosen: {selection: epoch, from 1}, of those that `mtl.report.select` chooses.
+        curves: {"test/fine_accuracy": (E,) one value per epoch, NaN where there is none, …}: the part of
+            metrics.jsonl that figures show over epochs. Of a run that has not finished, the epochs so far; empty for a
+            run that failed.
+        chosen: {selection: epoch, from 1}, for the selections that `mtl.report.select` computes.
     """
 
     directory: Path
@@ -75,7 +76,7 @@ class Run:
         """Why it did not finish, on one line."""
         return self.info.get("error") or ""
 
-    def figure(self, metric: str, at: str = "last") -> float:
+    def value(self, metric: str, at: str = "last") -> float:
         """A test metric.
 
         Args:
@@ -98,6 +99,11 @@ class Run:
     def fact(self, name: str) -> float:
         """One of `validate.FACTS`; NaN where the run does not know it."""
         return number(self.summary.get(name))
+
+    @property
+    def gpu(self) -> bool:
+        """Whether it was trained on a GPU."""
+        return bool(self.info.get("hardware", {}).get("gpu"))
 
     @property
     def open(self) -> bool:
@@ -139,7 +145,7 @@ class Run:
 
 @dataclass
 class Collection:
-    """What `load` found.
+    """The runs that `load` has found.
 
     Attributes:
         runs: the finished ones, sorted by directory.
@@ -208,7 +214,7 @@ def _without_edited(runs: Sequence[Run], found: Collection) -> list[Run]:
             there, here = (flatten({**r.config, "seed": None, "output_root": None}) for r in (original, run))
             keys = [k for k in {**there, **here} if here.get(k, "missing") != there.get(k, "missing")]
             words = ", ".join(f"{k} {here.get(k, 'missing')} instead of {there.get(k, 'missing')}" for k in keys[:3])
-            reason = f"contradiction: config.yaml is not that of seed {original.seed} of the same group: {words}"
+            reason = f"contradiction: config.yaml differs from seed {original.seed} of the same group: {words}"
             found.damaged.append((run.directory, reason))
             continue
         said = validate.doubts(run.info, run.config, run.summary.get("epochs"))
@@ -288,3 +294,9 @@ def _rows_so_far(directory: Path) -> list[dict[str, float]]:
 def _curves(rows: Sequence[Mapping[str, float]]) -> dict[str, NDArray]:
     keys = [k for k in dict.fromkeys(chain.from_iterable(rows)) if k.startswith(_DRAWN)]
     return {visible(k): np.array([number(r.get(k)) for r in rows]) for k in keys}
+
+
+def step_time(run: Run) -> float:
+    """Milliseconds per training step; NaN where the run does not know it."""
+    rate, batch = run.fact("images_per_second"), run.config["data"].get("batch_size")
+    return 1000 * batch / rate if isinstance(batch, int) and 0 < rate < math.inf else math.nan

@@ -58,13 +58,13 @@ class Scores:
 
     def broken(self, run: Run, at: str) -> list[str]:
         """Metrics that lack a finite value in some run, but not in all runs."""
-        return [m for m in self.known if not math.isfinite(run.figure(m, at))]
+        return [m for m in self.known if not math.isfinite(run.value(m, at))]
 
     @cached_property
     def known(self) -> dict[str, bool]:
         """{metric: higher is better}, for each metric that is finite in the last epoch of some run."""
         runs = [r for g in self.groups for r in g.runs]
-        return {m: up for m, up in self.metrics.items() if any(math.isfinite(r.figure(m)) for r in runs)}
+        return {m: up for m, up in self.metrics.items() if any(math.isfinite(r.value(m)) for r in runs)}
 
     @property
     def crowded(self) -> bool:
@@ -73,7 +73,7 @@ class Scores:
 
     @cached_property
     def kinds(self) -> dict[str, Kind]:
-        """{"mean accuracy of 40 tasks": …}: what stands for the tasks where there are many of them."""
+        """{"mean accuracy of 40 tasks": …}: the summary that replaces the single tasks if there are many."""
         return kinds(self.benchmark)
 
     @cached_property
@@ -133,7 +133,7 @@ class Scores:
         scores = {}
         for run in group.runs:  # against the baselines of the same seed where there is one, else against their mean
             potentials = [k[run.seed] if run.seed in k else mean(k.values()) for k in known]
-            scores[run.seed] = measure([run.figure(m, at) for m in metrics], potentials, higher)
+            scores[run.seed] = measure([run.value(m, at) for m in metrics], potentials, higher)
         return {seed: score for seed, score in scores.items() if not math.isnan(score)}
 
     def mean_ranks(self, at: str) -> dict[str, float]:
@@ -160,7 +160,7 @@ class Scores:
 
     def points(self, runs: Sequence[Run], at: str) -> list[list[float]]:
         """(N, T) the main metric of each task."""
-        return [[r.figure(m, at) for m in self.mains] for r in runs]
+        return [[r.value(m, at) for m in self.mains] for r in runs]
 
     @property
     def mains(self) -> list[str]:

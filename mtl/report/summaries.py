@@ -1,11 +1,11 @@
-"""The tables of a comparison: metrics, multi-task metrics, differences paired by seed, and what is missing."""
+"""The tables of a comparison: metrics, multi-task metrics, differences paired by seed, cost, missing runs."""
 
 from __future__ import annotations
 
 import csv
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mtl.errors import ConfigError, suggest
@@ -16,7 +16,7 @@ from mtl.report.names import visible
 from mtl.report.notes import excuses, pairing, provenance, some
 from mtl.report.overall import Kind
 from mtl.report.protocols import Group, Protocol
-from mtl.report.runs import ALWAYS, SELECTIONS, Collection
+from mtl.report.runs import ALWAYS, SELECTIONS, Collection, Run, step_time
 from mtl.report.scores import Scores
 from mtl.report.statistics import holm, mean, paired, verdict
 from mtl.report.tables import Entry, Table
@@ -39,7 +39,7 @@ def _table(
     scores: Scores, kind: str, what: str, note: str, header: list[str], rows: list[list[Entry]],
     terms: tuple[str, ...], at: str | None = None,
 ) -> Table:  # fmt: skip
-    """One of this benchmark and architecture, with what its title and its place in the page follow from."""
+    """A table of this benchmark and architecture, with its title and its place in the page."""
     title = f"{scores.benchmark.name}, {scores.arch}: {what}" + (f", {SELECTIONS[at]}" if at else "")
     secondary = at is not None and at != scores.benchmark.main
     return Table(title, note, header, rows, terms, (scores.benchmark.name, scores.arch), kind, secondary)
@@ -229,7 +229,7 @@ def differences(scores: Scores, reference: str, at: str) -> Table | None:
     named = any(g.name == reference for g in scores.groups)
     alone = [g.label for g in scores.groups if g.name != reference and scores.reference(g, reference) is None] * named
     note = (
-        f"Strategy minus {reference}, same seed{', same config but for the loss' if named else ''}. {len(pairs)} "
+        f"Strategy minus {reference}, same seed{', same config except for the loss' if named else ''}. {len(pairs)} "
         f"comparisons, {sum(not math.isnan(d.p) for d in pairs)} of them tested."
     )
     if alone:
@@ -243,6 +243,35 @@ def differences(scores: Scores, reference: str, at: str) -> Table | None:
     )
 
 
+def cost(scores: Scores) -> Table | None:
+    """Images per second, step time and peak memory of each strategy; None if no run knows any of them."""
+    columns: dict[str, Callable[[Run], float]] = {
+        "images/s": lambda r: r.fact("images_per_second"),
+        "ms/step": step_time,
+        "peak GiB\nGPU": lambda r: r.fact("peak_memory_gib") if r.gpu else math.nan,
+        "peak GiB\nprocess": lambda r: math.nan if r.gpu else r.fact("peak_memory_gib"),
+        "hours": lambda r: r.fact("seconds") / 3600,
+        "parameters\nmillion": lambda r: r.fact("parameters") / 1e6,
+    }
+    groups = [*scores.groups, *scores.baselines]
+    rows, header = [[Entry(g.label), Entry(str(len(g.runs)), len(g.runs))] for g in groups], ["strategy", "n"]
+    for name, fact in columns.items():
+        values = [[x for r in g.runs if math.isfinite(x := fact(r))] for g in groups]
+        if any(values):
+            header.append(name)
+            for row, cell in zip(rows, spreads(values, [len(g.runs) for g in groups], [False] * len(groups), True),
+                                 strict=True):  # fmt: skip
+                row.append(cell)
+    if len(header) == 2:
+        return None
+    note = (
+        "Mean ± sample standard deviation over seeds. Images per second and step time are measured in training, with "
+        "data loading and without evaluation. A busy machine makes both worse. Peak memory of a GPU: all tensors. "
+        "Peak memory of a CPU run: the resident memory of the whole process, with Python and the data."
+    )
+    return _table(scores, "cost", "speed and memory", note, header, rows, ("±",))
+
+
 def per_run(benchmarks: Sequence[Protocol]) -> Table:
     """One row per finished run with all of its values. Every other table is made from these."""
     metrics = list(dict.fromkeys(m for b in benchmarks for m in b.metrics))
@@ -253,7 +282,7 @@ def per_run(benchmarks: Sequence[Protocol]) -> Table:
         for group in [*benchmark.groups, *benchmark.baselines]:
             for run in group.runs:
                 words = [benchmark.name, group.arch, group.label, group.optimizer, str(run.seed)]
-                numbers = [run.figure(m, at) for m, at in columns] + [run.fact(f) for f in FACTS]
+                numbers = [run.value(m, at) for m, at in columns] + [run.fact(f) for f in FACTS]
                 cells = [Entry("") if math.isnan(x) else Entry(str(x), x) for x in numbers]
                 ends = [str(run.info.get("commit")), str(run.info.get("dirty")), visible(str(run.directory))]
                 rows.append([*map(Entry, words), *cells, *map(Entry, ends)])

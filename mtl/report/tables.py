@@ -20,7 +20,7 @@ class Entry:
 
     Attributes:
         text: as printed.
-        value: in full precision, None for a word.
+        value: in full precision; None for a text.
         best: of its column.
         beats: it is better than single-task learning.
         spread: standard deviation that belongs to the value; CSV gives it a column of its own.
@@ -36,7 +36,7 @@ class Entry:
 
     @property
     def mark(self) -> str:
-        """What stands behind the text: * for the best, † for better than single-task learning."""
+        """The mark behind the text: * for the best, † for better than single-task learning."""
         return "*" * self.best + "†" * self.beats
 
 
@@ -45,13 +45,13 @@ class Table:
     """Rows of cells under a header.
 
     Attributes:
-        title: what it shows.
+        title: the subject.
         note: sources, and what was left out.
         header: of each column; a line break may part it in two.
         rows: as long as the header each.
         terms: words of `glossary.TERMS` that it uses.
         about: benchmark and architecture; empty for a table on all runs.
-        kind: "metrics", "multi-task", …: what the table shows, for the place that it gets in the page.
+        kind: "metrics", "multi-task", …: it decides the table's place in the page.
         folded: too long, or too seldom needed, to be seen at once.
     """
 

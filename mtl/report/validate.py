@@ -55,7 +55,7 @@ MAPPING: Kind = ("a mapping", lambda v: isinstance(v, dict))
 COMMAND: Kind = ("a command line", _splits)
 VALUES = _mapping_of(NUMBER)
 
-# What the files must hold, and what they may: runs of older versions lack some.
+# Keys that the files must hold, and keys that they may hold: runs of older versions lack some.
 _RUN = {**dict.fromkeys(("data", "arch", "loss", "digest", "group", "status"), NAME), "seed": COUNT}
 _RUN_MAY = {
     "name": NAME, "choices": _mapping_of(_or_null(TEXT)), "command": COMMAND, "commit": _or_null(TEXT),
@@ -72,7 +72,7 @@ _CONFIG_MAY = {
     **dict.fromkeys(("schedule", "step", "microscope", "logger", "study"), MAPPING),
     **dict.fromkeys(("schedule._target_", "step._target_", "trainer._target_"), NAME),
 }
-# What the classes of this project and of torch demand; a user's own class may give these names another meaning.
+# Rules of this project's and torch's classes. A user's own class may give these names another meaning.
 _OURS_MAY = {
     "data.batch_size": POSITIVE, "data.limit_train": _or_null(POSITIVE), "data.limit_test": _or_null(POSITIVE),
     "data.val_fraction": SHARE, "optimizer.lr": RATE,

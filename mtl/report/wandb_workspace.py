@@ -64,7 +64,7 @@ def build(benchmark: Protocol, entity: str, project: str) -> Any:
         return panels.LinePlot(title=y, x="epoch", y=[y], layout=panels.Layout(w=width), **AVERAGED)
 
     def best(metric: str) -> str:
-        """The figure that a comparison goes by: chosen on validation data where there is some."""
+        """The metric that strategies are compared by: chosen on validation data if there is any."""
         return f"{'selected' if honest else 'best'}/{metric}"
 
     def section(name: str, items: list, **options: Any) -> Any:

@@ -73,6 +73,19 @@ class Task(ABC):
         """The names of an answer's values 0, 1, …, such as class names; empty if its values are numbers."""
         return ()
 
+    def draw(self, images: Tensor | None, prediction: Any, target: Any) -> tuple[Tensor, Tensor] | None:
+        """Pictures of the truth and of the prediction for N samples. By default a task has none.
+
+        Args:
+            images: (N, H, W, 3) uint8, the images of the samples; None if the network reads no image.
+            prediction, target: as in `criterion`, without gradient.
+
+        Returns:
+            truth and prediction, (N, height, width, 3) uint8 each. The same value has the same colour in both. Black
+            marks what has no label.
+        """
+        return None
+
     def wrong(self, target: Tensor) -> Tensor:
         """Bool, of the shape of `target`: True for labels that are not allowed. Called once, when data is loaded."""
         if target.ndim == 1 and target.is_floating_point():

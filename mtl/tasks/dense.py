@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,6 +22,18 @@ from mtl.tasks.labels import wrong_classes
 from mtl.views import Directions, Metres, Moves, Pixels
 
 SHORTEST = 1e-3  # a predicted normal is divided by its length, but at least by this
+
+# Colours of classes: Tableau's ten, then the same ten lighter. None of them is black, the colour of "no label".
+CLASSES = (
+    (31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75), (227, 119, 194),
+    (127, 127, 127), (188, 189, 34), (23, 190, 207), (174, 199, 232), (255, 187, 120), (152, 223, 138), (255, 152, 150),
+    (197, 176, 213), (196, 156, 148), (247, 182, 210), (199, 199, 199), (219, 219, 141), (158, 218, 229),
+)  # fmt: skip
+# Nine points of matplotlib's viridis, from near (dark) to far (yellow): equal steps of depth look equally large.
+DEPTHS = (
+    (68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141), (39, 173, 129), (92, 200, 99),
+    (170, 220, 50), (253, 231, 37),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,6 +74,13 @@ class Segmentation(Task):
         probability, likeliest = prediction.softmax(1).max(1)
         return {"class": likeliest, "probability": probability}
 
+    def draw(self, images: Tensor | None, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """One colour for each class; black without a label, or where a prediction is NaN."""
+        target = target.long()
+        likeliest = prediction.argmax(1).masked_fill(prediction.isnan().any(1), -100)
+        table = _class_colours(self.outputs).to(target.device)
+        return tuple(_blank(table[c.clamp(min=0)], c == -100) for c in (target, likeliest))
+
 
 @dataclass(frozen=True)
 class Depth(Task):
@@ -95,6 +115,20 @@ class Depth(Task):
     def answers(self, prediction: Tensor) -> dict[str, Tensor]:
         """The depth of each pixel in metres, (N, H, W)."""
         return {"metres": prediction.squeeze(1)}
+
+    def draw(self, images: Tensor | None, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Colours from the nearest to the farthest true depth of these samples; black without a label.
+
+        A predicted depth out of this range has the colour of its end.
+        """
+        target, depth = target.float(), prediction.squeeze(1).float()
+        known = target > 0
+        # Without any label, the range is the predictions' own.
+        range_ = target[known] if known.any() else depth[depth.isfinite()]
+        low, high = (range_.min(), range_.max()) if len(range_) else (depth.new_tensor(0.0), depth.new_tensor(1.0))
+        wrong = ~known, depth.isnan()
+        shares = ((d - low) / (high - low).clamp(min=1e-12) for d in (target, depth))
+        return tuple(_blank(_depth_colours(s), w) for s, w in zip(shares, wrong, strict=True))
 
 
 @dataclass(frozen=True)
@@ -147,6 +181,33 @@ class Normals(Task):
     def answers(self, prediction: Tensor) -> dict[str, Tensor]:
         """The unit normal of each pixel, (N, H, W, 3), as labels are stored."""
         return {"normal": F.normalize(prediction, dim=1, eps=SHORTEST).movedim(1, -1)}
+
+    def draw(self, images: Tensor | None, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The usual colours: x, y and z from −1 to 1 as red, green and blue from 0 to 255; black without a label."""
+        predicted = self.answers(prediction.float())["normal"]
+        maps = (target.float(), ~_directed(target)), (predicted, ~_directed(predicted))
+        return tuple(_blank(((n.nan_to_num() + 1) * 127.5).clamp(0, 255), unknown) for n, unknown in maps)
+
+
+def _class_colours(classes: int) -> Tensor:
+    """(classes, 3) uint8. Beyond the table the colours are PASCAL VOC's, made from the bits of the class."""
+    colours = list(CLASSES[:classes])
+    for number in range(len(colours), classes):
+        colours.append(tuple(sum((number >> 3 * i + c & 1) << 7 - i for i in range(8)) for c in range(3)))
+    return torch.tensor(colours, dtype=torch.uint8)
+
+
+def _depth_colours(share: Tensor) -> Tensor:
+    """(…, 3) colours of numbers between 0 and 1."""
+    table = torch.tensor(DEPTHS, dtype=torch.float32, device=share.device)
+    place = share.nan_to_num().clamp(0, 1) * (len(DEPTHS) - 1)
+    left = place.long().clamp(max=len(DEPTHS) - 2)
+    return torch.lerp(table[left], table[left + 1], (place - left)[..., None])
+
+
+def _blank(colours: Tensor, where: Tensor) -> Tensor:
+    """uint8 colours (N, H, W, 3), black where there is nothing to show."""
+    return colours.round().to(torch.uint8).masked_fill(where[..., None], 0)
 
 
 def reduce_by(tasks: Sequence[Task], reduction: Reduction) -> tuple[Task, ...]:

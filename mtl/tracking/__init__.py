@@ -45,7 +45,7 @@ class Tracker:
         return ""
 
     def log(self, row: Mapping[str, float]) -> None:
-        """One row per epoch, with the key "epoch"."""
+        """One row per epoch, with the key "epoch". The epoch's pictures, if any, are in the run's folder by then."""
 
     def finish(self, summary: Mapping[str, Any], ok: bool) -> None:
         """Close the run, marked as failed unless `ok`."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mtl.errors import SetupError, one_line
-from mtl.tracking import RunInfo, Tracker
+from mtl.tracking import RunInfo, Tracker, pictures
 
 log = logging.getLogger("mtl")
 
@@ -73,6 +73,8 @@ class TensorBoardTracker(Tracker):
     def _add(self, row: Mapping[str, float]) -> None:
         for key, value in row.items():
             self._writer.add_scalar(key, value, int(row["epoch"]))
+        if sheet := pictures.of(self._info.directory, int(row["epoch"])):
+            self._writer.add_image("pictures", sheet.page, int(row["epoch"]), dataformats="HWC")
 
     @contextmanager
     def _harmless(self) -> Iterator[None]:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mtl.tracking import RunInfo, Tracker
+from mtl.tracking import RunInfo, Tracker, pictures
 
 log = logging.getLogger("mtl")
 
@@ -189,7 +189,13 @@ class WandbTracker(Tracker):
 
     def log(self, row: Mapping[str, float]) -> None:
         if self.run is not None:
-            finite = {k: v for k, v in row.items() if not (isinstance(v, float) and not math.isfinite(v))}
+            finite: dict[str, Any] = {
+                k: v for k, v in row.items() if not (isinstance(v, float) and not math.isfinite(v))
+            }
+            if sheet := pictures.of(self.info.directory, int(row["epoch"])):
+                import wandb
+
+                finite["pictures"] = wandb.Image(sheet.page, caption=sheet.caption)
             # The step is given, not counted: a resumed run must go on where it was.
             self._try(lambda: self.run.log(finite, step=int(row["epoch"]), commit=True))
 

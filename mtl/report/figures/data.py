@@ -1,4 +1,4 @@
-"""What a figure is, as plain data: panels of traces, drawn by `figures` on paper and by `page` on the screen."""
+"""Figures as plain data: panels of traces, drawn by `figures` on paper and by `page` on the screen."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def figure(
     benchmark: Protocol, name: str, heading: str, note: str, panels: Sequence[Panel], curves: bool = False,
     at: bool = False,
 ) -> Figure:  # fmt: skip
-    """`panels` that show anything, and a caption that says what lines and bands mean.
+    """`panels` that show anything, and a caption that explains lines and bands.
 
     Args:
         at: the epoch that the values belong to, in words.
@@ -110,7 +110,7 @@ def figure(
         f"{g.label} (seed {r.seed})"
         for g in benchmark.groups
         for r in g.runs
-        if not all(drawable(r.figure(m)) for m in r.metrics)
+        if not all(drawable(r.value(m)) for m in r.metrics)
     ]
     if broken:
         note += f" Without the values that are not finite: {', '.join(broken[:6])}"

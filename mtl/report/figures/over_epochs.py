@@ -1,4 +1,4 @@
-"""Figures of what runs did over their epochs: learning curves, task weights, agreement of gradients."""
+"""Figures over the epochs: learning curves, task weights, agreement of gradients."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def _traces(benchmark: Protocol, value: Callable[[Curves], NDArray | None]) -> l
 
 
 def _unfinished(group: Group, run: Run, values: NDArray | None) -> Trace | None:
-    """One run that has not finished, as far as it has come."""
+    """The epochs so far of a run that has not finished."""
     epochs = np.flatnonzero(_drawable(values)) if values is not None else []
     if values is None or not len(epochs):
         return None
@@ -193,7 +193,7 @@ def _limits(panel: Panel) -> Panel:
 
 
 def _drawable(values: NDArray) -> NDArray:
-    """Of each value whether it can be drawn; NaN is not below anything."""
+    """Whether each value can be drawn; NaN cannot."""
     return np.abs(values) < LARGEST
 
 

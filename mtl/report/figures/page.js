@@ -112,7 +112,7 @@ if (filter) filter.addEventListener("input", () => {
   for (const button of document.querySelectorAll('[data-set="matching"]')) button.hidden = !words.length;
 });
 
-// The colours of the screen, and those of paper. Plots get the size that they have on the page that is printed.
+// The colours of the screen, and the colours of paper. For printing, plots get their size on the printed page.
 function repaint(night, printed) {
   for (const box of boxes.filter(b => b.classList.contains("drawn"))) {
     const [data, layout] = plot(box, night), alone = box.parentElement.children.length === 1;

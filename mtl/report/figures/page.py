@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs no network: tables to sort, plots to point at, and where it all comes from."""
+"""The report as one HTML file that needs no network: tables to sort, interactive plots, and the origin of the runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from mtl.report.attempt import Failures, attempt
-from mtl.report.figures import per_run
+from mtl.report.figures import per_run, pictures
 from mtl.report.figures.data import Figure
 from mtl.report.figures.plot import spec
 from mtl.report.figures.style import DARK, Style, colour_note
@@ -32,7 +32,7 @@ HERE = Path(__file__).parent
 # The browser itself refuses whatever is not in the file.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 FILTER = 12  # strategies: with fewer, nobody needs a filter
-# What stands together: a table, and the figures that show the same.
+# The reading order: each table stands beside the figures that show the same.
 ORDER = ("metrics", "learning-curves", "tasks", "multi-task", "parallel-coordinates", "pareto", "optimizers",
          "differences", "weights", "gradients", "layers", "cost", "learning-rates")  # fmt: skip
 FOLDED = {"tasks": "All tasks, one by one", "": "The same tables for the best test epoch"}
@@ -42,16 +42,17 @@ Findings = Mapping[tuple[str, str], Sequence[str]]
 
 @dataclass
 class _Page:
-    """What the parts of the page share: their numbers, the plots' data, and what could not be made."""
+    """State that the parts of the page share: their numbers, the plots' data, the failures so far."""
 
     failed: Failures = field(default_factory=Failures)
     drawn: list[str] = field(default_factory=list)
     tables: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     figures: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    sprites: pictures.Sprites = field(default_factory=pictures.Sprites)
     said: int = 0  # of `failed`, the lines that the page shows already
 
     def part(self, name: str, make: Callable[[], str]) -> str:
-        """Its HTML; where it cannot be made, a line that says so."""
+        """The HTML of a part. If it cannot be made, a line says so in its place."""
         made = attempt(name, make, self.failed)
         new, self.said = self.failed[self.said :], len(self.failed)
         return (made or "") + _not_made(new)
@@ -61,7 +62,7 @@ def write(
     collection: Collection, benchmarks: Sequence[Protocol], tables: Sequence[Table], file: Path,
     findings: Findings | None = None, refresh: float | None = None, gone: Sequence[str] = (),
 ) -> Failures:  # fmt: skip
-    """Write the page; what could not be made, as lines that the page shows in its place.
+    """Write the page. Returns the parts that could not be made, as lines that the page shows in their place.
 
     Args:
         collection: all runs that were found. The page lists the runs that were left out.
@@ -70,7 +71,7 @@ def write(
         file: replaced in one step.
         findings: {(benchmark, arch): sentences}, for the box on top.
         refresh: seconds after which the page loads itself again.
-        gone: what could not be made before.
+        gone: lines about parts that could not be made before.
     """
     page = _Page()
     names = {b.name for b in benchmarks}
@@ -95,6 +96,7 @@ def write(
         page.part("Where it comes from", lambda: _origin(collection.runs)),
         "</main>",
     ]
+    parts.append(f"<style>{page.sprites.css}</style>")
     content = _PAGE.format(
         policy=escape(POLICY, quote=True).replace("&#x27;", "'"),
         refresh=f'<meta http-equiv="refresh" content="{math.ceil(refresh)}">\n' if refresh else "",
@@ -133,7 +135,7 @@ _PAGE = """<!doctype html>
 
 
 def _lede(collection: Collection, benchmarks: Sequence[Protocol]) -> str:
-    """What this page is about, in two sentences."""
+    """The subject of the page in two sentences."""
     runs = collection.runs
     left = len(collection.unfinished) + len(collection.damaged)
     rest = f" {_count(left, 'run')} left out of the tables, listed below." if left else ""
@@ -213,14 +215,17 @@ def _benchmark(benchmark: Protocol, number: int, tables: Sequence[Table], page: 
     for arch in archs:
         if len(archs) > 1:
             parts.append(f"<h3>{escape(arch)}</h3>")
-        parts += _on(arch, [t for t in own if t.about[1] == arch], figures.get(arch, []), looks, page)
+        here = per_run.on(benchmark, arch)
+        parts += _on(here, arch, [t for t in own if t.about[1] == arch], figures.get(arch, []), looks, page)
     return "".join(parts) + "</section>"
 
 
 def _on(
-    arch: str, tables: Sequence[Table], figures: Sequence[Figure], looks: Mapping[str, Style], page: _Page
-) -> list[str]:
-    """Tables and figures of one architecture in reading order. Folded parts come last, or stand in their own place."""
+    benchmark: Protocol, arch: str, tables: Sequence[Table], figures: Sequence[Figure], looks: Mapping[str, Style],
+    page: _Page,
+) -> list[str]:  # fmt: skip
+    """Tables, figures and pictures of one architecture in reading order. Folded parts come last, or stand in their own
+    place."""
     parts = []
     for kind in ORDER:
         for table in tables:
@@ -230,6 +235,8 @@ def _on(
             if figure.name == kind:
                 parts.append(page.part(f"{figure.title}, {arch}", partial(_figure, figure, looks, page)))
         parts.append(_fold("tasks", [t for t in tables if t.kind == kind == "tasks"], page))
+    drawn = partial(pictures.section, benchmark, list(looks), page.sprites, page.figures)
+    parts.append(page.part(f"Pictures, {arch}", drawn))
     parts.append(_fold("", [t for t in tables if t.folded and t.kind != "tasks"], page))
     return parts
 
@@ -241,7 +248,7 @@ def _fold(kind: str, tables: Sequence[Table], page: _Page) -> str:
 
 
 def _words(tables: Sequence[Table]) -> str:
-    """Each word of the tables, explained once."""
+    """The glossary: each term of the tables, explained once."""
     words = used(term for table in tables for term in table.terms)
     entries = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in words.items())
     hint = "<p>A click on the head of a column sorts a table; a third click restores its order.</p>"

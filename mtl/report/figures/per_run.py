@@ -16,7 +16,7 @@ from mtl.report.figures.style import Style, palette
 from mtl.report.multitask import pareto_optimal
 from mtl.report.overall import MANY, kinds
 from mtl.report.protocols import Group, Protocol, rateless
-from mtl.report.runs import Run
+from mtl.report.runs import Run, step_time
 from mtl.report.scores import Scores
 from mtl.report.statistics import mean
 
@@ -32,7 +32,7 @@ def figures(benchmark: Protocol, failed: Failures | None = None) -> dict[str, li
     makers = (learning_curves, weights, gradients, layers, parallel_coordinates, pareto, cost, learning_rates)
     found: dict[str, list[Figure]] = {}
     for arch in dict.fromkeys(g.arch for g in [*benchmark.groups, *benchmark.lost] if g.runs or g.open):
-        part, found[arch] = _on(benchmark, arch), []
+        part, found[arch] = on(benchmark, arch), []
         for make in makers:
             name = f"{make.__name__.replace('_', ' ')} of {benchmark.name}, {arch}"
             made = make(part) if failed is None else attempt(name, lambda make=make, part=part: make(part), failed)
@@ -40,7 +40,7 @@ def figures(benchmark: Protocol, failed: Failures | None = None) -> dict[str, li
     return found
 
 
-def _on(benchmark: Protocol, arch: str) -> Protocol:
+def on(benchmark: Protocol, arch: str) -> Protocol:
     """The benchmark on one architecture. All functions below except `styles` take one."""
     baselines = [b for b in benchmark.baselines if b.arch == arch]
     return replace(benchmark, groups=benchmark.of(arch), baselines=baselines,
@@ -106,7 +106,7 @@ def pareto(benchmark: Protocol) -> Figure:
             panels.append(_against(benchmark, first, second))
     note = "Every run (small), the mean over seeds (large)" if several(benchmark) else "Every run"
     front = any(len(p.front) > 1 for p in panels)
-    note += ", and the border of what the best of them dominate (line)." if front else "."
+    note += ", and the border of the region that the best of them dominate (line)." if front else "."
     if benchmark.baselines:
         note += " Dotted: the single-task baselines."
     if len(mains) > PANELS:
@@ -119,7 +119,7 @@ def cost(benchmark: Protocol) -> Figure:
     metric, traces = _first(benchmark), []
     for group in benchmark.groups:
         known = [(r, time, _values(benchmark, replace(group, runs=[r]), metric))
-                 for r in group.runs if (time := step_time(r)) is not None]  # fmt: skip
+                 for r in group.runs if drawable(time := step_time(r))]  # fmt: skip
         known = [(r, time, values[0]) for r, time, values in known if values]
         traces += _scatter(group, [t for _, t, _ in known], [y for _, _, y in known], [r for r, _, _ in known])
     times = [x for t in traces for x in t.x]
@@ -134,7 +134,7 @@ def cost(benchmark: Protocol) -> Figure:
 
 
 def learning_rates(benchmark: Protocol) -> Figure:
-    """The first metric against the learning rate, for what was run at several."""
+    """The first metric against the learning rate, for strategies that were run at several rates."""
     metric = _first(benchmark)
     families: dict[str, dict[float, Group]] = {}
     for group in benchmark.groups:
@@ -152,7 +152,7 @@ def learning_rates(benchmark: Protocol) -> Figure:
             low, high = (list(map(pick, each)) if max(map(len, each)) > 1 else () for pick in (min, max))
             traces.append(Trace(label, list(known), means, low, high, marked="large"))
     panel = Panel("", "learning rate", axis(metric), traces, log="x")
-    note = "What was run at several learning rates; a line bears the name of its best rate."
+    note = "Strategies that were run at several learning rates. A line has the name of its best rate."
     return figure(benchmark, "learning-rates", "Sensitivity to the learning rate", note, [panel], curves=True, at=True)
 
 
@@ -174,15 +174,7 @@ def final(benchmark: Protocol, group: Group, metric: str) -> float | None:
 def _values(benchmark: Protocol, group: Group, metric: str) -> list[float]:
     """Of the runs that have a finite one; `metric` may be the mean of a kind."""
     metrics = [metric] if metric in benchmark.metrics else kinds(benchmark)[metric].metrics
-    return [v for r in group.runs if drawable(v := mean([r.figure(m, benchmark.main) for m in metrics]))]
-
-
-def step_time(run: Run) -> float | None:
-    """Milliseconds a training step."""
-    rate, batch = run.fact("images_per_second"), run.config["data"].get("batch_size")
-    if not isinstance(batch, int) or not drawable(rate) or rate <= 0:
-        return None
-    return 1000 * batch / rate if drawable(1000 * batch / rate) else None
+    return [v for r in group.runs if drawable(v := mean([r.value(m, benchmark.main) for m in metrics]))]
 
 
 def _higher(benchmark: Protocol, metric: str) -> bool | None:
@@ -198,7 +190,7 @@ def _against(benchmark: Protocol, first: str, second: str) -> Panel:
     """Two metrics of every run, and the front of the strategies' means."""
     traces, means = [], []
     for group in benchmark.groups:
-        pairs = [(r.figure(first, benchmark.main), r.figure(second, benchmark.main)) for r in group.runs]
+        pairs = [(r.value(first, benchmark.main), r.value(second, benchmark.main)) for r in group.runs]
         known = [(r, *p) for r, p in zip(group.runs, pairs, strict=True) if all(map(drawable, p))]
         if known:
             runs, x, y = zip(*known, strict=True)
@@ -217,7 +209,7 @@ def _against(benchmark: Protocol, first: str, second: str) -> Panel:
 
 
 def _steps(front: Sequence[tuple[float, float]], up: bool) -> list[tuple[float, float]]:
-    """The border of what the front dominates: its points, and the corners between them; empty without a point."""
+    """The border of the region that the front dominates: its points and corners; empty without a point."""
     if not front:
         return []
     corners = [(p[0], q[1]) if up else (q[0], p[1]) for p, q in itertools.pairwise(front)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-# Okabe and Ito's colours without yellow, which paper swallows, and two of Paul Tol's: told apart by any colour vision.
+# Okabe and Ito's colours without yellow, which is invisible on paper, and two of Paul Tol's. Any colour vision can
+# distinguish them.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
 REFERENCE, REST = "#000000", "#C4C4C4"
 DASHES = ("solid", "dash", "dashdot", "dot")
