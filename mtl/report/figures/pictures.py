@@ -43,9 +43,9 @@ class Sprites:
             if len(data) > self.left:
                 return None
             self.left -= len(data)
-            pixels = "image-rendering:pixelated;" if width < SMALL else ""
+            crisp = "image-rendering:pixelated;" if width < SMALL else ""
             self.styles[key] = (
-                f"{{{pixels}aspect-ratio:{width}/{height};background-size:100% {100 * number}%;"
+                f"{{{crisp}aspect-ratio:{width}/{height};background-size:100% {100 * number}%;"
                 f"background-image:url(data:image/png;base64,{data})}}"
             )
         return f"s{list(self.styles).index(key)}"
