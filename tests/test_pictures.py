@@ -22,7 +22,7 @@ from mtl.engine.pictures import _checked
 from mtl.report.__main__ import main
 from mtl.report.figures import pictures as page_pictures
 from mtl.tasks import Classification, Depth, Normals, Segmentation
-from mtl.tracking.pictures import GAP, Sheet, encode, path_of, read
+from mtl.tracking.pictures import GAP, PictureGrid, encode, path_of, read
 from mtl.tracking.wandb import WandbTracker
 
 # ----------------------------------------------------------------------------------------------------------- colours
@@ -76,12 +76,12 @@ def test_inputs_and_tasks_without_a_picture():
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-def sheet(seed: int = 0, samples: int = 2, tasks=("a", "b"), truth: int = 0) -> Sheet:
+def sheet(seed: int = 0, samples: int = 2, tasks=("a", "b"), truth: int = 0) -> PictureGrid:
     """Random tiles of 6x8. Image and truth depend on `truth` only."""
     columns = (("", "image"), *((task, kind) for task in tasks for kind in ("truth", "prediction")))
     seeds = [1000 + 100 * i + seed if kind == "prediction" else 100 * i + truth for i, (_, kind) in enumerate(columns)]
     draws = map(np.random.default_rng, seeds)
-    return Sheet(columns, np.stack([d.integers(0, 256, (samples, 6, 8, 3)).astype(np.uint8) for d in draws]))
+    return PictureGrid(columns, np.stack([d.integers(0, 256, (samples, 6, 8, 3)).astype(np.uint8) for d in draws]))
 
 
 def test_a_sheet_comes_back_from_its_file(tmp_path):
@@ -164,7 +164,7 @@ def test_pictures_of_a_run(cli, monkeypatch):
     assert paths[0] == paths[1] and not files("without")
 
 
-def _check_trackers(sheets: list[Sheet]) -> None:
+def _check_trackers(sheets: list[PictureGrid]) -> None:
     (folder,) = (file.parent for file in Path("with").rglob("run.json"))
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [e.step for e in events.Images("pictures")] == [1, 2, 3]

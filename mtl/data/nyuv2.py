@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from annotated_types import Ge
 
@@ -23,7 +23,6 @@ from mtl.data.inputs import Image
 from mtl.data.npy import Layout, MapKind, classes, depth, image, normals
 from mtl.metrics.dense import Reduction
 from mtl.tasks import Depth, Normals, Segmentation, Task
-from mtl.tasks.dense import reduce_by
 from mtl.views import Augment, Flip, ScaleCrop
 
 LAYOUT = Layout(
@@ -63,10 +62,10 @@ class NYUv2(Benchmark):
     augmented: bool = True
     reduction: Reduction = "pooled"
 
-    tasks: ClassVar[Sequence[Task]] = (Segmentation("segmentation", 13), Depth("depth"), Normals("normals"))
-
-    def __post_init__(self) -> None:
-        self.tasks = reduce_by(self.tasks, self.reduction)
+    @cached_property
+    def tasks(self) -> Sequence[Task]:
+        by = self.reduction
+        return Segmentation("segmentation", 13), Depth("depth", reduction=by), Normals("normals", reduction=by)
 
     @cached_property
     def inputs(self) -> Mapping[str, Image]:

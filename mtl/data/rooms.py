@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import nan, tau
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,6 @@ from mtl.data import Benchmark, Flip, Image, ScaleCrop, Split
 from mtl.metrics.dense import Reduction
 from mtl.random import stream
 from mtl.tasks import Depth, Normals, Segmentation, Task
-from mtl.tasks.dense import reduce_by
 
 CLASSES = ("floor", "ceiling", "wall", "window", "box", "ball")
 FLOOR, CEILING, WALL, WINDOW, BOX, BALL = range(len(CLASSES))
@@ -50,11 +49,12 @@ class Rooms(Benchmark):
     width: Annotated[int, Ge(1)] = 64
     reduction: Reduction = "pooled"
 
-    tasks: ClassVar[Sequence[Task]] = (Segmentation("segmentation", len(CLASSES)), Depth("depth"), Normals("normals"))
     augment = (ScaleCrop((1.0, 1.2, 1.5)), Flip())
 
-    def __post_init__(self) -> None:
-        self.tasks = reduce_by(self.tasks, self.reduction)
+    @cached_property
+    def tasks(self) -> Sequence[Task]:
+        by, classes = self.reduction, len(CLASSES)
+        return Segmentation("segmentation", classes), Depth("depth", reduction=by), Normals("normals", reduction=by)
 
     @cached_property
     def inputs(self) -> Mapping[str, Image]:

@@ -25,7 +25,7 @@ from mtl.engine.learner import Learner
 from mtl.errors import one_line
 from mtl.random import seeded
 from mtl.tasks import Task
-from mtl.tracking.pictures import Sheet, encode, epochs, path_of
+from mtl.tracking.pictures import PictureGrid, encode, epochs, path_of
 
 log = logging.getLogger("mtl")
 
@@ -79,7 +79,7 @@ class Pictures:
             where = f" ({place(error)})" if place(error) else ""
             log.info(f"WARNING   no pictures: {type(error).__name__}: {one_line(error)}{where}; training goes on")
 
-    def _sheet(self) -> Sheet | None:
+    def _sheet(self) -> PictureGrid | None:
         learner, images = self.learner, None
         for name, one in self.benchmark.inputs.items():
             images = one.draw(self.rows[name]) if images is None else images
@@ -97,7 +97,7 @@ class Pictures:
         height, width = found[0][2].shape[1:3]
         step = -(-max(height, width) // LONGEST)
         tiles = [_resized(colours, -(-height // step), -(-width // step)) for _, _, colours in found]
-        return Sheet(tuple((task, kind) for task, kind, _ in found), np.stack(tiles))
+        return PictureGrid(tuple((task, kind) for task, kind, _ in found), np.stack(tiles))
 
 
 def _checked(task: Task, colours: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ NaN.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -208,11 +208,6 @@ def _depth_colours(share: Tensor) -> Tensor:
 def _blank(colours: Tensor, where: Tensor) -> Tensor:
     """uint8 colours (N, H, W, 3), black where there is nothing to show."""
     return colours.round().to(torch.uint8).masked_fill(where[..., None], 0)
-
-
-def reduce_by(tasks: Sequence[Task], reduction: Reduction) -> tuple[Task, ...]:
-    """The tasks, whose metrics of depth and normals combine batches in this way; other tasks as they are."""
-    return tuple(replace(t, reduction=reduction) if isinstance(t, Depth | Normals) else t for t in tasks)
 
 
 def _directed(normals: Tensor) -> Tensor:

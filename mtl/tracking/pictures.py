@@ -26,7 +26,7 @@ LARGEST, AREA = 64 * 10**6, 50 * 10**6  # bytes, and height times width; a run w
 
 
 @dataclass(frozen=True)
-class Sheet:
+class PictureGrid:
     """The pictures of one epoch.
 
     Attributes:
@@ -73,7 +73,7 @@ def epochs(directory: Path) -> list[int]:
     return sorted(int(m[1]) for name in names if (m := re.fullmatch(r"epoch_(\d{4,9})\.png", name)))
 
 
-def encode(sheet: Sheet) -> bytes:
+def encode(sheet: PictureGrid) -> bytes:
     """The sheet as the bytes of a PNG file."""
     from PIL import Image, PngImagePlugin  # here and below: a run without pictures does not need it
 
@@ -85,7 +85,7 @@ def encode(sheet: Sheet) -> bytes:
     return file.getvalue()
 
 
-def read(file: Path) -> Sheet:
+def read(file: Path) -> PictureGrid:
     """The sheet in a file.
 
     Raises:
@@ -110,7 +110,7 @@ def read(file: Path) -> Sheet:
     return _cut(page, layout)
 
 
-def of(directory: Path, epoch: int) -> Sheet | None:
+def of(directory: Path, epoch: int) -> PictureGrid | None:
     """The pictures of a run's epoch; None if there are none that can be read."""
     try:
         return read(path_of(directory, epoch))
@@ -118,7 +118,7 @@ def of(directory: Path, epoch: int) -> Sheet | None:
         return None
 
 
-def _cut(page: NDArray, layout: Any) -> Sheet:
+def _cut(page: NDArray, layout: Any) -> PictureGrid:
     """Take a page apart. Raises ValueError if the layout is not this page's."""
     try:
         columns = tuple((str(task), str(kind)) for task, kind in layout["columns"])
@@ -133,4 +133,4 @@ def _cut(page: NDArray, layout: Any) -> Sheet:
         for s, tile in enumerate(column):
             y, x = s * (height + GAP), c * (width + GAP)
             tile[:] = page[y : y + height, x : x + width]
-    return Sheet(columns, tiles)
+    return PictureGrid(columns, tiles)

@@ -16,7 +16,7 @@ from mtl.report.names import visible
 from mtl.report.notes import some
 from mtl.report.protocols import Group, Protocol
 from mtl.report.runs import Run
-from mtl.tracking.pictures import Sheet, epochs, path_of, read
+from mtl.tracking.pictures import PictureGrid, epochs, path_of, read
 
 BUDGET = 8 * 10**6  # characters of all pictures in a page, which some browsers and mail programs must carry
 OVER = 6  # epochs of a strip
@@ -69,7 +69,7 @@ class _Shown:
     label: str
     run: Run
     epoch: int
-    sheet: Sheet
+    sheet: PictureGrid
 
 
 def section(benchmark: Protocol, order: Sequence[str], sprites: Sprites, numbers: Iterator[int]) -> str:
@@ -120,7 +120,7 @@ def _of(group: Group, seed: int | None, wrong: list[str]) -> _Shown | None:
     return None
 
 
-def _read(directory: Path, epoch: int, wrong: list[str]) -> Sheet | None:
+def _read(directory: Path, epoch: int, wrong: list[str]) -> PictureGrid | None:
     try:
         return read(path_of(directory, epoch))
     except (OSError, ValueError) as error:
@@ -165,7 +165,7 @@ def _side_by_side(
     return _figure(f"Figure {next(numbers)}. {task}: the same test samples by each strategy.", note, heads, rows)
 
 
-def _same(first: Sheet, other: Sheet, task: str) -> bool:
+def _same(first: PictureGrid, other: PictureGrid, task: str) -> bool:
     """Whether two sheets show the same samples, by their image and truth."""
     pairs = ((first.column(*key), other.column(*key)) for key in (("", "image"), (task, "truth")))
     return all((a is None) == (b is None) and (a is None or np.array_equal(a, b)) for a, b in pairs)
