@@ -69,7 +69,8 @@ def _batches(
             if rows:
                 yield file, names, torch.stack(rows)
                 names, rows = [], []
-            yield file, *(_arrays(file) if file.suffix.lower() in ARRAYS else _table(run, file))
+            labels, columns = _arrays(file) if file.suffix.lower() in ARRAYS else _table(run, file)
+            yield file, labels, columns
             continue
         row, what = _picture(run, file)
         changed.update([what] if what else [])
