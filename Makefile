@@ -3,6 +3,7 @@
 # make test         the test suite
 # make lint         style and types
 # make lists        everything that lists methods and architectures: pages, tables, missing golden traces
+# make screenshots  the pictures of docs/images, from 24 short runs (minutes; needs Chromium)
 # make bench        speed, side by side with plain PyTorch
 # make wheel        dist/mtl-….whl, which pip installs anywhere: the command mtl-train, with conf/ inside
 # All of them create .venv on first use and are safe to repeat. PYTHON=python3.12 chooses the interpreter (3.10 to 3.13).
@@ -11,7 +12,7 @@ VENV := .venv/bin
 # TORCH=cpu, or a version of CUDA such as TORCH=cu126: the folder of PyTorch's own index. Empty: as PyPI has it.
 TORCH ?=
 
-.PHONY: quickstart test bench wheel lint lists
+.PHONY: quickstart test bench wheel lint lists screenshots
 quickstart: .venv/installed
 	$(VENV)/python train.py -m experiment=quickstart loss=equal,uncertainty,pcgrad seed=0,1
 	@echo "first:    source .venv/bin/activate   (once in each terminal, for all commands that start with python)"
@@ -22,6 +23,9 @@ test: .venv/installed-test
 lists: .venv/installed-test
 	$(VENV)/python -m mtl.certify
 	GOLDEN=missing OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q tests/test_golden.py tests/test_golden_variants.py
+
+screenshots: .venv/installed
+	OMP_NUM_THREADS=1 $(VENV)/python benchmarks/screenshots.py
 
 bench: .venv/installed
 	$(VENV)/python benchmarks/throughput.py

@@ -32,6 +32,7 @@ REQUIRED = {
     "custom": ["loss.file=my_loss.py"],
     "pivrg": ["loss.baselines={fine: 60, coarse: 70}"],
     "amtl": ["loss.potentials={fine: 60, coarse: 70}"],
+    "table": ["data.file=labels.csv", "data.labels={species: class}"],
     "other": ["optimizer._target_=torch.optim.RMSprop"],
 }
 # Where a YAML of ours says something else than its class, on purpose.

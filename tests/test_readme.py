@@ -183,6 +183,17 @@ def test_every_link_leads_somewhere(page):
             assert anchor in anchors, f"{page.name}: {target}"
 
 
+def test_what_the_results_say_of_the_verdicts_is_what_the_report_says():
+    told = " ".join((ROOT / "results" / "README.md").read_text().split())
+    report = (ROOT / "results" / "cifar100-reduced-study" / "report.md").read_text()
+    rows = re.findall(r"\| ([\d.]+) \| ([^|]*(?:too few to tell|better|worse)) \|$", report, re.MULTILINE)
+    verdicts = [verdict for _, verdict in rows]
+    few, perhaps = verdicts.count("3 seeds: too few to tell"), verdicts.count("perhaps better")
+    assert few + perhaps == len(rows)
+    assert f'Of the {len(rows)} differences from equal weighting, the report calls {few} "3 seeds: too few' in told
+    assert f'and {perhaps} "perhaps better"' in told and f"the least p is {min(p for p, _ in rows)}" in told
+
+
 def test_every_page_of_the_manual_is_in_its_index():
     index = TEXT[ROOT / "docs" / "README.md"]
     assert [page.name for page in shipped.files("docs/*.md") if f"({page.name})" not in index] == ["README.md"]

@@ -42,6 +42,7 @@ def _losses(*more: str) -> dict[str, tuple[str, ...]]:
 def _archs() -> dict[str, tuple[str, ...]]:
     names = [name for name in options("arch") if name != "timm"]  # an extra, which need not be there
     cases = {name: (*DIGITS, f"arch={name}", "optimizer.lr=0.01", "trainer.epochs=2") for name in names}
+    cases["mlp"] += ("arch.width=16",)
     # These are large, and most of the time goes into writing checkpoints. So one epoch, and no momenta to save.
     cases["torchvision"] += ("arch.name=shufflenet_v2_x0_5",)
     for name in ("resnet18", "torchvision", "vgg16_bn"):
