@@ -72,7 +72,7 @@ class NoNormals(Loaded):
 class Two(Loaded):
     """Nobody asks for normals."""
 
-    tasks = Rooms.tasks[:2]
+    tasks = Rooms().tasks[:2]
 
 
 def build(loss: str, kind=Loaded, optimizer: str = "adam", **switches) -> tuple[Learner, TrainingBatches, Rooms]:

@@ -48,4 +48,4 @@ class Alone(Digits):
 class Pair(Rooms):
     """Classes and depth."""
 
-    tasks = Rooms.tasks[:2]
+    tasks = Rooms().tasks[:2]
