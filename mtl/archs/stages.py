@@ -99,7 +99,7 @@ def own_of_stages(backbone: nn.Module, stages: Sequence[Stage]) -> list[list[nn.
 
 
 def resize(x: Tensor, like: Tensor) -> Tensor:
-    """A map (N, C, H, W) in the height and width of another: max-pooled where it is larger, else enlarged bilinearly."""
+    """A map (N, C, H, W) in the size of another: max-pooled where it is larger, otherwise enlarged bilinearly."""
     size = like.shape[2:]
     kernel = [max(1, round(a / b)) for a, b in zip(x.shape[2:], size, strict=True)]
     if kernel != [1, 1]:

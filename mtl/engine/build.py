@@ -56,7 +56,8 @@ NODES: dict[str, tuple[str, ...]] = {
 
 
 def _root(seed: Annotated[int, Ge(0)], output_root: str, data: dict, arch: dict, sharing: dict, loss: dict,
-          optimizer: dict, schedule: dict, step: dict, microscope: dict, trainer: dict, logger: dict, study: dict) -> None:  # fmt: skip
+          optimizer: dict, schedule: dict, step: dict, microscope: dict, trainer: dict, logger: dict,
+          study: dict) -> None:  # fmt: skip
     """Never called. Its signature describes the config's top level, in the form in which classes describe nodes."""
 
 

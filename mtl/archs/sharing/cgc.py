@@ -54,9 +54,7 @@ class CGC(Model):
         backbones = [build_backbone() for _ in range(shared_experts)]
         self.heads = heads(backbones[0], tasks)
         self.shared = nn.ModuleList(map(expert, backbones))
-        self.own = nn.ModuleList(
-            nn.ModuleList(expert(build_backbone()) for _ in range(task_experts)) for _ in tasks
-        )
+        self.own = nn.ModuleList(nn.ModuleList(expert(build_backbone()) for _ in range(task_experts)) for _ in tasks)
         self.inputs = self.shared[0].inputs
         self.index = {task.name: i for i, task in enumerate(tasks)}
         self.glimpse = Glimpse(self.inputs, shapes, grid)

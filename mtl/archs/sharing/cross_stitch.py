@@ -1,4 +1,5 @@
-"""Cross-stitch networks: Misra, Shrivastava, Gupta & Hebert, "Cross-stitch Networks for Multi-task Learning", CVPR 2016.
+"""Cross-stitch networks: Misra, Shrivastava, Gupta & Hebert, "Cross-stitch Networks for Multi-task Learning", CVPR
+2016, arXiv 1604.03539.
 
 Every task has a backbone of its own. After a stage l, task t goes on with a mixture of all tasks' maps:
 

@@ -19,6 +19,7 @@ Where repositories differ
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Annotated
 
 import torch
@@ -57,9 +58,7 @@ class MTAN(Model):
         # What a task brings along from the stage before has the channels of this stage, because f gives them.
         widths = [(s.inner + (s.channels if i else 0), s.channels) for i, s in enumerate(stages)]
         self.masks = nn.ModuleList(nn.ModuleList(mask(n, c, reduction) for n, c in widths) for _ in tasks)
-        self.onward = nn.ModuleList(
-            layer(a.channels, b.channels) for a, b in zip(stages[:-1], stages[1:], strict=True)
-        )
+        self.onward = nn.ModuleList(layer(a.channels, b.channels) for a, b in pairwise(stages))
         self.layer_groups = layer_groups(self.backbone, ["backbone"])
 
     def forward(self, batch: Batch) -> Outputs:
