@@ -172,15 +172,15 @@ def test_wrong_declarations_are_refused():
     ple.own_parameters = lambda task: [
         p for part in (ple.own, ple.gates, ple.heads) for p in part[names.index(task)].parameters()
     ]
-    with pytest.raises(ArchError, match=r"own.0.* is declared task 'a's own, but task 'b' uses it"):
+    with pytest.raises(ArchError, match=r"own.0.* is declared task 'a''s own, but task 'b' uses it"):
         check_model(ple, x, names)
 
 
 def test_numbers_of_parameters_follow_from_the_backbone():
-    """ResNet-20 has 275,572 parameters, its stages 16, 32 and 64 channels."""
+    """ResNet-20 has 271,824 parameters, its stages 16, 32 and 64 channels."""
     net, tasks = of_file("resnet20"), (A, B, C)
     one, heads, gate = count_parameters(net()), 9 * (64 + 1), 3 * 64 + 1
-    assert one == 275_572
+    assert one == 271_824
 
     def number(scheme, **options):
         with torch.device("meta"):
@@ -250,7 +250,7 @@ def test_cross_stitch_starts_nearly_apart():
     x = images(2, 3, 8, 8)
     alone = [head(net(x["image"])) for net, head in zip(model.backbones, model.heads, strict=True)]
     torch.testing.assert_close(list(model(x).predictions), alone)
-    (unit,) = {float(row) for unit in build("cross_stitch", (A,)).units for row in unit}
+    (unit,) = {float(row.detach()) for unit in build("cross_stitch", (A,)).units for row in unit}
     assert unit == 1
 
 
@@ -391,14 +391,14 @@ def test_the_report_separates_schemes_and_names_what_differs(tmp_path):
         folder.rename(place)
         (place / "run.json").write_text(json.dumps(info))
         (place / "config.yaml").write_text(yaml.safe_dump(config))
-    (benchmark,) = benchmarks(load([tmp_path]).finished)
-    assert benchmark.archs == ["resnet20", "resnet20-mmoe, 2 experts", "resnet20-mmoe, 3 experts"]
+    (benchmark,) = benchmarks(load([tmp_path]).runs)
+    assert benchmark.archs == ["resnet20", "resnet20-mmoe, experts 2", "resnet20-mmoe, experts 3"]
     assert [g.label for g in benchmark.groups] == ["equal"] * 3
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
 
-TINY = ("data=rooms", "data.train_size=16", "data.test_size=8", "data.batch_size=8", "data.height=16",
+TINY = ("data=rooms", "data.train_size=16", "data.test_size=4", "data.batch_size=8", "data.height=16",
         "data.width=16", "data._target_=golden.problems.Pair", "arch=fcn", "arch.width=1", "trainer.device=cpu",
         "logger=none")  # fmt: skip
 
@@ -419,11 +419,11 @@ def test_a_scheme_trains_resumes_exactly_and_predicts(cli, monkeypatch, scheme):
         row = train_epoch(self, batches, epoch)
         return signal.raise_signal(signal.SIGINT) if epoch else row
 
-    assert cli(*words, "output_root=whole", "microscope.every=1").code == 0
+    assert cli(*words, "output_root=whole").code == 0
     with monkeypatch.context() as patch:
         patch.setattr(Learner, "train_epoch", interrupted)
-        assert cli(*words, "output_root=parts", "microscope.every=1").code == 130
-    assert cli(*words, "output_root=parts", "microscope.every=1").code == 0
+        assert cli(*words, "output_root=parts").code == 130
+    assert cli(*words, "output_root=parts").code == 0
     torch.testing.assert_close(outcome("parts"), outcome("whole"), rtol=0, atol=0)
     (file,) = Path("whole").rglob("best.pt")
     loaded = mtl.load(file.parent, epoch="last")
@@ -436,7 +436,10 @@ def test_a_scheme_trains_resumes_exactly_and_predicts(cli, monkeypatch, scheme):
 def test_a_scheme_trains_with_methods_of_each_kind(cli, monkeypatch, scheme):
     monkeypatch.setattr("os.fsync", lambda file: None)
     features = ["step.gradients=features"] if scheme == "cgc" else []
-    for options in (["loss=mgda", *features], ["loss=single", "loss.task=depth"]):
+    for options in (
+        ["loss=mgda", "microscope.every=1", "microscope.samples=1", *features],
+        ["loss=single", "loss.task=depth"],
+    ):
         result = cli(*TINY, f"sharing={scheme}", "trainer.epochs=1", "data.limit_train=8", *options)
         assert result.code == 0, result.err
 
@@ -450,7 +453,6 @@ def test_a_scheme_trains_with_methods_of_each_kind(cli, monkeypatch, scheme):
     (("arch=fcn", "sharing=ple", "sharing.levels=4"), "sharing.levels: 4; FCN has 3 stages, a level needs one"),
     (("arch=torchvision", "arch.name=shufflenet_v2_x0_5", "sharing=cross_stitch"),
      "arch: CrossStitch needs a backbone in stages, and this TorchvisionBackbone has none; these have: resnet20"),
-    (("data=toy", "arch=point", "sharing=mtan"), "arch: MTAN needs a backbone in stages, and this Point has none"),
     (("arch=fcn", "sharing=ple", "loss=mgda", "step.gradients=features"), "loss: MGDA works on the features between "
      "backbone and heads, and PLE has none"),
     (("arch=fcn", "sharing=cross_stitch", "loss=mgda", "step.gradients=features"), "and CrossStitch has none"),
