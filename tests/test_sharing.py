@@ -23,7 +23,7 @@ from mtl.archs.sharing.cross_stitch import CrossStitch
 from mtl.archs.sharing.mmoe import MMoE
 from mtl.archs.sharing.mtan import MTAN
 from mtl.archs.sharing.ple import PLE
-from mtl.archs.stages import Stage, resize
+from mtl.archs.stages import BackboneStage, resize
 from mtl.config import schema
 from mtl.config.identity import identify
 from mtl.engine import checkpoint
@@ -61,7 +61,7 @@ class Staged(nn.Module):
 
     def stages(self):
         return [
-            Stage(
+            BackboneStage(
                 [self.first[i], self.last[i]], self._start(i), 2 * 2**i, lambda x, i=i: self.last[i](x).tanh(), 2 * 2**i
             )
             for i in range(3)

@@ -19,7 +19,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
 from mtl.archs.maps import check_size, labels_pixels, layer, pooled
-from mtl.archs.stages import Stage, block_stages
+from mtl.archs.stages import BackboneStage, block_stages
 from mtl.errors import SetupError, one_line, suggest
 from mtl.tasks import Task
 
@@ -69,7 +69,7 @@ class DilatedResNet(nn.Module):
         low = self.layer1(self._stem(x))
         return low, self.layer4(self.layer3(self.layer2(low)))
 
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[BackboneStage]:
         """The four layers."""
         layers = [self.layer1, self.layer2, self.layer3, self.layer4]
         widths = [self.channels["layer1"] * 2**i for i in range(len(layers))]
@@ -118,7 +118,7 @@ class DeepLabV3(nn.Module):
         check_size(x, 8, type(self).__name__)
         return self.resnet(x)[1]
 
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[BackboneStage]:
         """ResNet's four layers."""
         first, *others = self.resnet.stages()
         return [first._replace(start=partial(_checked, first, 8, type(self).__name__)), *others]
@@ -166,7 +166,7 @@ class DeepLabV3Plus(nn.Module):
         low, deep = self.resnet(x)
         return self.finish(deep, [low])
 
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[BackboneStage]:
         """ResNet's four layers. The map after the first one is kept."""
         first, second, *others = self.resnet.stages()
         first = first._replace(start=partial(_checked, first, 4, type(self).__name__))
@@ -178,12 +178,12 @@ class DeepLabV3Plus(nn.Module):
         return torch.cat((deep, self.early(kept[0])), 1)
 
 
-def _checked(stage: Stage, multiple: int, name: str, x: Tensor, kept: list[Tensor]) -> Tensor:
+def _checked(stage: BackboneStage, multiple: int, name: str, x: Tensor, kept: list[Tensor]) -> Tensor:
     check_size(x, multiple, name)
     return stage.start(x, kept)
 
 
-def _keeping(stage: Stage, x: Tensor, kept: list[Tensor]) -> Tensor:
+def _keeping(stage: BackboneStage, x: Tensor, kept: list[Tensor]) -> Tensor:
     kept.append(x)
     return stage.start(x, kept)
 

@@ -12,7 +12,7 @@ from annotated_types import Ge
 from torch import Tensor, nn
 
 from mtl.archs.maps import check_size, labels_pixels, pooled
-from mtl.archs.stages import Stage
+from mtl.archs.stages import BackboneStage
 from mtl.tasks import Task
 
 STRIDE = 4
@@ -56,13 +56,13 @@ class FCN(nn.Module):
         x = self.deep(self.down(self._begin(x, [])))
         return self._widen(self._context(x))
 
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[BackboneStage]:
         """The strided convolutions, the local one with the first dilated one, and the second dilated one."""
         full, half = self.out_features, self.out_features // 2
         return [
-            Stage([self.stem, self.down], self._begin, half // 2, self.down, half),
-            Stage([self.deep, self.wide], lambda x, kept: self.deep(x), full, self._context, full),
-            Stage([self.wider], lambda x, kept: x, full, self._widen, full),
+            BackboneStage([self.stem, self.down], self._begin, half // 2, self.down, half),
+            BackboneStage([self.deep, self.wide], lambda x, kept: self.deep(x), full, self._context, full),
+            BackboneStage([self.wider], lambda x, kept: x, full, self._widen, full),
         ]
 
     def finish(self, x: Tensor, kept: list[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
-from mtl.archs.stages import Stage, block_stages
+from mtl.archs.stages import BackboneStage, block_stages
 
 Positive = Annotated[int, Ge(1)]
 Share = Annotated[float, Ge(0), Lt(1)]
@@ -80,7 +80,7 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks(self._stem(x)).mean((2, 3))
 
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[BackboneStage]:
         """One for each width."""
         each = len(self.blocks) // len(self.widths)
         layers = [self.blocks[i : i + each] for i in range(0, len(self.blocks), each)]
@@ -144,7 +144,7 @@ class WideResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.finish(self.blocks(self.conv(x)), [])
 
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[BackboneStage]:
         """One for each width."""
         each = len(self.blocks) // len(self.widths)
         layers = [self.blocks[i : i + each] for i in range(0, len(self.blocks), each)]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mtl.archs.maps import labels_pixels, layer, pooled
 from mtl.archs.model import Model, Outputs
-from mtl.archs.stages import Stage
+from mtl.archs.stages import BackboneStage
 from mtl.data.columns import Batch
 from mtl.tasks import Task
 
@@ -73,7 +73,7 @@ class SegNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.maps(x).decoded[0]
 
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[BackboneStage]:
         """The levels of the encoder, then those of the decoder. A level ends before its pooling."""
         down, up = list(self.encoder), list(reversed(self.decoder_levels))
         starts = [partial(_down, level, i > 0) for i, level in enumerate(down)]
@@ -81,7 +81,7 @@ class SegNet(nn.Module):
         widths = [level.rest[-1][0].out_channels for level in (*down, *up)]
         inner = [level.first[0].out_channels for level in (*down, *up)]
         return [
-            Stage([level], start, first, level.rest, last)
+            BackboneStage([level], start, first, level.rest, last)
             for level, start, first, last in zip((*down, *up), starts, inner, widths, strict=True)
         ]
 

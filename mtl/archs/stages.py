@@ -18,7 +18,7 @@ HAVE_THEM = "resnet20 to resnet110, resnet18, wide_resnet, vgg16_bn, torchvision
             "deeplabv3plus and fcn"  # fmt: skip
 
 
-class Stage(NamedTuple):
+class BackboneStage(NamedTuple):
     """A part of a backbone, in two halves.
 
     Attributes:
@@ -40,7 +40,7 @@ class Stage(NamedTuple):
         return self.end(self.start(x, kept))
 
 
-def stages_of(backbone: nn.Module, scheme: str) -> list[Stage]:
+def stages_of(backbone: nn.Module, scheme: str) -> list[BackboneStage]:
     """The stages of a backbone that has some.
 
     Args:
@@ -67,7 +67,7 @@ def block_stages(
     first: int,
     layers: Sequence[nn.Sequential],
     channels: Sequence[int],
-) -> list[Stage]:
+) -> list[BackboneStage]:
     """The stages of a residual network: one for each layer of blocks, and the stem in the first one.
 
     Args:
@@ -83,7 +83,7 @@ def block_stages(
         # With a single block, the first half does nothing, and its map is the stage's input.
         inner = width if len(blocks) > 1 else first if i == 0 else channels[i - 1]
         modules = [*stem, blocks] if i == 0 else [blocks]
-        found.append(Stage(modules, _start(before, blocks[:-1]), inner, blocks[-1], width))
+        found.append(BackboneStage(modules, _start(before, blocks[:-1]), inner, blocks[-1], width))
     return found
 
 
@@ -91,7 +91,7 @@ def _start(before: Callable[[Tensor], Tensor] | None, blocks: nn.Module) -> Call
     return lambda x, kept: blocks(x if before is None else before(x))
 
 
-def own_of_stages(backbone: nn.Module, stages: Sequence[Stage]) -> list[list[nn.Parameter]]:
+def own_of_stages(backbone: nn.Module, stages: Sequence[BackboneStage]) -> list[list[nn.Parameter]]:
     """The parameters of each stage. The last stage gets whatever the others do not use, such as those of `finish`."""
     earlier = [[p for module in stage.modules for p in module.parameters()] for stage in stages[:-1]]
     known = {id(p) for stage in earlier for p in stage}

@@ -7,7 +7,7 @@ from pathlib import Path
 import torchvision
 from torch import Tensor, nn
 
-from mtl.archs.stages import Stage, block_stages
+from mtl.archs.stages import BackboneStage, block_stages
 from mtl.archs.weights import channels, first_convolution, read, start_from, wanted
 from mtl.errors import suggest
 
@@ -53,7 +53,7 @@ class TorchvisionBackbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images).flatten(1)
 
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[BackboneStage]:
         """The four layers of a ResNet; other networks have no stages."""
         net = self.network
         if not isinstance(net, torchvision.models.ResNet):

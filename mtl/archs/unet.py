@@ -14,7 +14,7 @@ from annotated_types import Ge
 from torch import Tensor, nn
 
 from mtl.archs.maps import labels_pixels, layer, pooled
-from mtl.archs.stages import Stage
+from mtl.archs.stages import BackboneStage
 from mtl.tasks import Task
 
 DEPTH = 4  # poolings
@@ -59,14 +59,14 @@ class UNet(nn.Module):
             x = self.up[i](torch.cat((before[i], larger), 1))
         return x
 
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[BackboneStage]:
         """The levels downwards, then those upwards. A level ends before its pooling, and its last map is kept."""
         width, found = self.out_features, []
         for i, block in enumerate(self.down):
-            found.append(Stage([block], partial(self._descend, i), width * 2**i, block[1], width * 2**i))
+            found.append(BackboneStage([block], partial(self._descend, i), width * 2**i, block[1], width * 2**i))
         for i in reversed(range(DEPTH)):
             block, modules = self.up[i], [self.raise_[i], self.up[i]]
-            found.append(Stage(modules, partial(self._ascend, i), width * 2**i, block[1], width * 2**i))
+            found.append(BackboneStage(modules, partial(self._ascend, i), width * 2**i, block[1], width * 2**i))
         return found
 
     def finish(self, x: Tensor, kept: list[Tensor]) -> Tensor:

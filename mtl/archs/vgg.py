@@ -11,7 +11,7 @@ from annotated_types import Ge, Lt
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
-from mtl.archs.stages import Stage
+from mtl.archs.stages import BackboneStage
 
 
 class VGG16BN(nn.Module):
@@ -48,7 +48,7 @@ class VGG16BN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.hidden(self.features(x).flatten(1))
 
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[BackboneStage]:
         """The five blocks. A stage ends before the pooling, with which the next one starts."""
         ends = [i for i, m in enumerate(self.features) if isinstance(m, nn.MaxPool2d)]
         found = []
@@ -56,7 +56,7 @@ class VGG16BN(nn.Module):
             # A pooling, and one convolution with its batch norm and ReLU.
             start, rest = self.features[max(0, begin - 1) : begin + 3], self.features[begin + 3 : end]
             channels = self.features[begin].out_channels
-            found.append(Stage([start, rest], _first(start), channels, rest, channels))
+            found.append(BackboneStage([start, rest], _first(start), channels, rest, channels))
         return found
 
     def finish(self, x: Tensor, kept: list[Tensor]) -> Tensor:
