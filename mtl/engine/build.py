@@ -286,8 +286,8 @@ def _share(node: Mapping[str, Any], backbone: Any, **supplied: Any) -> Model:
     """The model of a sharing scheme, which gets those arguments that its signature has.
 
     Raises:
-        ArchError: the scheme cannot use this backbone.
-        ConfigError: it refuses one of its own arguments.
+        ArchError: the backbone is no module.
+        ConfigError: the scheme cannot use this backbone, or refuses one of its own arguments.
     """
     if not isinstance(backbone, nn.Module):
         raise ArchError(f"a {type(backbone).__name__} was built; a torch.nn.Module is needed")
@@ -296,8 +296,8 @@ def _share(node: Mapping[str, Any], backbone: Any, **supplied: Any) -> Model:
     try:
         model = schema.build(node, "sharing", **{k: v for k, v in supplied.items() if k in parameters})
     except ConfigError as error:
-        if isinstance(error.__cause__, ArchError):
-            raise error.__cause__ from error
+        if isinstance(cause := error.__cause__, ArchError):  # its message begins with "arch", not with "sharing"
+            raise ConfigError(f"arch: {cause}") from cause
         raise
     if not isinstance(model, Model):
         raise ConfigError(f"sharing: {type(model).__name__} is no mtl.archs.model.Model")
