@@ -286,18 +286,21 @@ def _share(node: Mapping[str, Any], backbone: Any, **supplied: Any) -> Model:
     """The model of a sharing scheme, which gets those arguments that its signature has.
 
     Raises:
-        ArchError: the backbone is no module.
-        ConfigError: the scheme cannot use this backbone, or refuses one of its own arguments.
+        ArchError: the backbone is no module, or the scheme cannot use it.
+        ConfigError: the scheme refuses one of its own arguments.
     """
     if not isinstance(backbone, nn.Module):
         raise ArchError(f"a {type(backbone).__name__} was built; a torch.nn.Module is needed")
-    parameters = inspect.signature(schema.locate(node[schema.TARGET], f"sharing.{schema.TARGET}")).parameters
+    scheme, options = schema.locate(node[schema.TARGET], f"sharing.{schema.TARGET}"), dict(node)
+    del options[schema.TARGET]
     supplied["backbone"] = backbone
+    named = inspect.signature(scheme).parameters
     try:
-        model = schema.build(node, "sharing", **{k: v for k, v in supplied.items() if k in parameters})
-    except ConfigError as error:
-        if isinstance(cause := error.__cause__, ArchError):  # its message begins with "arch", not with "sharing"
-            raise ConfigError(f"arch: {cause}") from cause
+        model = scheme(**options, **{k: v for k, v in supplied.items() if k in named})
+    except ValueError as error:
+        # Our constructors begin their messages with the wrong argument. All else is about the backbone.
+        if str(error).partition(":")[0] in options:
+            raise ConfigError(f"sharing.{error}") from error
         raise
     if not isinstance(model, Model):
         raise ConfigError(f"sharing: {type(model).__name__} is no mtl.archs.model.Model")
