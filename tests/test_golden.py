@@ -1,4 +1,4 @@
-"""Each method and architecture trains as it did: in float64, on any CPU, against the traces in tests/golden/.
+"""Each method, network and sharing scheme trains as it did: in float64, on any CPU, against tests/golden/*.json.
 
 tests/test_golden_variants.py has the other half, so that two processes share the work.
 """
@@ -18,6 +18,11 @@ def test_losses(case, cli, tmp_path, monkeypatch):
 @pytest.mark.parametrize("case", sorted(FAMILIES["archs"]))
 def test_archs(case, cli, tmp_path, monkeypatch):
     check("archs", case, cli, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("case", sorted(FAMILIES["sharing"]))
+def test_sharing(case, cli, tmp_path, monkeypatch):
+    check("sharing", case, cli, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,6 +6,7 @@ Separable Convolution for Semantic Image Segmentation", ECCV 2018.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,6 +19,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
 from mtl.archs.maps import check_size, labels_pixels, layer, pooled
+from mtl.archs.stages import BackboneStage, block_stages
 from mtl.errors import SetupError, one_line, suggest
 from mtl.tasks import Task
 
@@ -64,9 +66,17 @@ class DilatedResNet(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The maps after the first stage, at a quarter of the images' size, and after the last one."""
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x)), inplace=True), 3, 2, 1)
-        low = self.layer1(x)
+        low = self.layer1(self._stem(x))
         return low, self.layer4(self.layer3(self.layer2(low)))
+
+    def stages(self) -> list[BackboneStage]:
+        """The four layers."""
+        layers = [self.layer1, self.layer2, self.layer3, self.layer4]
+        widths = [self.channels["layer1"] * 2**i for i in range(len(layers))]
+        return block_stages((self.conv1, self.bn1), self._stem, self.conv1.out_channels, layers, widths)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(F.relu(self.bn1(self.conv1(x)), inplace=True), 3, 2, 1)
 
 
 class DeepLabV3(nn.Module):
@@ -108,6 +118,14 @@ class DeepLabV3(nn.Module):
         check_size(x, 8, type(self).__name__)
         return self.resnet(x)[1]
 
+    def stages(self) -> list[BackboneStage]:
+        """ResNet's four layers."""
+        first, *others = self.resnet.stages()
+        return [first._replace(start=partial(_checked, first, 8, type(self).__name__)), *others]
+
+    def finish(self, x: Tensor, kept: list[Tensor]) -> Tensor:
+        return x
+
 
 class DeepLabV3Plus(nn.Module):
     """ResNet, spatial pyramid pooling (ASPP) and the early map are shared; each task has a decoder of its own.
@@ -146,8 +164,28 @@ class DeepLabV3Plus(nn.Module):
         """
         check_size(x, 4, type(self).__name__)
         low, deep = self.resnet(x)
-        deep = F.interpolate(self.pyramid(deep), low.shape[2:], mode="bilinear", align_corners=False)
-        return torch.cat((deep, self.early(low)), 1)
+        return self.finish(deep, [low])
+
+    def stages(self) -> list[BackboneStage]:
+        """ResNet's four layers. The map after the first one is kept."""
+        first, second, *others = self.resnet.stages()
+        first = first._replace(start=partial(_checked, first, 4, type(self).__name__))
+        return [first, second._replace(start=partial(_keeping, second)), *others]
+
+    def finish(self, x: Tensor, kept: list[Tensor]) -> Tensor:
+        """The pooled map beside the early one."""
+        deep = F.interpolate(self.pyramid(x), kept[0].shape[2:], mode="bilinear", align_corners=False)
+        return torch.cat((deep, self.early(kept[0])), 1)
+
+
+def _checked(stage: BackboneStage, multiple: int, name: str, x: Tensor, kept: list[Tensor]) -> Tensor:
+    check_size(x, multiple, name)
+    return stage.start(x, kept)
+
+
+def _keeping(stage: BackboneStage, x: Tensor, kept: list[Tensor]) -> Tensor:
+    kept.append(x)
+    return stage.start(x, kept)
 
 
 def _groups() -> dict[str, list[str]]:

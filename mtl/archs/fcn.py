@@ -12,6 +12,7 @@ from annotated_types import Ge
 from torch import Tensor, nn
 
 from mtl.archs.maps import check_size, labels_pixels, pooled
+from mtl.archs.stages import BackboneStage
 from mtl.tasks import Task
 
 STRIDE = 4
@@ -52,9 +53,30 @@ class FCN(nn.Module):
         Raises:
             ValueError: height or width is not a multiple of 4.
         """
+        x = self.deep(self.down(self._begin(x, [])))
+        return self._widen(self._context(x))
+
+    def stages(self) -> list[BackboneStage]:
+        """The strided convolutions, the local one with the first dilated one, and the second dilated one."""
+        full, half = self.out_features, self.out_features // 2
+        return [
+            BackboneStage([self.stem, self.down], self._begin, half // 2, self.down, half),
+            BackboneStage([self.deep, self.wide], lambda x, kept: self.deep(x), full, self._context, full),
+            BackboneStage([self.wider], lambda x, kept: x, full, self._widen, full),
+        ]
+
+    def finish(self, x: Tensor, kept: list[Tensor]) -> Tensor:
+        return x
+
+    def _begin(self, x: Tensor, kept: list[Tensor]) -> Tensor:
         check_size(x, STRIDE, "FCN")
-        x = self.deep(self.down(self.stem(x)))
-        x = x + self.wide(x)  # shortcuts, so that the dilated layers only add context to local features
+        return self.stem(x)
+
+    # Shortcuts, so that the dilated layers only add context to local features.
+    def _context(self, x: Tensor) -> Tensor:
+        return x + self.wide(x)
+
+    def _widen(self, x: Tensor) -> Tensor:
         return x + self.wider(x)
 
 

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
+from mtl.archs.stages import BackboneStage, block_stages
+
 Positive = Annotated[int, Ge(1)]
 Share = Annotated[float, Ge(0), Lt(1)]
 
@@ -72,12 +74,23 @@ class ResNet(nn.Module):
                 inputs = width
         self.blocks = nn.Sequential(*stages)
         self.layer_groups = {"stem": ["conv", "bn"], **_layers(len(stages), blocks)}
-        self.out_features = inputs
+        self.out_features, self.widths = inputs, widths
         _initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn(self.conv(x)), inplace=True)
-        return self.blocks(x).mean((2, 3))
+        return self.blocks(self._stem(x)).mean((2, 3))
+
+    def stages(self) -> list[BackboneStage]:
+        """One for each width."""
+        each = len(self.blocks) // len(self.widths)
+        layers = [self.blocks[i : i + each] for i in range(0, len(self.blocks), each)]
+        return block_stages((self.conv, self.bn), self._stem, self.widths[0], layers, self.widths)
+
+    def finish(self, x: Tensor, kept: list[Tensor]) -> Tensor:
+        return x.mean((2, 3))
+
+    def _stem(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
 class PreActivationBlock(nn.Module):
@@ -117,7 +130,8 @@ class WideResNet(nn.Module):
             raise ValueError(f"depth: {depth} is not 6n + 4 (10, 16, 22, 28, 34, 40, …)")
         self.conv = _conv3x3(in_channels, 16)
         blocks, inputs = [], 16
-        for i, channels in enumerate((16 * width, 32 * width, 64 * width)):
+        self.widths = (16 * width, 32 * width, 64 * width)
+        for i, channels in enumerate(self.widths):
             for block in range((depth - 4) // 6):
                 blocks.append(PreActivationBlock(inputs, channels, 2 if i > 0 and block == 0 else 1, dropout))
                 inputs = channels
@@ -128,4 +142,13 @@ class WideResNet(nn.Module):
         _initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.blocks(self.conv(x))), inplace=True).mean((2, 3))
+        return self.finish(self.blocks(self.conv(x)), [])
+
+    def stages(self) -> list[BackboneStage]:
+        """One for each width."""
+        each = len(self.blocks) // len(self.widths)
+        layers = [self.blocks[i : i + each] for i in range(0, len(self.blocks), each)]
+        return block_stages((self.conv,), self.conv, 16, layers, self.widths)
+
+    def finish(self, x: Tensor, kept: list[Tensor]) -> Tensor:
+        return F.relu(self.bn(x), inplace=True).mean((2, 3))

@@ -12,7 +12,8 @@ the repositories of CAGrad, Nash-MTL, FAMO and FairGrad.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Annotated, NamedTuple
+from functools import partial
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from mtl.archs.maps import labels_pixels, layer, pooled
 from mtl.archs.model import Model, Outputs
+from mtl.archs.stages import BackboneStage
 from mtl.data.columns import Batch
 from mtl.tasks import Task
 
@@ -70,6 +72,21 @@ class SegNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.maps(x).decoded[0]
+
+    def stages(self) -> list[BackboneStage]:
+        """The levels of the encoder, then those of the decoder. A level ends before its pooling."""
+        down, up = list(self.encoder), list(reversed(self.decoder_levels))
+        starts = [partial(_down, level, i > 0) for i, level in enumerate(down)]
+        starts += [partial(_up, level, i == 0) for i, level in enumerate(up)]
+        widths = [level.rest[-1][0].out_channels for level in (*down, *up)]
+        inner = [level.first[0].out_channels for level in (*down, *up)]
+        return [
+            BackboneStage([level], start, first, level.rest, last)
+            for level, start, first, last in zip((*down, *up), starts, inner, widths, strict=True)
+        ]
+
+    def finish(self, x: Tensor, kept: list[Any]) -> Tensor:
+        return x
 
     def maps(self, x: Tensor) -> Maps:
         """Images (N, C, H, W) to the maps of all levels."""
@@ -155,6 +172,22 @@ class _Level(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.rest(self.first(x))
+
+
+def _down(level: _Level, pools: bool, x: Tensor, kept: list[Any]) -> Tensor:
+    return level.first(_pool(x, kept) if pools else x)
+
+
+def _up(level: _Level, pools: bool, x: Tensor, kept: list[Any]) -> Tensor:
+    x = _pool(x, kept) if pools else x
+    return level.first(unpool(x, *kept.pop()))
+
+
+def _pool(x: Tensor, kept: list[Any]) -> Tensor:
+    """Half of the size; the places of the maxima are kept for the decoder."""
+    smaller, places = F.max_pool2d(x, 2, 2, return_indices=True)
+    kept.append((places, x.shape[2:]))
+    return smaller
 
 
 class _Masks(nn.Module):

@@ -18,6 +18,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from mtl.archs import pyramid
 from mtl.archs.pyramid import Pyramid
+from mtl.archs.stages import BackboneStage, block_stages
 from mtl.archs.weights import channels, first_convolution, read, start_from, wanted
 from mtl.errors import suggest
 from mtl.tasks import Task
@@ -87,6 +88,19 @@ class TorchvisionBackbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         found = self.network(images)
         return found.flatten(1) if self.pyramid is None else self.pyramid(list(found.values()), images)
+
+    def stages(self) -> list[BackboneStage]:
+        """The four layers of a ResNet; other networks have no stages."""
+        net = self.network
+        if not isinstance(net, torchvision.models.ResNet):
+            return []
+        stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
+        layers = [net.layer1, net.layer2, net.layer3, net.layer4]
+        widths = [self.out_features // 2**i for i in reversed(range(len(layers)))]
+        return block_stages([stem], stem, net.conv1.out_channels, layers, widths)
+
+    def finish(self, x: Tensor, kept: list[Tensor]) -> Tensor:
+        return self.network.avgpool(x).flatten(1)
 
 
 FAMILIES = ("resnet18", "resnet50", "mobilenet_v3_small", "efficientnet_b0", "convnext_tiny", "vit_b_16", "swin_t")

@@ -5,6 +5,7 @@ With batch norm, and with padding, so that the maps have the images' size. Both 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -13,6 +14,7 @@ from annotated_types import Ge
 from torch import Tensor, nn
 
 from mtl.archs.maps import labels_pixels, layer, pooled
+from mtl.archs.stages import BackboneStage
 from mtl.tasks import Task
 
 DEPTH = 4  # poolings
@@ -56,6 +58,29 @@ class UNet(nn.Module):
             larger = self.raise_[i](x, output_size=before[i].shape[2:])  # which may be odd
             x = self.up[i](torch.cat((before[i], larger), 1))
         return x
+
+    def stages(self) -> list[BackboneStage]:
+        """The levels downwards, then those upwards. A level ends before its pooling, and its last map is kept."""
+        width, found = self.out_features, []
+        for i, block in enumerate(self.down):
+            found.append(BackboneStage([block], partial(self._descend, i), width * 2**i, block[1], width * 2**i))
+        for i in reversed(range(DEPTH)):
+            block, modules = self.up[i], [self.raise_[i], self.up[i]]
+            found.append(BackboneStage(modules, partial(self._ascend, i), width * 2**i, block[1], width * 2**i))
+        return found
+
+    def finish(self, x: Tensor, kept: list[Tensor]) -> Tensor:
+        return x
+
+    def _descend(self, i: int, x: Tensor, kept: list[Tensor]) -> Tensor:
+        if i:
+            kept.append(x)
+            x = F.max_pool2d(x, 2, 2)
+        return self.down[i][0](x)
+
+    def _ascend(self, i: int, x: Tensor, kept: list[Tensor]) -> Tensor:
+        before = kept.pop()
+        return self.up[i][0](torch.cat((before, self.raise_[i](x, output_size=before.shape[2:])), 1))
 
 
 def _twice(inputs: int, outputs: int) -> nn.Sequential:

@@ -3,11 +3,15 @@
 It has 15.3 M parameters and 314 MMAC. Elsewhere, a net of the same name has layers of width 4096 and 34 M parameters.
 """
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
+import torch.nn.functional as F
 from annotated_types import Ge, Lt
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
+
+from mtl.archs.stages import BackboneStage
 
 
 class VGG16BN(nn.Module):
@@ -43,3 +47,21 @@ class VGG16BN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.hidden(self.features(x).flatten(1))
+
+    def stages(self) -> list[BackboneStage]:
+        """The five blocks. A stage ends before the pooling, with which the next one starts."""
+        ends = [i for i, m in enumerate(self.features) if isinstance(m, nn.MaxPool2d)]
+        found = []
+        for begin, end in zip([0, *(i + 1 for i in ends)], ends, strict=False):
+            # A pooling, and one convolution with its batch norm and ReLU.
+            start, rest = self.features[max(0, begin - 1) : begin + 3], self.features[begin + 3 : end]
+            channels = self.features[begin].out_channels
+            found.append(BackboneStage([start, rest], _first(start), channels, rest, channels))
+        return found
+
+    def finish(self, x: Tensor, kept: list[Tensor]) -> Tensor:
+        return self.hidden(F.max_pool2d(x, 2, 2).flatten(1))
+
+
+def _first(layers: nn.Module) -> Callable[[Tensor, list[Any]], Tensor]:
+    return lambda x, kept: layers(x)

@@ -25,7 +25,8 @@ from mtl.errors import ConfigError, UserError, one_line, suggest
 T = TypeVar("T")
 TARGET = "_target_"
 GROUPS = (
-    "arch", "data", "loss", "optimizer", "schedule", "step", "microscope", "trainer", "logger", "study", "experiment",
+    "arch", "sharing", "data", "loss", "optimizer", "schedule", "step", "microscope", "trainer", "logger", "study",
+    "experiment",
 )  # fmt: skip
 MOST = 5  # names that a refusal lists; --help lists all
 

@@ -21,6 +21,7 @@ from mtl.errors import ConfigError
 _INSTALLED = Path(__file__).parents[1] / "conf"
 CONF = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "conf"  # in a wheel; in a checkout
 TARGET = "_target_"
+HARD = "mtl.archs.model.HardSharing"  # the sharing scheme of the first release
 
 # Options that do not change a run's numbers: paths, device, logging, observation, the place of the images. They are
 # left out of the hash. The seed is left out too, because it has its own part in the folder and the name.
@@ -48,6 +49,7 @@ ADDED: dict[str, Any] = {
     "data.eval_batch_size": 500,
     "trainer.backbone_lr_factor": 1.0,
     "data.reduction": "pooled",
+    "sharing": {"_target_": HARD},
 }
 
 # Classes of mtl that were moved or renamed: {today's path: the path that goes into the hash}.
@@ -70,7 +72,7 @@ class Identity:
     """The names of one run.
 
     Attributes:
-        data, arch, loss: the chosen config options.
+        data, arch, loss: the chosen config options. Another sharing scheme than hard is part of `arch`: resnet20-mmoe.
         digest: 8 hex digits of the config's hash; the same for all seeds.
         seed: the run's seed.
         variant: what differs from the chosen loss option, such as "ink" of loss=single or "c0.2" of loss=cagrad. It
@@ -109,7 +111,7 @@ def identify(config: Mapping[str, Any], choices: Mapping[str, str]) -> Identity:
 
     Args:
         config: plain Python objects.
-        choices: the option chosen in each config group (`data`, `arch`, `loss`).
+        choices: the option chosen in each config group (`data`, `arch`, `sharing`, `loss`).
 
     Raises:
         ConfigError: the weights that the network starts from are not there.
@@ -122,6 +124,8 @@ def identify(config: Mapping[str, Any], choices: Mapping[str, str]) -> Identity:
         loss = f"{loss}-{file.stem}"
     if isinstance(name := content["arch"].get("name"), str) and not own_arch(content):
         arch = f"{arch}-{name}"  # torchvision-resnet18
+    if content.get("sharing", {}).get(TARGET, HARD) != HARD:
+        arch = f"{arch}-{_label('sharing', content, choices)}"  # resnet20-mmoe
     if (file := weights_file(content)) is not None:
         content["arch"]["weights"] = hashlib.sha256(file.read_bytes()).hexdigest()
     contents = _data_files(content)
@@ -138,7 +142,7 @@ def identify(config: Mapping[str, Any], choices: Mapping[str, str]) -> Identity:
         loss=safe(loss),
         digest=hashlib.sha256(text.encode()).hexdigest()[:8],
         seed=config["seed"],
-        variant=variant(config["loss"], choices.get("loss"), CONF / "loss"),
+        variant="-".join(filter(None, [_variant("loss", config, choices), _variant("sharing", config, choices)])),
     )
 
 
@@ -314,6 +318,10 @@ def _label(group: str, config: Mapping[str, Any], choices: Mapping[str, str]) ->
     if file.is_file() and f"_target_: {target}" not in file.read_text().splitlines():
         return own
     return option
+
+
+def _variant(group: str, config: Mapping[str, Any], choices: Mapping[str, str]) -> str:
+    return variant(config.get(group, {}), choices.get(group), CONF / group)
 
 
 def canonical(value: Any) -> Any:

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge
+from torch import nn
 
 from mtl.archs.check import check_model
 from mtl.archs.model import ArchError, HardSharing, Model, Outputs, count_macs
@@ -42,6 +43,7 @@ from mtl.tasks import Task
 NODES: dict[str, tuple[str, ...]] = {
     "data": (),
     "arch": ("in_channels", "in_shapes", "tasks"),
+    "sharing": ("backbone", "build_backbone", "tasks", "shapes"),
     "loss": ("tasks",),
     "optimizer": ("params",),
     "schedule": (),
@@ -53,8 +55,9 @@ NODES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _root(seed: Annotated[int, Ge(0)], output_root: str, data: dict, arch: dict, loss: dict, optimizer: dict,
-          schedule: dict, step: dict, microscope: dict, trainer: dict, logger: dict, study: dict) -> None:  # fmt: skip
+def _root(seed: Annotated[int, Ge(0)], output_root: str, data: dict, arch: dict, sharing: dict, loss: dict,
+          optimizer: dict, schedule: dict, step: dict, microscope: dict, trainer: dict, logger: dict,
+          study: dict) -> None:  # fmt: skip
     """Never called. Its signature describes the config's top level, in the form in which classes describe nodes."""
 
 
@@ -121,8 +124,8 @@ def assemble(
     if processes is not None:
         # Processes divide the backbone's work, so the model must say what its backbone is.
         if not isinstance(learner.model, HardSharing):
-            kind = type(learner.model).__name__
-            raise ConfigError(f"arch: {kind} cannot be divided among processes yet; train it without torchrun")
+            kind, node = type(learner.model).__name__, "arch" if shares_hard(config) else "sharing"
+            raise ConfigError(f"{node}: {kind} cannot be divided among processes yet; train it without torchrun")
         batch = benchmark.example(2, torch.Generator().manual_seed(0))
         # Refuse backbones whose random numbers cannot be divided, such as attention with dropout.
         processes.check(learner.model.backbone, [batch[name].to(device) for name in learner.model.inputs])
@@ -277,10 +280,21 @@ def _build_model(
     if "tasks" in parameters:
         supplied["tasks"] = tasks
     built = schema.build(node, "arch", **supplied)
+    if isinstance(built, Model) and not shares_hard(config):
+        scheme, kind = config["sharing"][schema.TARGET].rpartition(".")[2], type(built).__name__
+        raise ConfigError(f"sharing: {scheme} needs a backbone, and arch={kind} is a whole model; use sharing=hard")
     batch = benchmark.example(size, stream(0, "arch_check"))
     try:
-        # A plain backbone becomes a hard-sharing model, with one head for each task. A `Model` brings its own heads.
-        model = built if isinstance(built, Model) else HardSharing(built, tasks)
+        # A plain backbone becomes a model of the sharing scheme. A `Model` brings its own heads.
+        model = built
+        if not isinstance(built, Model):
+            spare = [built]  # the first copy; a scheme of several backbones builds the others
+
+            def build_backbone() -> Any:
+                return spare.pop() if spare else schema.build(node, "arch", **supplied)
+
+            shapes = {name: one.shape for name, one in benchmark.inputs.items()}
+            model = _share(config["sharing"], built, build_backbone=build_backbone, tasks=tasks, shapes=shapes)
         if missing := [name for name in model.inputs if name not in batch]:
             name, columns = type(model.trunk).__name__, ", ".join(batch)
             raise ArchError(
@@ -288,6 +302,8 @@ def _build_model(
             )
         count_macs(model, benchmark.one())
         return model, check_model(model, trainer.laid_out(batch), [task.name for task in tasks])
+    except ConfigError:
+        raise
     except ArchError as error:
         raise ConfigError(f"arch: {error}") from error
     except Exception as error:  # whatever a user's own module raises
@@ -295,6 +311,36 @@ def _build_model(
         kind, known = type(error).__name__, isinstance(error, ValueError | RuntimeError)
         what = one_line(error) if known else f"{kind}: {one_line(error)}"
         raise ConfigError(f"arch: does not fit the inputs of data ({shape}): {what}{blame(error)}") from error
+
+
+def shares_hard(config: Mapping[str, Any]) -> bool:
+    """Whether the sharing scheme is the default."""
+    return schema.locate(config["sharing"][schema.TARGET], f"sharing.{schema.TARGET}") is HardSharing
+
+
+def _share(node: Mapping[str, Any], backbone: Any, **supplied: Any) -> Model:
+    """The model of a sharing scheme, which gets those arguments that its signature has.
+
+    Raises:
+        ArchError: the backbone is no module, or the scheme cannot use it.
+        ConfigError: the scheme refuses one of its own arguments.
+    """
+    if not isinstance(backbone, nn.Module):
+        raise ArchError(f"a {type(backbone).__name__} was built; a torch.nn.Module is needed")
+    scheme, options = schema.locate(node[schema.TARGET], f"sharing.{schema.TARGET}"), dict(node)
+    del options[schema.TARGET]
+    supplied["backbone"] = backbone
+    named = inspect.signature(scheme).parameters
+    try:
+        model = scheme(**options, **{k: v for k, v in supplied.items() if k in named})
+    except ValueError as error:
+        # Our constructors begin their messages with the wrong argument. All else is about the backbone.
+        if str(error).partition(":")[0] in options:
+            raise ConfigError(f"sharing.{error}") from error
+        raise
+    if not isinstance(model, Model):
+        raise ConfigError(f"sharing: {type(model).__name__} is no mtl.archs.model.Model")
+    return model
 
 
 def _check_features(model: Model, outputs: Outputs, strategy: Strategy, tasks: list[Task], switches: Switches) -> None:

@@ -29,7 +29,8 @@ from mtl.random import seeded
 from mtl.tasks import Task
 
 EPOCHS = ("best", "last")
-YOUNGER = ("step", "microscope", "study")  # nodes that the configs of old runs lack; their defaults do what was done
+# Nodes that the configs of old runs lack, and the options that do what was done.
+YOUNGER = {"sharing": "hard", "step": "default", "microscope": "default", "study": "default"}
 
 
 @dataclass(frozen=True)
@@ -196,8 +197,8 @@ def _saved(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise SetupError(f"{file} is damaged: {one_line(error)[:120]}; restore it") from error
     if not isinstance(config, dict):
         raise SetupError(f"{file} is damaged: it holds no config of a run; restore it")
-    for node in YOUNGER:
-        config.setdefault(node, yaml.safe_load((CONF / node / "default.yaml").read_text()))
+    for node, option in YOUNGER.items():
+        config.setdefault(node, yaml.safe_load((CONF / node / f"{option}.yaml").read_text()))
     if lacking := [node for node in NODES if not isinstance(config.get(node), dict)]:
         raise SetupError(f"{file} is damaged, or of another version: there is no {lacking[0]} in it; restore it")
     if not isinstance(config.get("seed"), int):

@@ -16,6 +16,7 @@ from mtl.report.validate import SINGLE
 from mtl.tracking import flatten
 
 _PROTOCOL = ("data", "trainer")  # the nodes that make a benchmark
+_NETWORK = ("arch", "sharing")  # the nodes that make a network
 _SPELLED = {"epochs": "{} epochs", "limit_test": "{:,} test images", "batch_size": "batch {}"}
 _LONGEST = 60  # characters of a value in a label
 
@@ -152,11 +153,11 @@ def benchmarks(runs: Iterable[Run], stopped: Iterable[Run] = ()) -> list[Protoco
 
 
 def _benchmark(name: str, groups: list[Group]) -> Protocol:
-    for group, arch in zip(groups, _labels(groups, "arch", ("arch",)), strict=True):
+    for group, arch in zip(groups, _labels(groups, "arch", _NETWORK), strict=True):
         group.arch = arch
     for arch in {g.arch for g in groups}:
         here = [g for g in groups if g.arch == arch]
-        rest = tuple(k for k in _decisive(here[0].any) if k not in (*_PROTOCOL, "arch"))
+        rest = tuple(k for k in _decisive(here[0].any) if k not in (*_PROTOCOL, *_NETWORK))
         for group, label in zip(here, _labels(here, "loss", rest), strict=True):
             group.label = label
     groups.sort(key=lambda g: (g.arch, g.label))

@@ -69,8 +69,8 @@ _CONFIG = {
     "trainer.epochs": POSITIVE, "seed": COUNT, "output_root": NAME,
 }  # fmt: skip
 _CONFIG_MAY = {
-    **dict.fromkeys(("schedule", "step", "microscope", "logger", "study"), MAPPING),
-    **dict.fromkeys(("schedule._target_", "step._target_", "trainer._target_"), NAME),
+    **dict.fromkeys(("sharing", "schedule", "step", "microscope", "logger", "study"), MAPPING),
+    **dict.fromkeys(("sharing._target_", "schedule._target_", "step._target_", "trainer._target_"), NAME),
 }
 # Rules of this project's and torch's classes. A user's own class may give these names another meaning.
 _OURS_MAY = {

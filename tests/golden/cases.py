@@ -105,14 +105,25 @@ def _variants() -> dict[str, tuple[str, ...]]:
     return cases
 
 
+def _sharing() -> dict[str, tuple[str, ...]]:
+    tiny = (*ROOMS, "data._target_=golden.problems.Pair", "data.height=16", "data.width=24", "arch=fcn", "arch.width=1")
+    usual = (*tiny, "optimizer.lr=0.01", "trainer.epochs=2", "loss=pcgrad")
+    names = [name for name in options("sharing") if name != "hard"]
+    cases = {name: (*usual, f"sharing={name}") for name in names}
+    cases["mmoe"] += ("step.gradients=features",)
+    return cases
+
+
 # These runs are in float32, because the point's coordinates always are. All others are in float64.
 SINGLE = {("archs", "point")}
 
-# losses: every method. missing: every method, on data that lacks labels. archs: every network. variants: switches,
+# losses: every method. missing: every method, on data that lacks labels. archs: every network. sharing:
+# every scheme. variants: switches,
 # optimizers, schedules, and other options.
 FAMILIES = {
     "losses": {name: (*DIGITS, "trainer.epochs=7", *case) for name, case in _losses().items()},
     "missing": {name: (*MISSING, "trainer.epochs=3", *case) for name, case in _losses().items()},
     "archs": _archs(),
+    "sharing": _sharing(),
     "variants": _variants(),
 }
