@@ -65,8 +65,11 @@ class Regression(Task):
         # Labels from NumPy are float64, which would make the loss float64 as well. NaN is replaced before the loss,
         # because a NaN that is masked afterwards would come back in the gradient.
         known = target.nan_to_num(0.0).to(prediction.dtype)
-        loss = F.smooth_l1_loss(prediction.squeeze(1), known, reduction="none")
-        return torch.where(target.isnan(), 0.0, loss)
+        return torch.where(target.isnan(), 0.0, self.distance(prediction.squeeze(1), known))
+
+    def distance(self, number: Tensor, known: Tensor) -> Tensor:
+        """(N,) the loss of each number, given the right one."""
+        return F.smooth_l1_loss(number, known, reduction="none")
 
     def answers(self, prediction: Tensor) -> dict[str, Tensor]:
         """The number, (N,)."""
