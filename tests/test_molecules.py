@@ -20,6 +20,7 @@ from mtl.data.molecules import Molecules
 from mtl.data.qm9 import QM9, TARGETS
 from mtl.data.sdf import with_aromatic
 from mtl.errors import SetupError
+from mtl.parallel.split_batch import drawing, forward
 from mtl.random import stream
 from mtl.tasks.quantity import Quantity, Standard
 
@@ -102,6 +103,24 @@ def test_the_networks_pass_every_check_of_a_network(name):
         2,
         model.trunk.out_features,
     )
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_processes_can_divide_a_batch_of_molecules(name):
+    """Two parts of a batch, computed alone and put together, and no random number that would be drawn twice."""
+    net, molecules = build(name), batch()
+    inputs = [molecules[key] for key in net.inputs]
+    assert drawing(net, inputs) is None
+    found = torch.zeros(10, net.out_features, dtype=torch.float64)
+
+    def sum_(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape == found.shape:
+            found.add_(tensor.detach())
+        return tensor
+
+    for rank in range(3):
+        forward(net, inputs, rank, 3, sum_)
+    torch.testing.assert_close(found, run(net, molecules).detach())
 
 
 def test_nnconv_has_the_parameters_of_the_literature():
