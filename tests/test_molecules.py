@@ -15,6 +15,7 @@ from mtl.archs.check import check_model
 from mtl.archs.model import HardSharing, count_parameters
 from mtl.archs.mpnn import MPNN
 from mtl.archs.nnconv import NNConv, NNConvNet, Set2Set, describe
+from mtl.config.identity import identify
 from mtl.data import Ragged
 from mtl.data.molecules import Molecules
 from mtl.data.qm9 import QM9, TARGETS
@@ -427,6 +428,17 @@ def test_a_run_learns_molecules_and_predicts(cli, tmp_path):
         table = list(csv.DictReader(file))
     assert [row["file"] for row in table] == [f"{tmp_path}/new.npz[{i}]" for i in range(3)]
     assert "dipole_standardised" in table[0]
+
+
+def test_the_identity_of_a_run_follows_the_content_of_its_file(tmp_path):
+    """Not its place: a moved file is the same data, and another file of the same name is not."""
+    content = {**arrays(), "targets": arrays(seed=1)["targets"]}
+    (tmp_path / "there").mkdir()
+    files = [save(tmp_path / "x.npz"), save(tmp_path / "there" / "y.npz"), save(tmp_path / "z.npz", **content)]
+    node = {"_target_": "mtl.data.qm9.QM9"}
+    rest = {"arch": {"_target_": "mtl.archs.mpnn.MPNN"}, "loss": {"_target_": "mtl.losses.Equal"}, "seed": 0}
+    digests = [identify({"data": {**node, "file": str(file)}, **rest}, {"data": "qm9"}).digest for file in files]
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_an_image_network_is_refused_in_one_line(cli):

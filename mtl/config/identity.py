@@ -114,6 +114,8 @@ def identify(config: Mapping[str, Any], choices: Mapping[str, str]) -> Identity:
         loss = f"{loss}-{file.stem}"
     if isinstance(name := content["arch"].get("name"), str) and not own_arch(content):
         arch = f"{arch}-{name}"  # torchvision-resnet18
+    if _built_in(content["data"]) and isinstance(name := content["data"].get("file"), str) and Path(name).is_file():
+        content["data"]["file"] = hashlib.sha256(Path(name).read_bytes()).hexdigest()
     if (file := weights_file(content)) is not None:
         content["arch"]["weights"] = hashlib.sha256(file.read_bytes()).hexdigest()
     if own := own_code(config):
