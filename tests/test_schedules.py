@@ -1,10 +1,13 @@
-"""Learning-rate schedules, which keep no state, against torch.optim.lr_scheduler, which does."""
+"""Learning-rate schedules against torch.optim.lr_scheduler. All but the plateau keep no state, as torch's do."""
+
+import json
+import re
 
 import pytest
 import torch
 from torch.optim import lr_scheduler as peers
 
-from mtl.optim.schedules import Constant, Cosine, MultiStep, OneCycle, Polynomial, StepDecay
+from mtl.optim.schedules import Constant, Cosine, MultiStep, OneCycle, Plateau, Polynomial, StepDecay
 
 E, STEPS = 20, 7  # epochs of a run, steps of an epoch
 # Class, arguments, and torch's scheduler over e epochs of n calls.
@@ -98,3 +101,104 @@ def test_past_its_end_a_schedule_stays_there(name, warmup):
     for progress, epochs, message in ((-1, E, "^progress: -1"), (0, 0, "^epochs: 0"), (2, warmup, "^epochs: ")):
         with pytest.raises(ValueError, match=message):
             schedule(progress, epochs)
+
+
+# ------------------------------------------------------------------------------------------------------------ plateau
+
+LOSSES = [5.0, 4.0, 4.0, 3.99999, 4.1, 4.2, 3.0, 3.1, 3.2, 3.3, 3.4, 3.5, float("nan"), 3.0, 2.0, 2.5, 2.6, 2.7, 2.8]
+
+
+def plateau_rates(schedule, values, initial=0.1, mains=None):
+    found = []
+    for value in values:
+        schedule.epoch_end(value, mains or {"a_mae": False})
+        found.append(schedule.rate(initial, len(found) + 1, 1000))
+    return found
+
+
+@pytest.mark.parametrize("higher", [False, True])
+@pytest.mark.parametrize("patience, gamma, min_lr", [(0, 0.5, 0.0), (2, 0.7, 0.03), (1, 0.1, 1e-3)])
+def test_plateau_equals_torch(patience, gamma, min_lr, higher):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    mode = "max" if higher else "min"
+    peer = peers.ReduceLROnPlateau(optimizer, mode, gamma, patience, min_lr=min_lr, eps=0)
+    # Both kinds positive: torch's threshold is relative, and has the wrong sign for negative numbers.
+    values = [10 / v if higher else v for v in LOSSES]
+    expected = []
+    for value in values:
+        peer.step(value)
+        expected.append(optimizer.param_groups[0]["lr"])
+    schedule = Plateau(gamma=gamma, patience=patience, min_lr=min_lr, metric="a_mae")
+    found = plateau_rates(schedule, [{"a_mae": v} for v in values], mains={"a_mae": higher})
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_plateau_follows_the_mean_loss_or_delta_m():
+    """Tasks without labels (NaN) count for nothing; a metric where higher is better counts the other way."""
+    nan, mains = float("nan"), {"a_mae": False, "b_accuracy": True}
+    row = {"a_loss": 1.0, "b_loss": nan, "a_mae": 3.0, "b_accuracy": 60.0}
+    assert Plateau()._result(row, mains) == 1.0
+    assert Plateau(baselines=[2.0, 80.0])._result(row, mains) == pytest.approx((0.5 + 0.25) / 2)
+    assert Plateau(metric="b_accuracy")._result(row, mains) == -60.0
+    # A negative result has to fall, too.
+    schedule = Plateau(gamma=0.5, patience=0, metric="a_mae")
+    assert plateau_rates(schedule, [{"a_mae": v} for v in (-1.0, -0.99995, -1.1)], 1.0) == [1.0, 0.5, 0.5]
+
+
+def test_plateau_goes_on_from_its_state_and_never_raises_a_rate():
+    values = [{"a_loss": v} for v in LOSSES]
+    whole, first, second = (Plateau(gamma=0.5, patience=1, min_lr=0.02) for _ in range(3))
+    expected = plateau_rates(whole, values)
+    found = plateau_rates(first, values[:8])
+    second.load_state(json.loads(json.dumps(first.state())))
+    assert found + plateau_rates(second, values[8:]) == expected
+    assert whole.rate(0.001, 0, 10) == 0.001  # already below min_lr
+    whole.load_state({})
+    assert whole.rate(0.1, 0, 10) == 0.1
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ("schedule.metric=fine_acc", "schedule.metric=fine_acc: none of fine_loss, fine_accuracy.*fine_accuracy"),
+        ("schedule.baselines=[1]", "schedule.baselines: 1 numbers for 2 tasks"),
+        ("schedule.baselines=[1,0]", "schedule.baselines: Δm divides by them"),
+        ("schedule.gamma=1", "schedule.gamma"),
+        ("schedule.interval=step", "schedule.interval"),
+    ],
+)
+def test_wrong_plateaus_are_refused_before_training(smoke, option, message):
+    run = smoke("schedule=plateau", option)
+    assert run.code == 2 and re.search(message, run.err), run.err
+
+
+def test_an_interrupted_run_keeps_its_plateau(smoke, tmp_path, monkeypatch):
+    """The same rows and the same checkpoint, bit for bit, as a run that was not interrupted."""
+    from mtl.engine.learner import Learner
+
+    # A threshold that no run reaches: the rate falls after each epoch.
+    options = ("schedule=plateau", "schedule.patience=0", "schedule.metric=fine_accuracy", "trainer.epochs=4",
+               "optimizer.lr=1e-6", "data.val_fraction=0.2", "logger=none")  # fmt: skip
+    assert smoke(*options).code == 0
+    (folder,) = (file.parent for file in (tmp_path / "out").rglob("summary.json"))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["lr"] < rows[0]["lr"]
+    whole = torch.load(folder / "last.pt", weights_only=True)
+    (tmp_path / "out").rename(tmp_path / "whole")
+    train, calls = Learner.train_epoch, []
+
+    def stop(self, batches, epoch):
+        calls.append(epoch)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return train(self, batches, epoch)
+
+    monkeypatch.setattr(Learner, "train_epoch", stop)
+    assert smoke(*options).code == 130
+    assert smoke(*options).code == 0 and calls == [0, 1, 2, 2, 3]
+    again = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timeless = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+    assert [{k: v for k, v in row.items() if not k.startswith("time/")} for row in again] == timeless
+    resumed = torch.load(folder / "last.pt", weights_only=True)
+    assert resumed["schedule"] == whole["schedule"] and resumed["schedule"]["cuts"] > 0
+    assert all(torch.equal(resumed["model"][k], v) for k, v in whole["model"].items())

@@ -338,10 +338,14 @@ def test_many_tasks_are_shown_by_their_mean_the_worst_and_the_best():
     row, tasks = epoch([f"t{i}" for i in range(40)])
     tasks["t0"], row["test/t0_mae"], row["train/t0_mae"] = ("mae", "", False), 0.25, 0.5
     line = console.epoch_line(row, tasks, 5, 0)
-    assert "test 1 mae 0.25, 39 accuracy 70% (worst t1 51, best t39 89)" in line and "w 0.00 to 3.90" in line
+    assert "test t0 mae 0.25, 39 accuracy 70% (worst t1 51, best t39 89)" in line and "w 0.00 to 3.90" in line
     errors = {name: ("mae", "", False) for name in "abcde"}
     row |= {f"test/{n}_mae": float(i) for i, n in enumerate(errors)} | {f"test/{n}_loss": 0.0 for n in errors}
     assert "test 5 mae 2 (worst e 4, best a 0)" in console.epoch_line(row, errors, 5, 0)
+    # Errors in different units have no common mean.
+    errors |= {"a": ("mae", " D", False), "b": ("mae", " meV", False), "c": ("mae", " meV", False)}
+    line = console.epoch_line(row, errors, 5, 0)
+    assert "test a mae 0 D, 2 mae 1.5 meV (worst c 2, best b 1), 2 mae 3.5 (worst e 4, best d 3)" in line
 
 
 def test_a_wide_table_is_folded():

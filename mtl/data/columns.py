@@ -93,9 +93,30 @@ class Ragged:
         """(M,) the sample to which each row belongs. (torch_geometric calls it `batch`.)"""
         return torch.repeat_interleave(self.lengths.clamp(min=0), output_size=len(self.values))
 
+    def starts(self) -> Tensor:
+        """(N,) the first row of each sample."""
+        return self._starts
+
     def within(self) -> Tensor:
         """(M,) the position of each row in its sample: 0, 1, … anew for each sample."""
         return torch.arange(len(self.values), device=self.device) - self._starts[self.owner()]
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """All ordered pairs of two different rows of one sample: the numbers (P,) of the first and of the second row.
+
+        Of a sample with L rows there are L (L − 1). The host does not wait for the device.
+        """
+        sizes = self._on_host.clamp(min=0)
+        total = int((sizes * (sizes - 1)).sum())
+        owner = self.owner()
+        size = self.lengths[owner]  # of each row's sample
+        others = size - 1
+        first = torch.repeat_interleave(others, output_size=total)
+        # The partners of a sample's row i are the rows i + 1, i + 2, … of the sample, from its end on to its start.
+        step = torch.arange(total, device=self.device) - (others.cumsum(0) - others)[first] + 1
+        start = self._starts[owner]
+        second = start[first] + (first - start[first] + step) % size[first]
+        return first, second
 
     def padded(self, most: int | None = None, fill: float = 0) -> Tensor:
         """(N, most, …) the rows of each sample, followed by rows of `fill`.
@@ -163,7 +184,6 @@ class Ragged:
 
     @cached_property
     def _starts(self) -> Tensor:
-        """(N,) on the device: the first row of each sample."""
         sizes = self.lengths.clamp(min=0)
         return sizes.cumsum(0) - sizes
 

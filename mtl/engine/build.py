@@ -34,6 +34,7 @@ from mtl.errors import ConfigError, SetupError, one_line
 from mtl.inspect.microscope import Microscope
 from mtl.losses import Equal, Strategy
 from mtl.losses.hooks import defines, needs_features
+from mtl.optim.schedules import Schedule
 from mtl.parallel.processes import Processes
 from mtl.random import seeded, stream
 from mtl.tasks import Task
@@ -189,7 +190,13 @@ def build_learner(
         raise ConfigError(f"microscope.{error}") from error
     seed = config["seed"]
     with seeded(seed, "schedule"):
-        schedule = schema.build(config["schedule"], "schedule")
+        schedule: Schedule = schema.build(config["schedule"], "schedule")
+    try:
+        schedule.check(
+            [f"{t.name}_{name}" for t in tasks for name in ("loss", *(s.name for s in t.scores))], len(tasks)
+        )
+    except ValueError as error:
+        raise ConfigError(f"schedule.{error}") from error
     with seeded(seed, "init"):
         # The trial pass has two samples, because batch norm refuses one. It has one only if the run's batches do.
         size = max(1, min(2, benchmark.batch_size // parts(strategy)))

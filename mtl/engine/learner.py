@@ -262,6 +262,7 @@ class Learner:
         freeze(self.model, names, stage, self._trainable)
         if begins:  # each stage starts without the momentum of the stage before, as a run of its own would
             self.optimizer.state.clear()
+            self.schedule.load_state({})
         # A stage's `lr` concerns the model only, not the method's own parameters. A backbone keeps its share of it.
         method = {id(p) for p in self.strategy.parameters()}
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
@@ -327,10 +328,10 @@ class Learner:
         return self.strategy.views(features)
 
     def epoch_end(self, row: dict[str, float]) -> None:
-        """Give the method the epoch's mean training losses and each task's main metric.
+        """Give the method the epoch's mean training losses and each task's main metric, and the schedule all metrics.
 
-        The metric is measured on validation data, or on the training batches if the data has no validation split. The
-        test set never reaches the method.
+        The metrics are measured on validation data, or on the training batches if the data has no validation split. The
+        test set never reaches the method or the schedule.
 
         Args:
             row: the epoch's row of metrics.jsonl, with evaluation.
@@ -357,6 +358,8 @@ class Learner:
             losses[absent], scores[absent] = math.nan, math.nan  # NaN also marks a task without any label
         higher = torch.tensor([t.scores[0].higher_is_better for t in self.tasks])
         self.strategy.epoch_end(Statistics(losses, scores, higher, percent=True))
+        values = {key.removeprefix(f"{split}/"): value for key, value in row.items() if key.startswith(f"{split}/")}
+        self.schedule.epoch_end(values, dict(zip(keys, higher.tolist(), strict=True)))
 
     def evaluate(self, batches: Iterable, name: str) -> dict[str, float]:
         """Losses and metrics over all samples of a split: {"test/fine_loss": 1.2, "test/fine_accuracy": 61.0}.
@@ -389,13 +392,14 @@ class Learner:
         return row
 
     def _set_rate(self, progress: float, epochs: int) -> None:
-        factor = self.schedule(progress, epochs)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+            group["lr"] = self.schedule.rate(group["initial_lr"], progress, epochs)
 
     def state(self) -> dict:
         """Everything that a resumed run needs besides (seed, epoch): see `Saved`."""
-        return {**self._saved.state(), **({} if self._trained else {"untrained": True})}
+        # Most schedules have no state.
+        schedule = {"schedule": state} if (state := self.schedule.state()) else {}
+        return {**self._saved.state(), **schedule, **({} if self._trained else {"untrained": True})}
 
     def load_state(self, state: dict) -> None:
         """Continue from `state`.
@@ -408,6 +412,7 @@ class Learner:
             SetupError: a part of the state could not be saved, or the state belongs to other classes.
         """
         self._saved.load(state)
+        self.schedule.load_state(state.get("schedule", {}))
         self._trained = bool(state.get("epoch")) and not state.get("untrained", False)
 
 

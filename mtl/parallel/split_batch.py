@@ -64,7 +64,7 @@ def drawing(backbone: nn.Module, inputs: Sequence[Tensor]) -> str | None:
     one training pass over `inputs`. Parameters, buffers and the random stream stay as they were.
     """
     copies = {name: b.clone() for name, b in backbone.named_buffers()}  # otherwise batch norm's averages would change
-    training, devices = backbone.training, [inputs[0].device] if inputs[0].is_cuda else []
+    training, devices = backbone.training, [inputs[0].device] if inputs[0].device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices), _Draws(inputs[0].device) as watch:
         backbone.train()
         functional_call(backbone, copies, tuple(inputs))

@@ -97,9 +97,12 @@ class Regression(Task):
         known = target.nan_to_num(0.0)
         if self._scaled:
             known = (known - self.mean) / self.std
-        known = known.to(prediction.dtype)
-        loss = F.smooth_l1_loss(prediction.squeeze(1), known, reduction="none")
+        loss = self.distance(prediction.squeeze(1), known.to(prediction.dtype))
         return torch.where(target.isnan(), 0.0, loss)
+
+    def distance(self, number: Tensor, known: Tensor) -> Tensor:
+        """(N,) the loss of each number, given the right one."""
+        return F.smooth_l1_loss(number, known, reduction="none")
 
     def answers(self, prediction: Tensor) -> dict[str, Tensor]:
         """The number, (N,), in the labels' unit."""

@@ -164,12 +164,13 @@ MANY = 4  # tasks that a line shows one by one
 
 
 def _summary(row: Mapping[str, float], split: str, tasks: Mapping[str, Sequence[Any]], named: bool) -> str:
-    """The mean over the tasks, the worst and the best of them, for each metric that they have."""
+    """The mean over the tasks, the worst and the best of them, for each metric that they have, in each of its units."""
     parts = []
     for metric, unit in dict.fromkeys((told[0], told[1]) for told in tasks.values()):
-        values = {t: row[f"{split}/{t}_{metric}"] for t, told in tasks.items() if told[0] == metric}
-        higher = next(told[2:] for told in tasks.values() if told[0] == metric) != (False,)
-        text = f"{len(values)} {metric} {sum(values.values()) / len(values):.4g}{unit}"
+        values = {t: row[f"{split}/{t}_{metric}"] for t, told in tasks.items() if tuple(told[:2]) == (metric, unit)}
+        higher = next(told[2:] for told in tasks.values() if tuple(told[:2]) == (metric, unit)) != (False,)
+        who = len(values) if len(values) > 1 else next(iter(values))
+        text = f"{who} {metric} {sum(values.values()) / len(values):.4g}{unit}"
         if len(values) > 1:
             low, high = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
             worst, best = (low, high) if higher else (high, low)

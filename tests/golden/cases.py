@@ -16,6 +16,7 @@ CLASSES = ("data._target_=golden.problems.Classes",)
 ALONE = (*DIGITS, "data._target_=golden.problems.Alone")
 SYNTHETIC = ("data=synthetic", "data.train_size=24", "data.test_size=16", *SIZES)
 ROOMS = ("data=rooms", "data.train_size=24", "data.test_size=16", *SIZES)
+MOLECULES = ("data=molecules", "data.train_size=24", "data.test_size=16", *SIZES)
 
 # Arguments without a default, for the methods that need them.
 NEEDED = {
@@ -55,6 +56,9 @@ def _archs() -> dict[str, tuple[str, ...]]:
         depth = ("arch.depth=18",) if name.startswith("deeplab") else ()
         pair = (*ROOMS, "data._target_=golden.problems.Pair", "data.height=32", "data.width=40")
         cases[name] = (*pair, f"arch={name}", "arch.width=2", *depth, "optimizer.lr=0.01", "trainer.epochs=1")
+    for name in ("mpnn", "nnconv"):
+        cases[name] = (*MOLECULES, f"arch={name}", "optimizer.lr=0.01", "trainer.epochs=2")
+    cases["mpnn"] += ("arch.width=8",)
     cases["point"] = ("experiment=toy", "data.steps=3", "trainer.epochs=7", "trainer.device=cpu")
     return cases
 
