@@ -157,7 +157,10 @@ def _summary(row: Mapping[str, float], split: str, tasks: Mapping[str, Sequence[
     for metric, unit in dict.fromkeys((told[0], told[1]) for told in tasks.values()):
         values = {t: row[f"{split}/{t}_{metric}"] for t, told in tasks.items() if told[0] == metric}
         higher = next(told[2:] for told in tasks.values() if told[0] == metric) != (False,)
-        text = f"{len(values)} {metric} {sum(values.values()) / len(values):.4g}{unit}"
+        # Undefined values, such as F1 without a positive label, have no part in the mean.
+        values = {task: value for task, value in values.items() if value == value}
+        mean = f"{sum(values.values()) / len(values):.4g}{unit}" if values else "–"
+        text = f"{len(values)} {metric} {mean}"
         if len(values) > 1:
             low, high = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
             worst, best = (low, high) if higher else (high, low)
