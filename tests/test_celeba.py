@@ -20,6 +20,9 @@ from mtl.data.celeba import ATTRIBUTES, FOLDER, LABELS, PARTITION, CelebA
 from mtl.engine.summary import best, selection
 from mtl.errors import SetupError
 from mtl.metrics.binary import YesOrNo
+from mtl.report.overall import kinds
+from mtl.report.protocols import benchmarks
+from mtl.report.runs import load
 from mtl.tasks import Classification
 from mtl.tasks.binary import Binary
 
@@ -186,7 +189,12 @@ def test_a_run_selects_by_the_mean_says_undefined_and_can_be_repeated(root, cli)
     assert cli(*words).code == 0
     anew = json.loads(file.read_text())
     assert all(anew[key] == summary[key] for key in ("selected", "best", "last", "select", "tasks"))
-    assert len(max(first.out.splitlines(), key=len)) < 400 and "40 f1" in first.out + first.err
+    said = first.out + first.err
+    assert len(max(said.splitlines(), key=len)) < 400 and "40 f1" in said
+    assert "mean f1 of 40 tasks" in said and "(of 39)" in said and "Young_f1" not in said
+    (run,) = load(["outputs"]).runs
+    (benchmark,) = benchmarks([run])
+    assert "mean f1 of 39 tasks" in kinds(benchmark)  # Bald has no value in any run
 
 
 @pytest.mark.skipif(not (REAL / FOLDER).is_dir(), reason="the real CelebA images are not at hand")
