@@ -10,7 +10,8 @@ TERMS = {
     "last": "The value of the last epoch.",
     "best": "The value of the best test epoch of each metric. It was chosen on test data, so it is too good. No one "
     "network has all of these values.",
-    "selected": "The value of the one epoch that validation data chose: by the first task's metric, or by the mean over tasks.",
+    "selected": "The value of the one epoch that validation data chose: by the first task's metric, or by the mean "
+    "over tasks.",
     "±": "Sample standard deviation over seeds.",
     "*": "The best mean among the multi-task strategies, or bold. It does not say that the difference is real. "
     "Strategies with fewer seeds than most, a failed seed or a value that is not finite are left out.",

@@ -73,7 +73,7 @@ class Run:
         Args:
             metric: such as "fine_accuracy".
             at: "last" epoch; "best" epoch of this very metric on test data; or "selected", at the one epoch that the
-                first task's validation metric chose.
+                validation data chose.
 
         Returns:
             NaN where the run has no such metric; infinite values stay.
