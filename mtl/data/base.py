@@ -41,7 +41,8 @@ class Benchmark(ABC):
         eval_batch_size: samples that are evaluated together; more than in training, as no activations are kept.
 
     Attributes:
-        tasks: the tasks. The first task's main metric chooses the best epoch.
+        tasks: the tasks. By default, the first task's main metric chooses the best epoch.
+        select: "mean" chooses the best epoch by the mean of all tasks' main metrics instead, which must be of one kind.
         inputs: the columns that the network reads, by name. Images are called "image".
         augment: random views of the training images, applied in this order. Label maps follow their image.
     """
@@ -55,6 +56,7 @@ class Benchmark(ABC):
     eval_batch_size: Annotated[int, Ge(1)] = 500
 
     tasks: ClassVar[Sequence[Task]]
+    select: ClassVar[Literal["first", "mean"]] = "first"
     inputs: ClassVar[Mapping[str, Input]]
     augment: ClassVar[Sequence[Augment]] = ()
 

@@ -48,6 +48,7 @@ def check_declared(benchmark: Any) -> None:
         if not hasattr(type(benchmark), name) and not hasattr(benchmark, name):
             raise ValueError(f"{name}: missing; a Benchmark needs tasks and inputs")
     _check_names(benchmark.tasks)
+    _check_select(benchmark)
     inputs, augment = benchmark.inputs, benchmark.augment
     if not isinstance(inputs, Mapping) or not inputs or not all(isinstance(one, Input) for one in inputs.values()):
         example = '{"image": mtl.data.inputs.Image((3, 32, 32), mean, std)}'
@@ -248,6 +249,16 @@ def _check_names(tasks: Any) -> None:
             if key in keys:
                 raise ValueError(f"tasks: {keys[key]} and {what} share the name {key!r} in the results; rename one")
             keys[key] = what
+
+
+def _check_select(benchmark: Any) -> None:
+    kinds = {task.scores[0] for task in benchmark.tasks}
+    select = getattr(benchmark, "select", "first")
+    if select not in ("first", "mean"):
+        raise ValueError(f"select: {select!r}; 'first' or 'mean' is needed")
+    if select == "mean" and len(kinds) > 1:
+        shown = ", ".join(sorted({kind.name for kind in kinds}))
+        raise ValueError(f"select: 'mean' needs one kind of main metric, not {shown}")
 
 
 def _check_columns(split: Split, benchmark: Any) -> None:

@@ -20,6 +20,8 @@ from mtl.tracking.console import Heading, count, duration, table
 
 log = logging.getLogger("mtl")
 
+MANY = 6  # tasks: the lines of more are shortened
+
 
 def header(config: Mapping[str, Any], identity: Identity, benchmark: Benchmark, learner: Learner,
            sizes: Mapping[str, int], steps: int, path: str, tracker: str, resumed: int) -> None:  # fmt: skip
@@ -74,7 +76,7 @@ def footer(summary: Mapping[str, Any], epochs: int, directory: RunDirectory, com
     """
     chosen = summary["selected"]
     header = ["test", "best", "at epoch", f"last ({epochs})", *([f"by {chosen['by']}"] if chosen else [])]
-    body = [
+    body = _means(summary, chosen) or [
         [
             key.removeprefix("test/"),
             f"{best['value']:.4g}",
@@ -92,7 +94,29 @@ def footer(summary: Mapping[str, Any], epochs: int, directory: RunDirectory, com
     log.info(f"reproduce: {command}")
 
 
-def _tasks(tasks: Sequence[Task], most: int = 6) -> str:
+def _means(summary: Mapping[str, Any], chosen: Mapping[str, Any] | None) -> list[list[str]]:
+    """The table's lines for more than MANY tasks: means over the tasks. Empty for fewer tasks."""
+    kinds: dict[str, list[str]] = {}
+    for task, names in summary["tasks"].items():
+        for name in names:
+            kinds.setdefault(name.removeprefix(f"{task}_"), []).append(f"test/{name}")
+    if len(summary["tasks"]) <= MANY:
+        return []
+    lines = []
+    for kind, keys in kinds.items():
+        columns = [[summary["last"][k] for k in keys], *([[chosen[k] for k in keys]] if chosen else [])]
+        means = [_mean([summary["best"][k]["value"] for k in keys]), "each its own", *map(_mean, columns)]
+        lines.append([f"mean {kind} of {len(keys)} tasks", *means])
+    return lines
+
+
+def _mean(values: Sequence[float]) -> str:
+    known = [value for value in values if value == value]  # not NaN
+    left = f" (of {len(known)})" if len(known) < len(values) else ""
+    return f"{sum(known) / len(known):.4g}{left}" if known else "–"
+
+
+def _tasks(tasks: Sequence[Task], most: int = MANY) -> str:
     named = [f"{task.name} ({task.outputs})" for task in tasks]
     if len(named) <= most:
         return f"tasks {', '.join(named)}"

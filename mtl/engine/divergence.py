@@ -90,9 +90,11 @@ def find(
     for split in ("train", *evaluations):
         where = "" if split == "train" else f" on {split} data"
         for task in tasks:
+            lack = {score.name for score in task.scores if score.may_lack}
             for name in ("loss", *(score.name for score in task.scores)):
                 value = wrong.get(f"{split}/{task.name}_{name}", 0.0)
-                if math.isinf(value) or (math.isnan(value) and _has_labels(task, evaluations.get(split), partial)):
+                known = math.isnan(value) and name not in lack
+                if math.isinf(value) or (known and _has_labels(task, evaluations.get(split), partial)):
                     return f"{task.name} {name.replace('_', ' ')}{where} became {value}"
     return f"gradient norm became {wrong['grad/norm']}" if "grad/norm" in wrong else None
 

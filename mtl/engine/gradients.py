@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,17 +128,22 @@ def _jacobian(
     rows = torch.zeros(len(losses), sum(sizes), dtype=dtype, device=device)
     own: list[list[Tensor | None]] = []
     reached = []
+    # Losses that are the elements of one vector have one graph, and a pass for one head would go through all heads. So
+    # the gradients of all heads come from one pass: the gradient of Σ L for a head is that of its own loss.
+    seeds = _seeds(losses, scale)
+    at_once = _of_all_heads(losses, heads, seeds) if seeds else None
     for i, (loss, head) in enumerate(zip(losses, heads, strict=True)):
-        inputs = [*where, *head]
+        inputs = where if seeds else [*where, *head]
         if not loss.requires_grad or not inputs:  # an absent task: its loss is a constant
-            own.append([None] * len(head))
+            own.append([None] * len(head) if at_once is None else at_once[i])
             reached.append(False)
             continue
         # The tasks share the backbone's graph, so only the last backward pass may free it.
         retain = keep or i < len(losses) - 1
         seed = None if scale is None else torch.ones_like(loss) * scale
+        outputs, seed = (losses, seeds[i]) if seeds else (loss, seed)
         with torch.enable_grad():
-            found = torch.autograd.grad(loss, inputs, seed, retain_graph=retain, allow_unused=True)
+            found = torch.autograd.grad(outputs, inputs, seed, retain_graph=retain, allow_unused=True)
         if hidden := aside.take():
             found = [_sum(g, hidden.pop(id(p), None)) for p, g in zip(inputs, found, strict=True)]
             if hidden:
@@ -150,11 +156,46 @@ def _jacobian(
                 g = g.to_dense() if g.is_sparse else g
                 g = torch.view_as_real(g.resolve_conj()) if g.is_complex() else g
                 piece.view(g.shape).copy_(g)
-        own.append(list(found[len(where) :]))
+        own.append(list(found[len(where) :]) if at_once is None else at_once[i])
         reached.append(any(g is not None for g in found[: len(where)]))
     if scale is not None:
         rows /= scale
     return rows, own, reached
+
+
+def _seeds(losses: Sequence[Tensor], scale: Tensor | float | None) -> list[tuple[Tensor, ...]]:
+    """For each loss the seeds of a pass from all losses that gives its gradient: 1 (or `scale`) for it, 0 for others.
+
+    Empty if the losses are not the elements of one vector. Custom functions in the graph may add to `.grad`, and then
+    each loss needs a pass of its own.
+    """
+    vectors = {_vector(loss) for loss in losses}
+    if len(losses) == 1 or len(vectors) > 1 or None in vectors or reach.reach(losses[0]).custom:
+        return []
+    one = torch.eye(len(losses), dtype=losses[0].dtype, device=losses[0].device)
+    return [row.unbind() for row in (one if scale is None else one * scale)]
+
+
+def _of_all_heads(
+    losses: Sequence[Tensor], heads: Sequence[Sequence[Parameter]], seeds: Sequence[Sequence[Tensor]]
+) -> list[list[Tensor | None]]:
+    """Each head's own gradients, from one backward pass of the losses' sum."""
+    parameters = [p for head in heads for p in head]
+    if not parameters:
+        return [[] for _ in heads]
+    with torch.enable_grad():
+        diagonal = [row[i] for i, row in enumerate(seeds)]
+        found = iter(torch.autograd.grad(losses, parameters, diagonal, retain_graph=True, allow_unused=True))
+    return [[next(found) for _ in head] for head in heads]
+
+
+def _vector(loss: Tensor) -> Any:
+    """The node of the vector from which `loss` was selected; None if there is none."""
+    node = loss.grad_fn
+    while node is not None and node.name() not in ("SelectBackward0", "UnbindBackward0"):
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        node = parents[0] if len(parents) == 1 else None  # such as the logarithm of a loss
+    return None if node is None else node.next_functions[0][0]
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

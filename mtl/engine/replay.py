@@ -15,7 +15,7 @@ from mtl.engine.directory import RunDirectory
 from mtl.engine.files import CURE, Damaged, digest, plain, read_json, write_json
 from mtl.engine.learner import Learner
 from mtl.engine.resume import mend_best, problem_of
-from mtl.engine.summary import best, metrics, owned, selector, speed, summarise
+from mtl.engine.summary import MEAN, Selection, best, metrics, owned, selection, selection_of, speed, summarise
 from mtl.errors import UserError
 from mtl.tracking import RunInfo, Tracker, flatten
 
@@ -43,9 +43,10 @@ def inspect(directory: RunDirectory, name: str, epochs: int, build: Callable[[],
     if (summary := _summary(directory)) is None or not _agrees(summary, rows):
         with directory:
             benchmark, learner = build()
-            tests, chosen = metrics(learner.tasks, "test"), selector(learner.tasks, "val" in _splits(rows[0]))
+            validated = "val" in _splits(rows[0])
+            tests, chosen = metrics(learner.tasks, "test"), selection(learner.tasks, validated, benchmark.select)
             try:
-                content = {"status": "finished", **summarise(rows, tests, *chosen), **speed(rows)}
+                content = {"status": "finished", **summarise(rows, tests, chosen), **speed(rows)}
             except KeyError as error:
                 raise Damaged(f"{directory.metrics} is damaged: a row lacks {error}; {CURE}") from error
             content["parameters"] = count_parameters(learner.model)
@@ -72,35 +73,44 @@ def _summary(directory: RunDirectory) -> dict[str, Any] | None:
 def _agrees(summary: Mapping[str, Any], rows: list[dict[str, float]]) -> bool:
     """Whether a summary agrees with the rows."""
     try:
-        expected = {"status": "finished", **summarise(rows, summary["higher_is_better"], *_chosen_by(summary))}
+        expected = {"status": "finished", **summarise(rows, summary["higher_is_better"], chosen_by(summary))}
         return all(plain(summary[key]) == plain(value) for key, value in expected.items())
     except (KeyError, TypeError, AttributeError, IndexError, StopIteration):
         return False
 
 
-def _chosen_by(summary: Mapping[str, Any]) -> tuple[str, bool]:
-    """The key of the metric that chose best.pt, and whether higher is better."""
-    tests = summary["higher_is_better"]
-    if not summary["selected"]:
-        return next(iter(tests.items()))
-    key = summary["selected"]["by"]
-    return key, tests[key.replace("val/", "test/", 1)]
+def chosen_by(summary: Mapping[str, Any]) -> Selection:
+    """What chose best.pt."""
+    selected, tests = summary["selected"], summary["higher_is_better"]
+    if summary.get("select") == MEAN:
+        return selection_of(_main(summary, "val" if selected else "test"), MEAN)
+    if not selected:
+        return selection_of(tests, "first")
+    by = selected["by"]
+    return Selection(by, (by,), tests[by.replace("val/", "test/", 1)])
+
+
+def _main(summary: Mapping[str, Any], split: str) -> dict[str, bool]:
+    """The main metric of each task, with whether higher is better."""
+    return {
+        f"{split}/{names[0]}": summary["higher_is_better"][f"test/{names[0]}"] for names in summary["tasks"].values()
+    }
 
 
 def _best(directory: RunDirectory, name: str, rows: list[dict[str, float]]) -> str:
     """Mend best.pt if that is possible; return what is wrong with it, or an empty string."""
-    chosen = _chosen_by(read_json(directory.summary))
-    if not (problem := problem_of(directory.best, name, best(rows, *chosen)["epoch"])):
+    chosen = chosen_by(read_json(directory.summary))
+    if not (problem := problem_of(directory.best, name, best(rows, chosen)["epoch"])):
         return ""
     try:
         with directory:
-            return mend_best(directory, name, rows, *chosen)
+            return mend_best(directory, name, rows, chosen)
     except (UserError, OSError):  # the folder is another user's, or another process is using it
         return problem
 
 
 def objective(directory: str | Path) -> float | None:
-    """The value that a hyperparameter search optimises: the first task's main metric on validation data, best epoch.
+    """The value that a hyperparameter search optimises: what chooses the best epoch, on validation data.
 
     Args:
         directory: directory of a finished run.
@@ -113,10 +123,10 @@ def objective(directory: str | Path) -> float | None:
     """
     folder = RunDirectory(Path(directory))
     try:
-        chosen = read_json(folder.summary).get("selected")
-        if not chosen:
+        summary = read_json(folder.summary)
+        if not (selected := summary.get("selected")):
             return None
-        return next(row[chosen["by"]] for row in folder.rows() if row["epoch"] == chosen["epoch"])
+        return next(chosen_by(summary).value(row) for row in folder.rows() if row["epoch"] == selected["epoch"])
     except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
         raise Damaged(f"{folder.summary} is damaged; the run's command writes it anew") from error
 

@@ -13,7 +13,7 @@ from mtl.engine import checkpoint
 from mtl.engine.directory import RunDirectory
 from mtl.engine.files import START, digest, writing
 from mtl.engine.learner import Learner
-from mtl.engine.summary import Row, best
+from mtl.engine.summary import Row, Selection, best
 from mtl.errors import SetupError, one_line
 
 
@@ -91,7 +91,7 @@ def opened(path: Path, name: str, cure: str) -> dict[str, Any]:
     return saved
 
 
-def mend_best(directory: RunDirectory, name: str, rows: Sequence[Row], key: str, higher: bool) -> str:
+def mend_best(directory: RunDirectory, name: str, rows: Sequence[Row], chosen: Selection) -> str:
     """Repair best.pt if it is not the checkpoint of the best epoch.
 
     If last.pt is the best epoch's checkpoint, best.pt becomes a link to it. Otherwise the best weights are lost, and
@@ -101,12 +101,12 @@ def mend_best(directory: RunDirectory, name: str, rows: Sequence[Row], key: str,
         directory: the run's directory, locked by this process.
         name: the run's name.
         rows: all rows.
-        key, higher: the metric that chooses the best epoch, and whether higher is better.
+        chosen: what chooses the best epoch.
 
     Returns:
         what is wrong with best.pt, for a warning; an empty string if it is right now.
     """
-    epoch = best(rows, key, higher)["epoch"]
+    epoch = best(rows, chosen)["epoch"]
     if not (problem := problem_of(directory.best, name, epoch)):
         return ""
     if _epoch(directory.last, name) == epoch:

@@ -33,7 +33,9 @@ from mtl.engine.outcome import Outcome
 from mtl.engine.pictures import Pictures
 from mtl.engine.replay import inspect, repeat
 from mtl.engine.resume import mend_best, resume, state
-from mtl.engine.summary import best, forget_peak_memory, metrics, owned, peak_memory, selector, speed, summarise
+from mtl.engine.summary import (
+    Selection, best, forget_peak_memory, metrics, owned, peak_memory, selection, speed, summarise,
+)  # fmt: skip
 from mtl.errors import Diverged, SetupError, Terminated, UserError, one_line
 from mtl.parallel.processes import Processes
 from mtl.parallel.signals import deferred
@@ -221,7 +223,7 @@ class Job:
             where, len(rows),
         )  # fmt: skip
         # A kill after last.pt was written and before best.pt was leaves best.pt one epoch behind.
-        if rows and (problem := mend_best(directory, self.identity.name, rows, *self._selector)):
+        if rows and (problem := mend_best(directory, self.identity.name, rows, self._selection)):
             log.info(f"WARNING   {problem}")
 
     def _note(self, row: dict[str, float]) -> None:
@@ -242,7 +244,7 @@ class Job:
         checkpoint.save(state(row["epoch"], self.identity.name, known, self.learner), self.directory.last)
         self.digest = known
         self.rows.append(row)
-        if best(self.rows, *self._selector) is row:
+        if best(self.rows, self._selection) is row:
             checkpoint.link(self.directory.last, self.directory.best)  # a hard link: the weights are not written twice
 
     def _track(self) -> None:
@@ -273,9 +275,9 @@ class Job:
     # -- selection and reports ----------------------------------------------------------------------------------------
 
     @property
-    def _selector(self) -> tuple[str, bool]:
-        """The metric that chooses best.pt, and whether higher is better."""
-        return selector(self.learner.tasks, "val" in self.evaluations)
+    def _selection(self) -> Selection:
+        """What chooses best.pt."""
+        return selection(self.learner.tasks, "val" in self.evaluations, self.benchmark.select)
 
     def summary(self) -> dict[str, Any]:
         """The run's results, for summary.json.
@@ -284,7 +286,7 @@ class Job:
         Then the model's size, the speed and the peak memory.
         """
         return {
-            **summarise(self.rows, metrics(self.learner.tasks, "test"), *self._selector),
+            **summarise(self.rows, metrics(self.learner.tasks, "test"), self._selection),
             "tasks": owned(self.learner.tasks),
             "parameters": count_parameters(self.learner.model),
             "macs": count_macs(self.learner.model, self.benchmark.one()),

@@ -7,6 +7,7 @@ import resource
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,43 +31,81 @@ def owned(tasks: Iterable[Task]) -> dict[str, list[str]]:
     return {t.name: [f"{t.name}_{score.name}" for score in t.scores] for t in tasks}
 
 
-def selector(tasks: Iterable[Task], validated: bool) -> tuple[str, bool]:
-    """The metric that chooses best.pt: the first task's main metric, on validation data if there is any.
+MEAN = "mean"  # val/mean: the mean over the tasks
 
-    Otherwise it is measured on test data, as in the protocol of the CIFAR-100 benchmark.
 
-    Returns:
-        the metric's key, and whether higher is better.
+@dataclass(frozen=True)
+class Selection:
+    """What chooses the best epoch.
+
+    Attributes:
+        by: its name, such as "val/fine_accuracy", or "val/mean".
+        keys: the metrics whose mean it is; one for a single metric.
+        higher: whether higher is better.
     """
-    return next(iter(metrics(tasks, "val" if validated else "test").items()))
+
+    by: str
+    keys: tuple[str, ...]
+    higher: bool
+
+    def value(self, row: Row) -> float:
+        """The mean in one row. A value that is undefined, such as F1 without a positive label, has no part in it."""
+        values = [row[key] for key in self.keys]
+        known = [value for value in values if not math.isnan(value)]
+        return sum(known) / len(known) if known else math.nan
 
 
-def best(rows: Sequence[Row], key: str, higher: bool) -> Row:
-    """The first row with the best value of `key`. NaN and infinity are never the best."""
-    sign = 1 if higher else -1
-    return max(rows, key=lambda row: sign * row[key] if math.isfinite(row[key]) else -math.inf)
+def selection(tasks: Iterable[Task], validated: bool, select: str) -> Selection:
+    """What chooses best.pt: metrics on validation data if there are any, otherwise on test data.
+
+    The latter is the protocol of the CIFAR-100 benchmark.
+
+    Args:
+        tasks: of the run.
+        validated: whether there is validation data.
+        select: "first" for the first task's main metric, "mean" for the mean of all tasks' main metrics.
+    """
+    split = "val" if validated else "test"
+    main = {f"{split}/{task.name}_{task.scores[0].name}": task.scores[0].higher_is_better for task in tasks}
+    return selection_of(main, select)
 
 
-def summarise(rows: Sequence[Row], tests: Mapping[str, bool], key: str, higher: bool) -> dict[str, Any]:
+def selection_of(main: Mapping[str, bool], select: str) -> Selection:
+    """The `Selection` from the tasks' main metrics, with whether higher is better."""
+    first, higher = next(iter(main.items()))
+    if select == MEAN:
+        return Selection(f"{first.partition('/')[0]}/{MEAN}", tuple(main), higher)
+    return Selection(first, (first,), higher)
+
+
+def best(rows: Sequence[Row], chosen: Selection) -> Row:
+    """The first row with the best value. NaN and infinity are never the best."""
+    sign = 1 if chosen.higher else -1
+    return max(rows, key=lambda row: sign * value if math.isfinite(value := chosen.value(row)) else -math.inf)
+
+
+def summarise(rows: Sequence[Row], tests: Mapping[str, bool], chosen: Selection) -> dict[str, Any]:
     """The results of a run.
 
     Args:
         rows: the rows of metrics.jsonl; at least one.
         tests: for each test metric, whether higher is better.
-        key, higher: as `selector` returns them.
+        chosen: what chooses the best epoch.
 
     Raises:
         KeyError: a row lacks one of the metrics.
     """
-    chosen = best(rows, key, higher)
+    row = best(rows, chosen)
+    tops = {key: best(rows, Selection(key, (key,), higher)) for key, higher in tests.items()}
     return {
         "epochs": len(rows),
-        "best": {k: {"value": (row := best(rows, k, h))[k], "epoch": row["epoch"]} for k, h in tests.items()},
+        "best": {key: {"value": top[key], "epoch": top["epoch"]} for key, top in tops.items()},
         "last": {k: rows[-1][k] for k in tests},
         "higher_is_better": dict(tests),
-        "selected": {"by": key, "epoch": chosen["epoch"], **{k: chosen[k] for k in tests}}
-        if key.startswith("val/")
+        "selected": {"by": chosen.by, "epoch": row["epoch"], **{key: row[key] for key in tests}}
+        if chosen.by.startswith("val/")
         else None,
+        **({"select": MEAN} if chosen.by.endswith(f"/{MEAN}") else {}),
     }
 
 

@@ -19,11 +19,14 @@ class Score:
         name: key in logs and tables.
         unit: shown after the value ("%", "°" or "").
         higher_is_better: False for errors. It decides which epoch and which method is the best.
+        may_lack: whether the labels may leave the value undefined, such as F1 without a positive label. Then `compute`
+            returns NaN, which is no divergence.
     """
 
     name: str
     unit: str = ""
     higher_is_better: bool = True
+    may_lack: bool = False
 
 
 class Metric(ABC):

@@ -10,7 +10,8 @@ TERMS = {
     "last": "The value of the last epoch.",
     "best": "The value of the best test epoch of each metric. It was chosen on test data, so it is too good. No one "
     "network has all of these values.",
-    "selected": "The value of the one epoch that the first task's validation metric chose.",
+    "selected": "The value of the one epoch that validation data chose: by the first task's metric, or by the mean "
+    "over tasks.",
     "last10": "The mean of the values of the last ten epochs.",
     "delta_m": "The value of the one epoch whose validation metrics have the best Δm. A single-task run has the epoch "
     "that its own validation metric chose.",

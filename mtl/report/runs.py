@@ -82,8 +82,7 @@ class Run:
         Args:
             metric: such as "fine_accuracy".
             at: "last" epoch; "best" epoch of this very metric on test data; "selected", at the one epoch that the
-                first task's validation metric chose; "last10", the mean of the last ten; or "delta_m", at the epoch in
-                `chosen`.
+                validation data chose; "last10", the mean of the last ten; or "delta_m", at the epoch in `chosen`.
 
         Returns:
             NaN where the run has no such metric; infinite values stay.

@@ -42,7 +42,7 @@ from mtl.config.identity import CONF, identify
 from mtl.config.program import child, program
 from mtl.engine.build import check
 from mtl.engine.directory import RunDirectory
-from mtl.engine.replay import objective
+from mtl.engine.replay import chosen_by, objective
 from mtl.errors import ConfigError, UserError, suggest
 from mtl.tracking.console import table
 
@@ -237,8 +237,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _higher(run: Trial) -> bool:
-    summary = run.summary
-    return summary["higher_is_better"][summary["selected"]["by"].replace("val/", "test/", 1)]
+    return chosen_by(run.summary).higher
 
 
 def _numbers(kind: type) -> Callable[[str], list]:

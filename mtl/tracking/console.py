@@ -169,8 +169,11 @@ def _summary(row: Mapping[str, float], split: str, tasks: Mapping[str, Sequence[
     for metric, unit in dict.fromkeys((told[0], told[1]) for told in tasks.values()):
         values = {t: row[f"{split}/{t}_{metric}"] for t, told in tasks.items() if tuple(told[:2]) == (metric, unit)}
         higher = next(told[2:] for told in tasks.values() if tuple(told[:2]) == (metric, unit)) != (False,)
-        who = len(values) if len(values) > 1 else next(iter(values))
-        text = f"{who} {metric} {sum(values.values()) / len(values):.4g}{unit}"
+        # Undefined values, such as F1 without a positive label, have no part in the mean.
+        values = {task: value for task, value in values.items() if value == value}
+        mean = f"{sum(values.values()) / len(values):.4g}{unit}" if values else "–"
+        who = next(iter(values)) if len(values) == 1 else len(values)
+        text = f"{who} {metric} {mean}"
         if len(values) > 1:
             low, high = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
             worst, best = (low, high) if higher else (high, low)
