@@ -1,24 +1,20 @@
 """MTAN's layout: train/ and val/, in each a folder for each kind of map, and in these 0.npy, 1.npy, …
 
-Thousands of small files are read slowly. So each kind is written once into one array, which is memory-mapped from then
-on. The array's name holds a digest of the files' names, sizes and times: other files make another array.
+Thousands of small files are read slowly. So each kind is written once into one array: see `mtl.data.cache`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from filelock import FileLock
 from torch import Tensor
 
+from mtl.data.cache import cached, digest
 from mtl.data.columns import Split
 from mtl.errors import SetupError, one_line
 
@@ -147,61 +143,9 @@ def _files(folder: Path, kind: MapKind) -> list[Path]:
 
 
 def _column(store: Path, kind: MapKind, files: Sequence[Path]) -> Tensor:
-    """All rows of one kind: the array that is there, or one made now, by one process at a time."""
-    target = store / f"{files[0].parents[1].name}-{files[0].parent.name}-{_digest(files)}.npy"
-    if (array := _open(target, len(files))) is None:
-        try:
-            store.mkdir(parents=True, exist_ok=True)
-            with FileLock(store / ".lock"):  # of several processes one writes it, the others wait and find it
-                if (array := _open(target, len(files))) is None:
-                    _write(target, kind, files)
-                    array = _open(target, len(files))
-        except OSError as error:
-            raise SetupError(
-                f"{target.resolve()} cannot be written ({one_line(error)}); "
-                "set data.cache to a folder of your own with enough space"
-            ) from error
-    assert array is not None
-    return torch.from_numpy(array)
-
-
-def _digest(files: Sequence[Path]) -> str:
-    """Of what can be seen without opening the files."""
-    marks = [VERSION, *((f.name, s.st_size, s.st_mtime_ns) for f in files if (s := f.stat()))]
-    return hashlib.sha256(repr((str(files[0].parent.resolve()), marks)).encode()).hexdigest()[:12]
-
-
-def _open(target: Path, rows: int) -> np.ndarray | None:
-    """The array, mapped; None where there is none, or only a part of it."""
-    try:
-        # "c": what is written into it, which nobody does, stays in memory. torch warns of arrays that are read only.
-        array = np.load(target, mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    return array if len(array) == rows else None
-
-
-def _write(target: Path, kind: MapKind, files: Sequence[Path]) -> None:
-    """Write all rows beside the target; the finished file arrives in one rename. The caller holds the lock."""
-    for left in target.parent.glob(".part-*"):  # by a process that was killed: nobody else writes now
-        left.unlink()
-    print(f"reading {len(files):,} files of {files[0].parent} into {target}", flush=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=".part-")
-    try:
-        # Not through a memory map, where a full disk would kill the process without a word.
-        with os.fdopen(handle, "wb") as out:
-            for i, row in enumerate(_rows(kind, files)):
-                if i == 0:
-                    header = {"descr": np.lib.format.dtype_to_descr(row.dtype), "fortran_order": False}
-                    np.lib.format.write_array_header_1_0(out, {**header, "shape": (len(files), *row.shape)})
-                out.write(np.ascontiguousarray(row).data)
-            out.flush()
-            os.fsync(out.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    """All rows of one kind, as `cached` keeps them."""
+    target = store / f"{files[0].parents[1].name}-{files[0].parent.name}-{digest(files, VERSION)}.npy"
+    return cached(target, len(files), lambda: _rows(kind, files), f"{len(files):,} files of {files[0].parent}")
 
 
 def _rows(kind: MapKind, files: Sequence[Path]) -> Iterator[np.ndarray]:
