@@ -43,6 +43,7 @@ ADDED: dict[str, Any] = {
     "loss.mean@mtl.losses.GradNorm": "arithmetic",
     "trainer.stages": [],
     "data.eval_batch_size": 500,
+    "data.label_fraction": 1.0,
 }
 
 # Classes of mtl that were moved or renamed: {today's path: the path that goes into the hash}.

@@ -11,17 +11,21 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
 from mtl.config import schema
 from mtl.config.source import blame
 from mtl.data.check import check_declared, check_loaded
 from mtl.data.columns import Batch, Split
-from mtl.data.inputs import Input
+from mtl.data.draws import Draws
+from mtl.data.inputs import Image, Input
+from mtl.data.labels import keep_labels, shares
 from mtl.errors import ConfigError, SetupError, UserError, one_line, out_of_memory
 from mtl.random import stream
 from mtl.tasks import Task
 from mtl.views import Augment
+
+Fraction = Annotated[float, Gt(0), Le(1)]
 
 
 @dataclass
@@ -38,6 +42,9 @@ class Benchmark(ABC):
             fit into half of its free memory.
         workers: number of DataLoader processes, if the data stays on the host.
         eval_batch_size: samples that are evaluated together; more than in training, as no activations are kept.
+        label_fraction: share of the training samples that keep their label, for each task or for all, of those that
+            have one. Every seed keeps the same ones, and a smaller share is a part of a larger one. Validation and test
+            samples keep all labels.
 
     Attributes:
         tasks: the tasks. The first task's main metric chooses the best epoch.
@@ -52,6 +59,7 @@ class Benchmark(ABC):
     residency: Literal["auto", "device", "host"] = "auto"
     workers: Annotated[int, Ge(0)] = 2
     eval_batch_size: Annotated[int, Ge(1)] = 500
+    label_fraction: Fraction | dict[str, Fraction] = 1.0
 
     tasks: ClassVar[Sequence[Task]]
     inputs: ClassVar[Mapping[str, Input]]
@@ -81,7 +89,9 @@ class Benchmark(ABC):
         return self.example(1, torch.Generator().manual_seed(0))
 
     def splits(self) -> dict[str, Split]:
-        """Load the data, check it, and apply limit_train, limit_test and val_fraction. No column is copied.
+        """Load the data and check it. Then limit_train, limit_test, val_fraction and label_fraction follow, in this order.
+
+        No tensor is copied.
 
         Returns:
             "train", "test" and maybe "val".
@@ -104,7 +114,18 @@ class Benchmark(ABC):
         splits = {name: split.only(self.columns) for name, split in loaded.items()}
         splits["train"] = splits["train"].select(slice(self.limit_train))
         splits["test"] = splits["test"].select(slice(self.limit_test))
-        return self._hold_out(splits) if self.val_fraction else splits
+        if self.val_fraction:
+            splits = self._hold_out(splits)
+        try:
+            splits["train"] = keep_labels(splits["train"], self.label_fraction, self.tasks)
+        except ValueError as error:
+            raise ConfigError(f"data.label_fraction={self.label_fraction}: {error}") from error
+        return splits
+
+    def draws(self, train: Split) -> Draws:
+        """Which training samples each epoch has, in which order and views."""
+        images = (one.shape[1:] for one in self.inputs.values() if isinstance(one, Image))
+        return Draws(len(train), self.batch_size, self.augment, next(images, None))
 
     def _hold_out(self, splits: dict[str, Split]) -> dict[str, Split]:
         if "val" in splits:
@@ -138,4 +159,8 @@ def build_benchmark(node: Mapping[str, Any]) -> Benchmark:
         ours = isinstance(error, ValueError) and not blame(error)
         what = f".{error}" if ours else f": {type(error).__name__}: {one_line(error)}{blame(error)}"
         raise ConfigError(f"data: {type(benchmark).__name__}{what}") from error
+    try:
+        shares(benchmark.label_fraction, benchmark.tasks)
+    except ValueError as error:
+        raise ConfigError(f"data.label_fraction={benchmark.label_fraction}: {error}") from error
     return benchmark

@@ -68,6 +68,10 @@ class Regression(Task):
         loss = F.smooth_l1_loss(prediction.squeeze(1), known, reduction="none")
         return torch.where(target.isnan(), 0.0, loss)
 
+    def missing(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        # Whole numbers are labels here, −100 among them.
+        return super().missing(shape, dtype if dtype.is_floating_point else torch.float32)
+
     def answers(self, prediction: Tensor) -> dict[str, Tensor]:
         """The number, (N,)."""
         return {"number": prediction.squeeze(1)}
