@@ -89,7 +89,7 @@ class Benchmark(ABC):
         return self.example(1, torch.Generator().manual_seed(0))
 
     def splits(self) -> dict[str, Split]:
-        """Load the data and check it. Then limit_train, limit_test, val_fraction and label_fraction follow, in this order.
+        """Load the data and check it. Then apply limit_train, limit_test, val_fraction, label_fraction, in this order.
 
         No tensor is copied.
 
