@@ -20,7 +20,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from annotated_types import Ge
@@ -53,6 +53,8 @@ class Parts(Benchmark):
 
     batch_size: Annotated[int, Ge(1)] | None = None
     balanced: bool = False
+
+    option: ClassVar[str] = ""  # config key of the parts, for messages
 
     def __post_init__(self) -> None:
         sizes = [member.batch_size for member in self.members.values()]
@@ -123,7 +125,7 @@ class Parts(Benchmark):
             try:
                 loaded[part] = member.splits()
             except UserError as error:
-                raise type(error)(f"data.parts.{part}: {error}") from error
+                raise type(error)(f"{self.option}{part}: {error}") from error
         names = {name for splits in loaded.values() for name in splits}
         order = [name for name in ("train", "val", "test") if name in names]
         for part, splits in loaded.items():
@@ -207,6 +209,8 @@ class Union(Parts):
     separate: bool = False
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
+
+    option: ClassVar[str] = "data.parts."
 
     def __post_init__(self) -> None:
         if not isinstance(self.parts, Mapping) or not self.parts:
