@@ -144,7 +144,7 @@ def test_a_share_that_cannot_be_is_refused(fraction, message):
         def units(self, target):
             return torch.ones_like(target, dtype=torch.int64)
 
-    tasks = {"a": [Regression("a", target="c"), Regression("b", target="c")]}.get(next(iter(fraction), ""), None) \
+    tasks = {"a": [Regression("a", target="c"), Regression("b", target="c")]}.get(next(iter(fraction), "")) \
         if isinstance(fraction, dict) else [All("all")]  # fmt: skip
     column = {"c": torch.zeros(4), "all": torch.zeros(4), "kind": torch.zeros(4).long(), "value": torch.zeros(4)}
     with pytest.raises(ValueError, match=message):
