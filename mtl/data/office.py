@@ -18,6 +18,7 @@ from typing import Annotated
 
 import torch
 from annotated_types import Ge
+from torch import Tensor
 
 from mtl.data.base import Benchmark
 from mtl.data.columns import Split
@@ -82,7 +83,12 @@ class Domain(Benchmark):
         row = {file: i for i, file in enumerate(files)}
         chosen = {split: self._listed(split, row) for split in SPLITS} if listed(self.root) else self._drawn(row)
         columns = {"image": images, self.name: label}
-        return {split: Split(columns, torch.tensor(rows, dtype=torch.int64)) for split, rows in chosen.items()}
+        return {split: Split(columns, self._mixed(rows, split)) for split, rows in chosen.items()}
+
+    def _mixed(self, rows: Sequence[int], split: str) -> Tensor:
+        """The rows in a fixed random order. So the first ones, which limit_train keeps, are of all classes."""
+        order = torch.randperm(len(rows), generator=stream(0, "office_order", self.name, split))
+        return torch.tensor(rows, dtype=torch.int64)[order]
 
     def _listed(self, split: str, row: Mapping[str, int]) -> list[int]:
         """The rows that train.txt, val.txt or test.txt lists."""
