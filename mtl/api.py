@@ -30,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from mtl.cli.cell import Cell, commands, confirmed
 from mtl.cli.explain import translate
 from mtl.cli.overrides import parse, refuse_hidden, repeat, spell, unfold
+from mtl.cli.parts import fold
 from mtl.config.identity import CONF
 from mtl.engine.directory import RunDirectory
 from mtl.engine.files import read_json, write_text
@@ -186,6 +187,7 @@ def _composer(words: Sequence[str]) -> Iterator[tuple[Any, list[Any]]]:
             raise ConfigError(f"{wrong[0]!r:.80}: a word of the command line is needed, such as 'loss=dwa'")
         try:
             arguments = unfold(parse(list(words)))
+            arguments.overrides = fold(arguments.overrides)
             if arguments.multirun:
                 raise ConfigError("-m: leave it away; mtl.grid makes a grid, and mtl.train a run")
             for word in arguments.overrides:
@@ -225,7 +227,7 @@ def _cells(config: DictConfig) -> list[Cell]:
     refuse_hidden(hydra)
     typed = OmegaConf.to_container(hydra.overrides.task, resolve=False)
     plain = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
-    found = commands(plain, dict(hydra.runtime.choices), typed)
+    found = commands(plain, dict(hydra.runtime.choices), typed, hydra)
     if own := re.search(
         r'"_target_": "(__main__\.[^"]*)', json.dumps([content for content, _, _ in found], default=str)
     ):

@@ -22,6 +22,7 @@ from mtl.cli.baselines import Command, fill, single_tasks
 from mtl.cli.command import translate, under_way
 from mtl.cli.grid import progress
 from mtl.cli.overrides import refuse_hidden, repeat
+from mtl.cli.parts import with_parts
 from mtl.cli.plan import plan, plan_table
 from mtl.config import schema, source, torchrun
 from mtl.config.environment import activation
@@ -241,7 +242,7 @@ def _cells(config: DictConfig, hydra: DictConfig, away: bool) -> list[Cell]:
     refused = None
     try:
         refuse_hidden(hydra)
-        found = commands(config, choices, words)
+        found = commands(config, choices, words, hydra)
     except UserError as error:
         found, refused = [({}, choices, words)], error
     grid, cells = hydra.mode == RunMode.MULTIRUN, []
@@ -253,7 +254,7 @@ def _cells(config: DictConfig, hydra: DictConfig, away: bool) -> list[Cell]:
     return cells
 
 
-def commands(config: DictConfig, choices: dict[str, str], words: list[str]) -> list[Command]:
+def commands(config: DictConfig, choices: dict[str, str], words: list[str], hydra: DictConfig) -> list[Command]:
     """The command of each run.
 
     Raises:
@@ -263,6 +264,7 @@ def commands(config: DictConfig, choices: dict[str, str], words: list[str]) -> l
         plain = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise translate(error) from error
+    plain = with_parts(plain, hydra)
     schema.check(plain.get("study"), "study")
     commands, study = [(plain, choices, words)], schema.build(plain["study"], "study")
     if torchrun.size() > 1 and (study.plan or study.baselines != "none"):

@@ -32,6 +32,7 @@ from mtl import __version__
 from mtl.cli import launchers
 from mtl.cli.explain import GROUPS, refuse_unquoted, translate, with_known_keys
 from mtl.cli.overrides import parse, spell, spelled, unfold
+from mtl.cli.parts import fold
 from mtl.config import torchrun
 from mtl.config.identity import CONF
 from mtl.config.program import program
@@ -308,7 +309,7 @@ def _read_command() -> None:
         sys.exit(0)
     arguments = unfold(parse(sys.argv[1:]))
     refuse_unquoted(arguments.overrides)
-    arguments.overrides = [LOGGERS.get(word, word) for word in arguments.overrides]
+    arguments.overrides = fold([LOGGERS.get(word, word) for word in arguments.overrides])
     sys.argv[1:] = spelled(arguments)
     if arguments.multirun and torchrun.size() > 1:
         raise ConfigError("-m: torchrun starts one run at a time; leave -m away and call it once for each run")

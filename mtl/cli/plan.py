@@ -111,13 +111,14 @@ def _measure(config: Mapping[str, Any]) -> float:
     benchmark, learner = assemble(config)
     splits = benchmark.splits()
     train, size = splits.pop("train"), benchmark.batch_size
+    samples = benchmark.draws(train).samples
 
     def train_on(steps: int) -> float:
         part = TrainingBatches(train.select(slice(steps * size)), benchmark, learner.device, learner.seed, 2)
         return learner.train_epoch(part, 0)["time/seconds"] / len(part)
 
     train_on(1)  # the first step pays for allocations and for the choice of algorithms
-    seconds = train_on(STEPS) * max(1, len(train) / size)
+    seconds = train_on(STEPS) * max(1, samples / size)
     for name, split in splits.items():
         batches = EvaluationBatches(split.select(slice(benchmark.eval_batch_size)), benchmark, learner.device)
         since = time.perf_counter()

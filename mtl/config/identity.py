@@ -50,6 +50,7 @@ ADDED: dict[str, Any] = {
     "trainer.backbone_lr_factor": 1.0,
     "data.reduction": "pooled",
     "sharing": {"_target_": HARD},
+    "data.label_fraction": 1.0,
 }
 
 # Classes of mtl that were moved or renamed: {today's path: the path that goes into the hash}.
@@ -132,6 +133,8 @@ def identify(config: Mapping[str, Any], choices: Mapping[str, str]) -> Identity:
     if contents and (CONF / "data" / f"{choices.get('data')}.yaml").is_file():
         data = f"{data}-{Path(content['data'][next(iter(contents))]).stem}"  # table-birds
     content["data"].update(contents)
+    if parts := content["data"].get("parts"):
+        data = f"{data}-{'-'.join(parts)}"  # union-synthetic-rooms
     if own := own_code(config):
         content["source"] = own
     # Sorted keys, so that the order of options on the command line does not matter.
@@ -153,19 +156,32 @@ def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
     behave otherwise. So its `root`, `download` and `cache` stay, and `root` becomes an absolute path.
     """
     content = copy.deepcopy(dict(config))
-    own_data = not _built_in(content.get("data"))
     for path in EXCLUDED:
-        if own_data and path in ("data.root", "data.download", "data.cache"):
-            continue
         *parents, key = path.split(".")
+        if parents == ["data"]:
+            continue
         node = content
         for parent in parents:
             # A missing parent gives a new empty dict, and removing a key from it changes nothing.
             node = node.get(parent, {})
         node.pop(key, None)
-    if own_data and isinstance(root := content["data"].get("root"), str):
-        content["data"]["root"] = os.path.realpath(root)
+    for node in _data_nodes(content):
+        own = not _built_in(node)
+        for path in EXCLUDED:
+            parent, _, key = path.rpartition(".")
+            if parent == "data" and not (own and key in ("root", "download", "cache")):
+                node.pop(key, None)
+        if own and isinstance(root := node.get("root"), str):
+            node["root"] = os.path.realpath(root)
     return content
+
+
+def _data_nodes(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The data node and the data sets in it: the parts of a union."""
+    if not isinstance(node := content.get("data"), dict):
+        return []
+    inside = [one for value in node.values() if isinstance(value, dict) for one in value.values()]
+    return [node, *(one for one in inside if isinstance(one, dict) and TARGET in one)]
 
 
 def own_code(config: Mapping[str, Any]) -> dict[str, str]:
@@ -225,8 +241,9 @@ def as_before(content: dict[str, Any]) -> dict[str, Any]:
         node: Any = content
         for parent in parents:
             node = node.get(parent) if isinstance(node, dict) else None
-        if isinstance(node, dict) and key in node and node[key] == default and owner in ("", node.get(TARGET)):
-            del node[key]
+        for one in _data_nodes(content) if parents == ["data"] else [node]:
+            if isinstance(one, dict) and key in one and one[key] == default and owner in ("", one.get(TARGET)):
+                del one[key]
     return content
 
 

@@ -70,6 +70,9 @@ def check_arguments(target: Callable, arguments: Mapping, path: str, supplied: C
             raise ConfigError(f"{prefix}{key}: unknown key; allowed: {', '.join(ours) or 'none'}{suggest(key, ours)}")
         if isinstance(value, Mapping) and TARGET in value:
             check(value, f"{prefix}{key}")
+        elif _has_nodes(value):  # {name: node}, such as the parts of a union
+            for name, node in value.items():
+                check(node, f"{prefix}{key}.{name}")
         elif value != MISSING:
             check_size(value, f"{prefix}{key}")
             if wrong := complaint(hints.get(key), value):
@@ -82,11 +85,7 @@ def check_arguments(target: Callable, arguments: Mapping, path: str, supplied: C
 def build(node: Mapping, path: str, **supplied: Any) -> Any:
     """Build the object that a checked node describes. An error in its constructor becomes a ConfigError."""
     target = locate(node[TARGET], f"{path}.{TARGET}")
-    arguments = {
-        k: build(v, f"{path}.{k}") if isinstance(v, Mapping) and TARGET in v else v
-        for k, v in node.items()
-        if k != TARGET
-    }
+    arguments = {k: _built(v, f"{path}.{k}") for k, v in node.items() if k != TARGET}
     try:
         return target(**arguments, **supplied)
     except UserError:
@@ -96,6 +95,19 @@ def build(node: Mapping, path: str, **supplied: Any) -> Any:
         # becomes "loss.power: must be positive".
         separator = "." if str(error).partition(":")[0] in arguments else ": "
         raise ConfigError(f"{path}{separator}{_message(error)}{blame(error)}") from error
+
+
+def _built(value: Any, path: str) -> Any:
+    """A node's argument, in which each node is replaced by its object."""
+    if isinstance(value, Mapping) and TARGET in value:
+        return build(value, path)
+    if _has_nodes(value):
+        return {name: build(node, f"{path}.{name}") for name, node in value.items()}
+    return value
+
+
+def _has_nodes(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(one, Mapping) and TARGET in one for one in value.values())
 
 
 def locate(name: Any, path: str) -> Callable:

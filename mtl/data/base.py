@@ -12,17 +12,21 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
 from mtl.config import schema
 from mtl.config.source import blame
 from mtl.data.check import check_declared, check_loaded
 from mtl.data.columns import Batch, Split
-from mtl.data.inputs import Input
+from mtl.data.draws import Draws
+from mtl.data.inputs import Image, Input
+from mtl.data.labels import keep_labels, shares
 from mtl.errors import ConfigError, SetupError, UserError, one_line, out_of_memory
 from mtl.random import stream
 from mtl.tasks import Task
 from mtl.views import Augment
+
+Fraction = Annotated[float, Gt(0), Le(1)]
 
 
 @dataclass
@@ -39,6 +43,9 @@ class Benchmark(ABC):
             fit into half of its free memory.
         workers: number of DataLoader processes, if the data stays on the host.
         eval_batch_size: samples that are evaluated together; more than in training, as no activations are kept.
+        label_fraction: share of the training samples that keep their label, for each task or for all, of those that
+            have one. Every seed keeps the same ones, and a smaller share is a part of a larger one. Validation and test
+            samples keep all labels.
 
     Attributes:
         tasks: the tasks. By default, the first task's main metric chooses the best epoch.
@@ -54,6 +61,7 @@ class Benchmark(ABC):
     residency: Literal["auto", "device", "host"] = "auto"
     workers: Annotated[int, Ge(0)] = 2
     eval_batch_size: Annotated[int, Ge(1)] = 500
+    label_fraction: Fraction | dict[str, Fraction] = 1.0
 
     tasks: ClassVar[Sequence[Task]]
     select: ClassVar[Literal["first", "mean"]] = "first"
@@ -103,7 +111,9 @@ class Benchmark(ABC):
         return self.example(1, torch.Generator().manual_seed(0))
 
     def splits(self) -> dict[str, Split]:
-        """Load the data, check it, and apply limit_train, limit_test and val_fraction. No column is copied.
+        """Load the data and check it. Then apply limit_train, limit_test, val_fraction, label_fraction, in this order.
+
+        No tensor is copied.
 
         Returns:
             "train", "test" and maybe "val".
@@ -126,7 +136,18 @@ class Benchmark(ABC):
         splits = {name: split.only(self.columns) for name, split in loaded.items()}
         splits["train"] = splits["train"].select(slice(self.limit_train))
         splits["test"] = splits["test"].select(slice(self.limit_test))
-        return self._hold_out(splits) if self.val_fraction else splits
+        if self.val_fraction:
+            splits = self._hold_out(splits)
+        try:
+            splits["train"] = keep_labels(splits["train"], self.label_fraction, self.tasks)
+        except ValueError as error:
+            raise ConfigError(f"data.label_fraction={self.label_fraction}: {error}") from error
+        return splits
+
+    def draws(self, train: Split) -> Draws:
+        """Which training samples each epoch has, in which order and views."""
+        images = (one.shape[1:] for one in self.inputs.values() if isinstance(one, Image))
+        return Draws(len(train), self.batch_size, self.augment, next(images, None))
 
     def _hold_out(self, splits: dict[str, Split]) -> dict[str, Split]:
         if "val" in splits:
@@ -165,4 +186,8 @@ def build_benchmark(node: Mapping[str, Any], facts: Mapping[str, Any] | None = N
         ours = isinstance(error, ValueError) and not blame(error)
         what = f".{error}" if ours else f": {type(error).__name__}: {one_line(error)}{blame(error)}"
         raise ConfigError(f"data: {type(benchmark).__name__}{what}") from error
+    try:
+        shares(benchmark.label_fraction, benchmark.tasks)
+    except ValueError as error:
+        raise ConfigError(f"data.label_fraction={benchmark.label_fraction}: {error}") from error
     return benchmark

@@ -7,8 +7,8 @@ and the same arithmetic. So a run's results do not depend on where its data live
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from itertools import islice
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -16,10 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from mtl.data.base import Benchmark
 from mtl.data.check import pieces
-from mtl.data.columns import Batch, Column, Ragged, Split
-from mtl.data.inputs import Image
-from mtl.random import stream
-from mtl.views import Moves, View
+from mtl.data.columns import Batch, Column, Split
+from mtl.views import View
 
 
 class TrainingBatches:
@@ -35,6 +33,7 @@ class TrainingBatches:
 
     Attributes:
         partial: names of the tasks for which some sample has no label.
+        samples: number of samples in an epoch.
     """
 
     def __init__(self, split: Split, benchmark: Benchmark, device: torch.device, seed: int, smallest: int = 2):
@@ -47,8 +46,10 @@ class TrainingBatches:
         )
         self.resident = _resident(split, benchmark, device)
         self.split = split.to(device) if self.resident else split
+        self.draws = benchmark.draws(split)
+        self.samples = self.draws.samples
         # Every full batch, and the rest if it is large enough. The order changes in each epoch, so no sample is lost.
-        full, rest = divmod(self.size, benchmark.batch_size)
+        full, rest = divmod(self.samples, self.draws.batch)
         self.steps = full + (rest >= smallest)
 
     def __len__(self) -> int:
@@ -56,30 +57,22 @@ class TrainingBatches:
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """The batches of epoch number `epoch`, counted from 0. A batch holds inputs and labels by column."""
-        size = self.benchmark.batch_size
-        order = torch.randperm(self.size, generator=stream(self.seed, "order", epoch))
-        view = self._view(epoch)
+        size = self.draws.batch
+        order = self.draws.order(self.seed, epoch)
+        view = self.draws.view(self.seed, epoch, order)
+        view = None if view is None else view.to(self.device)
         if self.resident:
             # Only row numbers are computed here. `ready` gathers the rows together with the crop, in one operation.
             rows = self.split.positions(order)
             pairs = zip(rows.split(size), rows.to(self.device, non_blocking=True).split(size), strict=True)
-            gathered = ((_chosen(self.split.columns, rows, moved), moved) for rows, moved in pairs)
+            gathered = (_chosen(self.split.columns, rows, moved) for rows, moved in pairs)
         else:
-            # The DataLoader's processes gather the rows, so `ready` gets batches (rows is None).
+            # The DataLoader's processes gather the rows, so `ready` selects none.
             batches = stream_batches(self.split, order.split(size)[: self.steps], self.benchmark.workers, self.device)
-            gathered = ((batch, None) for batch in batches)
+            gathered = ((batch, {}) for batch in batches)
         for i, (columns, rows) in enumerate(islice(gathered, self.steps)):
             seen = None if view is None else view.take(slice(i * size, (i + 1) * size))
             yield ready(self.benchmark, columns, rows, seen)
-
-    def _view(self, epoch: int) -> View | None:
-        """The random view (crop, flip) of each sample, in the order of training; None without augmentation."""
-        view, draws = None, partial(stream, self.seed)
-        for augment in self.benchmark.augment:
-            # Each kind of augmentation has its own random stream. So adding a flip does not change the crops.
-            drawn = augment.draw(self.size, picture(self.benchmark), lambda name: draws(name, epoch))
-            view = drawn if view is None else view.then(drawn)
-        return None if view is None else view.to(self.device)
 
 
 class EvaluationBatches:
@@ -105,41 +98,41 @@ class EvaluationBatches:
 
 
 def ready(
-    benchmark: Benchmark, columns: Mapping[str, Column], rows: Tensor | None = None, view: View | None = None
+    benchmark: Benchmark,
+    columns: Mapping[str, Column],
+    rows: Mapping[str, Tensor] = MappingProxyType({}),
+    view: View | None = None,
 ) -> Batch:
     """Make a batch for the network and the tasks: select rows, apply the views, normalise the images.
 
     Args:
-        columns: the columns by name, on the device. A ragged column holds the B samples only.
-        rows: (B,) the rows to select from the tensors; None for all, in this order.
+        columns: the columns by name, on the device.
+        rows: {column: (B,) the rows to select}. A column that is not named here holds the B samples only.
         view: the views of the B samples; None without augmentation.
     """
     batch = {}
     for name, one in benchmark.inputs.items():
-        batch[name] = one.ready(_moved(one.moves, columns[name], rows, view))
+        batch[name] = one.ready(one.moves(columns[name], rows.get(name), view))
     # Label maps follow their image's view: `moves` says how. Two tasks may share a column, which is then moved once.
     for task in benchmark.tasks:
         if task.column not in batch and task.column in columns:
-            batch[task.column] = _moved(task.moves, columns[task.column], rows, view)
+            batch[task.column] = task.moves(columns[task.column], rows.get(task.column), view)
     return batch
 
 
-def _chosen(columns: Mapping[str, Column], rows: Tensor, moved: Tensor) -> dict[str, Column]:
-    """The columns, with the ragged ones cut down to the given rows: the host must know how many values these have.
+def _chosen(
+    columns: Mapping[str, Column], rows: Tensor, moved: Tensor
+) -> tuple[dict[str, Column], Mapping[str, Tensor]]:
+    """The columns, and the rows that are still to be selected from some of them.
+
+    Rows of a tensor are selected together with the crop. Ragged and joined columns are cut down to the rows here. The
+    host must know how many values they have.
 
     Args:
         rows, moved: (B,) the same row numbers, on the host and on the device.
     """
-    return {name: c.take(rows, moved) if isinstance(c, Ragged) else c for name, c in columns.items()}
-
-
-def _moved(moves: Moves, column: Column, rows: Tensor | None, view: View | None) -> Column:
-    return moves(column, None if isinstance(column, Ragged) else rows, view)
-
-
-def picture(benchmark: Benchmark) -> tuple[int, int]:
-    """(height, width) of the images, for which views are drawn."""
-    return next(one.shape[1:] for one in benchmark.inputs.values() if isinstance(one, Image))
+    chosen = {name: c if isinstance(c, Tensor) else c.take(rows, moved) for name, c in columns.items()}
+    return chosen, {name: moved for name, c in columns.items() if isinstance(c, Tensor)}
 
 
 def _resident(split: Split, benchmark: Benchmark, device: torch.device) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mtl.config.source import blame
-from mtl.data.columns import Batch, Column, Ragged, Split
+from mtl.data.columns import Batch, Column, Joined, Ragged, Split
 from mtl.data.inputs import Image, Input, check_ragged
 from mtl.errors import ConfigError, SetupError, UserError, one_line, suggest
 from mtl.metrics.base import Metric, Score
@@ -270,7 +270,7 @@ def _check_columns(split: Split, benchmark: Any) -> None:
             hint = suggest(name, known)
             raise ValueError(f"{name}: there is no such column, only {_listed(columns)}; inputs reads it{hint}")
         needed = benchmark.inputs[name].column
-        if not isinstance(columns[name], needed):
+        if not isinstance(columns[name], (needed, Joined) if needed is Tensor else needed):
             kind, how = type(columns[name]).__name__, "a tensor is needed (torch.from_numpy makes a tensor of an array)"
             if needed is Ragged:
                 how = "a ragged column is needed: mtl.data.Ragged(values, lengths)"
@@ -309,7 +309,7 @@ def _check_labels(split: Split, task: Task, benchmark: Any) -> None:
         raise ValueError(f"no labels for task {task.name!r}; there are labels for {_listed(others)}{hint}")
     target = columns[name]
     try:
-        if not isinstance(target, Tensor | Ragged):
+        if not isinstance(target, Column):
             raise ValueError(f"a {type(target).__name__}; a tensor is needed (torch.as_tensor makes one)")
         values = target
         if isinstance(target, Ragged):

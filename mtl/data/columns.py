@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
@@ -188,8 +188,126 @@ class Ragged:
         return sizes.cumsum(0) - sizes
 
 
-Column = Tensor | Ragged
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """A column whose rows lie in several tensors, in any order. They are copied when they are selected, not before.
+
+    So the columns of several data sets become one, although they are memory-mapped. A row without a label is the same
+    row for all samples.
+
+    Example: `join([(maps, rows), (one_empty_map, torch.zeros(5, dtype=torch.int64))])` adds five samples without a map.
+
+    Args:
+        parts: tensors (M_k, …) on the host, with rows of one shape.
+        source: (N,) int64, the tensor in which each row lies.
+        position: (N,) int64, its row number there.
+    """
+
+    parts: tuple[Tensor, ...]
+    source: Tensor
+    position: Tensor
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int | slice | Tensor) -> Tensor:
+        """The rows at `index`, copied."""
+        source, position = self.source[index], self.position[index]
+        if source.ndim == 0:
+            return self.parts[int(source)][position].to(self.dtype)
+        found = torch.empty(len(source), *self.shape[1:], dtype=self.dtype)
+        for k, part in enumerate(self.parts):
+            where = (source == k).nonzero().flatten()
+            if len(where):
+                found[where] = part[position[where]].to(self.dtype)
+        return found
+
+    def take(self, index: Tensor, moved: Tensor | None = None) -> Tensor:
+        """The rows at `index`, copied. `moved` is for columns on a device; this one is on the host."""
+        return self[index]
+
+    def pick(self, index: slice | Tensor) -> Joined:
+        """The rows at `index`; no row is copied."""
+        return Joined(self.parts, self.source[index], self.position[index])
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Joined | Tensor:
+        """On the host the column itself, on another device a tensor of all rows."""
+        return self if torch.device(device).type == "cpu" else self[:].to(device, non_blocking=non_blocking)
+
+    @property
+    def shape(self) -> torch.Size:
+        """(N, …)."""
+        return torch.Size([len(self), *self.parts[0].shape[1:]])
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions, with the first one."""
+        return self.parts[0].ndim
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """A type that can hold the numbers of all parts."""
+        kinds = list(dict.fromkeys(part.dtype for part in self.parts))
+        if len(kinds) == 1 or any(kind.is_floating_point or kind.is_complex for kind in kinds):
+            return reduce(torch.promote_types, kinds)
+        return torch.int64
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parts."""
+        return self.parts[0].device
+
+    @property
+    def layout(self) -> torch.layout:
+        """Of the parts."""
+        return self.parts[0].layout
+
+    def is_floating_point(self) -> bool:
+        """Whether the rows are floats."""
+        return self.dtype.is_floating_point
+
+    def is_complex(self) -> bool:
+        """Whether the rows are complex numbers."""
+        return self.dtype.is_complex
+
+    def element_size(self) -> int:
+        """Bytes of a number."""
+        return self.dtype.itemsize
+
+
+Column = Tensor | Ragged | Joined
 Batch = dict[str, Column]  # rows of the columns by name, for B samples
+
+
+def join(pieces: Sequence[tuple[Column, Tensor]]) -> Column:
+    """Rows of several columns, one piece after another. Tensors are not copied; ragged columns are.
+
+    Args:
+        pieces: columns, and the row numbers (n,) int64 that are taken from each.
+
+    Raises:
+        ValueError: rows of one column have another shape than rows of another one.
+    """
+    shapes = {_shape(column) for column, _ in pieces}
+    if len(shapes) > 1:
+        raise ValueError(" and ".join(sorted(shapes)))
+    if isinstance(pieces[0][0], Ragged):
+        taken = [column.take(rows) for column, rows in pieces]
+        return Ragged(torch.cat([one.values for one in taken]), torch.cat([one.lengths for one in taken]))
+    parts, sources, positions = [], [], []
+    for column, rows in pieces:
+        if isinstance(column, Tensor):
+            column = Joined((column,), torch.zeros(len(column), dtype=torch.int64), torch.arange(len(column)))
+        sources.append(column.source[rows] + len(parts))
+        positions.append(column.position[rows])
+        parts += column.parts
+    return Joined(tuple(parts), torch.cat(sources), torch.cat(positions))
+
+
+def _shape(column: Column) -> str:
+    if isinstance(column, Ragged):
+        return f"ragged rows of shape {tuple(column.values.shape[1:])}"
+    return f"rows of shape {tuple(column.shape[1:])}"
 
 
 @dataclass(frozen=True)
@@ -199,8 +317,8 @@ class Split:
     Example: ``Split({"image": images, "fine": fine, "coarse": coarse})``.
 
     Args:
-        columns: tensors (M, …) or `Ragged` columns by name: images (M, H, W, C) uint8, labels, atoms. They may be
-            memory-mapped.
+        columns: tensors (M, …), `Ragged` or `Joined` columns by name: images (M, H, W, C) uint8, labels, atoms. They
+            may be memory-mapped.
         rows: (N,) int64, the samples' row numbers, in the order of the samples; None for all M rows.
     """
 
@@ -232,7 +350,8 @@ class Split:
     def select(self, index: Tensor | slice) -> Split:
         """The samples at `index` (an int64 or bool tensor, or a slice). No column is copied."""
         if self.rows is None and isinstance(index, slice):
-            return Split(self.batch(index))  # a slice of a column is a view, not a copy
+            # A slice of a column is a view, not a copy.
+            return Split({k: c.pick(index) if isinstance(c, Joined) else c[index] for k, c in self.columns.items()})
         rows = torch.arange(len(self)) if self.rows is None else self.rows
         return Split(self.columns, rows[index])
 

@@ -204,7 +204,7 @@ class Learner:
                 **observer.figures(read),
                 "lr": self.optimizer.param_groups[0]["lr"],  # of the model, in the last step
                 "time/seconds": seconds,
-                "time/images_per_second": batches.size / seconds,
+                "time/images_per_second": batches.samples / seconds,
             }
 
     @torch.no_grad()

@@ -34,8 +34,16 @@ from mtl.engine.pictures import Pictures
 from mtl.engine.replay import inspect, repeat
 from mtl.engine.resume import mend_best, resume, state
 from mtl.engine.summary import (
-    Selection, best, forget_peak_memory, metrics, owned, peak_memory, selection, speed, summarise,
-)  # fmt: skip
+    Selection,
+    best,
+    forget_peak_memory,
+    metrics,
+    owned,
+    peak_memory,
+    selection,
+    speed,
+    summarise,
+)
 from mtl.errors import Diverged, SetupError, Terminated, UserError, one_line
 from mtl.parallel.processes import Processes
 from mtl.parallel.signals import deferred

@@ -38,6 +38,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mtl.cli.explain import composed, translate
 from mtl.cli.overrides import refuse_second
+from mtl.cli.parts import fold, with_parts
 from mtl.config.identity import CONF, identify
 from mtl.config.program import child, program
 from mtl.engine.build import check
@@ -96,14 +97,14 @@ class Method:
             ConfigError: the config is wrong, or it holds out no validation data.
         """
         try:
-            config = composed(lambda words: compose("config", words, return_hydra_config=True), self.words)
+            config = composed(lambda words: compose("config", words, return_hydra_config=True), fold(self.words))
             choices, runs = dict(config.hydra.runtime.choices), []
             OmegaConf.set_struct(config, False)
-            del config["hydra"]
+            hydra = config.pop("hydra")
             for rate in rates:
                 for seed in seeds:
                     config.optimizer.lr, config.seed = rate, seed
-                    plain = OmegaConf.to_container(config, resolve=True)
+                    plain = with_parts(OmegaConf.to_container(config, resolve=True), hydra)
                     check(plain)
                     path = identify(plain, choices).directory(plain["output_root"])
                     runs.append(Trial(rate, seed, path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import nan
 from typing import Any, ClassVar
 
 import torch
@@ -92,6 +93,17 @@ class Task(ABC):
             # Losses are computed in float32. There, a label of 1e300 would be infinite.
             return self.labelled(target) & ~target.float().isfinite()
         return torch.zeros_like(target, dtype=torch.bool)
+
+    def missing(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """A label that counts as none: NaN for floats, −100 for integers. A subclass may mark it in another way.
+
+        Args:
+            shape: of one sample's label.
+            dtype: of the labels. The result may have another one, if this one cannot hold the mark.
+        """
+        if dtype.is_floating_point:
+            return torch.full(shape, nan, dtype=dtype)
+        return torch.full(shape, -100, dtype=dtype if dtype.is_signed else torch.int64)
 
     @property
     def column(self) -> str:

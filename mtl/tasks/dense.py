@@ -112,6 +112,9 @@ class Depth(Task):
         error = prediction.squeeze(1) - target.to(prediction.dtype)
         return error.masked_fill(~(target > 0), 0.0).abs().sum((1, 2))
 
+    def missing(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
     def answers(self, prediction: Tensor) -> dict[str, Tensor]:
         """The depth of each pixel in metres, (N, H, W)."""
         return {"metres": prediction.squeeze(1)}
@@ -177,6 +180,9 @@ class Normals(Task):
         normal = target.to(prediction.dtype).movedim(-1, 1).masked_fill(unknown[:, None], 0.0)
         direction = F.normalize(prediction.masked_fill(unknown[:, None], 0.0), dim=1, eps=SHORTEST)
         return (1 - (direction * normal).sum(1)).masked_fill(unknown, 0.0).sum((1, 2))
+
+    def missing(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype)
 
     def answers(self, prediction: Tensor) -> dict[str, Tensor]:
         """The unit normal of each pixel, (N, H, W, 3), as labels are stored."""

@@ -104,6 +104,10 @@ class Regression(Task):
         """(N,) the loss of each number, given the right one."""
         return F.smooth_l1_loss(number, known, reduction="none")
 
+    def missing(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        # Whole numbers are labels here, −100 among them.
+        return super().missing(shape, dtype if dtype.is_floating_point else torch.float32)
+
     def answers(self, prediction: Tensor) -> dict[str, Tensor]:
         """The number, (N,), in the labels' unit."""
         number = prediction.squeeze(1)
