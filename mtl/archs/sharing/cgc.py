@@ -67,7 +67,7 @@ class CGC(Model):
         seen, glimpse = [features] * len(self.heads) if views is None else views(features), self.glimpse(batch)
         predictions = []
         for gate, head, experts, shared in zip(self.gates, self.heads, self.own, seen, strict=True):
-            own = stacked(e(batch).features for e in experts)
+            own = stacked(e(batch).features for e in experts.children())
             predictions.append(head(mixed(gate, glimpse, torch.cat((own, shared), 1))))
         return Outputs(predictions, features)
 

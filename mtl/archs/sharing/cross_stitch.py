@@ -71,13 +71,13 @@ class CrossStitch(Model):
         for level in range(len(nets[0])):
             maps = [nets[t][level](maps[t], kept[t]) for t in tasks]
             if level < len(self.units):
-                maps = [stitch(row, maps) for row in self.units[level]]
+                maps = [stitch(row, maps) for row in self.units[level].parameters()]
         features = [net.finish(x, k) for net, x, k in zip(self.backbones, maps, kept, strict=True)]
         return Outputs([head(x) for head, x in zip(self.heads, features, strict=True)])
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         early = [p for net in self.backbones for stage in self._stages(net)[:-1] for p in stage]
-        return [*early, *(row for unit in self.units[:-1] for row in unit)]
+        return [*early, *(row for unit in self.units[:-1] for row in unit.parameters())]
 
     def own_parameters(self, task: str) -> Iterable[nn.Parameter]:
         t = self.index[task]

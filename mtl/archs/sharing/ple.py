@@ -92,7 +92,10 @@ class PLE(Model):
         for level in range(last + 1):
             # What the gates see of a task's map, and of the shared one.
             glimpses = [self._glimpse(level, x, batch) for x in (*maps, common)]
-            own = [[self._run(net, level, x, kept) for net in nets] for nets, x in zip(self.own, maps, strict=True)]
+            own = [
+                [self._run(net, level, x, kept) for net in nets.children()]
+                for nets, x in zip(self.own, maps, strict=True)
+            ]
             shared = [self._run(net, level, common, kept) for net in self.shared]
             maps = [
                 mixed(gates[level], seen, stacked([*mine, *shared]))
@@ -113,13 +116,13 @@ class PLE(Model):
         return x if level < len(self.bounds) - 2 else net.finish(x, kept[id(net)])
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
-        early = [p for nets in self.own for net in nets for p in self._parts(net)[0]]
+        early = [p for nets in self.own for net in nets.children() for p in self._parts(net)[0]]
         gates = [p for task in self.gates for gate in task[:-2] for p in gate.parameters()]
         return [*parameters(self.shared), *early, *gates, *parameters(self.shared_gates)]
 
     def own_parameters(self, task: str) -> Iterable[nn.Parameter]:
         t = self.index[task]
-        late = [p for net in self.own[t] for p in self._parts(net)[1]]
+        late = [p for net in self.own[t].children() for p in self._parts(net)[1]]
         return [*late, *parameters(self.gates[t][-2:], self.heads[t])]
 
     def _parts(self, net: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -128,4 +131,4 @@ class PLE(Model):
         return [p for stage in each[:begin] for p in stage], [p for stage in each[begin:] for p in stage]
 
     def _copies(self) -> list[nn.Module]:
-        return [*self.shared, *(net for nets in self.own for net in nets)]
+        return [*self.shared, *(net for nets in self.own for net in nets.children())]
