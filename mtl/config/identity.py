@@ -117,7 +117,8 @@ def identify(config: Mapping[str, Any], choices: Mapping[str, str]) -> Identity:
         arch = f"{arch}-{name}"  # torchvision-resnet18
     if (file := weights_file(content)) is not None:
         content["arch"]["weights"] = hashlib.sha256(file.read_bytes()).hexdigest()
-    if parts := content["data"].get("parts"):
+    parts = content["data"].get("parts")
+    if isinstance(parts, Mapping) and all(isinstance(one, Mapping) and TARGET in one for one in parts.values()):
         data = f"{data}-{'-'.join(parts)}"  # union-synthetic-rooms
     if own := own_code(config):
         content["source"] = own
