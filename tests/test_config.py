@@ -18,6 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from mtl.cli.command import CONF
+from mtl.cli.parts import fold, with_parts
 from mtl.config.identity import identify
 from mtl.config.schema import TARGET, build, locate
 from mtl.engine.build import NODES, check
@@ -34,6 +35,7 @@ REQUIRED = {
     "amtl": ["loss.potentials={fine: 60, coarse: 70}"],
     "table": ["data.file=labels.csv", "data.labels={species: class}"],
     "other": ["optimizer._target_=torch.optim.RMSprop"],
+    "union": ["data.parts=[synthetic]"],
 }
 # Where a YAML of ours says something else than its class, on purpose.
 DIFFERENT = {
@@ -82,9 +84,9 @@ def composed(*overrides: str) -> tuple[dict, dict]:
     """The config as plain Python objects, and the option chosen in each group."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        config = compose("config", overrides=list(overrides), return_hydra_config=True)
+        config = compose("config", overrides=fold(overrides), return_hydra_config=True)
     ours = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
-    return OmegaConf.to_container(ours, resolve=True), dict(config.hydra.runtime.choices)
+    return with_parts(OmegaConf.to_container(ours, resolve=True), config.hydra), dict(config.hydra.runtime.choices)
 
 
 def identity(*overrides: str):

@@ -133,7 +133,8 @@ def identify(config: Mapping[str, Any], choices: Mapping[str, str]) -> Identity:
     if contents and (CONF / "data" / f"{choices.get('data')}.yaml").is_file():
         data = f"{data}-{Path(content['data'][next(iter(contents))]).stem}"  # table-birds
     content["data"].update(contents)
-    if parts := content["data"].get("parts"):
+    parts = content["data"].get("parts")
+    if isinstance(parts, Mapping) and all(isinstance(one, Mapping) and TARGET in one for one in parts.values()):
         data = f"{data}-{'-'.join(parts)}"  # union-synthetic-rooms
     if own := own_code(config):
         content["source"] = own

@@ -205,7 +205,7 @@ class Union(Parts):
         ValueError: there is no part.
     """
 
-    parts: Mapping[str, Benchmark] = field(default_factory=dict)
+    parts: Mapping[str, Benchmark] = field(kw_only=True)
     separate: bool = False
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
