@@ -173,7 +173,7 @@ def _benchmark(name: str, groups: list[Group]) -> Protocol:
         tasks |= group.runs[0].tasks
     # A metric that no run has is left out, such as F1 of a class without a test image.
     ran = [run for group in strategies for run in group.runs]
-    lacking = [task for task, metric in tasks.items() if ran and all(math.isnan(r.figure(metric)) for r in ran)]
+    lacking = [task for task, metric in tasks.items() if ran and all(math.isnan(r.value(metric)) for r in ran)]
     tasks = {task: metric for task, metric in tasks.items() if task not in lacking or len(lacking) == len(tasks)}
     return Protocol(
         name, metrics, strategies, [g for g in finished if g.task], tasks, [g for g in groups if not g.runs]
