@@ -47,6 +47,7 @@ class ErrorInUnits(MeanAbsoluteError):
     """
 
     def __init__(self, unit: str, standard: Standard):
+        super().__init__()
         self.scores, self.standard = (Score("mae", unit and f" {unit}", higher_is_better=False),), standard
 
     def compute(self, state: Tensor) -> dict[str, float]:
