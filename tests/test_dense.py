@@ -77,7 +77,8 @@ class Two(Loaded):
 
 def build(loss: str, kind=Loaded, optimizer: str = "adam", **switches) -> tuple[Learner, TrainingBatches, Rooms]:
     benchmark = kind()
-    chosen = {"loss": loss, "optimizer": optimizer, "schedule": "cosine", "microscope": "default", "arch": "fcn"}
+    chosen = {"loss": loss, "optimizer": optimizer, "schedule": "cosine", "microscope": "default", "arch": "fcn",
+              "sharing": "hard"}  # fmt: skip
     nodes = {g: yaml.safe_load((ROOT / "conf" / g / f"{name}.yaml").read_text()) for g, name in chosen.items()}
     names = [t.name for t in benchmark.tasks]
     nodes["loss"] |= {

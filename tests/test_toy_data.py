@@ -161,7 +161,7 @@ def test_a_grid_of_starts_and_a_second_run(cli):
 @pytest.mark.parametrize(("words", "code", "told"), [
     ("experiment=toy loss=rotograd", 2, ("RotoGrad", "needs parameters")),
     ("experiment=toy loss=dtp trainer.epochs=1 data.steps=1", 1, ("DTP needs accuracies",)),
-    ("data=toy", 2, ("arch", "a point in the plane, not of (1,)", "arch=point")),
+    ("data=toy", 2, ("arch", "a point in the plane, not the shape (1,)", "arch=point")),
     ("arch=point data=digits", 2, ("1x8x8", "data=toy")),
     ("experiment=toy data.batch_size=4", 2, ("data.batch_size=4", "greater than or equal to 6")),
     ("experiment=toy arch.start=[1]", 2, ("arch.start=[1]",)),
