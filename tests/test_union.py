@@ -19,7 +19,7 @@ from mtl.data.labels import keep_labels
 from mtl.data.office import Office
 from mtl.data.union import PART, Union
 from mtl.errors import ConfigError, SetupError
-from mtl.tasks import Classification, Depth, Disparity, Normals, Regression, Segmentation, Task
+from mtl.tasks import Classification, Depth, Disparity, Normals, Regression, Segmentation, Task, alike
 from mtl.views import Crop, Flip, ScaleCrop
 
 CPU = torch.device("cpu")
@@ -115,6 +115,31 @@ def test_the_columns_of_the_data_set_stay_as_they_are():
     assert thin.columns["x"] is loaded.columns["x"]
     assert thin.columns["value"].parts[0] is loaded.columns["value"]
     assert all(torch.equal(before[n].nan_to_num(), c.nan_to_num()) for n, c in loaded.columns.items())
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.int64, torch.float32])
+def test_tasks_of_a_matrix_lose_labels_each_by_itself(kind):
+    """In the matrix, which is read in another order of rows, only that task's column changes; and no row is copied."""
+    tasks = alike(Regression, ["a", "b", "c"], target="y") if kind.is_floating_point else \
+        alike(Classification, ["a", "b", "c"], outputs=50, target="y")  # fmt: skip
+    y = torch.arange(36).view(12, 3).to(kind)
+    before, rows = y.clone(), torch.tensor([11, 3, 5, 7, 9, 1, 0, 2])
+    thin = keep_labels(Split({"y": y}, rows), {"a": 0.5, "b": 0.25}, tasks)
+    found = thin.column("y")
+    for task, count in zip(tasks, (4, 2, 8), strict=True):
+        have = task.labelled(task.select(found))
+        assert have.sum() == count and torch.equal(task.select(found)[have].to(kind), task.select(y[rows])[have])
+    assert torch.equal(y, before) and thin.columns["y"].parts[0] is y
+    others = torch.tensor([4, 6, 8, 10])
+    assert torch.equal(thin.columns["y"][others].to(kind), y[others])
+    same = keep_labels(Split({"y": y}, rows), 0.5, tasks).column("y")
+    assert torch.equal(same[:, 0].nan_to_num(-1), found[:, 0].nan_to_num(-1))  # the same as for the task alone
+    assert len({tuple(task.labelled(task.select(same)).tolist()) for task in tasks}) > 1
+    # A column for each task gives the same samples.
+    apart = [Classification(t.name, 50) if not kind.is_floating_point else Regression(t.name) for t in tasks]
+    single = keep_labels(Split(dict(zip("abc", y.T, strict=True)), rows), 0.5, apart)
+    for i, task in enumerate(apart):
+        assert torch.equal(task.labelled(single.column(task.name)), tasks[i].labelled(same[:, i]))
 
 
 def test_ragged_labels_are_taken_away():
