@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from mtl.config.identity import as_before, canonical, decisive
+from mtl.config.identity import as_before, canonical, decisive, owner
 from mtl.report.runs import ALWAYS, Run
 from mtl.report.validate import SINGLE
 from mtl.tracking import flatten
@@ -173,7 +173,7 @@ def _benchmark(name: str, groups: list[Group]) -> Protocol:
         tasks |= group.runs[0].tasks
     # A metric that no run has is left out, such as F1 of a class without a test image.
     ran = [run for group in strategies for run in group.runs]
-    lacking = [task for task, metric in tasks.items() if ran and all(math.isnan(r.figure(metric)) for r in ran)]
+    lacking = [task for task, metric in tasks.items() if ran and all(math.isnan(r.value(metric)) for r in ran)]
     tasks = {task: metric for task, metric in tasks.items() if task not in lacking or len(lacking) == len(tasks)}
     return Protocol(
         name, metrics, strategies, [g for g in finished if g.task], tasks, [g for g in groups if not g.runs]
@@ -196,8 +196,9 @@ def _decisive(run: Run) -> dict[str, Any]:
     """The config without options that decide no number, and with the run's note on own code."""
     content = as_before(decisive(run.config))  # a run from before an option was added equals one at its default
     for node, noted in (run.info.get("own") or {}).items():
-        if isinstance(content.get(node), dict):
-            content[node] |= noted
+        for key, digest in noted.items() if isinstance(content.get(node), dict) else ():
+            place, name = owner(content[node], key) or (content[node], key)
+            place[name] = digest
     return content
 
 

@@ -74,8 +74,8 @@ _CONFIG_MAY = {
 }
 # Rules of this project's and torch's classes. A user's own class may give these names another meaning.
 _OURS_MAY = {
-    "data.batch_size": POSITIVE, "data.limit_train": _or_null(POSITIVE), "data.limit_test": _or_null(POSITIVE),
-    "data.val_fraction": SHARE, "optimizer.lr": RATE,
+    "data.batch_size": _or_null(POSITIVE), "data.limit_train": _or_null(POSITIVE),  # null: a union's, of its parts
+    "data.limit_test": _or_null(POSITIVE), "data.val_fraction": SHARE, "optimizer.lr": RATE,
 }  # fmt: skip
 _SUMMARY = {"epochs": POSITIVE, "last": VALUES, "best": _mapping_of(MAPPING)}
 _SUMMARY_MAY = {
