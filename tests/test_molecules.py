@@ -24,6 +24,7 @@ from mtl.errors import SetupError
 from mtl.evaluate import evaluate
 from mtl.parallel.split_batch import drawing, forward
 from mtl.random import stream
+from mtl.report.__main__ import main as report
 from mtl.tasks.quantity import Quantity, Standard
 
 NETS = {"mpnn": lambda: MPNN(width=16, cutoff=3.0), "nnconv": NNConvNet}
@@ -417,6 +418,7 @@ def test_a_run_learns_molecules_and_predicts(cli, tmp_path):
               "optimizer=adam", "optimizer.lr=1e-2", "trainer.epochs=3", "data.batch_size=16",
               "trainer.device=cpu", "loss=pcgrad", "data.val_fraction=0.2", "schedule=plateau")  # fmt: skip
     assert run.code == 0, run.err
+    assert " MMAC a sample" in run.out and " samples/s" in run.out and "image" not in run.out and "img" not in run.out
     (summary,) = tmp_path.rglob("summary.json")
     rows = [json.loads(line) for line in (summary.parent / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["test/radius_mae"] < 0.7 * rows[0]["test/radius_mae"]
@@ -434,6 +436,9 @@ def test_a_run_learns_molecules_and_predicts(cli, tmp_path):
     # In the unit, although no training molecule is read.
     error = np.abs(np.array([float(row["radius_number"]) for row in table]) - molecules["targets"][:, 2].numpy()).mean()
     assert error == pytest.approx(evaluate(summary.parent, {}, device="cpu").figures["test/radius_mae"], rel=1e-4)
+    assert report([str(tmp_path), "--out", str(tmp_path / "report")]) == 0
+    (cost,) = (tmp_path / "report").glob("*-cost.csv")
+    assert "samples/s" in cost.read_text()
 
 
 def test_the_identity_of_a_run_follows_the_content_of_its_file(tmp_path):

@@ -98,6 +98,11 @@ class Benchmark(ABC):
         raise ValueError("the model reads no tables; give images, or its columns as an .npy or .npz file")
 
     @property
+    def noun(self) -> str:
+        """What a sample is called in messages."""
+        return "image" if "image" in self.inputs else "sample"
+
+    @property
     def columns(self) -> list[str]:
         """Names of the columns that inputs and tasks read."""
         return list(dict.fromkeys([*self.inputs, *(task.column for task in self.tasks)]))
