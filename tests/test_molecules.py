@@ -25,6 +25,7 @@ from mtl.evaluate import evaluate
 from mtl.parallel.split_batch import drawing, forward
 from mtl.random import stream
 from mtl.report.__main__ import main as report
+from mtl.tasks.groups import places_of_alike
 from mtl.tasks.quantity import Quantity, Standard
 
 NETS = {"mpnn": lambda: MPNN(width=16, cutoff=3.0), "nnconv": NNConvNet}
@@ -319,6 +320,7 @@ def test_the_raw_files_hold_what_the_arrays_hold(tmp_path):
         1,
     )
     assert list(TARGETS) == [t.name for t in benchmark.tasks]
+    assert places_of_alike(benchmark.tasks) == [list(range(11))]  # in spite of their units: computed together
     torch.testing.assert_close(
         raw.sort(0).values, torch.from_numpy(values).sort(0).values.float(), rtol=1e-4, atol=1e-3
     )

@@ -46,9 +46,7 @@ class Quantities(Benchmark):
 
     inputs = INPUTS
     quantities: ClassVar[Mapping[str, str]]  # the unit of each, in the order of the matrix's columns
-
-    def __post_init__(self) -> None:
-        self._recalled = False
+    _recalled = False
 
     @cached_property
     def tasks(self) -> Sequence[Quantity]:
@@ -57,11 +55,14 @@ class Quantities(Benchmark):
         return tuple(Quantity(name, target=LABELS, index=i, unit=unit) for i, (name, unit) in named)
 
     def facts(self) -> dict[str, Any]:
-        return {task.name: task.standard.facts() for task in self.tasks if task.standard.known}
+        # A subclass may have other tasks beside the quantities.
+        own = [task for task in self.tasks if isinstance(task, Quantity)]
+        return {task.name: task.standard.facts() for task in own if task.standard.known}
 
     def recall(self, facts: Mapping[str, Any]) -> None:
         for task in self.tasks:
-            task.standard.recall(facts[task.name])
+            if task.name in facts:
+                task.standard.recall(facts[task.name])
         self._recalled = True
 
     def standardised(self, parts: Mapping[str, Split]) -> dict[str, Split]:
