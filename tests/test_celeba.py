@@ -82,7 +82,7 @@ def empty(folder: Path) -> None:
     (lambda f: (f / FOLDER).rename(f / "img"), r"CelebA is not in data\.root=\S+: looked for \S+ and \S+\. Fetch"),
     (lambda f: empty(f / FOLDER), r"img_align_celeba: there is no \.jpg in it"),
     (lambda f: (f / PARTITION).unlink(), r"list_eval_partition\.txt is missing; it is one of CelebA's official files"),
-    (lambda f: (f / FOLDER / "000003.jpg").write_bytes(b"no"), r"000003\.jpg is damaged, or no image; fetch it again"),
+    (lambda f: (f / FOLDER / "000003.jpg").write_bytes(b"no"), r"000003\.jpg: is damaged, or no image; fetch it again"),
     (lambda f: spoil(f / LABELS, "000005.jpg", "x"), r"there is no line for the image 000005\.jpg"),
     (lambda f: spoil(f / PARTITION, "000005.jpg", "x"), r"partition\.txt: there is no line for the image 000005\.jpg"),
     (lambda f: spoil(f / LABELS, "Bald", "Bold"), r"line 2 must name the 40 attributes, .*; name 5 is 'Bold'"),

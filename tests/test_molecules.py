@@ -17,12 +17,15 @@ from mtl.archs.mpnn import MPNN
 from mtl.archs.nnconv import NNConv, NNConvNet, Set2Set, describe
 from mtl.config.identity import identify
 from mtl.data import Ragged
-from mtl.data.molecules import Molecules
+from mtl.data.molecules import Molecules, _chains
 from mtl.data.qm9 import QM9, TARGETS
 from mtl.data.sdf import with_aromatic
 from mtl.errors import SetupError
+from mtl.evaluate import evaluate
 from mtl.parallel.split_batch import drawing, forward
 from mtl.random import stream
+from mtl.report.__main__ import main as report
+from mtl.tasks.groups import places_of_alike
 from mtl.tasks.quantity import Quantity, Standard
 
 NETS = {"mpnn": lambda: MPNN(width=16, cutoff=3.0), "nnconv": NNConvNet}
@@ -226,7 +229,7 @@ def test_molecules_do_not_depend_on_their_number_and_follow_from_geometry():
             "radius": np.sqrt((away**2).sum(1).mean()), "contacts": np.exp(-d2 / 2)[upper].sum(),
         }  # fmt: skip
         for task in benchmark.tasks:
-            found = part.columns[task.name][i].item() * task.standard.std + task.standard.mean
+            found = task.select(part.columns[task.column])[i].item() * task.standard.std + task.standard.mean
             assert found == pytest.approx(wanted[task.name], rel=1e-4, abs=1e-4)
 
 
@@ -311,12 +314,13 @@ def test_the_raw_files_hold_what_the_arrays_hold(tmp_path):
     values *= [43.36414 if n.endswith("atom") else factors.get(n, 1.0) for n in order]
     raw = torch.stack(
         [
-            torch.cat([parts[s].columns[t.name] for s in parts]) * t.standard.std + t.standard.mean
+            torch.cat([t.select(parts[s].columns["targets"]) for s in parts]) * t.standard.std + t.standard.mean
             for t in benchmark.tasks
         ],
         1,
     )
     assert list(TARGETS) == [t.name for t in benchmark.tasks]
+    assert places_of_alike(benchmark.tasks) == [list(range(11))]  # in spite of their units: computed together
     torch.testing.assert_close(
         raw.sort(0).values, torch.from_numpy(values).sort(0).values.float(), rtol=1e-4, atol=1e-3
     )
@@ -331,7 +335,7 @@ def test_labels_are_standardised_by_training_molecules_alone(tmp_path):
     clean = save(tmp_path / "clean.npz")
     benchmark = QM9(file=str(clean), **SIZES)
     train = benchmark.load()["train"]
-    label = train.columns["homo"].double()
+    label = train.columns["targets"][:, 2].double()
     assert label.mean().abs() < 1e-6 and label.std().item() == pytest.approx(1, rel=1e-6)
     # Poison all molecules that are not for training.
     order = torch.randperm(40, generator=stream(0, "qm9_split"))
@@ -339,11 +343,14 @@ def test_labels_are_standardised_by_training_molecules_alone(tmp_path):
     targets[order[:14].numpy()] = 1e9
     poisoned = str(save(tmp_path / "poisoned.npz", targets=targets))
     again = QM9(file=poisoned, **SIZES)
-    for name in TARGETS:
-        assert torch.equal(again.load()["train"].columns[name], train.columns[name])
-    assert [t.standard for t in again.tasks] == [t.standard for t in benchmark.tasks]
+    assert torch.equal(again.load()["train"].columns["targets"], train.columns["targets"])
+    assert again.facts() == benchmark.facts()
     leaky = QM9(file=poisoned, statistics="all", **SIZES)
-    assert not torch.equal(leaky.load()["train"].columns["homo"], train.columns["homo"])
+    assert not torch.equal(leaky.load()["train"].columns["targets"], train.columns["targets"])
+    # A model that is loaded keeps the statistics of its training, whatever data it is evaluated on.
+    loaded = QM9(file=poisoned, statistics="all", **SIZES)
+    loaded.recall(benchmark.facts())
+    assert torch.equal(loaded.load()["train"].columns["targets"], train.columns["targets"])
 
 
 def test_splits_are_fixed_or_follow_the_seed(tmp_path):
@@ -353,7 +360,7 @@ def test_splits_are_fixed_or_follow_the_seed(tmp_path):
         torch.manual_seed(seed)  # as the engine does before `load`
         benchmark = QM9(file=file, split=split, **SIZES)
         part, task = benchmark.load()["test"], benchmark.tasks[0]
-        return (part.columns["mu"] * task.standard.std + task.standard.mean).sort().values.tolist()
+        return (task.select(part.columns["targets"]) * task.standard.std + task.standard.mean).sort().values.tolist()
 
     assert test_molecules("fixed", 0) == pytest.approx(test_molecules("fixed", 1))
     assert test_molecules("seed", 0) == pytest.approx(test_molecules("seed", 0))
@@ -413,10 +420,11 @@ def test_a_run_learns_molecules_and_predicts(cli, tmp_path):
               "optimizer=adam", "optimizer.lr=1e-2", "trainer.epochs=3", "data.batch_size=16",
               "trainer.device=cpu", "loss=pcgrad", "data.val_fraction=0.2", "schedule=plateau")  # fmt: skip
     assert run.code == 0, run.err
+    assert " MMAC a sample" in run.out and " samples/s" in run.out and "image" not in run.out and "img" not in run.out
     (summary,) = tmp_path.rglob("summary.json")
     rows = [json.loads(line) for line in (summary.parent / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["test/radius_mae"] < 0.7 * rows[0]["test/radius_mae"]
-    molecules = Molecules(test_size=3).load()["test"].columns
+    molecules = _chains(64, "test").columns
     np.savez(tmp_path / "new.npz", **{
         key: value for name in ("numbers", "positions", "bonds")
         for key, value in ((name, molecules[name].values.numpy()), (f"{name}_lengths", molecules[name].lengths.numpy()))
@@ -426,8 +434,13 @@ def test_a_run_learns_molecules_and_predicts(cli, tmp_path):
     assert main([str(summary.parent), str(tmp_path / "new.npz"), "--out", str(tmp_path / "out.csv")]) == 0
     with (tmp_path / "out.csv").open() as file:
         table = list(csv.DictReader(file))
-    assert [row["file"] for row in table] == [f"{tmp_path}/new.npz[{i}]" for i in range(3)]
-    assert "dipole_standardised" in table[0]
+    assert [row["file"] for row in table] == [f"{tmp_path}/new.npz[{i}]" for i in range(64)]
+    # In the unit, although no training molecule is read.
+    error = np.abs(np.array([float(row["radius_number"]) for row in table]) - molecules["targets"][:, 2].numpy()).mean()
+    assert error == pytest.approx(evaluate(summary.parent, {}, device="cpu").figures["test/radius_mae"], rel=1e-4)
+    assert report([str(tmp_path), "--out", str(tmp_path / "report")]) == 0
+    (cost,) = (tmp_path / "report").glob("*-cost.csv")
+    assert "samples/s" in cost.read_text()
 
 
 def test_the_identity_of_a_run_follows_the_content_of_its_file(tmp_path):

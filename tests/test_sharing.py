@@ -26,6 +26,8 @@ from mtl.archs.sharing.ple import PLE
 from mtl.archs.stages import BackboneStage, resize
 from mtl.config import schema
 from mtl.config.identity import identify
+from mtl.data.inputs import Rows
+from mtl.data.molecules import Molecules
 from mtl.engine import checkpoint
 from mtl.engine.build import assemble
 from mtl.engine.learner import Learner
@@ -496,3 +498,30 @@ def test_a_scheme_of_ones_own(cli):
     result = cli(*TINY, *words)
     assert result.code == 0, result.err
     assert "fcn-pair-equal" in result.out
+
+
+class Clouds(Molecules):
+    """Points in space, a different number for each sample."""
+
+    inputs = {"positions": Rows((3,))}
+
+
+class Farthest(nn.Module):
+    inputs, out_features = ("positions",), 1
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, positions):
+        return positions.padded().norm(dim=2).amax(1, keepdim=True) * self.scale
+
+
+def test_a_gate_refuses_samples_of_different_lengths(cli):
+    none = [f"~arch.{key}" for key in ("width", "layers", "cutoff", "gaussians", "elements")]
+    words = ("data=molecules", f"data._target_={__name__}.Clouds", "data.train_size=8", "data.test_size=4", "arch=mpnn",
+             *none, f"arch._target_={__name__}.Farthest", "logger=none", "trainer.epochs=1")  # fmt: skip
+    refused = cli(*words, "sharing=mmoe")
+    assert refused.code == 2 and refused.err.count("\n") == 1
+    assert "a gate sees a vector, and samples of positions have different lengths; use sharing=hard" in refused.err
+    assert (hard := cli(*words)).code == 0, hard.err

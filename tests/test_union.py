@@ -18,8 +18,10 @@ from mtl.data.columns import Joined, join
 from mtl.data.labels import keep_labels
 from mtl.data.office import Office
 from mtl.data.union import PART, Union
+from mtl.engine.loaded import load
 from mtl.errors import ConfigError, SetupError
-from mtl.tasks import Classification, Depth, Disparity, Normals, Regression, Segmentation, Task
+from mtl.predict import main as predict
+from mtl.tasks import Classification, Depth, Disparity, Normals, Regression, Segmentation, Task, alike
 from mtl.views import Crop, Flip, ScaleCrop
 
 CPU = torch.device("cpu")
@@ -115,6 +117,31 @@ def test_the_columns_of_the_data_set_stay_as_they_are():
     assert thin.columns["x"] is loaded.columns["x"]
     assert thin.columns["value"].parts[0] is loaded.columns["value"]
     assert all(torch.equal(before[n].nan_to_num(), c.nan_to_num()) for n, c in loaded.columns.items())
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.int64, torch.float32])
+def test_tasks_of_a_matrix_lose_labels_each_by_itself(kind):
+    """In the matrix, which is read in another order of rows, only that task's column changes; and no row is copied."""
+    tasks = alike(Regression, ["a", "b", "c"], target="y") if kind.is_floating_point else \
+        alike(Classification, ["a", "b", "c"], outputs=50, target="y")  # fmt: skip
+    y = torch.arange(36).view(12, 3).to(kind)
+    before, rows = y.clone(), torch.tensor([11, 3, 5, 7, 9, 1, 0, 2])
+    thin = keep_labels(Split({"y": y}, rows), {"a": 0.5, "b": 0.25}, tasks)
+    found = thin.column("y")
+    for task, count in zip(tasks, (4, 2, 8), strict=True):
+        have = task.labelled(task.select(found))
+        assert have.sum() == count and torch.equal(task.select(found)[have].to(kind), task.select(y[rows])[have])
+    assert torch.equal(y, before) and thin.columns["y"].parts[0] is y
+    others = torch.tensor([4, 6, 8, 10])
+    assert torch.equal(thin.columns["y"][others].to(kind), y[others])
+    same = keep_labels(Split({"y": y}, rows), 0.5, tasks).column("y")
+    assert torch.equal(same[:, 0].nan_to_num(-1), found[:, 0].nan_to_num(-1))  # the same as for the task alone
+    assert len({tuple(task.labelled(task.select(same)).tolist()) for task in tasks}) > 1
+    # A column for each task gives the same samples.
+    apart = [Classification(t.name, 50) if not kind.is_floating_point else Regression(t.name) for t in tasks]
+    single = keep_labels(Split(dict(zip("abc", y.T, strict=True)), rows), 0.5, apart)
+    for i, task in enumerate(apart):
+        assert torch.equal(task.labelled(single.column(task.name)), tasks[i].labelled(same[:, i]))
 
 
 def test_ragged_labels_are_taken_away():
@@ -429,6 +456,37 @@ def test_identity_knows_no_folder_of_a_built_in_part():
     assert base != digest({"nyuv2": one | {"label_fraction": 0.5}})
     own = one | {"_target_": "my_data.Mine"}
     assert digest({"mine": own}) != digest({"mine": own | {"root": "/there"}})
+
+
+def test_a_union_of_files_is_named_after_their_content_and_predicts_without_them(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = "".join(f"{i % 5},{i % 3},{'owl' if i % 2 else 'jay'},{30 + i}\n" for i in range(40))
+    (tmp_path / "birds.csv").write_text("a,b,kind,weight\n" + rows)
+    (tmp_path / "nests.csv").write_text("a,b,size\n" + "".join(f"{i % 5},{i % 3},{i % 2}\n" for i in range(40)))
+    node = "{_target_: mtl.data.table.DataTable, file: %s.csv, labels: {%s}}"
+    parts = f"birds: {node % ('birds', 'kind: class, weight: number')}, nests: {node % ('nests', 'size: class')}"
+    words = ["data=union", f"data.parts={{{parts}}}", "arch=mlp", "arch.width=8", "trainer.epochs=1", "logger=none"]
+    assert (first := cli(*words)).code == 0, first.err
+    (run,) = tmp_path.rglob("run.json")
+    notes = json.loads(run.read_text())
+    assert notes["facts"]["birds"]["labels"]["kind"] == ["jay", "owl"]
+    assert set(notes["own"]["data"]) == {"parts.birds.file", "parts.nests.file"}
+    # A moved file is the same data, and another content is not.
+    (tmp_path / "birds.csv").rename(tmp_path / "moved.csv")
+    moved = [word.replace("birds.csv", "moved.csv") for word in words]
+    assert "finished" in cli(*moved).out and len(list(tmp_path.rglob("run.json"))) == 1
+    (tmp_path / "nests.csv").write_text((tmp_path / "nests.csv").read_text() + "1,1,0\n")
+    for name in ("moved.csv", "nests.csv"):
+        (tmp_path / name).unlink()
+    assert (gone := cli(*words)).code == 2 and "data.parts.birds.file=birds.csv: No such file" in gone.err
+    loaded = load(run.parent)
+    found = loaded.predict({"row": torch.tensor([[1.0, 2.0], [0.0, 1.0]])})
+    assert set(found["kind"]["class"].tolist()) <= {0, 1} and loaded.benchmark.tasks[0].named("class") == ("jay", "owl")
+    assert (found["weight"]["number"] - 50).abs().max() < 60 and found["weight"]["number"].min() > 10
+    (tmp_path / "new.csv").write_text("b,a\n2,1\n")
+    assert predict([str(run.parent), "new.csv", "--out", "out.csv"]) == 0
+    header, line = (tmp_path / "out.csv").read_text().splitlines()
+    assert header.split(",")[1] == "kind_class" and line.split(",")[1] in ("jay", "owl")
 
 
 # --------------------------------------------------------------------------------------------------------------- Office

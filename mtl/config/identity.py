@@ -129,10 +129,11 @@ def identify(config: Mapping[str, Any], choices: Mapping[str, str]) -> Identity:
         arch = f"{arch}-{_label('sharing', content, choices)}"  # resnet20-mmoe
     if (file := weights_file(content)) is not None:
         content["arch"]["weights"] = hashlib.sha256(file.read_bytes()).hexdigest()
-    contents = _data_files(content)
-    if contents and (CONF / "data" / f"{choices.get('data')}.yaml").is_file():
-        data = f"{data}-{Path(content['data'][next(iter(contents))]).stem}"  # table-birds
-    content["data"].update(contents)
+    contents, nodes = _data_files(content), _data_nodes(content)
+    if contents.get("") and (CONF / "data" / f"{choices.get('data')}.yaml").is_file():
+        data = f"{data}-{Path(content['data'][next(iter(contents['']))]).stem}"  # table-birds
+    for place, files in contents.items():
+        nodes[place].update(files)
     parts = content["data"].get("parts")
     if isinstance(parts, Mapping) and all(isinstance(one, Mapping) and TARGET in one for one in parts.values()):
         data = f"{data}-{'-'.join(parts)}"  # union-synthetic-rooms
@@ -166,7 +167,7 @@ def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
             # A missing parent gives a new empty dict, and removing a key from it changes nothing.
             node = node.get(parent, {})
         node.pop(key, None)
-    for node in _data_nodes(content):
+    for node in _data_nodes(content).values():
         own = not _built_in(node)
         for path in EXCLUDED:
             parent, _, key = path.rpartition(".")
@@ -177,12 +178,16 @@ def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
     return content
 
 
-def _data_nodes(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The data node and the data sets in it: the parts of a union."""
-    if not isinstance(node := content.get("data"), dict):
-        return []
-    inside = [one for value in node.values() if isinstance(value, dict) for one in value.values()]
-    return [node, *(one for one in inside if isinstance(one, dict) and TARGET in one)]
+def _data_nodes(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The data node and the data sets in it, by place: "" for the node, "parts.rooms." for a part of a union."""
+    found: dict[str, dict[str, Any]] = {}
+    if isinstance(node := content.get("data"), dict):
+        found[""] = node
+        for key, value in node.items():
+            for name, part in value.items() if isinstance(value, dict) else ():
+                if isinstance(part, dict) and TARGET in part:  # which may be a union, too
+                    found |= {f"{key}.{name}.{below}": one for below, one in _data_nodes({"data": part}).items()}
+    return found
 
 
 def own_code(config: Mapping[str, Any]) -> dict[str, str]:
@@ -203,11 +208,22 @@ def own_parts(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     for name, node in content.items():
         own = source.digests([target for _, target in _targets(node)], [])
         found[name] = {module: digest[:8] for module, digest in own.items()}
-    if not _built_in(content.get("data")) and isinstance(root := content["data"].get("root"), str):
-        found["data"]["root"] = root
+    for place, node in _data_nodes(content).items():
+        if not _built_in(node) and isinstance(root := node.get("root"), str):
+            found["data"][f"{place}root"] = root
     with suppress(ConfigError):  # a run can be used where its files are not
-        found["data"] |= {key: digest[:8] for key, digest in _data_files(content).items()}
+        for place, files in _data_files(content).items():
+            found["data"] |= {f"{place}{key}": digest[:8] for key, digest in files.items()}
     return {name: own for name, own in found.items() if own}
+
+
+def owner(node: dict[str, Any], key: str) -> tuple[dict[str, Any], str] | None:
+    """Where a key of `own_parts` is an option, such as "parts.birds.file": its node and name; None for a module."""
+    *parents, name = key.split(".")
+    place: Any = node
+    for parent in parents:
+        place = place.get(parent) if isinstance(place, dict) else None
+    return (place, name) if isinstance(place, dict) and name in place else None
 
 
 def safe(label: str) -> str:
@@ -242,7 +258,7 @@ def as_before(content: dict[str, Any]) -> dict[str, Any]:
         node: Any = content
         for parent in parents:
             node = node.get(parent) if isinstance(node, dict) else None
-        for one in _data_nodes(content) if parents == ["data"] else [node]:
+        for one in _data_nodes(content).values() if parents == ["data"] else [node]:
             if isinstance(one, dict) and key in one and one[key] == default and owner in ("", one.get(TARGET)):
                 del one[key]
     return content
@@ -269,23 +285,22 @@ def _loss_file(content: Mapping[str, Any]) -> Path | None:
     return Path(file) if isinstance(file, str) and Path(file).is_file() else None
 
 
-def _data_files(content: Mapping[str, Any]) -> dict[str, str]:
-    """{option: sha256} of the files of the user's that a data set of ours reads.
+def _data_files(content: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """{place: {option: sha256}} of the files of the user's that data sets of ours read; places as in `_data_nodes`.
 
     Raises:
         ConfigError: there is no such file.
     """
-    node, found = content.get("data"), {}
-    if not isinstance(node, Mapping) or not _built_in(node):
-        return found
-    for key in FILES:
-        if isinstance(name := node.get(key), str):
-            try:
-                path = Path(name).expanduser()
-                known = path.stat()
-                found[key] = _content(path, known.st_size, known.st_mtime_ns)
-            except OSError as error:
-                raise ConfigError(f"data.{key}={name}: {error.strerror or error}") from error
+    found: dict[str, dict[str, str]] = {}
+    for place, node in _data_nodes(content).items():
+        for key in FILES if _built_in(node) else ():
+            if isinstance(name := node.get(key), str):
+                try:
+                    path = Path(name).expanduser()
+                    known = path.stat()
+                    found.setdefault(place, {})[key] = _content(path, known.st_size, known.st_mtime_ns)
+                except OSError as error:
+                    raise ConfigError(f"data.{place}{key}={name}: {error.strerror or error}") from error
     return found
 
 

@@ -44,8 +44,8 @@ class Benchmark(ABC):
         workers: number of DataLoader processes, if the data stays on the host.
         eval_batch_size: samples that are evaluated together; more than in training, as no activations are kept.
         label_fraction: share of the training samples that keep their label, for each task or for all, of those that
-            have one. Every seed keeps the same ones, and a smaller share is a part of a larger one. Validation and test
-            samples keep all labels.
+            have one. Tasks lose labels each by itself. Every seed keeps the same ones, and a smaller share is a part of
+            a larger one. Validation and test samples keep all labels.
 
     Attributes:
         tasks: the tasks. By default, the first task's main metric chooses the best epoch.
@@ -96,6 +96,11 @@ class Benchmark(ABC):
             ValueError: the network reads no tables.
         """
         raise ValueError("the model reads no tables; give images, or its columns as an .npy or .npz file")
+
+    @property
+    def noun(self) -> str:
+        """What a sample is called in messages."""
+        return "image" if "image" in self.inputs else "sample"
 
     @property
     def columns(self) -> list[str]:

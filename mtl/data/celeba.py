@@ -25,8 +25,8 @@ from annotated_types import Ge
 from torch import Tensor
 
 from mtl.data.base import Benchmark, Split
-from mtl.data.cache import cached, digest
 from mtl.data.inputs import Image
+from mtl.data.pictures import from_files
 from mtl.errors import SetupError, one_line
 from mtl.tasks import alike
 from mtl.tasks.binary import Binary
@@ -42,7 +42,6 @@ ATTRIBUTES = (
 FOLDER, LABELS, PARTITION = "img_align_celeba", "list_attr_celeba.txt", "list_eval_partition.txt"
 SPLITS = ("train", "val", "test")  # 0, 1 and 2 in the partition
 WHOLE = 202_599  # published images
-VERSION = 1  # of the array's content; another number makes it anew
 
 
 @dataclass
@@ -88,17 +87,8 @@ class CelebA(Benchmark):
 
     def _images(self, folder: Path, names: Sequence[str]) -> Tensor:
         """(N, size, size, 3) uint8, memory-mapped."""
-        files = [folder / name for name in names]
         store = Path(self.cache).expanduser() if self.cache else folder.parent / "mtl-cache"
-        target = store / f"celeba-{self.size}-{digest(files, VERSION)}.npy"
-        return cached(target, len(files), lambda: self._decoded(files), f"{len(files):,} images of {folder}")
-
-    def _decoded(self, files: Sequence[Path]) -> Iterator[np.ndarray]:
-        for file in files:
-            try:
-                yield self.inputs["image"].open(file)[0].numpy()
-            except ValueError as error:
-                raise SetupError(f"{file} {error}; fetch it again, or remove it") from error
+        return from_files([folder / name for name in names], self.size, self.size, cache=store)
 
 
 def _find(root: str) -> Path:

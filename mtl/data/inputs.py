@@ -17,6 +17,8 @@ from torch import Tensor
 from mtl.data.columns import Column, Ragged
 from mtl.views import Fixed, Moves, Picture
 
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # of each channel, as `Image` takes them
+
 
 class Input(ABC):
     """A column that the network reads.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge
@@ -24,6 +24,7 @@ from mtl.tasks.quantity import Quantity
 
 # A bond is a row (first atom, second atom, kind). Atoms are counted from 0 in each molecule. Kinds: 0 single, 1 double,
 # 2 triple, 3 aromatic.
+LABELS = "targets"  # column with the labels of all quantities
 MOST = 30  # atoms; the largest of QM9 have 29
 INPUTS: Mapping[str, Input] = {
     "numbers": Rows(below=10),
@@ -32,29 +33,63 @@ INPUTS: Mapping[str, Input] = {
 }
 
 
-def standardise(parts: Mapping[str, Split], tasks: Sequence[Quantity], of: Sequence[str]) -> dict[str, Split]:
-    """The splits with standardised labels, by the mean and deviation over the splits named in `of`.
+@dataclass
+class Quantities(Benchmark):
+    """The base class of molecules with K quantities as tasks: their labels are a matrix, the column `targets` (N, K).
 
-    Each task's `standard` is set, so that errors are reported in units.
-
-    Raises:
-        SetupError: a label is the same for all molecules.
+    Args:
+        statistics: the splits over which labels are standardised: "train", or "all" as in many papers on QM9, which
+            lets the network's targets depend on test molecules.
     """
-    for task in tasks:
-        try:
-            task.standard.set(torch.cat([parts[name].columns[task.column] for name in of]))
-        except ValueError as error:
-            raise SetupError(f"labels of {task.name}: {error}") from error
-    return {name: Split({**part.columns, **_labels(part, tasks)}) for name, part in parts.items()}
 
+    statistics: Literal["train", "all"] = "train"
 
-def _labels(part: Split, tasks: Sequence[Quantity]) -> dict[str, Tensor]:
-    # In float64 first: of a total energy, float32 would lose the digits that tell molecules apart.
-    return {t.column: ((part.columns[t.column].double() - t.standard.mean) / t.standard.std).float() for t in tasks}
+    inputs = INPUTS
+    quantities: ClassVar[Mapping[str, str]]  # the unit of each, in the order of the matrix's columns
+    _recalled = False
+
+    @cached_property
+    def tasks(self) -> Sequence[Quantity]:
+        # Not of the class: each data set has a mean and deviation of its own.
+        named = enumerate(self.quantities.items())
+        return tuple(Quantity(name, target=LABELS, index=i, unit=unit) for i, (name, unit) in named)
+
+    def facts(self) -> dict[str, Any]:
+        # A subclass may have other tasks beside the quantities.
+        own = [task for task in self.tasks if isinstance(task, Quantity)]
+        return {task.name: task.standard.facts() for task in own if task.standard.known}
+
+    def recall(self, facts: Mapping[str, Any]) -> None:
+        for task in self.tasks:
+            if task.name in facts:
+                task.standard.recall(facts[task.name])
+        self._recalled = True
+
+    def standardised(self, parts: Mapping[str, Split]) -> dict[str, Split]:
+        """The splits with standardised labels. A model that is loaded keeps the statistics of its training.
+
+        Raises:
+            SetupError: a label is the same for all molecules.
+        """
+        if not self._recalled:
+            of = ["train"] if self.statistics == "train" else list(parts)
+            values = torch.cat([parts[name].columns[LABELS] for name in of])
+            for task in self.tasks:
+                try:
+                    task.standard.set(task.select(values).contiguous())
+                except ValueError as error:
+                    raise SetupError(f"labels of {task.name}: {error}") from error
+        return {n: Split({**part.columns, LABELS: self._labels(part.columns[LABELS])}) for n, part in parts.items()}
+
+    def _labels(self, values: Tensor) -> Tensor:
+        found = values.clone().float()
+        for task in self.tasks:
+            found[:, task.index] = task.standard.of(task.select(values))
+        return found
 
 
 @dataclass
-class Molecules(Benchmark):
+class Molecules(Quantities):
     """Chains of 4 to 12 atoms of three elements, and four quantities that follow from their geometry.
 
     `dipole` is the length of Σ qᵢ rᵢ, `energy` is Σ qᵢ qⱼ / (1 + dᵢⱼ²) over pairs, `radius` is the root mean square
@@ -62,25 +97,16 @@ class Molecules(Benchmark):
 
     Args:
         train_size, test_size: number of molecules. A larger data set starts with the molecules of a smaller one.
-        statistics: the splits over which labels are standardised: "train", or "all" as in many papers on QM9, which
-            lets the network's targets depend on test molecules.
     """
 
     batch_size: Annotated[int, Ge(1)] = 64
     train_size: Annotated[int, Ge(4)] = 2000
     test_size: Annotated[int, Ge(1)] = 500
-    statistics: Literal["train", "all"] = "train"
 
-    inputs = INPUTS
-
-    @cached_property
-    def tasks(self) -> Sequence[Quantity]:
-        # Not of the class: each data set has a mean and deviation of its own.
-        return tuple(Quantity(name) for name in ("dipole", "energy", "radius", "contacts"))
+    quantities = dict.fromkeys(("dipole", "energy", "radius", "contacts"), "")
 
     def load(self) -> dict[str, Split]:
-        parts = {"train": _chains(self.train_size, "train"), "test": _chains(self.test_size, "test")}
-        return standardise(parts, self.tasks, ["train"] if self.statistics == "train" else list(parts))
+        return self.standardised({"train": _chains(self.train_size, "train"), "test": _chains(self.test_size, "test")})
 
 
 def _chains(size: int, name: str) -> Split:
@@ -105,7 +131,7 @@ def _chains(size: int, name: str) -> Split:
             "numbers": Ragged((numbers + 6)[here], atoms),
             "positions": Ragged(positions[here], atoms),
             "bonds": Ragged(chain[here[:, 1:]], atoms - 1),
-            **labels,
+            LABELS: torch.stack([labels[name] for name in Molecules.quantities], 1),
         }
     )
 

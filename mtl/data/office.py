@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mtl.data.base import Benchmark
 from mtl.data.columns import Split
-from mtl.data.inputs import Image
+from mtl.data.inputs import IMAGENET, Image
 from mtl.data.pictures import from_files
 from mtl.data.union import Parts
 from mtl.errors import SetupError, one_line
@@ -33,7 +33,6 @@ SUBFOLDERS = ("office_caltech10", "office31", "office-31", "office_home", "Offic
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp")
 SPLITS = ("train", "val", "test")
 SHARES = (0.6, 0.2)  # of train and val, in each class of each domain; the rest is test, as in LibMTL
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
 
 @dataclass
@@ -60,7 +59,7 @@ class Domain(Benchmark):
 
     @cached_property
     def inputs(self) -> Mapping[str, Image]:
-        return {"image": Image((3, self.size, self.size), MEAN, STD)}
+        return {"image": Image((3, self.size, self.size), **IMAGENET)}
 
     @cached_property
     def files(self) -> dict[str, list[str]]:

@@ -81,7 +81,7 @@ def _row(one: Image, resize: bool, path: Path) -> np.ndarray:
     try:
         row, changed = one.open(path)
     except ValueError as error:
-        raise SetupError(f"{path}: {error}") from error
+        raise SetupError(f"{path}: {error}; fetch it again, or leave it out") from error
     if changed and not resize:
         height, width = size_of(path)
         what = f"is {height} high and {width} wide, and the first image {one.shape[1]} and {one.shape[2]}"

@@ -13,7 +13,6 @@ import csv
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -22,13 +21,11 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from mtl.data.base import Benchmark
 from mtl.data.columns import Ragged, Split
-from mtl.data.molecules import INPUTS, standardise
+from mtl.data.molecules import LABELS, Quantities
 from mtl.data.sdf import read_sdf
 from mtl.errors import SetupError, one_line
 from mtl.random import stream
-from mtl.tasks.quantity import Quantity
 
 HARTREE = 27211.386246  # meV
 KCAL = 43.36414  # meV, of a kcal/mol
@@ -59,7 +56,7 @@ FILES = ("gdb9.sdf", "gdb9.sdf.csv", "uncharacterized.txt")
 
 
 @dataclass
-class QM9(Benchmark):
+class QM9(Quantities):
     """Molecules with 11 properties.
 
     Args:
@@ -69,7 +66,6 @@ class QM9(Benchmark):
         test_size, val_size: the first molecules of the random order are for testing, the next ones for validation.
         split: "fixed": the same order for all runs. "seed": another order for each seed, as in Nash-MTL and FAMO, whose
             seeds have different test molecules.
-        statistics: "train": labels are standardised by training molecules. "all": by all, as in the papers.
     """
 
     batch_size: Annotated[int, Ge(1)] = 120
@@ -78,14 +74,8 @@ class QM9(Benchmark):
     test_size: Annotated[int, Ge(1)] = 10000
     val_size: Annotated[int, Ge(1)] = 10000
     split: Literal["fixed", "seed"] = "fixed"
-    statistics: Literal["train", "all"] = "train"
 
-    inputs = INPUTS
-
-    @cached_property
-    def tasks(self) -> Sequence[Quantity]:
-        # Not of the class: each data set has a mean and deviation of its own.
-        return tuple(Quantity(name, unit=target.unit) for name, target in TARGETS.items())
+    quantities = {name: target.unit for name, target in TARGETS.items()}
 
     def load(self) -> dict[str, Split]:
         whole = read_raw(Path(self.root) / "qm9") if self.file is None else read_npz(Path(self.file))
@@ -101,7 +91,7 @@ class QM9(Benchmark):
         ends = {"test": (0, self.test_size), "val": (self.test_size, held_out), "train": (held_out, size)}
         # Sorted, so that evaluation goes through the molecules in the order of the files.
         parts = {name: Split(whole.batch(order[a:b].sort().values)) for name, (a, b) in ends.items()}
-        return standardise(parts, self.tasks, ["train"] if self.statistics == "train" else list(parts))
+        return self.standardised(parts)
 
 
 def read_npz(path: Path) -> Split:
@@ -132,7 +122,7 @@ def read_npz(path: Path) -> Split:
         labels = _labels(list(map(str, arrays["target_names"])), arrays["targets"])
     except (ValueError, TypeError, IndexError) as error:
         raise SetupError(f"data.file={path}: {one_line(error)}") from error
-    return Split({**columns, **labels})
+    return Split({**columns, LABELS: labels})
 
 
 def _column(values: np.ndarray, offset: np.ndarray, size: int) -> Ragged:
@@ -142,13 +132,13 @@ def _column(values: np.ndarray, offset: np.ndarray, size: int) -> Ragged:
     return Ragged(torch.from_numpy(values), torch.from_numpy(lengths))
 
 
-def _labels(names: Sequence[str], values: Any) -> dict[str, Tensor]:
+def _labels(names: Sequence[str], values: Any) -> Tensor:
     table = torch.as_tensor(np.asarray(values, dtype=np.float64))
     if table.ndim != 2 or table.shape[1] != len(names):
         raise ValueError(f"targets have the shape {tuple(table.shape)}, and there are {len(names)} target_names")
     if missing := [t.column for t in TARGETS.values() if t.column not in names]:
         raise ValueError(f"there is no target {missing[0]}, only {', '.join(names)}")
-    return {name: table[:, names.index(t.column)] * t.factor for name, t in TARGETS.items()}
+    return torch.stack([table[:, names.index(t.column)] * t.factor for t in TARGETS.values()], 1)
 
 
 def read_raw(folder: Path) -> Split:
@@ -188,7 +178,7 @@ def read_raw(folder: Path) -> Split:
             "numbers": Ragged.of([torch.tensor(m.numbers, dtype=torch.uint8) for m in molecules]),
             "positions": Ragged.of([torch.tensor(m.positions) for m in molecules]),
             "bonds": Ragged.of([torch.tensor(m.bonds, dtype=torch.uint8).view(-1, 3) for m in molecules]),
-            **labels,
+            LABELS: labels,
         }
     )
     return Split(whole.batch(keep))

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mtl.data import sheet
 from mtl.data.base import Benchmark, Split
-from mtl.data.inputs import Image, Input, Numbers
+from mtl.data.inputs import IMAGENET, Image, Input, Numbers
 from mtl.data.pictures import from_files, size_of
 from mtl.data.sheet import Sheet
 from mtl.errors import ConfigError, SetupError, suggest
@@ -33,7 +33,6 @@ from mtl.views import Augment, Crop, Flip
 
 KINDS = ("class", "number")
 SPLITS = {"train": "train", "training": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 @dataclass

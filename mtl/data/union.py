@@ -20,14 +20,15 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Annotated, ClassVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
 import torch
 from annotated_types import Ge
 from torch import Tensor
 
 from mtl.data.base import Benchmark
-from mtl.data.columns import Column, Split, join
+from mtl.data.columns import Batch, Column, Split, join
 from mtl.data.draws import Draws, PartDraws, spread
 from mtl.data.inputs import Image, Input
 from mtl.data.labels import unlabelled
@@ -119,6 +120,19 @@ class Parts(Benchmark):
     def columns(self) -> list[str]:
         return [*super().columns, PART]
 
+    def facts(self) -> dict[str, Any]:
+        """The facts of each part that has some, by the part's name."""
+        return {part: facts for part, member in self.members.items() if (facts := member.facts())}
+
+    def recall(self, facts: Mapping[str, Any]) -> None:
+        for part, own in facts.items():
+            self.members[part].recall(own)
+
+    def open_table(self, file: Path) -> tuple[list[str], Batch]:
+        """As the first part that reads tables; all parts have the same inputs."""
+        reads = [one for one in self.members.values() if type(one).open_table is not Benchmark.open_table]
+        return reads[0].open_table(file) if reads else super().open_table(file)
+
     def load(self) -> dict[str, Split]:
         loaded: dict[str, dict[str, Split]] = {}
         for part, member in self.members.items():
@@ -158,9 +172,8 @@ class Parts(Benchmark):
             shown = [f"{type(i).__name__} of the shape {i.shape}" for i in (here, there)]
             raise ConfigError(f"data.parts: {name} is {shown[0]} in {first}, and {shown[1]} in {part}; they must agree")
         if vars(here) != vars(there):
-            raise ConfigError(
-                f"data.parts: {name} is normalised differently in {first} and {part}; set data.mean and data.std"
-            )
+            cure = "set data.mean and data.std" if isinstance(here, Image) else "their mean and std must agree"
+            raise ConfigError(f"data.parts: {name} is normalised differently in {first} and {part}; {cure}")
 
     def _tasks_of(self, part: str) -> list[Task]:
         """The tasks of one part, as the union calls them."""

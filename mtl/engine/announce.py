@@ -16,7 +16,7 @@ from mtl.engine.learner import Learner
 from mtl.engine.stages import Stage
 from mtl.losses import LossWeighting
 from mtl.tasks import Task
-from mtl.tracking.console import Heading, count, duration, table
+from mtl.tracking.console import Heading, count, duration, rate, table
 
 log = logging.getLogger("mtl")
 
@@ -39,11 +39,12 @@ def header(config: Mapping[str, Any], identity: Identity, benchmark: Benchmark, 
     own = sum(p.numel() for p in strategy.parameters())
     samples = ", ".join(f"{size:,} {name}" for name, size in sizes.items())
     heads = "" if isinstance(strategy, LossWeighting) else f", heads: {strategy.heads} gradient"
+    each = f"{'an' if benchmark.noun[0] in 'aeiou' else 'a'} {benchmark.noun}"
     lines = {
         "run": identity.title,
         "data": f"{identity.data}: {samples}; {_tasks(learner.tasks)}",
         "model": f"{identity.arch}: {count_parameters(learner.model):,} parameters, "
-        f"{count_macs(learner.model, benchmark.one()) / 1e6:,.1f} MMAC an image",
+        f"{count_macs(learner.model, benchmark.one()) / 1e6:,.1f} MMAC {each}",
         "strategy": f"{identity.loss} ({strategy.family}{heads}{f', {own} own parameters' if own else ''})",
         "training": f"{count(trainer.epochs, 'epoch')} of {count(steps, 'step')}, batch {benchmark.batch_size}, "
         f"{optimizer['_target_'].rpartition('.')[2]} lr {optimizer.get('lr', 'default')}, "
@@ -65,7 +66,7 @@ def header(config: Mapping[str, Any], identity: Identity, benchmark: Benchmark, 
         log.info("WARNING   this CPU has no bf16 instructions: trainer.precision=fp32 is about 10x faster here")
 
 
-def footer(summary: Mapping[str, Any], epochs: int, directory: RunDirectory, command: str) -> None:
+def footer(summary: Mapping[str, Any], epochs: int, directory: RunDirectory, command: str, noun: str) -> None:
     """Log the results, and the command that repeats the run.
 
     Args:
@@ -73,6 +74,7 @@ def footer(summary: Mapping[str, Any], epochs: int, directory: RunDirectory, com
         epochs: number of trained epochs.
         directory: the run's directory.
         command: the command that repeats the run.
+        noun: what a sample of the data is called.
     """
     chosen = summary["selected"]
     header = ["test", "best", "at epoch", f"last ({epochs})", *([f"by {chosen['by']}"] if chosen else [])]
@@ -87,7 +89,7 @@ def footer(summary: Mapping[str, Any], epochs: int, directory: RunDirectory, com
         for key, best in summary["best"].items()
     ]
     log.info(table(header, body))
-    speed = f"{summary['images_per_second']:,.0f} img/s in training"
+    speed = f"{rate(summary['images_per_second'], noun)} in training"
     speed += f", peak memory {summary['peak_memory_gib']:.2f} GiB"
     files = "last.pt and best.pt" if directory.best.is_file() else "last.pt (best.pt is missing)"
     log.info(f"{duration(summary['seconds'])}, {speed}; checkpoints {files} in {directory.path}")

@@ -16,7 +16,7 @@ from torch import Tensor
 from mtl import __version__
 from mtl.archs.model import Model
 from mtl.archs.weights import replaced
-from mtl.config.identity import CONF, FILES, TARGET, own_parts, today
+from mtl.config.identity import CONF, TARGET, own_parts, owner, today
 from mtl.data.base import Benchmark
 from mtl.data.batches import ready
 from mtl.engine.build import NODES, assemble, check
@@ -212,7 +212,7 @@ def _warn_of_changes(info: Mapping[str, Any], config: Mapping[str, Any], path: P
     for node, modules in own_parts(config).items():
         for module, digest in modules.items():
             before = then.get(node, {}).get(module, digest)
-            if module not in ("root", *FILES) and before != digest:
+            if before != digest and owner(config[node], module) is None:
                 warnings.warn(f"{module} was changed after {path} was trained with it", stacklevel=4)
 
 

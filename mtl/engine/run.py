@@ -179,7 +179,7 @@ class Job:
             self._finish()
         if self.failed is not None:
             return self.failed
-        announce.footer(self.summary(), len(self.rows), self.directory, self.command)
+        announce.footer(self.summary(), len(self.rows), self.directory, self.command, self.benchmark.noun)
         return Outcome("finished", 0, str(self.directory.path))
 
     @contextmanager
@@ -241,7 +241,8 @@ class Job:
         self.pictures.draw(row["epoch"])
         self._track()
         epochs = self.learner.trainer.epochs
-        log.info(epoch_line(row, self._units(), epochs, row["time/seconds"] * (epochs - row["epoch"])))
+        remaining = row["time/seconds"] * (epochs - row["epoch"])
+        log.info(epoch_line(row, self._units(), epochs, remaining, self.benchmark.noun))
 
     def _save(self, row: dict[str, float]) -> None:
         """Put an epoch on disk, then into `rows`."""

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from mtl.config.identity import as_before, canonical, decisive
+from mtl.config.identity import as_before, canonical, decisive, owner
 from mtl.report.runs import ALWAYS, Run
 from mtl.report.validate import SINGLE
 from mtl.tracking import flatten
 
 _PROTOCOL = ("data", "trainer")  # the nodes that make a benchmark
 _NETWORK = ("arch", "sharing")  # the nodes that make a network
-_SPELLED = {"epochs": "{} epochs", "limit_test": "{:,} test images", "batch_size": "batch {}"}
+_SPELLED = {"epochs": "{} epochs", "limit_test": "{:,} test {noun}s", "batch_size": "batch {}"}
 _LONGEST = 60  # characters of a value in a label
 
 
@@ -196,8 +196,9 @@ def _decisive(run: Run) -> dict[str, Any]:
     """The config without options that decide no number, and with the run's note on own code."""
     content = as_before(decisive(run.config))  # a run from before an option was added equals one at its default
     for node, noted in (run.info.get("own") or {}).items():
-        if isinstance(content.get(node), dict):
-            content[node] |= noted
+        for key, digest in noted.items() if isinstance(content.get(node), dict) else ():
+            place, name = owner(content[node], key) or (content[node], key)
+            place[name] = digest
     return content
 
 
@@ -261,13 +262,17 @@ def _differences(groups: Sequence[Group], configs: Sequence[Mapping[str, Any]]) 
             for key in dict.fromkeys(k for i in same for k in flat[i]):
                 if len({_key(flat[i].get(key)) for i in same}) > 1:
                     for i in same:
-                        if word := _spell(key, flat[i].get(key), flat[i]):
+                        if word := _spell(key, flat[i].get(key), flat[i], groups[i].any.noun):
                             words[i].append(word)
     return words
 
 
-def _spell(key: str, value: Any, node: Mapping[str, Any]) -> str:
-    """A key and its value as a reader would say it; nothing for a default that was left open."""
+def _spell(key: str, value: Any, node: Mapping[str, Any], noun: str) -> str:
+    """A key and its value as a reader would say it; nothing for a default that was left open.
+
+    Args:
+        noun: what a sample is called.
+    """
     leaf, value = key.rpartition(".")[2], canonical(value)
     if leaf == "task":
         return str(value)
@@ -278,9 +283,9 @@ def _spell(key: str, value: Any, node: Mapping[str, Any]) -> str:
     if isinstance(value, int) and leaf == "limit_train":
         share = node.get("val_fraction", 0)
         held_out = round(value * share) if isinstance(share, (int, float)) and 0 <= share < 1 else 0
-        return f"{value - held_out:,} images"
+        return f"{value - held_out:,} {noun}s"
     if isinstance(value, int):
-        return _SPELLED.get(leaf, leaf + " {}").format(value)
+        return _SPELLED.get(leaf, leaf + " {}").format(value, noun=noun)
     if isinstance(value, float):
         return f"{leaf} {value:g}"
     text = str(value)

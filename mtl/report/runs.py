@@ -105,6 +105,12 @@ class Run:
         return bool(self.info.get("hardware", {}).get("gpu"))
 
     @property
+    def noun(self) -> str:
+        """What a sample of its data is called."""
+        inputs = self.info.get("inputs")
+        return "sample" if isinstance(inputs, dict) and inputs and "image" not in inputs else "image"
+
+    @property
     def open(self) -> bool:
         """Whether it has not finished, and may still do so, and has epochs to show."""
         return self.status in UNFINISHED and bool(self.curves)

@@ -244,16 +244,17 @@ def differences(scores: Scores, reference: str, at: str) -> Table | None:
 
 
 def cost(scores: Scores) -> Table | None:
-    """Images per second, step time and peak memory of each strategy; None if no run knows any of them."""
+    """Images (or samples) per second, step time and peak memory of each strategy; None if no run knows any of them."""
+    groups = [*scores.groups, *scores.baselines]
+    noun = groups[0].any.noun if groups else "image"
     columns: dict[str, Callable[[Run], float]] = {
-        "images/s": lambda r: r.fact("images_per_second"),
+        f"{noun}s/s": lambda r: r.fact("images_per_second"),
         "ms/step": step_time,
         "peak GiB\nGPU": lambda r: r.fact("peak_memory_gib") if r.gpu else math.nan,
         "peak GiB\nprocess": lambda r: math.nan if r.gpu else r.fact("peak_memory_gib"),
         "hours": lambda r: r.fact("seconds") / 3600,
         "parameters\nmillion": lambda r: r.fact("parameters") / 1e6,
     }
-    groups = [*scores.groups, *scores.baselines]
     rows, header = [[Entry(g.label), Entry(str(len(g.runs)), len(g.runs))] for g in groups], ["strategy", "n"]
     for name, fact in columns.items():
         values = [[x for r in g.runs if math.isfinite(x := fact(r))] for g in groups]
@@ -265,9 +266,9 @@ def cost(scores: Scores) -> Table | None:
     if len(header) == 2:
         return None
     note = (
-        "Mean ± sample standard deviation over seeds. Images per second and step time are measured in training, with "
-        "data loading and without evaluation. A busy machine makes both worse. Peak memory of a GPU: all tensors. "
-        "Peak memory of a CPU run: the resident memory of the whole process, with Python and the data."
+        f"Mean ± sample standard deviation over seeds. {noun.title()}s per second and step time are measured in "
+        "training, with data loading and without evaluation. A busy machine makes both worse. Peak memory of a GPU: "
+        "all tensors. Peak memory of a CPU run: the resident memory of the whole process, with Python and the data."
     )
     return _table(scores, "cost", "speed and memory", note, header, rows, ("±",))
 

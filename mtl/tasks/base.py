@@ -37,6 +37,7 @@ class Task(ABC):
     Attributes:
         moves: how a label changes when its image is cropped, flipped or scaled.
         allowed: description of the allowed labels, for error messages.
+        apart: fields that no `criterion`, `units` or metric's `update` reads. Alike tasks may differ in them.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Task(ABC):
 
     moves: ClassVar[Moves] = Fixed()
     allowed: ClassVar[str] = "a label must be a finite number"
+    apart: ClassVar[frozenset[str]] = frozenset({"name", "index"})
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

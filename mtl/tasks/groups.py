@@ -1,6 +1,7 @@
 """Tasks that are alike are computed together, so that 40 attributes cost about as much as one task.
 
-Tasks are alike if they read columns of one matrix (`Task.index`) and differ in nothing else except their names.
+Tasks are alike if they read columns of one matrix (`Task.index`) and differ in nothing else except their names, and
+fields that play no part in a step, such as a unit (`Task.apart`).
 Everywhere else they stay T separate tasks. Here, the predictions of K alike tasks are stacked:
 
 - Losses: `criterion` and `units` work on each sample by itself. So the K·N predictions are one batch of K·N samples.
@@ -55,7 +56,7 @@ def places_of_alike(tasks: Sequence[Task]) -> list[list[int]]:
 def _alike(a: Task, b: Task) -> bool:
     if a.index is None or b.index is None or type(a) is not type(b):
         return False
-    keys = {*vars(a), *vars(b)} - {"name", "index"}
+    keys = {*vars(a), *vars(b)} - a.apart
     return all(_same(vars(a).get(key), vars(b).get(key)) for key in keys)
 
 

@@ -1,9 +1,15 @@
-"""A physical quantity that is trained in standard deviations and reported in its unit."""
+"""A physical quantity that is trained in standard deviations and reported in its unit.
+
+A `Regression` standardises its labels in each step. Its mean and deviation are known when it is made, and alike tasks
+must share them. A `Quantity` has labels that were standardised when they were loaded. So K quantities of one matrix are
+computed together, and their mean and deviation may be known later: QM9's follow from a split that depends on the seed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,9 +19,9 @@ from mtl.metrics.labels import MeanAbsoluteError
 from mtl.tasks.labels import Regression
 
 
-@dataclass
+@dataclass(eq=False)  # each data set has its own, so that tasks of two data sets are two
 class Standard:
-    """Mean and standard deviation of a quantity, in its unit. The data set sets them when it is loaded.
+    """Mean and standard deviation of a quantity, in its unit. The data set sets them, or recalls them.
 
     Attributes:
         known: whether they are set.
@@ -35,7 +41,20 @@ class Standard:
         mean, std = (float(values.mean()), float(values.std())) if len(values) > 1 else (0.0, 0.0)
         if not std > 0:
             raise ValueError(f"{len(values)} values with a standard deviation of {std}; different values are needed")
-        self.mean, self.std, self.known = mean, std, True
+        self.recall({"mean": mean, "std": std})
+
+    def recall(self, facts: Mapping[str, float]) -> None:
+        """Take the mean and standard deviation of a run's training."""
+        self.mean, self.std, self.known = float(facts["mean"]), float(facts["std"]), True
+
+    def facts(self) -> dict[str, float]:
+        """What `recall` takes."""
+        return {"mean": self.mean, "std": self.std}
+
+    def of(self, values: Tensor) -> Tensor:
+        """`values` in standard deviations from the mean."""
+        # In float64 first: of a total energy, float32 would lose the digits that tell molecules apart.
+        return ((values.double() - self.mean) / self.std).float()
 
 
 class ErrorInUnits(MeanAbsoluteError):
@@ -67,7 +86,9 @@ class Quantity(Regression):
     """
 
     unit: str = ""
-    standard: Standard = field(default_factory=Standard, compare=False)
+    standard: Standard = field(default_factory=Standard)
+
+    apart: ClassVar[frozenset[str]] = Regression.apart | {"unit", "standard"}
 
     @property
     def metrics(self) -> Sequence[Metric]:
@@ -77,8 +98,8 @@ class Quantity(Regression):
         return F.mse_loss(number, known, reduction="none")
 
     def answers(self, prediction: Tensor) -> dict[str, Tensor]:
-        """The number in its unit, (N,); called "standardised" while mean and deviation are unknown, without data."""
+        """The number in its unit, (N,); called "standardised" of a run whose run.json lacks both."""
         number = prediction.squeeze(1)
         if not self.standard.known:
             return {"standardised": number}
-        return {"number": number * self.standard.std + self.standard.mean}
+        return {"number": number.float() * self.standard.std + self.standard.mean}

@@ -113,7 +113,14 @@ def fold(text: str, width: int | None) -> str:
     return "\n".join([*lines[:first], "\n\n".join(folded)])
 
 
-def epoch_line(row: Mapping[str, float], tasks: Mapping[str, Sequence[Any]], epochs: int, remaining: float) -> Fitted:
+def rate(per_second: float, noun: str) -> str:
+    """Such as "1,234 img/s", or "1,234 samples/s" of data without images."""
+    return f"{per_second:,.0f} {'img' if noun == 'image' else f'{noun}s'}/s"
+
+
+def epoch_line(
+    row: Mapping[str, float], tasks: Mapping[str, Sequence[Any]], epochs: int, remaining: float, noun: str = "image"
+) -> Fitted:
     """One epoch on one line. More than four tasks are shown by their mean, the worst and the best of them.
 
     Args:
@@ -121,6 +128,7 @@ def epoch_line(row: Mapping[str, float], tasks: Mapping[str, Sequence[Any]], epo
         tasks: {task: (its main metric, that metric's unit, whether higher is better)}.
         epochs: of the whole run.
         remaining: seconds that are left.
+        noun: what a sample of the data is called.
     """
     digits = len(str(epochs))
     splits = [name for name in ("train", "val", "test") if any(f"{name}/{task}_loss" in row for task in tasks)]
@@ -141,7 +149,7 @@ def epoch_line(row: Mapping[str, float], tasks: Mapping[str, Sequence[Any]], epo
     ends = {
         "w": several if len(weights) > MANY else f"w {'/'.join(f'{w:.2f}' for w in weights)}" if weights else "",
         "lr": f"lr {row['lr']:.3g}",
-        "speed": f"{row['time/images_per_second']:,.0f} img/s",
+        "speed": rate(row["time/images_per_second"], noun),
         "eta": f"ETA {duration(remaining)}" if remaining > 0 else "",
     }
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtl.archs.model import ArchError, HardSharing
-from mtl.data.columns import Batch
+from mtl.data.columns import Batch, Ragged
 from mtl.tasks import Task
 
 Build = Callable[[], nn.Module]  # makes a backbone with new weights
@@ -48,13 +48,15 @@ class Glimpse:
         """(N, width).
 
         Raises:
-            ArchError: an input holds no real numbers, such as the tokens of a text.
+            ArchError: an input holds no real numbers, such as the tokens of a text, or no vector of one length.
         """
         seen = []
         for name in self.names:
             x = batch[name]
             if not x.is_floating_point():
                 raise ArchError(f"a gate sees real numbers, and the input {name} holds {x.dtype}; use sharing=hard")
+            if isinstance(x, Ragged):
+                raise ArchError(f"a gate sees a vector, and samples of {name} have different lengths; use sharing=hard")
             seen.append((F.adaptive_avg_pool2d(x, self.grid) if x.ndim == 4 else x).flatten(1))
         return torch.cat(seen, 1)
 
