@@ -280,7 +280,8 @@ def _spell(key: str, value: Any, node: Mapping[str, Any]) -> str:
         held_out = round(value * share) if isinstance(share, (int, float)) and 0 <= share < 1 else 0
         return f"{value - held_out:,} images"
     if isinstance(value, int):
-        return _SPELLED.get(leaf, leaf + " {}").format(value)
+        words = _SPELLED.get(leaf, leaf + " {}").format(value)
+        return words.removesuffix("s") if value == 1 and leaf in _SPELLED else words
     if isinstance(value, float):
         return f"{leaf} {value:g}"
     text = str(value)
