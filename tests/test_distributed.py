@@ -119,7 +119,7 @@ def build(case, processes=None) -> tuple[Learner, TrainingBatches, EvaluationBat
 
     loss, optimizer, switches, kind = case
     benchmark = kind()
-    chosen = {"loss": loss, "optimizer": optimizer, "schedule": "cosine", "microscope": "default"}
+    chosen = {"loss": loss, "optimizer": optimizer, "schedule": "cosine", "microscope": "default", "sharing": "hard"}
     nodes = {g: yaml.safe_load((ROOT / "conf" / g / f"{name}.yaml").read_text()) for g, name in chosen.items()}
     nodes["loss"] = {**nodes["loss"], **NEEDED.get(loss, {})}
     strategy = schema.build(nodes["loss"], "loss", tasks=[t.name for t in benchmark.tasks])

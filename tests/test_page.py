@@ -336,3 +336,11 @@ def test_the_page_asks_for_nothing(runs):
     assert {a["href"] for t, a in reader.found if "href" in a and not a["href"].startswith("#")} == {"data:,"}
     (policy,) = [a["content"] for t, a in reader.found if a.get("http-equiv") == "Content-Security-Policy"]
     assert policy.startswith("default-src 'none';") and "http" not in policy
+
+
+def test_many_benchmarks_are_counted_in_the_title(tmp_path):
+    for size in range(1, 4):
+        write_run(tmp_path / "runs", digest=f"0000000{size}", batch=size)
+    assert "<h1>Multi-task learning: synthetic, batch 1, synthetic, batch 2, " in write(tmp_path).read_text()
+    write_run(tmp_path / "runs", digest="00000004", batch=4)
+    assert "<h1>Multi-task learning: 4 benchmarks</h1>" in write(tmp_path).read_text()

@@ -280,7 +280,7 @@ def test_delta_m_is_paired_by_seed_where_the_baselines_have_it(tmp_path):
     deltas = found.delta_m(found.groups[0], "last")
     assert deltas == pytest.approx({0: (10 - 20) / 2, 1: (-100 / 12 - 20) / 2, 2: -20 / 2})  # seed 2: the mean is 55
     note = summaries.multi_task(found, "last").note
-    assert "same seed (2 runs)" in note and "lacks the seed (1 runs)" in note
+    assert "same seed (2 runs)" in note and "lacks the seed (1 run)" in note
     assert summaries.baseline_command(found) is None
 
 
@@ -345,6 +345,22 @@ def test_a_table_in_four_formats():
 
 
 # -- command line -----------------------------------------------------------------------------------------------------
+
+
+def test_the_lines_fit_the_terminal(tmp_path, capsys, monkeypatch):
+    """A table that is too wide goes on below, with the columns that tell its rows apart."""
+    for loss in ("equal", "dwa"):
+        write(tmp_path, loss)
+    write(tmp_path, "dwa", data__limit_test=1, data__limit_train=1000, arch="a_network_with_a_long_name")
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if str(tmp_path) not in line and "train.py" not in line]
+    assert [line for line in lines if len(line) > 80] == []
+    told = lines[next(i for i, line in enumerate(lines) if "differences from equal" in line) :]
+    # strategy and metric stand in each part of the table
+    assert len([line for line in told if line.startswith("dwa") and "fine_accuracy" in line]) >= 2
+    assert "2 runs, commit" in out and "1 test image, " in out and not re.search(" 1 [a-z]+s[ ,.]", out)
 
 
 def test_the_command_writes_every_table_and_says_so(tmp_path, capsys):

@@ -27,6 +27,7 @@ from mtl.report.protocols import benchmarks
 from mtl.report.runs import SELECTIONS, fingerprint, load
 from mtl.report.scores import Scores
 from mtl.report.tables import Table
+from mtl.tracking.console import columns, fold
 
 DELTA_M = ("main", "flat", "task")
 SECONDS = 10.0  # between two looks of --watch
@@ -177,10 +178,10 @@ def report(
     _glossary(content.tables.values())
     for name, table in (("contradictions", doubtful), ("missing", left)):
         if table:
-            _say(table.terminal() + "\n")
+            _say(_shown(table) + "\n")
             content.tables[name] = table
     for (name, arch), sentences in content.findings.items():
-        _say(textwrap.fill(f"{name}, {arch}: {' '.join(sentences)}", 120) + "\n")
+        _say(textwrap.fill(f"{name}, {arch}: {' '.join(sentences)}", _width()) + "\n")
     try:
         files = output.write(content, out, formats, failed)
     except OSError as error:
@@ -202,7 +203,7 @@ def _tables(scores: Scores, reference: str, failed: Failures) -> dict[str, Table
         if table is not None:
             tables[kind] = table
             if shown:
-                _say(f"{table.terminal()}\n{textwrap.fill(table.note, 120)}\n")
+                _say(f"{_shown(table)}\n{textwrap.fill(table.note, _width())}\n")
         return table is not None
 
     add("figures", lambda: summaries.metrics_table(scores), True)
@@ -213,11 +214,23 @@ def _tables(scores: Scores, reference: str, failed: Failures) -> dict[str, Table
         compared = add(f"differences-{at}", lambda at=at: summaries.differences(scores, reference, at), main)
         add(f"optimizers-{at}", lambda at=at: summaries.optimizers(scores, at), main)
         if main and not compared:
-            _say(f"no differences from {reference}: no other strategy on {scores.arch} shares its config\n")
+            text = f"no differences from {reference}: no other strategy on {scores.arch} shares its config"
+            _say(textwrap.fill(text, _width()) + "\n")
     add("cost", lambda: summaries.cost(scores), False)
     if command := attempt(f"baselines {name}", lambda: summaries.baseline_command(scores), failed):
         _say(f"Δm needs single-task baselines with the same config: {command}\n")
     return tables
+
+
+def _shown(table: Table) -> str:
+    """The table in lines that fit the terminal."""
+    title, _, rest = fold(table.terminal(), columns(), table.keys).partition("\n")
+    return f"{textwrap.fill(title, _width())}\n{rest}"
+
+
+def _width() -> int:
+    """Columns of running text."""
+    return min(120, columns() or 120)
 
 
 def _unused(prefix: str, names: Container[str]) -> str:
@@ -228,7 +241,7 @@ def _unused(prefix: str, names: Container[str]) -> str:
 
 def _glossary(tables) -> None:
     words = used(term for table in tables if not table.folded for term in table.terms)
-    lines = [textwrap.fill(f"{t}: {text}", 120, subsequent_indent="    ") for t, text in words.items()]
+    lines = [textwrap.fill(f"{t}: {text}", _width(), subsequent_indent="    ") for t, text in words.items()]
     if lines:
         _say("\n".join(lines) + "\n")
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from mtl.report.cells import value
 from mtl.report.scores import Scores
+from mtl.tracking.console import count
 
 
 def excuses(scores: Scores) -> str:
@@ -50,8 +51,8 @@ def pairing(scores: Scores) -> str:
         both = sum(r.seed in seeds for r in group.runs)
         same, averaged = same + both, averaged + len(group.runs) - both
     parts = [
-        f"against the baseline of the same seed ({same} runs)" if same else "",
-        f"against the mean of the baselines where one lacks the seed ({averaged} runs)" if averaged else "",
+        f"against the baseline of the same seed ({count(same, 'run')})" if same else "",
+        f"against the mean of the baselines where one lacks the seed ({count(averaged, 'run')})" if averaged else "",
         f"not where a task has no baseline with the same config ({some(without)})" if without else "",
     ]
     return ", ".join(filter(None, parts)) or "without baselines"
@@ -65,7 +66,7 @@ def provenance(scores: Scores) -> str:
     commits = Counter((r.info.get("commit") or "unknown")[:7] for r in runs)
     devices = sorted({r.info.get("hardware", {}).get("gpu") or "CPU" for r in runs})
     dirty = sum(bool(r.info.get("dirty")) for r in runs)
-    text = f"{len(runs)} runs, commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
+    text = f"{count(len(runs), 'run')}, commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
     return text + (f" ({dirty} with uncommitted changes)" if dirty else "") + f", on {', '.join(devices)}."
 
 

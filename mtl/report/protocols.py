@@ -285,7 +285,8 @@ def _spell(key: str, value: Any, node: Mapping[str, Any], noun: str) -> str:
         held_out = round(value * share) if isinstance(share, (int, float)) and 0 <= share < 1 else 0
         return f"{value - held_out:,} {noun}s"
     if isinstance(value, int):
-        return _SPELLED.get(leaf, leaf + " {}").format(value, noun=noun)
+        words = _SPELLED.get(leaf, leaf + " {}").format(value, noun=noun)
+        return words.removesuffix("s") if value == 1 and leaf in _SPELLED else words
     if isinstance(value, float):
         return f"{leaf} {value:g}"
     text = str(value)

@@ -165,7 +165,7 @@ def multi_task(scores: Scores, at: str) -> Table:
     names = f"{len(metrics)} metrics" if scores.crowded else ", ".join(metrics)
     note = (
         f"Δm is taken {_DELTA[bench.delta_m]} ({names}), {pairing(scores)}. Achievement takes "
-        f"the main metrics. Pareto: among {len(optimal)} runs. {excuses(scores)}"
+        f"the main metrics. Pareto: among {len(optimal)} run{'s' * (len(optimal) != 1)}. {excuses(scores)}"
     )
     header = ["strategy", "n", "Δm %", "achievement %", "MR", "Pareto", *(f"wins\n{m}" for m in won)]
     terms = (at, "±", "*", "Δm", "achievement", "MR", "Pareto", "wins")

@@ -74,6 +74,14 @@ class Table:
         first, rule, second, *rest = table(above, [below, *rows]).split("\n")
         return "\n".join([self.title, first, second, rule, *rest])
 
+    @property
+    def keys(self) -> int:
+        """The number of columns, from the left, that tell the rows apart."""
+        wide = range(1, len(self.header))
+        return next(
+            (n for n in wide if len({tuple(c.text for c in row[:n]) for row in self.rows}) == len(self.rows)), 1
+        )
+
     def csv(self) -> str:
         """The standard deviation in a column of its own. A column with a number holds numbers, or nothing."""
         columns: list[list[str]] = []

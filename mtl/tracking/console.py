@@ -88,12 +88,13 @@ def columns() -> int | None:
         return None
 
 
-def fold(text: str, width: int | None) -> str:
-    """A table whose columns do not fit side by side as several tables, each with the first column.
+def fold(text: str, width: int | None, keys: int = 1) -> str:
+    """A table whose columns do not fit side by side as several tables, each with the first columns.
 
     Args:
         text: lines of a table of `table`, with other lines around it.
         width: of the terminal; None for no limit.
+        keys: number of columns that say what a row is about.
     """
     lines = text.split("\n")
     rules = [line for line in lines if re.fullmatch(r"-+(  -+)+", line)]
@@ -101,13 +102,15 @@ def fold(text: str, width: int | None) -> str:
         return text
     spans = [match.span() for match in re.finditer("-+", rules[0])]
     blocks: list[list[tuple[int, int]]] = [[]]
-    for span in spans[1:]:
-        if blocks[-1] and spans[0][1] + sum(2 + b - a for a, b in [*blocks[-1], span]) > width:
+    for span in spans[keys:]:
+        if blocks[-1] and spans[keys - 1][1] + sum(2 + b - a for a, b in [*blocks[-1], span]) > width:
             blocks.append([])
         blocks[-1].append(span)
     first = next(i for i, line in enumerate(lines) if len(line) == len(rules[0]))  # above it stands a title
     folded = [
-        "\n".join("  ".join(line[a:b].ljust(b - a) for a, b in [spans[0], *block]).rstrip() for line in lines[first:])
+        "\n".join(
+            "  ".join(line[a:b].ljust(b - a) for a, b in [*spans[:keys], *block]).rstrip() for line in lines[first:]
+        )
         for block in blocks
     ]
     return "\n".join([*lines[:first], "\n\n".join(folded)])

@@ -31,6 +31,7 @@ from mtl.report.tables import Entry, Table
 HERE = Path(__file__).parent
 # The browser itself refuses whatever is not in the file.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+NAMED = 3  # benchmarks in the title
 FILTER = 12  # strategies: with fewer, nobody needs a filter
 # The reading order: each table stands beside the figures that show the same.
 ORDER = ("metrics", "learning-curves", "tasks", "multi-task", "parallel-coordinates", "pareto", "optimizers",
@@ -76,7 +77,7 @@ def write(
     page = _Page()
     names = {b.name for b in benchmarks}
     general = [t for t in tables if t.about[0] not in names]
-    title = "Multi-task learning: " + ", ".join(dict.fromkeys(b.name for b in benchmarks)) if benchmarks else "No runs"
+    title = _title(list(dict.fromkeys(b.name for b in benchmarks)))
     strategies = max((len({g.label for g in b.groups}) for b in benchmarks), default=0)
     parts = [
         f"<header><h1>{escape(title)}</h1>",
@@ -132,6 +133,13 @@ _PAGE = """<!doctype html>
 </body>
 </html>
 """
+
+
+def _title(names: Sequence[str]) -> str:
+    """The benchmarks; their number where the names would fill the screen."""
+    if not names:
+        return "No runs"
+    return f"Multi-task learning: {', '.join(names) if len(names) <= NAMED else f'{len(names)} benchmarks'}"
 
 
 def _lede(collection: Collection, benchmarks: Sequence[Protocol]) -> str:
