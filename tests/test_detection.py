@@ -1,0 +1,314 @@
+"""Detection against torchvision's and pycocotools' code; boxes under crops; networks and data sets of boxes."""
+
+import math
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import Tensor
+from torchvision.models.detection._utils import BoxCoder, Matcher
+
+from mtl.data.columns import Ragged
+from mtl.data.draws import Draws
+from mtl.metrics.boxes import AveragePrecision, Detections, decode, detect, encode, keep, overlaps
+from mtl.tasks import Detection
+from mtl.tasks.detection import focal_loss, matches
+from mtl.tasks.predictions import each
+from mtl.views import Boxes, Crop, Flip, ScaleCrop, View
+from mtl.views.moves import see
+
+C, SIZE = 3, 64
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_boxes(*shape: int, seed: int = 0) -> Tensor:
+    corner, side = (torch.rand(*shape, 2, generator=generator(seed + i)) * n for i, n in enumerate((40, 30)))
+    return torch.cat([corner, corner + side + 4], -1)
+
+
+def labels(*numbers: int, seed: int = 0) -> Ragged:
+    """Boxes of images with these numbers of objects; −1 for an image without a label."""
+    lengths = torch.tensor(numbers)
+    many = int(lengths.clamp(min=0).sum())
+    kinds = torch.randint(C, (many, 1), generator=generator(seed + 7)).float()
+    return Ragged(torch.cat([random_boxes(many, seed=seed), kinds], 1), lengths)
+
+
+def prediction(size: int, anchors: int = 50, seed: int = 3) -> Detections:
+    draws = generator(seed)
+    logits = torch.randn(size, anchors, C, generator=draws) * 2
+    offsets = torch.randn(size, anchors, 4, generator=draws) * 0.3
+    return Detections(logits, offsets, random_boxes(anchors, seed=seed).expand(size, -1, -1))
+
+
+def near(prediction: Detections, target: Ragged) -> Detections:
+    """Every second anchor is moved close to a true box, so that there are hits at every IoU."""
+    anchors = prediction.anchors.clone()
+    for n, length in enumerate(target.lengths.tolist()):
+        if length > 0:
+            own = target[n][torch.arange(25) % length, :4]
+            anchors[n, ::2] = own + torch.randn(25, 4, generator=generator(n))
+    return prediction._replace(anchors=anchors, offsets=prediction.offsets * 0.1)
+
+
+# --------------------------------------------------------------------------------------------------------------- losses
+
+
+def test_geometry_is_torchvisions():
+    a, b = random_boxes(20), random_boxes(30, seed=5)
+    torch.testing.assert_close(overlaps(a, b), torchvision.ops.box_iou(a, b))
+    coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
+    torch.testing.assert_close(encode(a, b[:20]), coder.encode_single(a, b[:20]))
+    offsets = torch.randn(30, 4, generator=generator())
+    offsets[0, 2:] = 50  # far too large: both clamp it
+    torch.testing.assert_close(decode(offsets, b), coder.decode_single(offsets, b), rtol=1e-4, atol=1e-3)
+
+
+def test_matches_are_torchvisions_matcher():
+    anchors, truth = random_boxes(300), random_boxes(5, seed=5)
+    boxes = torch.cat([torch.cat([truth, torch.ones(5, 1)], 1), torch.full((3, 5), -1.0)])
+    found, ignored = (one[0] for one in matches(anchors[None], boxes[None]))
+    expected = Matcher(0.5, 0.4, allow_low_quality_matches=True)(torchvision.ops.box_iou(truth, anchors))
+    assert (expected == -2).any() and (expected >= 0).sum() > 5
+    assert torch.equal(found, expected.clamp(min=-1))
+    assert torch.equal(ignored, expected == -2)
+
+
+def test_no_anchor_is_given_to_a_box_that_touches_none():
+    """torchvision's matcher gives all of them to it."""
+    boxes = torch.tensor([[[200.0, 200, 210, 210, 1]]])
+    assert (matches(random_boxes(1, 30), boxes)[0] == -1).all()
+
+
+def test_focal_loss_is_torchvisions():
+    logits = torch.randn(50, generator=generator()) * 5
+    wanted = (torch.arange(50) % 3 == 0).float()
+    torch.testing.assert_close(focal_loss(logits, wanted), torchvision.ops.sigmoid_focal_loss(logits, wanted))
+
+
+def by_hand(task: Detection, found: Detections, target: Ragged) -> Tensor:
+    """(N,) torchvision's RetinaNet, image by image."""
+    losses = []
+    for n, length in enumerate(target.lengths.tolist()):
+        if length < 0:
+            losses.append(torch.zeros(()))
+            continue
+        logits, offsets, anchors = (part[n] for part in found)
+        own = target[n]
+        match = torch.full((len(anchors),), -1)
+        if length:
+            match = Matcher(0.5, 0.4, True)(torchvision.ops.box_iou(own[:, :4], anchors))
+        positive = match >= 0
+        wanted = torch.zeros_like(logits)
+        wanted[positive, own[match[positive], 4].long()] = 1
+        loss = torchvision.ops.sigmoid_focal_loss(logits[match != -2], wanted[match != -2], reduction="sum")
+        aim = BoxCoder((1.0,) * 4).encode_single(own[match[positive], :4], anchors[positive])
+        loss = loss + (offsets[positive] - aim).abs().sum()
+        losses.append(loss / max(1, int(positive.sum())))
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("most", [None, 6])
+def test_loss_is_retinanets_image_by_image(most):
+    """An image without objects is background; an image without a label adds nothing, not even a NaN's gradient."""
+    target, task = labels(4, 0, -1, 1), Detection("boxes", C, most=most)
+    found = near(prediction(4), target)
+    assert task.units(target).tolist() == [1, 1, 0, 1]
+    torch.testing.assert_close(task.criterion(found, target), by_hand(task, found, target))
+    logits = found.classes.clone()
+    logits[2] = math.nan
+    leaf = logits.requires_grad_()
+    task.loss(found._replace(classes=leaf), target).backward()
+    assert leaf.grad.isfinite().all() and not leaf.grad[2].any() and leaf.grad[1].any()
+    only_empty = labels(0, 0)
+    torch.testing.assert_close(task.criterion(prediction(2), only_empty), by_hand(task, prediction(2), only_empty))
+
+
+def test_rows_of_class_minus_one_are_no_boxes():
+    target, task = labels(3, 2), Detection("boxes", C)
+    found = near(prediction(2), target)
+    values = target.values.clone()
+    values[1, 4] = values[4, 4] = -1
+    fewer = Ragged(target.values[[0, 2, 3]], torch.tensor([2, 1]))
+    torch.testing.assert_close(task.criterion(found, target.with_values(values)), task.criterion(found, fewer))
+    metric = task.metrics[0]
+    states = [metric.zero(), metric.zero()]
+    metric.update(states[0], found, target.with_values(values))
+    metric.update(states[1], found, fewer)
+    assert torch.equal(*states)
+
+
+def test_wrong_boxes_and_predictions_are_named():
+    task = Detection("boxes", C, most=2)
+    rows = torch.tensor(
+        [[0.0, 0, 4, 4, 1], [4, 0, 4, 4, 1], [0, 0, 4, math.nan, 1], [0, 0, 4, 4, 3], [0, 0, 4, 4, 0.5]]
+    )
+    assert task.wrong(Ragged(rows, torch.tensor([1] * 5))).any(1).tolist() == [False, True, True, True, True]
+    with pytest.raises(ValueError, match="an image has 5 boxes, and most=2"):
+        task.wrong(Ragged(rows, torch.tensor([5])))
+    with pytest.raises(ValueError, match=r"shape \(4,\)"):
+        task.wrong(torch.zeros(4))
+    with pytest.raises(ValueError, match=r"boxes needs .*Detections, and the model predicts a Tensor; .* arch=retina"):
+        task.criterion(torch.zeros(4, 3), labels(1, 1, 1, 1))
+
+
+# --------------------------------------------------------------------------------------------------------------- metric
+
+
+def test_suppression_is_torchvisions():
+    boxes, kinds = random_boxes(2, 80), torch.randint(C, (2, 80), generator=generator())
+    scores = torch.arange(80, 0, -1).float()
+    for own, kind, alive in zip(boxes, kinds, keep(boxes, kinds, 0.5), strict=True):
+        expected = torchvision.ops.batched_nms(own, scores, kind, 0.5)
+        assert 10 < len(expected) < 80
+        assert alive.nonzero().flatten().tolist() == expected.sort().values.tolist()
+
+
+def test_detections_are_sorted_limited_and_minus_one_where_there_is_none():
+    found = detect(prediction(2), most=5)
+    assert found.boxes.shape == (2, 5, 4) and (found.classes >= 0).all()
+    assert (found.logits.diff(dim=1) <= 0).all()
+    same = prediction(1)
+    same = same._replace(offsets=same.offsets * 0, anchors=same.anchors[:, :1].expand(-1, 50, -1))
+    assert (detect(same).classes[0] >= 0).sum() == C  # all anchors lie upon each other: one box of each class is left
+
+
+def average_precision(found: Detections, target: Ragged) -> tuple[float, float]:
+    """COCO's AP by plain loops, in its own order of operations: classes, thresholds, images, detections."""
+    results, shown = [], detect(found)
+    scores = ((shown.logits + 8) / 0.016 / 1.25).long().clamp(0, 799)
+    for c in range(C):
+        truths = [target[n][target[n][:, 4] == c][:, :4] for n in range(len(target))]
+        total = sum(len(own) for own, length in zip(truths, target.lengths, strict=True) if length >= 0)
+        if not total:
+            continue
+        row = []
+        for threshold in [0.5 + 0.05 * i for i in range(10)]:
+            events = []
+            for n, own in enumerate(truths):
+                if target.lengths[n] < 0:
+                    continue
+                free = set(range(len(own)))
+                for box, kind, score in zip(shown.boxes[n], shown.classes[n], scores[n], strict=True):
+                    if kind != c:
+                        continue
+                    ious = {i: float(torchvision.ops.box_iou(box[None], own[i : i + 1])) for i in free}
+                    best = max(ious, key=ious.get, default=None)
+                    right = best is not None and ious[best] >= threshold - 1e-6
+                    free -= {best} if right else set()
+                    events.append((int(score), right))
+            curve = []  # after each step of scores: recall and precision
+            for step in sorted({s for s, _ in events}, reverse=True):
+                seen = [right for s, right in events if s >= step]
+                curve.append((sum(seen) / total, sum(seen) / len(seen)))
+            at = [max((p for r, p in curve if r >= q - 1e-9), default=0.0) for q in np.linspace(0, 1, 101)]
+            row.append(100 * sum(at) / 101)
+        results.append(row)
+    return float(np.mean(results)), float(np.mean(results, 0)[0])
+
+
+def measured(found: Detections, target: Ragged, parts: list[slice]) -> dict[str, float]:
+    metric = AveragePrecision(C)
+    state = metric.zero()
+    for part in parts:
+        one = metric.zero()
+        metric.update(one, Detections(*(tensor[part] for tensor in found)), target[part])
+        state += one
+    return metric.compute(state)
+
+
+def test_average_precision_by_hand_and_in_parts():
+    target = labels(4, 0, -1, 1, 6, 3)
+    found = near(prediction(6), target)
+    whole = measured(found, target, [slice(0, 6)])
+    assert 5 < whole["ap"] < whole["ap50"] < 95
+    assert (whole["ap"], whole["ap50"]) == pytest.approx(average_precision(found, target))
+    assert measured(found, target, [slice(0, 2), slice(2, 3), slice(3, 6)]) == whole
+    assert math.isnan(measured(prediction(2), labels(0, -1), [slice(0, 2)])["ap"])
+
+
+def test_average_precision_of_pycocotools():
+    coco = pytest.importorskip("pycocotools.coco", reason="pycocotools is not installed")
+    from pycocotools.cocoeval import COCOeval
+
+    target = labels(*[3, 5, 0, 2, 7, 1] * 4)
+    found = near(prediction(24), target)
+    shown = detect(found)
+    truth = coco.COCO()
+    boxes = [(n, *row) for n in range(24) for row in target[n].tolist()]
+    annotations = [{"id": i + 1, "image_id": n, "category_id": int(c), "iscrowd": 0, "area": (x2 - x1) * (y2 - y1),
+                    "bbox": [x1, y1, x2 - x1, y2 - y1]} for i, (n, x1, y1, x2, y2, c) in enumerate(boxes)]  # fmt: skip
+    truth.dataset = {"info": {}, "images": [{"id": n} for n in range(24)], "annotations": annotations,
+                     "categories": [{"id": c} for c in range(C)]}  # fmt: skip
+    truth.createIndex()
+    rows = [[n, x1, y1, x2 - x1, y2 - y1, s, c] for n in range(24) for (x1, y1, x2, y2), s, c in
+            zip(shown.boxes[n].tolist(), shown.logits[n].tolist(), shown.classes[n].tolist(), strict=True)
+            if c >= 0]  # fmt: skip
+    evaluation = COCOeval(truth, truth.loadRes(np.array(rows)), "bbox")
+    evaluation.evaluate(), evaluation.accumulate(), evaluation.summarize()
+    values = measured(found, target, [slice(0, 24)])
+    # Scores are counted in steps, so a few detections change places.
+    assert values["ap"] == pytest.approx(100 * evaluation.stats[0], abs=0.3)
+    assert values["ap50"] == pytest.approx(100 * evaluation.stats[1], abs=0.3)
+
+
+def test_answers_and_pictures():
+    target, task = labels(2, -1), Detection("boxes", C)
+    found = near(prediction(2), target)
+    answers = task.answers(found)
+    assert {name: tuple(value.shape[:1]) for name, value in answers.items()} == dict.fromkeys(answers, (2,))
+    assert ((answers["class"] < 0) == (answers["probability"] == 0)).all()
+    images = torch.zeros(2, SIZE, SIZE, 3, dtype=torch.uint8)
+    truth, drawn = task.draw(images, found, target)
+    assert truth[0].any() and not truth[1].any() and drawn.any() and not images.any()
+    x1, y1, *_ = target.values[1].round().int().tolist()
+    assert truth[0, y1, x1].any()
+    assert task.draw(None, found, target) is None
+
+
+# -------------------------------------------------------------------------------------------------------- views, forms
+
+
+@pytest.mark.parametrize("augment", [Flip(), Crop(20), ScaleCrop((1.2, 1.5)), (ScaleCrop((1.0, 1.5)), Flip(), Crop(9))])
+def test_boxes_follow_their_image(augment):
+    """A white box in a black image is, after any view, exactly where the moved box says."""
+    chain = augment if isinstance(augment, tuple) else (augment,)
+    target = labels(*[1] * 32)
+    target = target.with_values(target.values.round().clamp(max=SIZE))
+    view = Draws(32, 8, chain, (SIZE, SIZE)).view(0, 0, torch.arange(32))
+    moved = Boxes()(target, None, view)
+    assert torch.equal(moved.lengths, target.lengths)
+    images = torch.zeros(32, SIZE, SIZE)
+    for image, (x1, y1, x2, y2, _) in zip(images, target.values.int().tolist(), strict=True):
+        image[y1:y2, x1:x2] = 1
+    gone = 0
+    for image, (x1, y1, x2, y2, c), old in zip(see(images, None, view, 0), moved.values, target.values, strict=True):
+        places = image.nonzero()
+        if c < 0:
+            gone += 1
+            assert len(places) == 0 or (places.max(0).values - places.min(0).values).min() < 2
+            continue
+        assert c == old[4]
+        if len(places):
+            low, high = places.min(0).values.flip(0), places.max(0).values.flip(0) + 1
+            torch.testing.assert_close(torch.stack([x1, y1]), low.float(), atol=0.51, rtol=0)
+            torch.testing.assert_close(torch.stack([x2, y2]), high.float(), atol=0.51, rtol=0)
+    assert gone < 16
+
+
+def test_a_view_without_a_size_is_refused():
+    with pytest.raises(ValueError, match=r"set View\.picture"):
+        Boxes()(labels(1), None, View.identity(1))
+
+
+def test_each_treats_all_forms_of_predictions_alike():
+    Two = namedtuple("Two", "a b")
+    one, other = ({"x": Two(torch.zeros(2) + k, [torch.ones(1)]), "y": "word"} for k in (0, 1))
+    found = each(lambda *parts: torch.cat(parts), one, other)
+    assert isinstance(found["x"], Two) and found["x"].a.tolist() == [0, 0, 1, 1] and found["y"] == "word"
+    assert found["x"].b[0].tolist() == [1, 1]
