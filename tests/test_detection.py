@@ -1,7 +1,9 @@
 """Detection against torchvision's and pycocotools' code; boxes under crops; networks and data sets of boxes."""
 
+import json
 import math
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +11,16 @@ import torch
 import torchvision
 from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder, Matcher
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 
+from mtl.archs.retina import Retina
+from mtl.data.boxes import Shapes, draw_shapes
 from mtl.data.columns import Ragged
 from mtl.data.draws import Draws
+from mtl.engine.loaded import load
 from mtl.metrics.boxes import AveragePrecision, Detections, decode, detect, encode, keep, overlaps
+from mtl.predict import _flat, write
+from mtl.random import stream
 from mtl.tasks import Detection
 from mtl.tasks.detection import focal_loss, matches
 from mtl.tasks.predictions import each
@@ -312,3 +320,95 @@ def test_each_treats_all_forms_of_predictions_alike():
     found = each(lambda *parts: torch.cat(parts), one, other)
     assert isinstance(found["x"], Two) and found["x"].a.tolist() == [0, 0, 1, 1] and found["y"] == "word"
     assert found["x"].b[0].tolist() == [1, 1]
+
+
+# --------------------------------------------------------------------------------------------------- network, data, run
+
+
+def test_drawn_shapes_have_exact_boxes():
+    image, maps, boxes = draw_shapes(32, 48, stream(0, "x"))
+    assert image.shape == (32, 48, 48, 3) and maps.max() == 3
+    assert (boxes[..., 4] >= 0).any(1).float().mean() < 1  # some are empty
+    for own, of in zip(maps, boxes, strict=True):
+        known = own == 0
+        for x1, y1, x2, y2, c in of[of[:, 4] >= 0].int().tolist():
+            inside = own[y1:y2, x1:x2] == c + 1
+            assert inside[0].any() and inside[-1].any() and inside[:, 0].any() and inside[:, -1].any()
+            known[y1:y2, x1:x2] |= inside
+        if (of[:, 4] >= 0).sum() == len(of):  # every shape has its box
+            assert known.all()
+    small, large = (Shapes(train_size=n, test_size=2, size=16).load()["train"] for n in (20, 40))
+    assert torch.equal(small.column("image"), large.column("image")[:20])
+    assert torch.equal(small.column("boxes").values, large.column("boxes")[:20].values)
+
+
+def test_retinas_anchors_and_outputs_stand_at_the_same_place():
+    """A head that looks at one place only sees exactly this place's anchors change."""
+    net = Retina(
+        3, {"image": (3, 40, 48)}, name="shufflenet_v2_x0_5", width=4, levels=[2, 3, 4, 5, 6, 7], head_layers=0
+    )
+    assert net.sizes == [(10, 12), (5, 6), (3, 3), (2, 2), (1, 1), (1, 1)]
+    heads = net.decoder(Detection("boxes", C))
+    features = torch.zeros(1, 4, sum(h * w for h, w in net.sizes))
+    place = 12 * 3 + 5  # row 3, column 5 of level 2
+    features[:, :, place] = 1
+    centre = (heads.anchors[9 * place : 9 * place + 9, :2] + heads.anchors[9 * place : 9 * place + 9, 2:]) / 2
+    assert torch.equal(centre, torch.tensor([[22.0, 14.0]]).expand(9, 2))
+    for tower in (heads.classes, heads.offsets):  # the middle of each kernel only
+        tower[-1].weight.data *= torch.tensor([0, 1, 0])[:, None] * torch.tensor([0, 1, 0])
+    found, empty = heads(features), heads(features * 0)
+    assert found.classes.shape == (1, len(heads.anchors), C)
+    changed = (found.classes != empty.classes).any(2) & (found.offsets != empty.offsets).any(2)
+    assert changed.nonzero()[:, 1].tolist() == list(range(9 * place, 9 * place + 9))
+    sides = (16.0, 16 * 2 ** (1 / 3), 16 * 2 ** (2 / 3))
+    corners = AnchorGenerator().generate_anchors(sides, (0.5, 1.0, 2.0))  # rounded to whole pixels there
+    torch.testing.assert_close(heads.anchors[:9] - heads.anchors[:9].view(9, 2, 2).mean(1).repeat(1, 2), corners,
+                               atol=0.51, rtol=0)  # fmt: skip
+
+
+TINY = ("data=boxes", "data.train_size=16", "data.test_size=8", "data.batch_size=8", "data.size=32", "arch=retina",
+        "arch.name=shufflenet_v2_x0_5", "arch.width=4", "arch.levels=[2,3]", "arch.head_layers=0", "optimizer=adam",
+        "trainer.device=cpu", "logger=none")  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [
+    ("loss=pcgrad", "data.label_fraction={boxes: 0.5}"), ("loss=mgda", "step.gradients=features"), ("loss=modo",),
+    ("loss=amtl", "loss.potentials={boxes: 50, segmentation: 50}", "data.val_fraction=0.25"),
+])  # fmt: skip
+def test_a_run_with_boxes(cli, more):
+    """Some images without a label, gradients of the features, batches of two parts, a method that reads the score."""
+    run = cli(*TINY, *more, "trainer.epochs=1")
+    assert run.code == 0, run.err
+    (file,) = Path().rglob("metrics.jsonl")
+    (row,) = map(json.loads, file.read_text().splitlines())
+    assert {"test/boxes_ap", "test/boxes_ap50", "train/boxes_loss"} <= row.keys() and "train/boxes_ap" not in row
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (("loss=amtl", "loss.potentials={boxes: 50, segmentation: 50}"),
+     "loss: AMTL reads boxes_ap, which is measured on validation data only, and there is none; set data.val_fraction"),
+    (("schedule=plateau", "schedule.metric=boxes_ap50"), "schedule: Plateau reads boxes_ap50, which is measured on"),
+    (("arch.levels=[3,5]",), "arch.levels: [3, 5]; whole numbers one after another are needed"),
+    (("arch.levels=[1,2]",), "arch.levels: shufflenet_v2_x0_5 has no map of level 1"),
+    (("arch.levels=[7,8]",), "arch.levels: [7, 8]; shufflenet_v2_x0_5 has maps of the levels 2, 3, 4, 5"),
+])  # fmt: skip
+def test_what_does_not_fit_is_said(cli, words, message):
+    run = cli(*TINY, *words)
+    assert run.code == 2 and message in run.err, run.err
+
+
+def test_a_network_without_anchors_is_refused(cli):
+    run = cli(*TINY[:5], "arch=fcn", "logger=none")
+    assert run.code == 1 and "data: task 'boxes': boxes needs" in run.err and "such as arch=retina" in run.err
+
+
+def test_predict_and_pictures_of_boxes(cli, tmp_path):
+    run = cli(*TINY, "trainer.epochs=1", "trainer.pictures=2")
+    assert run.code == 0, run.err
+    (folder,) = (file.parent for file in Path().rglob("metrics.jsonl"))
+    loaded = load(folder)
+    answers = loaded.predict(torch.zeros(3, 32, 32, 3, dtype=torch.uint8))["boxes"]
+    assert answers["box"].shape[::2] == (3, 4)
+    write(tmp_path / "a.npz", list("abc"), _flat(loaded.tasks, {"boxes": answers, "segmentation": {}}))
+    assert np.load(tmp_path / "a.npz")["boxes_box"].shape == tuple(answers["box"].shape)
+    assert list((folder / "pictures").glob("*.png"))
