@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import namedtuple
 from pathlib import Path
 
@@ -9,15 +10,19 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image as Pillow
 from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from mtl.archs.retina import Retina
 from mtl.data.boxes import Shapes, draw_shapes
+from mtl.data.coco import COCO
 from mtl.data.columns import Ragged
 from mtl.data.draws import Draws
+from mtl.data.pets import Pets
 from mtl.engine.loaded import load
+from mtl.errors import SetupError
 from mtl.metrics.boxes import AveragePrecision, Detections, decode, detect, encode, keep, overlaps
 from mtl.predict import _flat, write
 from mtl.random import stream
@@ -412,3 +417,114 @@ def test_predict_and_pictures_of_boxes(cli, tmp_path):
     write(tmp_path / "a.npz", list("abc"), _flat(loaded.tasks, {"boxes": answers, "segmentation": {}}))
     assert np.load(tmp_path / "a.npz")["boxes_box"].shape == tuple(answers["box"].shape)
     assert list((folder / "pictures").glob("*.png"))
+
+
+# ------------------------------------------------------------------------------------------------------------ real data
+
+
+def picture(file: Path, array: np.ndarray) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Pillow.fromarray(array).save(file)
+
+
+def scene(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """An image of 40 x 80 pixels, and a map with a box of ones at rows 10 to 30, columns 20 to 60."""
+    shown = np.zeros((40, 80), np.uint8)
+    shown[10:30, 20:60] = 1
+    return np.stack([shown * 200 + seed] * 3, -1), shown
+
+
+@pytest.fixture
+def coco(tmp_path) -> Path:
+    """Six training images: three with boxes, two without any object, one not labelled; three with a map."""
+    root = tmp_path / "coco128"
+    for split in ("train2017", "val2017"):
+        for i in range(6):
+            image, shown = scene(i)
+            picture(root / "images" / split / f"{i:03d}.jpg", image)
+            if i < 3:
+                picture(root / "semantic" / split / f"{i:03d}.png", shown * 200)
+            if i < 5:
+                (root / "boxes" / split).mkdir(parents=True, exist_ok=True)
+                text = "79 0.5 0.5 0.5 0.5\n" if i < 3 else ""
+                (root / "boxes" / split / f"{i:03d}.txt").write_text(text)
+    panoptic = [{"id": i + 1} for i in range(132)] + [{"id": 200}]
+    (root / "classes.json").write_text(json.dumps({"panoptic": panoptic}))
+    return tmp_path
+
+
+def test_coco_is_read_and_resized_with_its_boxes_and_maps(coco):
+    data = COCO(root=str(coco), height=40, width=32)
+    train = data.splits()["train"]
+    boxes, maps = train.column("boxes"), train.column("segmentation")
+    assert boxes.lengths.tolist() == [1, 1, 1, 0, 0, -1]
+    assert boxes.values.tolist() == [[8, 10, 24, 30, 79]] * 3
+    shown = (train.column("image")[:3, ..., 0] > 100).nonzero()
+    assert shown.amin(0)[1:].tolist() == [10, 8] and shown.amax(0)[1:].tolist() == [29, 23]
+    assert (maps[:3] == 132).nonzero().amin(0)[1:].tolist() == [10, 8]
+    assert ((maps == 132).sum() + (maps == -100).sum()) == maps.numel() and (maps[3:] == -100).all()
+    assert [task.units(train.column(task.column)).gt(0).sum().item() for task in data.tasks] == [5, 3]
+
+
+@pytest.mark.parametrize(("file", "content", "message"), [
+    ("boxes/train2017/001.txt", "3 0.5 0.5 0.5\n", '001.txt, line 1: "class x y width height" is needed'),
+    ("boxes/train2017/001.txt", "3 0.5 0.5 0.5 0\n", "001.txt, line 1: the box has no area in the image"),
+    ("boxes/train2017/001.txt", "80 0.5 0.5 0.5 0.5\n", "sample 1 has the label 80.0; a ragged column with rows"),
+    ("semantic/train2017/001.png", "no picture", "001.png: is damaged, or no image"),
+    ("classes.json", "{}", 'classes.json: a list of categories under the key "panoptic" is needed'),
+])  # fmt: skip
+def test_damaged_files_of_coco_are_named(coco, file, content, message):
+    (coco / "coco128" / file).write_text(content)
+    with pytest.raises(SetupError, match=re.escape(message)):
+        COCO(root=str(coco), height=40, width=32).splits()
+
+
+@pytest.fixture
+def pets(tmp_path) -> Path:
+    """Eight training images, two without a head, one of these without a trimap; four test images without heads."""
+    notes = tmp_path / "oxford-iiit-pet" / "annotations"
+    for split, size in (("trainval", 8), ("test", 4)):
+        names = [f"{split}_{i}" for i in range(size)]
+        for i, name in enumerate(names):
+            image, shown = scene(i)
+            picture(notes.parent / "images" / f"{name}.jpg", image)
+            if i != 7:
+                picture(notes / "trimaps" / f"{name}.png", 2 - shown)
+            if split == "trainval" and i < 6:
+                (notes / "xmls").mkdir(exist_ok=True)
+                box = "<xmin>21</xmin><ymin>11</ymin><xmax>60</xmax><ymax>30</ymax>"
+                (notes / "xmls" / f"{name}.xml").write_text(
+                    f"<annotation><object><name>dog</name><bndbox>{box}</bndbox></object></annotation>"
+                )
+        (notes / f"{split}.txt").write_text("".join(f"{name} {i + 1} 1 1\n" for i, name in enumerate(names)))
+    return tmp_path
+
+
+def test_pets_have_heads_in_training_only(pets):
+    data = Pets(root=str(pets), height=40, width=32, val_fraction=0.25)
+    splits = data.splits()
+    lengths = torch.cat([splits[name].column("head").lengths for name in ("train", "val")])
+    assert lengths.sort().values.tolist() == [-1] * 2 + [1] * 6
+    assert splits["train"].column("head").values.tolist() == [[8, 10, 24, 30, 1]] * len(
+        splits["train"].column("head").values
+    )
+    assert splits["test"].column("head").lengths.tolist() == [-1] * 4
+    maps = torch.cat([splits[name].column("trimap") for name in ("train", "val")])
+    assert (maps.flatten(1) == -100).all(1).sum() == 1
+    assert (maps == 0).sum() == 7 * 20 * 16 and set(maps.unique().tolist()) == {-100, 0, 1}
+
+
+def test_a_run_on_pets(cli, pets):
+    """No test image has a head: its score is missing there, and this is no divergence."""
+    run = cli("data=pets", f"data.root={pets}", "data.height=32", "data.width=32", "data.batch_size=4",
+              "data.val_fraction=0.25", *TINY[5:], "trainer.epochs=1", "loss=pcgrad")  # fmt: skip
+    assert run.code == 0, run.err
+    (file,) = Path().rglob("metrics.jsonl")
+    (row,) = map(json.loads, file.read_text().splitlines())
+    assert row["test/head_ap"] is None and row["val/head_ap"] >= 0
+
+
+@pytest.mark.parametrize("kind", [COCO, Pets])
+def test_missing_data_is_said(kind, tmp_path):
+    with pytest.raises(SetupError, match=r"is not in data\.root=.*MTL_DATA"):
+        kind(root=str(tmp_path)).splits()
