@@ -5,17 +5,23 @@ import math
 import re
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import shipped
 import torch
 import torchvision
+import yaml
 from PIL import Image as Pillow
+from test_dense_tasks import NoWaiting
 from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
+from mtl.archs.model import HardSharing, count_macs, count_parameters
 from mtl.archs.retina import Retina
+from mtl.config import schema
 from mtl.data.boxes import Shapes, draw_shapes
 from mtl.data.coco import COCO
 from mtl.data.columns import Ragged
@@ -270,6 +276,22 @@ def test_average_precision_of_pycocotools():
     assert values["ap50"] == pytest.approx(100 * evaluation.stats[1], abs=0.3)
 
 
+def test_neither_loss_nor_metric_nor_moves_wait_for_the_device():
+    target = labels(3, 0, -1, 2)
+    task, found = Detection("boxes", C), near(prediction(4), target)
+    found = found._replace(classes=found.classes.requires_grad_())
+    view = Draws(4, 4, (ScaleCrop(), Flip()), (SIZE, SIZE)).view(0, 0, torch.arange(4))
+    state = task.metrics[0].zero()
+    with NoWaiting():
+        moved = task.moves(target, None, view)
+    # Padding reads the longest length, which is on the host.
+    boxes = moved.padded(None, -1.0)
+    known = SimpleNamespace(lengths=moved.lengths, padded=lambda most, fill: boxes)
+    with NoWaiting():
+        task.loss(found, known).backward()
+        task.metrics[0].update(state, Detections(*(part.detach() for part in found)), known)
+
+
 def test_answers_and_pictures():
     target, task = labels(2, -1), Detection("boxes", C)
     found = near(prediction(2), target)
@@ -371,13 +393,24 @@ def test_retinas_anchors_and_outputs_stand_at_the_same_place():
                                atol=0.51, rtol=0)  # fmt: skip
 
 
+def test_the_size_in_the_config_file():
+    node = yaml.safe_load((shipped.ROOT / "conf/arch/retina.yaml").read_text())
+    with torch.device("meta"):
+        built = schema.build(node, "arch", in_channels=3, in_shapes={"image": (3, 64, 64)})
+        model = HardSharing(built, Shapes().tasks)
+        macs = count_macs(model, {"image": torch.zeros(1, 3, 64, 64)})
+    first = (shipped.ROOT / "conf/arch/retina.yaml").read_text().partition("\n")[0]
+    assert first.endswith(f"{count_parameters(model) / 1e6:.3g} M parameters, {macs / 1e6:.3g} MMAC at 64x64"), first
+
+
 TINY = ("data=boxes", "data.train_size=16", "data.test_size=8", "data.batch_size=8", "data.size=32", "arch=retina",
         "arch.name=shufflenet_v2_x0_5", "arch.width=4", "arch.levels=[2,3]", "arch.head_layers=0", "optimizer=adam",
         "trainer.device=cpu", "logger=none")  # fmt: skip
 
 
 @pytest.mark.parametrize("more", [
-    ("loss=pcgrad", "data.label_fraction={boxes: 0.5}"), ("loss=mgda", "step.gradients=features"), ("loss=modo",),
+    ("loss=pcgrad", "data.label_fraction={boxes: 0.5}", "microscope.every=1"), ("loss=mgda", "step.gradients=features"),
+    ("loss=modo",),
     ("loss=amtl", "loss.potentials={boxes: 50, segmentation: 50}", "data.val_fraction=0.25"),
 ])  # fmt: skip
 def test_a_run_with_boxes(cli, more):
@@ -387,6 +420,18 @@ def test_a_run_with_boxes(cli, more):
     (file,) = Path().rglob("metrics.jsonl")
     (row,) = map(json.loads, file.read_text().splitlines())
     assert {"test/boxes_ap", "test/boxes_ap50", "train/boxes_loss"} <= row.keys() and "train/boxes_ap" not in row
+
+
+def test_boxes_maps_and_depth_of_two_data_sets_in_one_network(cli):
+    parts = [f"data.parts.{key}=32" for key in ("boxes.size", "rooms.height", "rooms.width")]
+    sizes = [f"data.parts.{name}.{key}=8" for name in ("boxes", "rooms") for key in ("train_size", "test_size")]
+    run = cli("data=union", "data.parts=[boxes,rooms]", "data.separate=true", *parts, *sizes, *TINY[5:],
+              "data.batch_size=8", "trainer.epochs=1", "loss=pcgrad")  # fmt: skip
+    assert run.code == 0, run.err
+    (file,) = Path().rglob("metrics.jsonl")
+    assert {"test/boxes_boxes_ap", "test/rooms_depth_abs_err", "test/boxes_segmentation_miou"} <= json.loads(
+        file.read_text()
+    ).keys()
 
 
 @pytest.mark.parametrize(("words", "message"), [

@@ -85,8 +85,8 @@ class Detection(Task):
         logits = logits.masked_fill(~counted[..., None], 0.0)
         offsets = offsets.masked_fill(~positive[..., None], 0.0)
         own = boxes.gather(1, match.clamp(min=0)[..., None].expand(-1, -1, 5))
-        kind = own[..., 4].long().masked_fill(~positive, self.outputs)  # one class more, for the background
-        wanted = F.one_hot(kind.clamp(min=0), self.outputs + 1)[..., :-1].to(logits.dtype)
+        kinds = torch.arange(self.outputs, device=logits.device)
+        wanted = ((own[..., 4:] == kinds) & positive[..., None]).to(logits.dtype)
         classes = focal_loss(logits, wanted).masked_fill(~counted[..., None], 0.0).sum((1, 2))
         # Background gets its own anchor as target, whose offsets are 0.
         aim = encode(torch.where(positive[..., None], own[..., :4], anchors), anchors)
