@@ -438,13 +438,20 @@ def test_boxes_maps_and_depth_of_two_data_sets_in_one_network(cli):
     (("loss=amtl", "loss.potentials={boxes: 50, segmentation: 50}"),
      "loss: AMTL reads boxes_ap, which is measured on validation data only, and there is none; set data.val_fraction"),
     (("schedule=plateau", "schedule.metric=boxes_ap50"), "schedule: Plateau reads boxes_ap50, which is measured on"),
-    (("arch.levels=[3,5]",), "arch.levels: [3, 5]; whole numbers one after another are needed"),
-    (("arch.levels=[1,2]",), "arch.levels: shufflenet_v2_x0_5 has no map of level 1"),
-    (("arch.levels=[7,8]",), "arch.levels: [7, 8]; shufflenet_v2_x0_5 has maps of the levels 2, 3, 4, 5"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_said(cli, words, message):
     run = cli(*TINY, *words)
     assert run.code == 2 and message in run.err, run.err
+
+
+@pytest.mark.parametrize(("levels", "message"), [
+    ([3, 5], r"levels: \[3, 5\]; whole numbers one after another are needed"), ([], r"levels: \[\]; whole numbers"),
+    ([1, 2], "levels: shufflenet_v2_x0_5 has no map of level 1, only 2"),
+    ([7, 8], r"levels: \[7, 8\]; shufflenet_v2_x0_5 has maps of the levels 2, 3, 4, 5"),
+])  # fmt: skip
+def test_levels_that_a_network_lacks_are_said(levels, message):
+    with pytest.raises(ValueError, match=message):
+        Retina(3, {"image": (3, 32, 32)}, "shufflenet_v2_x0_5", levels=levels)
 
 
 def test_a_network_without_anchors_is_refused(cli):
