@@ -25,6 +25,7 @@ del FILES["point"]  # no network: tests/test_toy_data.py
 del FILES["mlp"]  # of all inputs of the data: tests/test_table.py
 del FILES["mpnn"], FILES["nnconv"]  # molecules: tests/test_molecules.py
 del FILES["timm"]  # an extra: tests/test_torchvision_arch.py
+del FILES["retina"]  # boxes: tests/test_detection.py
 FINE, COARSE, INK = Classification("fine", 100), Classification("coarse", 20), Regression("ink")
 NYUV2 = Segmentation("segmentation", 13), Depth("depth"), Normals("normals")
 SMALL = {

@@ -5,12 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mtl.tasks import Task
-from mtl.views import Fixed
 
 
 def labels_pixels(task: Task) -> bool:
-    """Whether the task has a map of labels. Otherwise it has one label for the whole image, which follows no view."""
-    return not isinstance(task.moves, Fixed)
+    """Whether the task has a map of labels. Otherwise it has one label for the whole image, or boxes."""
+    return task.moves.dense
 
 
 def pooled(channels: int, outputs: int) -> nn.Sequential:

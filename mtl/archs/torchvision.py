@@ -55,23 +55,13 @@ class TorchvisionBackbone(nn.Module):
         tasks: Sequence[Task] = (),
     ):
         super().__init__()
-        known = torchvision.models.list_models(module=torchvision.models)
-        if name not in known:
-            hint = suggest(name, known) or f"; such as {', '.join(n for n in FAMILIES if n in known)}"
-            raise ValueError(f"name: {name!r} is none of torchvision's {len(known)} classification networks{hint}")
         self.frozen = frozen
-        named = _named(name, weights) if wanted(weights) else None
-        self.network = torchvision.models.get_model(name, weights=None, **_options(name, weights))
-        self.out_features = _remove_classifier(self.network)
-        _see(self.network, in_channels)
+        self.network, self.out_features = without_classifier(name, in_channels, weights)
         self.pyramid = None
         if pyramid.dense(tasks):
-            stages = _stages(self.network, in_channels, name)
-            # Only the layers up to the last map are kept: what is behind it would never be trained.
-            self.network = create_feature_extractor(self.network, list(stages))
-            self.pyramid, self.out_features = Pyramid(list(stages.values())), pyramid.WIDTH
-        if wanted(weights):
-            start_from(self.network, _download(named) if named else read(weights), weights)
+            self.network, channels_of = up_to_maps(self.network, in_channels, name)
+            self.pyramid, self.out_features = Pyramid(list(channels_of.values())), pyramid.WIDTH
+        load_weights(self.network, name, weights)
         self.layer_groups = layers(self.network) | ({"pyramid": ["pyramid"]} if self.pyramid else {})
         self.network.requires_grad_(not frozen)
 
@@ -106,6 +96,64 @@ class TorchvisionBackbone(nn.Module):
 FAMILIES = ("resnet18", "resnet50", "mobilenet_v3_small", "efficientnet_b0", "convnext_tiny", "vit_b_16", "swin_t")
 
 
+def without_classifier(name: str, in_channels: int, weights: str | None) -> tuple[nn.Module, int]:
+    """A network of torchvision without its last layer, with random weights; and the width of its features.
+
+    Args:
+        name, in_channels: as in `TorchvisionBackbone`.
+        weights: that are loaded later, as some networks are built differently for them.
+
+    Raises:
+        ValueError: there is no such network, or no such weights.
+    """
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        hint = suggest(name, known) or f"; such as {', '.join(n for n in FAMILIES if n in known)}"
+        raise ValueError(f"name: {name!r} is none of torchvision's {len(known)} classification networks{hint}")
+    if wanted(weights):
+        _named(name, weights)
+    network = torchvision.models.get_model(name, weights=None, **_options(name, weights))
+    width = _remove_classifier(network)
+    _see(network, in_channels)
+    return network, width
+
+
+def up_to_maps(
+    network: nn.Module, in_channels: int, name: str, levels: Sequence[int] | None = None
+) -> tuple[nn.Module, dict[int, int]]:
+    """The network as one that returns a dict of maps, from the largest to the smallest.
+
+    Only the layers up to the last map are kept: the layers behind it would never be trained.
+
+    Args:
+        levels: of the maps: 3 for an eighth of the images' size. Those that the network lacks are left out; None: all.
+
+    Returns:
+        the network, and {level: channels}.
+
+    Raises:
+        ValueError: it has fewer than two maps; the message begins with "name".
+    """
+    found = _stages(network, in_channels, name)
+    chosen = {level: at for level, at in found.items() if levels is None or level in levels}
+    if not chosen:
+        shown = ", ".join(map(str, found))
+        raise ValueError(f"levels: {list(levels)}; {name} has maps of the levels {shown}, and one is needed")
+    maps = create_feature_extractor(network, [path for path, _ in chosen.values()])
+    return maps, {level: width for level, (_, width) in chosen.items()}
+
+
+def load_weights(network: nn.Module, name: str, weights: str | None) -> None:
+    """Load torchvision's weights of this name, those of a file, or none.
+
+    Raises:
+        ValueError: they are missing or do not fit; the message begins with "weights".
+    """
+    if wanted(weights):
+        named = _named(name, weights)
+        start_from(network, _download(named) if named else read(weights), weights)
+
+
 def layers(network: nn.Module) -> dict[str, list[str]]:
     """The children of the attribute `network`, as layer groups of the gradient microscope."""
     return {
@@ -114,8 +162,8 @@ def layers(network: nn.Module) -> dict[str, list[str]]:
 
 
 @torch.no_grad()
-def _stages(network: nn.Module, in_channels: int, name: str) -> dict[str, int]:
-    """{module: channels} of the last map of each size, from a quarter of the images' size downwards.
+def _stages(network: nn.Module, in_channels: int, name: str) -> dict[int, tuple[str, int]]:
+    """{level: (module, channels)} of the last map of each size, from level 2, a quarter of the images' size, to 5.
 
     Raises:
         ValueError: there are fewer than two such maps.
@@ -141,7 +189,7 @@ def _stages(network: nn.Module, in_channels: int, name: str) -> dict[str, int]:
     if len(maps) < 2:
         raise ValueError(f"name: {name} has no maps of several sizes, which tasks with labels of pixels need; "
                          "a convolutional network has, such as resnet18")  # fmt: skip
-    return dict(maps.values())
+    return maps
 
 
 def _options(name: str, weights: str | None) -> dict[str, object]:

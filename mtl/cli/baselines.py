@@ -67,7 +67,13 @@ def fill(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, Any
         if directory.run.get("status") == "finished":
             check_shapes(directory.run.get("inputs"), benchmark, directory.path)
             last = directory.rows()[-1]
-            results[task.name] = last.get(f"val/{name}", last[f"train/{name}"])
+            measured = [last[one] for one in (f"val/{name}", f"train/{name}") if one in last]
+            if not measured:
+                raise ConfigError(
+                    f"loss.{key}=auto: {name} is measured on validation data only, and there is none; set "
+                    "data.val_fraction=0.1"
+                )
+            results[task.name] = measured[0]
         elif config["study"].get("plan"):
             results[task.name] = 1.0  # good enough to time a step
         else:

@@ -23,6 +23,7 @@ from mtl.metrics.base import Metric, Score
 from mtl.metrics.tally import Tally
 from mtl.tasks import Task
 from mtl.tasks.groups import check_alike
+from mtl.tasks.predictions import each, tensors
 from mtl.views import Augment
 
 NAME = re.compile(r"\w[\w-]*")  # a task's name becomes a part of metric names, checkpoint keys and config keys
@@ -193,8 +194,8 @@ def _check_task(task: Task, prediction: Any, target: Column) -> None:
             raise ValueError(f"zero of {name} must be a tensor of zeros, int64 or float64, not {zero!r:.60}")
         tally.update("whole", metric, prediction, target)
         # A second state with the unlabelled samples only: it must stay at zero.
-        if missing.any() and isinstance(prediction, Tensor):
-            tally.update("missing", metric, prediction[missing], target[missing])
+        if missing.any() and all(part.shape[:1] == missing.shape for part in tensors(prediction)):
+            tally.update("missing", metric, each(lambda part: part[missing], prediction), target[missing])
         read = tally.read()
         if (added := read.get("missing", zero)).any():
             shown = added.flatten()[:8].tolist()

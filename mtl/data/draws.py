@@ -6,7 +6,7 @@ Everything is drawn on the CPU, and is a function of the seed and the number of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
@@ -51,7 +51,7 @@ class Draws:
             # Each kind of augmentation has its own random stream. So adding a flip does not change the crops.
             drawn = one.draw(size, self.picture, lambda name: draws(name, epoch, *part))
             view = drawn if view is None else view.then(drawn)
-        return view
+        return None if view is None else replace(view, picture=self.picture)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class PartDraws(Draws):
             if view is not None:
                 found.a[where], found.b[where] = view.a, view.b
                 whole &= view.whole
-        return View(found.a, found.b, whole)
+        return View(found.a, found.b, whole, self.picture)
 
     @cached_property
     def _members(self) -> list[Tensor]:

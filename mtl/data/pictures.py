@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image as Pillow
 from torch import Tensor
 
@@ -87,3 +88,43 @@ def _row(one: Image, resize: bool, path: Path) -> np.ndarray:
         what = f"is {height} high and {width} wide, and the first image {one.shape[1]} and {one.shape[2]}"
         raise SetupError(f"{path}: {what}; set data.height and data.width, to which all are resized")
     return row.numpy()
+
+
+def maps_from_files(
+    files: Sequence[Path | None], height: int, width: int, classes: Sequence[int], cache: str | Path = "mtl-cache"
+) -> Tensor:
+    """A column of maps of classes, (N, height, width) int16, memory-mapped. Pixels are picked, never mixed.
+
+    Args:
+        files: 8-bit pictures, grey or with a palette; None for an image without a map, which gets −100 everywhere.
+        height, width: of the column.
+        classes: the class of each value from 0 to 255; −100 for no label. Values beyond the list have no label.
+        cache: folder for the array.
+
+    Raises:
+        SetupError: a file is damaged or has more than 8 bits, or the array cannot be written.
+    """
+    table = np.full(256, -100, dtype=np.int16)
+    table[: len(classes)] = classes
+    present = [file for file in files if file is not None]
+    if not present:
+        return torch.full((len(files), height, width), -100, dtype=torch.int16)
+    marks = [file is not None for file in files]
+    name = f"maps-{height}x{width}-{digest(present, VERSION, marks, table.tolist())}.npy"
+    rows = partial(_map_rows, files, height, width, table)
+    return cached(Path(cache) / name, len(files), rows, f"{len(present):,} maps of {present[0].parent}")
+
+
+def _map_rows(files: Sequence[Path | None], height: int, width: int, table: np.ndarray) -> Iterator[np.ndarray]:
+    for file in files:
+        if file is None:
+            yield np.full((height, width), -100, dtype=np.int16)
+            continue
+        try:
+            with Pillow.open(file) as opened:
+                mode, picked = opened.mode, np.asarray(opened.resize((width, height), Pillow.Resampling.NEAREST))
+        except Exception as error:
+            raise SetupError(f"{file}: is damaged, or no image ({one_line(error)[:80]})") from error
+        if mode not in ("L", "P"):
+            raise SetupError(f"{file}: a picture of mode {mode}; a map of classes has one channel of 8 bits")
+        yield table[picked]

@@ -142,6 +142,8 @@ def open_batches(benchmark: Benchmark, learner: Learner) -> tuple[TrainingBatche
     """
     with seeded(learner.seed, "load"):
         strategy, splits = learner.strategy, benchmark.splits()
+    if "val" not in splits:
+        _check_measured(learner)
     # Batch norm cannot normalise a single sample, so each part of a batch needs two.
     smallest = 2 * parts(strategy)
     if len(splits["train"]) < smallest:
@@ -158,6 +160,23 @@ def open_batches(benchmark: Benchmark, learner: Learner) -> tuple[TrainingBatche
             check_tasks(learner.tasks, outputs.predictions, batch)
     evaluations = {n: EvaluationBatches(s, benchmark, learner.device) for n, s in splits.items() if n != "train"}
     return train, evaluations
+
+
+def _check_measured(learner: Learner) -> None:
+    """Check that training without validation data measures the metrics which the method or the schedule reads.
+
+    Raises:
+        ConfigError: one of them is not measured on training batches.
+    """
+    mains = [f"{t.name}_{t.scores[0].name}" for t in learner.tasks]
+    skipped = [f"{t.name}_{s.name}" for t in learner.tasks for m in t.metrics if not m.training for s in m.scores]
+    strategy, schedule = learner.strategy, learner.schedule
+    for one, names in (strategy, mains if strategy.reads_scores else ()), (schedule, schedule.reads(mains)):
+        if found := [name for name in names if name in skipped]:
+            raise ConfigError(
+                f"{'loss' if one is strategy else 'schedule'}: {type(one).__name__} reads {found[0]}, which is "
+                "measured on validation data only, and there is none; set data.val_fraction=0.1"
+            )
 
 
 def parts(strategy: Strategy) -> int:

@@ -34,6 +34,7 @@ from mtl.parallel.processes import Processes
 from mtl.random import seeded
 from mtl.tasks import Task
 from mtl.tasks.groups import Groups
+from mtl.tasks.predictions import each
 from mtl.tracking.console import Progress
 
 STATISTICS = ("norm", "ratio", "cosine", "conflict", "magnitude")  # fields of `Info`; reported as grad/<name>
@@ -216,7 +217,7 @@ class Learner:
         """
         # A name with a slash, such as "step/norm", cannot collide with a task's: no task name contains a slash.
         predictions, losses = self._whole(info.passes, batch)
-        counts = self._add_tasks(predictions, batch, tally)
+        counts = self._add_tasks(predictions, batch, tally, training=True)
         # A loss is a mean over the batch's labels. Multiplied by their number it can be summed over batches.
         tally.add("loss", torch.stack(list(losses)) * counts)
         for name in ("weights", *STATISTICS):
@@ -224,7 +225,7 @@ class Learner:
                 tally.add(f"step/{name}", value)
         return losses
 
-    def _add_tasks(self, predictions: Sequence[Any], batch: Batch, tally: Tally) -> Tensor:
+    def _add_tasks(self, predictions: Sequence[Any], batch: Batch, tally: Tally, training: bool = False) -> Tensor:
         """Add a batch to the metrics of all tasks.
 
         Returns:
@@ -232,7 +233,7 @@ class Learner:
         """
         counts = self._groups.counts(batch)
         tally.add("count", counts)
-        self._groups.update(predictions, batch, tally)
+        self._groups.update(predictions, batch, tally, training)
         return counts
 
     def _of_steps(self, read: Mapping[str, Tensor], steps: int) -> dict[str, float]:
@@ -295,7 +296,7 @@ class Learner:
             return [p.predictions[k] for k, p in enumerate(passes)], [p.values[k] for k, p in enumerate(passes)]
         # A method with independent batches has made a pass for each part. The predictions are joined, and the loss is
         # computed again: the mean of the parts' losses would weigh labels unequally.
-        predictions = [torch.cat(parts) for parts in zip(*(p.predictions for p in passes), strict=True)]
+        predictions = [each(_joined, *parts) for parts in zip(*(p.predictions for p in passes), strict=True)]
         return predictions, self._groups.losses(predictions, batch)
 
     def forward(self, batch: Batch) -> Callable[[slice], Pass]:
@@ -319,7 +320,7 @@ class Learner:
         # Only the network runs in bf16. Losses and metrics get fp32 predictions.
         with self.trainer.autocast(self.device):
             outputs = self.model(self.trainer.laid_out(batch), **options)
-        return Outputs([_single(p) for p in outputs.predictions], outputs.features)
+        return Outputs([each(Tensor.float, p) for p in outputs.predictions], outputs.features)
 
     def _views(self, features: Tensor) -> Sequence[Tensor]:
         """The input of each decoder: the features themselves, or a rotated copy for each task (RotoGrad)."""
@@ -352,7 +353,8 @@ class Learner:
         keys = [f"{t.name}_{t.scores[0].name}" for t in self.tasks]
         split = "val" if f"val/{keys[0]}" in row else "train"
         losses = torch.tensor([row[f"train/{t.name}_loss"] for t in self.tasks])
-        scores = torch.tensor([row[f"{split}/{key}"] for key in keys])
+        # NaN, too, for a metric that is not measured on training batches, if there is no validation data.
+        scores = torch.tensor([row.get(f"{split}/{key}", math.nan) for key in keys])
         stage, _ = stage_at(self.trainer.plan, self.strategy.epoch)
         if absent := [i for i, task in enumerate(self.tasks) if not stage.counts(task.name)]:
             losses[absent], scores[absent] = math.nan, math.nan  # NaN also marks a task without any label
@@ -420,6 +422,5 @@ def _size(batch: Batch) -> int:
     return len(next(iter(batch.values())))
 
 
-def _single(prediction: Any) -> Any:
-    """Convert a prediction to fp32, in which losses are computed. Anything other than a tensor is left as it is."""
-    return prediction.float() if isinstance(prediction, Tensor) else prediction
+def _joined(*parts: Tensor) -> Tensor:
+    return torch.cat(parts)

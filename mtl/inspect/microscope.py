@@ -35,7 +35,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge
@@ -47,6 +47,7 @@ from mtl.losses.base import FLOOR, masked
 from mtl.losses.solvers import double
 from mtl.metrics.tally import Tally
 from mtl.tasks import Task
+from mtl.tasks.predictions import each
 
 STATISTICS = ("cosine", "magnitude", "sign_conflict")
 COMBINED, WHOLE = "combined", "all"
@@ -139,7 +140,7 @@ class GradientObserver:
                 start[p], ends = ends, ends + p.numel()
         self.columns = [slice(start[p], start[p] + p.numel()) for p in self.parameters]
 
-    def before(self, predictions: Sequence[Tensor], losses: Sequence[Tensor], batch: Batch) -> None:
+    def before(self, predictions: Sequence[Any], losses: Sequence[Tensor], batch: Batch) -> None:
         """Compute the gradients of tasks and samples, before the update. The graph is kept for the step itself.
 
         Args:
@@ -147,8 +148,8 @@ class GradientObserver:
             losses: T scalars, means over the labelled samples.
             batch: contains the labels.
         """
-        size = min(self.samples, len(predictions[0]))
         labelled = torch.stack([t.labelled(t.select(batch[t.column])) for t in self.tasks])  # (T, N)
+        size = min(self.samples, labelled.shape[1])
         self.present, self.labelled = labelled.any(1), labelled[:, :size]
         self.losses = torch.stack([loss.detach() for loss in losses])
         self.between_tasks = None
@@ -159,7 +160,8 @@ class GradientObserver:
         self.rows = []  # T x S lists of the parameters' gradients
         for t, p in zip(self.tasks, predictions, strict=True):
             # `criterion` gives one loss per sample. Each needs a backward pass of its own through the whole batch.
-            values = t.criterion(p[:size], t.select(batch[t.column])[:size]) if size else []
+            few = each(lambda part: part[:size], p)
+            values = t.criterion(few, t.select(batch[t.column])[:size]) if size else []
             self.rows.append([self._gradients(value) for value in values])
 
     def jacobian(self, jacobian: Tensor) -> None:

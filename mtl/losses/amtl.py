@@ -53,6 +53,8 @@ class AMTL(LossWeighting):
 
     single_task_argument = "potentials"
 
+    reads_scores = True
+
     def __init__(
         self,
         tasks: int | Sequence[str],

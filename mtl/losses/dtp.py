@@ -33,6 +33,8 @@ class DTP(LossWeighting):
         mean: how the weighted losses are combined.
     """
 
+    reads_scores = True
+
     def __init__(
         self,
         tasks: int | Sequence[str],

@@ -43,6 +43,8 @@ class PIVRG(GramianWeighting):
     claims = ("non_conflicting", "scale_free")
     single_task_argument = "baselines"
 
+    reads_scores = True
+
     def __init__(
         self,
         tasks: int | Sequence[str],

@@ -36,9 +36,11 @@ class Metric(ABC):
 
     Attributes:
         scores: the scores that `compute` returns. The first score of a task's first metric is the task's main metric.
+        training: whether it is also measured on the training batches. False saves the time of an expensive metric.
     """
 
     scores: Sequence[Score]
+    training: bool = True
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -80,6 +80,10 @@ class Schedule(ABC):
             mains: {main metric of each task: whether higher is better}, in the order of the tasks.
         """
 
+    def reads(self, mains: Sequence[str]) -> Sequence[str]:
+        """The names of the metrics that `epoch_end` reads. `mains` are the main ones of all tasks."""
+        return ()
+
     def state(self) -> dict[str, Any]:
         """What a resumed run needs besides the progress: numbers by name."""
         return {}
@@ -228,6 +232,9 @@ class Plateau(Schedule):
         self._waited += 1
         if self._waited > self.patience:
             self._cuts, self._waited = self._cuts + 1, 0
+
+    def reads(self, mains: Sequence[str]) -> Sequence[str]:
+        return mains if self.baselines else [self.metric] if self.metric else ()
 
     def _result(self, values: Mapping[str, float], mains: Mapping[str, bool]) -> float:
         """The result, where less is better."""

@@ -78,7 +78,7 @@ class Segmentation(Task):
         """One colour for each class; black without a label, or where a prediction is NaN."""
         target = target.long()
         likeliest = prediction.argmax(1).masked_fill(prediction.isnan().any(1), -100)
-        table = _class_colours(self.outputs).to(target.device)
+        table = class_colours(self.outputs).to(target.device)
         return tuple(_blank(table[c.clamp(min=0)], c == -100) for c in (target, likeliest))
 
 
@@ -195,7 +195,7 @@ class Normals(Task):
         return tuple(_blank(((n.nan_to_num() + 1) * 127.5).clamp(0, 255), unknown) for n, unknown in maps)
 
 
-def _class_colours(classes: int) -> Tensor:
+def class_colours(classes: int) -> Tensor:
     """(classes, 3) uint8. Beyond the table the colours are PASCAL VOC's, made from the bits of the class."""
     colours = list(CLASSES[:classes])
     for number in range(len(colours), classes):

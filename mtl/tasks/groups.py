@@ -94,15 +94,22 @@ class Groups:
         """(N, T) bool: whether sample n has a label of task t."""
         return torch.stack(self._ordered(group.labelled(batch) for group in self._groups), 1)
 
-    def update(self, predictions: Sequence[Any], batch: Labels, tally: Tally) -> None:
-        """Add a batch to the states of all metrics in `tally`."""
+    def update(self, predictions: Sequence[Any], batch: Labels, tally: Tally, training: bool = False) -> None:
+        """Add a batch to the states of all metrics in `tally`.
+
+        Args:
+            training: whether it is a training batch, on which some metrics are not measured.
+        """
         for group in self._groups:
             prediction, target = group.prediction(predictions), group.target(batch)
             for name, metric in group.metrics.items():
-                tally.update(name, metric, prediction, target)
+                if metric.training or not training:
+                    tally.update(name, metric, prediction, target)
 
     def scores(self, place: int, read: Mapping[str, Tensor]) -> dict[str, float]:
         """{score name: value} of one task's metrics, from the states that `update` has added up.
+
+        A metric without a state was not measured, and has no score here.
 
         Args:
             place: position of the task.
@@ -111,6 +118,8 @@ class Groups:
         group = next(group for group in self._groups if place in group.places)
         found = {}
         for state, metric in zip(group.states(place, read), self.tasks[place].metrics, strict=True):
+            if state is None:
+                continue
             values = metric.compute(state)
             found |= {score.name: values[score.name] for score in metric.scores}
         return found
@@ -187,17 +196,17 @@ class _Group:
             return [self.first.labelled(target)]
         return self.first.labelled(target.flatten(0, 1)).view(self.size, -1).unbind()
 
-    def states(self, place: int, read: Mapping[str, Tensor]) -> list[Tensor]:
-        """The metric states of one task."""
-        states = [read[name] for name in self.metrics]
-        return states if self.alone else [state[self.places.index(place)] for state in states]
+    def states(self, place: int, read: Mapping[str, Tensor]) -> list[Tensor | None]:
+        """The metric states of one task; None for a metric that was not measured."""
+        states = [read.get(name) for name in self.metrics]
+        return states if self.alone else [None if s is None else s[self.places.index(place)] for s in states]
 
 
 class _Several(Metric):
     """One metric of K alike tasks: the state has one row for each task."""
 
     def __init__(self, metric: Metric, tasks: int):
-        self.metric, self.tasks = metric, tasks
+        self.metric, self.tasks, self.training = metric, tasks, metric.training
         self._together: bool | None = None  # whether `update` can run for all tasks at once; None: not tried yet
 
     def zero(self) -> Tensor:

@@ -143,8 +143,10 @@ def epoch_line(
             return f"{split} {_summary(row, split, shown, named=losses)}"
         cells = []
         for task, told in shown.items():
-            loss = f"{row[f'{split}/{task}_loss']:.3f} " if losses else ""
-            cells.append(f"{task} {loss}{row[f'{split}/{task}_{told[0]}']:.4g}{told[1]}")
+            loss = [f"{row[f'{split}/{task}_loss']:.3f}"] if losses else []
+            key = f"{split}/{task}_{told[0]}"  # some metrics are not measured in training
+            value = [f"{row[key]:.4g}{told[1]}"] if key in row else []
+            cells.append(" ".join([task, *loss, *value]))
         return f"{split} {', '.join(cells)}"
 
     weights = [row[f"weights/{task}"] for task in tasks if f"weights/{task}" in row]
@@ -178,7 +180,8 @@ def _summary(row: Mapping[str, float], split: str, tasks: Mapping[str, Sequence[
     """The mean over the tasks, the worst and the best of them, for each metric that they have, in each of its units."""
     parts = []
     for metric, unit in dict.fromkeys((told[0], told[1]) for told in tasks.values()):
-        values = {t: row[f"{split}/{t}_{metric}"] for t, told in tasks.items() if tuple(told[:2]) == (metric, unit)}
+        keys = {t: f"{split}/{t}_{metric}" for t, told in tasks.items() if tuple(told[:2]) == (metric, unit)}
+        values = {t: row[key] for t, key in keys.items() if key in row}  # some are not measured in training
         higher = next(told[2:] for told in tasks.values() if tuple(told[:2]) == (metric, unit)) != (False,)
         # Undefined values, such as F1 without a positive label, have no part in the mean.
         values = {task: value for task, value in values.items() if value == value}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import nan
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,13 @@ from mtl.views.view import View
 
 
 class Moves(ABC):
-    """The base class: how the rows of one column follow the views of their samples."""
+    """The base class: how the rows of one column follow the views of their samples.
+
+    Attributes:
+        dense: whether the column is a map, with a label for each pixel. The network then predicts a map, too.
+    """
+
+    dense: ClassVar[bool] = True
 
     @abstractmethod
     def __call__(self, column: Tensor, rows: Tensor | None, view: View | None) -> Tensor:
@@ -47,6 +54,8 @@ class Moves(ABC):
 @dataclass(frozen=True)
 class Fixed(Moves):
     """A label of the whole sample, such as a class. It is the same in every view."""
+
+    dense: ClassVar[bool] = False
 
     def __call__(self, column: Tensor, rows: Tensor | None, view: View | None) -> Tensor:
         return column if rows is None else column[rows]
@@ -129,6 +138,37 @@ class Directions(Moves):
         if view is not None:
             normals[..., :2] *= view.a.sign().flip(1)[:, None, None]  # a is of (rows, columns), a normal of (x, y)
         return normals
+
+
+@dataclass(frozen=True)
+class Boxes(Moves):
+    """Boxes of objects, a ragged column with rows (x1, y1, x2, y2, class), in pixels from the picture's corner.
+
+    A box is clipped at the picture's edge. Where less than a pixel of its width or height is left, its class becomes
+    −1, which counts as no box. The row itself stays, so that the host need not wait to learn how many are left.
+    """
+
+    dense: ClassVar[bool] = False
+
+    def __call__(self, column: Any, rows: Tensor | None, view: View | None) -> Any:
+        column = column if rows is None else column[rows]
+        if view is None:
+            return column
+        if view.picture is None:
+            raise ValueError("boxes are clipped at the picture's edge, and this view has no size; set View.picture")
+        values, owner = column.values, column.owner()
+        # A view maps (row, column) of the result to the source; boxes are (x, y), and go the other way.
+        a, b = (numbers.flip(1)[owner].repeat(1, 2).to(values.dtype) for numbers in (view.a, view.b))
+        moved = (values[:, :4] - b) / a
+        first, second = moved[:, :2], moved[:, 2:]  # a mirrored box has its corners exchanged
+        height, width = view.picture
+        low, high = torch.minimum(first, second).clamp(min=0), torch.maximum(first, second)
+        high = torch.stack([high[:, 0].clamp(max=width), high[:, 1].clamp(max=height)], 1)
+        gone = ((high - low) < 1).any(1)
+        return column.with_values(torch.cat([low, high, values[:, 4:].masked_fill(gone[:, None], -1)], 1))
+
+    def fits(self, shape: tuple[int, ...], picture: tuple[int, int]) -> str:
+        return "" if shape == (5,) else "boxes have the rows (x1, y1, x2, y2, class)"
 
 
 def see(

@@ -29,11 +29,13 @@ class View:
         b: (N, 2) float32.
         whole: whether every a is 1 or −1 and every b is a whole number, so that no pixel is interpolated. It is stored,
             so that the host need not read the numbers from the device.
+        picture: (height, width) of the pictures, in pixels; None if nobody has noted it.
     """
 
     a: Tensor
     b: Tensor
     whole: bool = False
+    picture: tuple[int, int] | None = None
 
     @staticmethod
     def identity(size: int) -> View:
@@ -43,7 +45,7 @@ class View:
     def then(self, later: View) -> View:
         """The composition: first this view, then `later` as a view of its result."""
         # Substitute: position ↦ a · (later.a · position + later.b) + b.
-        return View(self.a * later.a, self.a * later.b + self.b, self.whole and later.whole)
+        return View(self.a * later.a, self.a * later.b + self.b, self.whole and later.whole, self.picture)
 
     def take(self, index: Tensor | slice) -> View:
         """The views of the samples at `index`."""

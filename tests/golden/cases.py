@@ -56,6 +56,9 @@ def _archs() -> dict[str, tuple[str, ...]]:
         depth = ("arch.depth=18",) if name.startswith("deeplab") else ()
         pair = (*ROOMS, "data._target_=golden.problems.Pair", "data.height=32", "data.width=40")
         cases[name] = (*pair, f"arch={name}", "arch.width=2", *depth, "optimizer.lr=0.01", "trainer.epochs=1")
+    boxes = ("data=boxes", "data.train_size=24", "data.test_size=16", "data.size=32", *SIZES, "arch=retina")
+    small = ("arch.name=squeezenet1_1", "arch.width=2", "arch.levels=[2,3]", "arch.head_layers=1")
+    cases["retina"] = (*boxes, *small, "optimizer.lr=0.01", "trainer.epochs=1")
     for name in ("mpnn", "nnconv"):
         cases[name] = (*MOLECULES, f"arch={name}", "optimizer.lr=0.01", "trainer.epochs=2")
     cases["mpnn"] += ("arch.width=8",)
