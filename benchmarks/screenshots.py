@@ -23,9 +23,9 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
 COLUMNS = 100  # of the terminal in the picture
-GRID = ("-m", "experiment=quickstart", "loss=equal,uncertainty,dwa,pcgrad,cagrad", "seed=0,1,2", "study.baselines=auto")
-# Not in the picture: fewer and larger steps, no tracker, a folder of their own.
-QUIETLY = ("data.batch_size=128", "logger=none", "trainer.device=cpu")
+GRID = ("-m", "experiment=quickstart", "loss=equal,uncertainty,dwa,pcgrad,cagrad", "seed=0,1,2",
+        "data.batch_size=128", "study.baselines=auto")  # fmt: skip
+QUIETLY = ("logger=none", "trainer.device=cpu")  # not in the picture, like the folder of the runs
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 TERMINAL = """<!doctype html><meta charset="utf-8"><style>
 body {{ margin: 0; background: #fff }}
@@ -36,11 +36,11 @@ b {{ color: #8fd18f; font-weight: normal }} i {{ color: #7d8590; font-style: nor
 </style><figure><pre>{text}</pre></figure>"""
 
 
-def train(runs: Path) -> str:
+def train(runs: Path) -> tuple[str, str]:
     """Train the grid, or find it finished.
 
     Returns:
-        what the first call has printed.
+        what the first call in this folder has printed, and what this call has.
     """
     told = runs / "terminal.txt"
     words = [sys.executable, "train.py", *GRID, *QUIETLY, f"output_root={runs}"]
@@ -50,15 +50,20 @@ def train(runs: Path) -> str:
         sys.exit(f"error: the runs have failed; see {runs}\n{done.stdout[-2000:]}")
     if not told.exists():
         told.write_text(done.stdout)
-    return told.read_text()
+    return told.read_text(), done.stdout
 
 
-def excerpt(told: str) -> str:
-    """The command, the first run as far as its last epoch, and the closing table, as HTML."""
-    lines = [line for line in told.splitlines() if not line.startswith(("figure:", "first:"))]
-    first = next(i for i, line in enumerate(lines) if line.startswith("epoch  2/"))
+def excerpt(told: str, closing: str) -> str:
+    """The command, the start of the first run, and the closing table, as HTML.
+
+    Args:
+        told: what the call has printed that trained the runs.
+        closing: what a call has printed that ends with the table.
+    """
+    start = told[: told.index("\nepoch  2/")].splitlines()
+    lines = [line for line in closing.splitlines() if not line.startswith(("figure:", "first:"))]
     table = next(i for i, line in enumerate(lines) if line.endswith(": test metrics"))
-    kept = [*lines[:first], "…", *lines[table:]]
+    kept = [*start, "…", *lines[table:]]
     while not kept[-1].strip() or kept[-1].startswith("next:"):
         kept.pop()
     # The folder of these runs is a temporary one; a user's is outputs/.
@@ -91,16 +96,16 @@ def photograph(page: Path, picture: Path, width: int, height: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, help="folder of the runs; without it a temporary one")
-    parser.add_argument("--height", type=int, default=1500, help="pixels of the report that are shown")
+    parser.add_argument("--height", type=int, default=1330, help="pixels of the report that are shown")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         runs = (options.runs or work / "outputs").absolute()
         runs.mkdir(parents=True, exist_ok=True)
-        told = train(runs)
+        told, closing = train(runs)
         report = [sys.executable, "-m", "mtl.report", str(runs), "--out", str(work / "report"), "--format", "html"]
         subprocess.run(report, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        (work / "terminal.html").write_text(TERMINAL.format(text=excerpt(told)))
+        (work / "terminal.html").write_text(TERMINAL.format(text=excerpt(told, closing)))
         IMAGES.mkdir(exist_ok=True)
         photograph(work / "report" / "report.html", IMAGES / "report.png", 1000, options.height)
         photograph(work / "terminal.html", IMAGES / "terminal.png", 1100, 1600)

@@ -404,6 +404,8 @@ def test_baselines_are_trained_on_demand_and_once(smoke, tmp_path):
     assert result.code == 0, result.err
     assert set(runs(tmp_path)) == {"singlefine/0", "singlecoarse/0", "equal/0", "dwa/0"}
     assert result.out.count("epoch 2/2") == 4
+    table, _, note = result.out.partition(": test metrics\n")[2].partition("test set, ")
+    assert ("†" in table) == ("; †: better than single-task learning" in note)
     # It is the very run that its own command makes.
     again = smoke("loss=single", "loss.task=coarse", "seed=0")
     assert "epoch" not in again.out and "finished" in again.out

@@ -94,17 +94,21 @@ def summarise(folder: Path, kept: bool, interrupted: bool = False) -> tuple[int,
     outcomes = [_as_found(o, found) for o in outcomes]
     figures: list[Path] = []
     told: list[str] = []  # where W&B has the comparison
+    beaten = False  # whether a strategy is better than single-task learning
     for benchmark in benchmarks(found.runs, found.stopped):
         for arch in benchmark.archs:
             scores = Scores(benchmark, arch)
-            print(f"\n{fold(summaries.metrics_table(scores).terminal(), columns())}")
+            text = summaries.metrics_table(scores).terminal()
+            beaten |= "†" in text
+            print(f"\n{fold(text, columns())}")
             told += filter(None, [_tell_wandb(scores)])
         from mtl.report.figures.paper import draw  # late: matplotlib takes a second to import
 
         if kept:
             figures += draw(benchmark, folder, only=["learning-curves"])
     if found.runs:
-        print("test set, mean ± std over seeds; *: the best mean, which need not be a real difference\n")
+        dagger = "; †: better than single-task learning" if beaten else ""
+        print(f"test set, mean ± std over seeds; *: the best mean, which need not be a real difference{dagger}\n")
     for line in told:  # after the tables and their note
         print(line)
     for figure in figures:
