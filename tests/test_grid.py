@@ -46,8 +46,8 @@ def table(output: str) -> list[str]:
     return output.split(": test metrics\n")[1].split("test set, ")[0].splitlines()
 
 
-def test_a_grid_of_12_killed_5_times_ends_as_if_undisturbed(tmp_path):
-    words = ("loss=equal,dwa,pcgrad", "seed=0,1,2,3", "data=digits", "trainer.epochs=3", "trainer.device=cpu")
+def test_a_grid_of_9_killed_3_times_ends_as_if_undisturbed(tmp_path):
+    words = ("loss=equal,dwa,pcgrad", "seed=0,1,2", "data=digits", "trainer.epochs=3", "trainer.device=cpu")
     words = (*words, "data.limit_train=64", "data.limit_test=32", "data.batch_size=32", "logger=none")
     command = [sys.executable, str(ROOT / "train.py"), "-m", *words]
     rng, killed = random.Random(0), 0
@@ -59,21 +59,21 @@ def test_a_grid_of_12_killed_5_times_ends_as_if_undisturbed(tmp_path):
     calm = start(tmp_path / "calm")
     out, err = calm.communicate()
     assert calm.returncode == 0, err
-    for _ in range(5):
+    for _ in range(3):
         process = start(tmp_path / "killed")
-        for _ in range(rng.randrange(8, 30)):  # so many lines of the console: in the middle of some cell
+        for _ in range(rng.randrange(8, 20)):  # so many lines of the console: in the middle of some cell
             process.stdout.readline()
         time.sleep(rng.random() / 4)
         process.send_signal(rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
         process.communicate()
         killed += process.returncode != 0
-    assert killed == 5
+    assert killed == 3
     last = start(tmp_path / "killed")
     again, err = last.communicate()
     assert last.returncode == 0, err
     assert table(again) == table(out)
     one, other = runs(tmp_path / "calm"), runs(tmp_path / "killed")
-    assert len(one) == 12 and one.keys() == other.keys()
+    assert len(one) == 9 and one.keys() == other.keys()
     for name, directory in one.items():
         assert json.dumps(metrics(directory)) == json.dumps(metrics(other[name])), name
         ours, theirs = (torch.load(d / "last.pt", weights_only=True)["model"] for d in (directory, other[name]))
