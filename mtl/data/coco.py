@@ -26,7 +26,8 @@ from torch import Tensor
 
 from mtl.data.base import Benchmark
 from mtl.data.columns import Ragged, Split
-from mtl.data.inputs import Image
+from mtl.data.folders import candidates, not_found
+from mtl.data.inputs import IMAGENET, Image
 from mtl.data.pictures import from_files, maps_from_files
 from mtl.errors import SetupError, one_line
 from mtl.tasks import Detection, Segmentation
@@ -34,7 +35,6 @@ from mtl.views import Flip, ScaleCrop
 
 SUBFOLDERS = ("coco128", "coco")
 SPLITS = {"train": "train2017", "test": "val2017"}
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
 
 @dataclass
@@ -59,17 +59,13 @@ class COCO(Benchmark):
 
     @cached_property
     def inputs(self) -> Mapping[str, Image]:
-        return {"image": Image((3, self.height, self.width), MEAN, STD)}
+        return {"image": Image((3, self.height, self.width), **IMAGENET)}
 
     def load(self) -> dict[str, Split]:
-        candidates = [Path(self.root).expanduser() / name for name in ("", *SUBFOLDERS)]
-        folder = next((f for f in candidates if (f / "images" / SPLITS["train"]).is_dir()), None)
+        folders, wanted = candidates(self.root, SUBFOLDERS), f"images/{SPLITS['train']}/"
+        folder = next((f for f in folders if (f / wanted).is_dir()), None)
         if folder is None:
-            looked = ", ".join(str(f.resolve()) for f in candidates)
-            raise SetupError(
-                f"COCO is not in data.root={self.root}: looked for images/{SPLITS['train']}/ in {looked}. Set "
-                "data.root (or the environment variable MTL_DATA) to the folder that holds it"
-            )
+            raise not_found("COCO", self.root, wanted, folders)
         classes = _panoptic(folder / "classes.json")
         return {split: self._split(folder, name, classes) for split, name in SPLITS.items()}
 

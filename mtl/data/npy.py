@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mtl.data.cache import cached, digest
 from mtl.data.columns import Split
+from mtl.data.folders import candidates, not_found
 from mtl.errors import SetupError, one_line
 
 SPLITS = {"train": "train", "test": "val"}  # the tables' test images are in val/
@@ -59,16 +60,13 @@ class Layout:
         Raises:
             SetupError: there is none in `root`.
         """
-        candidates = [Path(root).expanduser(), *(Path(root).expanduser() / name for name in self.subfolders)]
-        for folder in candidates:
+        folders = candidates(root, self.subfolders)
+        for folder in folders:
             if any((folder / split / "image").is_dir() for split in SPLITS.values()):
                 return folder
-        looked = ", ".join(str(folder.resolve()) for folder in candidates)
         kinds = ", ".join(f"{kind.folders[0]}/" for kind in self.kinds.values())
-        raise SetupError(
-            f"{self.name} is not in data.root={root}: looked for train/ and val/, with {kinds} of 0.npy, 1.npy, …, in "
-            f"{looked}; {self.source}. Set data.root (or the environment variable MTL_DATA) to the folder that holds it"
-        )
+        wanted = f"train/ and val/, with {kinds} of 0.npy, 1.npy, …,"
+        raise not_found(self.name, root, wanted, folders, self.source)
 
     def picture(self, root: str, height: int | None, width: int | None) -> tuple[int, int]:
         """(height, width) of the images; only the header of one file is read.

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mtl.data.base import Benchmark
 from mtl.data.columns import Split
+from mtl.data.folders import candidates, not_found
 from mtl.data.inputs import IMAGENET, Image
 from mtl.data.pictures import from_files
 from mtl.data.union import Parts
@@ -147,11 +148,8 @@ class Office(Parts):
     def load(self) -> dict[str, Split]:
         missing = [name for name in self.domains if not (self._folder / name).is_dir()]
         if missing:
-            looked = ", ".join(str(folder.resolve()) for folder in self._candidates)
-            raise SetupError(
-                f"Office is not in data.root={self.root}: looked for {missing[0]}/ with a folder of images for each "
-                f"class, in {looked}. Set data.root (or the environment variable MTL_DATA) to the folder that holds it"
-            )
+            wanted = f"{missing[0]}/ with a folder of images for each class"
+            raise not_found("Office", self.root, wanted, candidates(self.root, SUBFOLDERS))
         first, *others = self.members.values()
         if len(first.files) != self.classes:
             raise SetupError(f"data.classes={self.classes}: {first.root / first.name} has {len(first.files)} folders")
@@ -163,15 +161,11 @@ class Office(Parts):
         except OSError as error:
             raise SetupError(f"{first.root}: {one_line(error)}") from error
 
-    @property
-    def _candidates(self) -> list[Path]:
-        root = Path(self.root).expanduser()
-        return [root, *(root / name for name in SUBFOLDERS)]
-
     @cached_property
     def _folder(self) -> Path:
         """The folder of the domains; `root` itself if there is none."""
-        return next((f for f in self._candidates if (f / self.domains[0]).is_dir()), self._candidates[0])
+        folders = candidates(self.root, SUBFOLDERS)
+        return next((f for f in folders if (f / self.domains[0]).is_dir()), folders[0])
 
 
 def listed(root: Path) -> bool:

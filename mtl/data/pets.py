@@ -22,7 +22,8 @@ from torch import Tensor
 
 from mtl.data.base import Benchmark
 from mtl.data.columns import Ragged, Split
-from mtl.data.inputs import Image
+from mtl.data.folders import candidates, not_found
+from mtl.data.inputs import IMAGENET, Image
 from mtl.data.pictures import from_files, maps_from_files, size_of
 from mtl.errors import SetupError, one_line
 from mtl.random import stream
@@ -33,7 +34,6 @@ SUBFOLDERS = ("oxford-iiit-pet", "pets/oxford-iiit-pet")
 SPLITS = {"train": "trainval", "test": "test"}
 SPECIES = ("cat", "dog")
 TRIMAP = (-100, 0, 1, 2)  # 1 pet, 2 background, 3 border
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
 
 @dataclass
@@ -58,17 +58,13 @@ class Pets(Benchmark):
 
     @cached_property
     def inputs(self) -> Mapping[str, Image]:
-        return {"image": Image((3, self.height, self.width), MEAN, STD)}
+        return {"image": Image((3, self.height, self.width), **IMAGENET)}
 
     def load(self) -> dict[str, Split]:
-        candidates = [Path(self.root).expanduser() / name for name in ("", *SUBFOLDERS)]
-        folder = next((f for f in candidates if (f / "annotations" / "trainval.txt").is_file()), None)
+        folders, wanted = candidates(self.root, SUBFOLDERS), "annotations/trainval.txt"
+        folder = next((f for f in folders if (f / wanted).is_file()), None)
         if folder is None:
-            looked = ", ".join(str(f.resolve()) for f in candidates)
-            raise SetupError(
-                f"Oxford-IIIT Pet is not in data.root={self.root}: looked for annotations/trainval.txt in {looked}. "
-                "Set data.root (or the environment variable MTL_DATA) to the folder that holds it"
-            )
+            raise not_found("Oxford-IIIT Pet", self.root, wanted, folders)
         return {split: self._split(folder, name) for split, name in SPLITS.items()}
 
     def _split(self, folder: Path, name: str) -> Split:

@@ -5,10 +5,22 @@ Reading a number from a GPU makes the host wait until all queued work is done. S
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor
 
-from mtl.metrics.base import Metric
+
+class Summed(Protocol):
+    """What a `Tally` adds up: a metric, or one metric of several tasks at once."""
+
+    def zero(self) -> Tensor:
+        """The state before the first batch."""
+        ...
+
+    def update(self, state: Tensor, prediction: Any, target: Any) -> None:
+        """Add a batch to the state, in place."""
+        ...
 
 
 class Tally:
@@ -32,7 +44,7 @@ class Tally:
         else:
             self._states[name] = value.clone()
 
-    def update(self, name: str, metric: Metric, prediction: object, target: object) -> None:
+    def update(self, name: str, metric: Summed, prediction: object, target: object) -> None:
         """Add a batch to the state of a metric."""
         if name not in self._states:
             self._states[name] = metric.zero().to(self.device, non_blocking=True)

@@ -202,7 +202,7 @@ class _Group:
         return states if self.alone else [None if s is None else s[self.places.index(place)] for s in states]
 
 
-class _Several(Metric):
+class _Several:
     """One metric of K alike tasks: the state has one row for each task."""
 
     def __init__(self, metric: Metric, tasks: int):
@@ -221,9 +221,6 @@ class _Several(Metric):
         else:
             for row, p, t in zip(state, prediction, target, strict=True):
                 self.metric.update(row, p, t)
-
-    def compute(self, state: Tensor) -> Mapping[str, float]:
-        raise NotImplementedError("each task's metric computes its own row")
 
     def _at_once(self, state: Tensor, prediction: Tensor, target: Tensor) -> None:
         def update(row: Tensor, p: Tensor, t: Tensor) -> Tensor:
