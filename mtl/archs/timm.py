@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtl.archs import pyramid
+from mtl.archs.by_name import BackboneByName
 from mtl.archs.pyramid import Pyramid
 from mtl.archs.torchvision import layers
 from mtl.archs.weights import read, start_from, wanted
@@ -17,7 +18,7 @@ from mtl.errors import SetupError, one_line, suggest
 from mtl.tasks import Task
 
 
-class TimmBackbone(nn.Module):
+class TimmBackbone(BackboneByName):
     """A network of timm without its classifier: images (N, C, H, W) to features (N, F).
 
     With a task that labels pixels the features are a map (N, 128, H/4, W/4), from the maps that timm gives with
@@ -76,16 +77,6 @@ class TimmBackbone(nn.Module):
             start_from(self.network, read(weights), weights)
         self.layer_groups = layers(self.network) | ({"pyramid": ["pyramid"]} if maps else {})
         self.network.requires_grad_(not frozen)
-
-    def train(self, mode: bool = True) -> TimmBackbone:
-        """Training mode, except for a frozen network."""
-        super().train(mode)
-        self.network.train(mode and not self.frozen)
-        return self
-
-    def decoder(self, task: Task) -> nn.Module:
-        """Of a map `mtl.archs.pyramid.decoder`; of features (N, F) a linear layer."""
-        return pyramid.decoder(task) if self.pyramid else nn.Linear(self.out_features, task.outputs)
 
     def forward(self, images: Tensor) -> Tensor:
         found = self.network(images)

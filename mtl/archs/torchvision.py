@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from mtl.archs import pyramid
+from mtl.archs.by_name import BackboneByName
 from mtl.archs.pyramid import Pyramid
 from mtl.archs.stages import BackboneStage, block_stages
 from mtl.archs.weights import channels, first_convolution, read, start_from, wanted
@@ -26,7 +27,7 @@ from mtl.tasks import Task
 CLASSES = 1000  # of ImageNet: what the last layer of torchvision's networks predicts
 
 
-class TorchvisionBackbone(nn.Module):
+class TorchvisionBackbone(BackboneByName):
     """A network of torchvision without its classifier: images (N, C, H, W) to features (N, F).
 
     With a task that labels pixels the features are a map (N, 128, H/4, W/4); see `mtl.archs.pyramid`.
@@ -64,16 +65,6 @@ class TorchvisionBackbone(nn.Module):
         load_weights(self.network, name, weights)
         self.layer_groups = layers(self.network) | ({"pyramid": ["pyramid"]} if self.pyramid else {})
         self.network.requires_grad_(not frozen)
-
-    def train(self, mode: bool = True) -> TorchvisionBackbone:
-        """Training mode, except for a frozen network."""
-        super().train(mode)
-        self.network.train(mode and not self.frozen)
-        return self
-
-    def decoder(self, task: Task) -> nn.Module:
-        """Of a map `mtl.archs.pyramid.decoder`; of features (N, F) a linear layer."""
-        return pyramid.decoder(task) if self.pyramid else nn.Linear(self.out_features, task.outputs)
 
     def forward(self, images: Tensor) -> Tensor:
         found = self.network(images)
