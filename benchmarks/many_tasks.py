@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from ways import apart, autogram, autojac, loop, peak_growth
 
 import mtl
 from mtl.archs.model import HardSharing
@@ -63,62 +61,24 @@ def make(way: str, tasks: int, batch: int, size: int, device: torch.device) -> C
         step = mtl.Step(UPGrad(names), optimizer, model.backbone, heads, model=model)
         return lambda: step(losses_of, batch)
     if way == "loop":
-        shared, strategy = list(model.backbone.parameters()), UPGrad(names)
-
-        def loop() -> None:
-            optimizer.zero_grad()
-            _, losses = loop_losses()
-            rows = torch.zeros(tasks, sum(p.numel() for p in shared), device=device)
-            for i, loss in enumerate(losses):
-                found = torch.autograd.grad(loss, shared, retain_graph=True)
-                rows[i] = torch.cat([g.flatten() for g in found])
-            sum(losses).backward()  # the heads' gradients, as LibMTL takes them
-            with torch.no_grad():
-                merged = strategy.weights(rows @ rows.T).to(rows) @ rows
-                for p, g in zip(shared, merged.split([p.numel() for p in shared]), strict=True):
-                    p.grad = g.view_as(p)
-            optimizer.step()
-
-        return loop
-    from torchjd.aggregation import UPGrad as TheirUPGrad
-    from torchjd.aggregation import UPGradWeighting
-    from torchjd.autogram import Engine
-    from torchjd.autojac import jac_to_grad, mtl_backward
-
-    def autojac() -> None:
-        optimizer.zero_grad()
-        features, losses = loop_losses()
-        mtl_backward(losses, features=features)
-        jac_to_grad(list(model.backbone.parameters()), TheirUPGrad())
-        optimizer.step()
-
-    if way == "torchjd autojac":
-        return autojac
-    engine, weighting = Engine(model.backbone, batch_dim=None), UPGradWeighting()
-
-    def autogram() -> None:
-        optimizer.zero_grad()
-        losses = torch.stack(loop_losses()[1])
-        losses.backward(weighting(engine.compute_gramian(losses)))
-        optimizer.step()
-
-    return autogram
+        return loop(model, optimizer, UPGrad(names), loop_losses)
+    return {"torchjd autojac": autojac, "torchjd autogram": autogram}[way](model, optimizer, "UPGrad", loop_losses)
 
 
 def measure(way: str, tasks: int, options: argparse.Namespace) -> dict[str, float]:
     """Median seconds of a step, and peak memory above that before the first step, in MiB."""
     device, seconds = torch.device(options.device), []
     step = make(way, tasks, options.batch, options.size, device)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    for _ in range(options.steps + 1):  # the first one warms up
-        start = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**20
+
+    def steps() -> None:
+        for _ in range(options.steps + 1):  # the first one warms up
+            start = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+
+    peak = peak_growth(steps, device)
     return {"seconds": statistics.median(seconds[1:]), "mib": peak}
 
 
@@ -138,11 +98,7 @@ def main() -> None:
     for tasks in options.tasks:
         found = {}
         for way in WAYS:
-            command = [sys.executable, __file__, *sys.argv[1:], "--only", way, str(tasks)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            found[way] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
-            if done.returncode:
-                print(f"{way}, {tasks} tasks: {done.stderr.strip().splitlines()[-1][:160]}", file=sys.stderr)
+            found[way] = apart(__file__, [way, str(tasks)], f"{way}, {tasks} tasks")
         ours = found["ours"]
         for way, one in found.items():
             if one is None or ours is None:

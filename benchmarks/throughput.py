@@ -33,6 +33,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
+from ways import ratios
 
 from mtl.archs.model import HardSharing
 from mtl.cli.command import CONF
@@ -222,12 +223,6 @@ def measure(loops: Sequence[Loop], rounds: int, device: str, until: float, note:
                 loop.seconds.append(elapsed)
                 loop.memory = max(loop.memory, torch.cuda.max_memory_allocated(device) - before) if on_gpu else 0
                 note()
-
-
-def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, float] | None:
-    """Median and range of the ratios, over the rounds that both loops have; None if there is no such round."""
-    each = [n / d for n, d in zip(numerator, denominator, strict=False)]
-    return {"median": statistics.median(each), "lowest": min(each), "highest": max(each)} if each else None
 
 
 def rows(loops: Sequence[Loop], images: int, batch: int) -> list[dict[str, Any]]:
