@@ -20,13 +20,14 @@ of the plain loops are written by hand in the field's way. TorchJD's rows are le
 
 A first step of all ways is compared before: losses, and gradients of the network where the method draws nothing. If
 they differ, nothing is measured. The ways then alternate within a round. Time is the median over the rounds. The ratio
-is the median of those to the row "against" in the same round. Memory is the growth during two steps: of a process of
-its own for each way, or of the GPU's allocator.
+is the median of those to the row "against" in the same round. Memory is the growth above data and model: of a process
+of its own for each way, or of the GPU's allocator after the first step.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -288,7 +289,7 @@ def check(keys: Sequence[str], options: argparse.Namespace) -> dict[str, str]:
     """Compare the first step of all ways, in fp32 and without TF32.
 
     Returns:
-        {key: message} of the ways of TorchJD that cannot use the network.
+        {key: message} of the ways of TorchJD that cannot use the network, or not in this precision.
 
     Raises:
         Differs: the losses of two ways differ by more than 1e-4 of their size, or the gradients of the shared
@@ -300,35 +301,42 @@ def check(keys: Sequence[str], options: argparse.Namespace) -> dict[str, str]:
     try:
         for key in dict.fromkeys(["plain", *keys]):
             try:
-                way = build(key, exact, data)
-                losses = torch.tensor([float(loss) for loss in way.train(1)])
+                found[key] = first_step(key, exact, data)
+                if "auto" in key and options.precision != "fp32":
+                    first_step(key, options, data)
             except Exception as error:
                 if "auto" not in key:
                     raise
                 refused[key] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
-                continue
-            gradient = torch.cat([p.grad.flatten() for p in way.model.backbone.parameters()]).cpu()
-            found[key] = losses, gradient
     finally:
         torch.backends.cudnn.allow_tf32 = tf32
     for key, (losses, gradient) in found.items():
         if not torch.allclose(losses, found["plain"][0], rtol=1e-4, atol=0):
             raise Differs(f"{key}: losses {losses.tolist()}, but the plain loop's are {found['plain'][0].tolist()}")
-        against = WAYS[key][1] if "-" in key and not key.startswith("plain") else "plain"
-        if against not in found or (key.startswith("pcgrad") and "auto" in key):  # TorchJD draws another order
+        method = key.partition("-")[0]
+        against = f"{method}-ours" if method in TORCHJD else "plain"
+        if against not in found or (method == "pcgrad" and "auto" in key):  # TorchJD draws another order of the tasks
             continue
         wanted = found[against][1]
-        if not (gradient - wanted).norm() <= 1e-2 * wanted.norm():
-            apart = ((gradient - wanted).norm() / wanted.norm()).item()
-            raise Differs(f"{key}: its gradient differs from that of {against} by {apart:.1e} of the norm")
+        distance = ((gradient - wanted).norm() / wanted.norm()).item()
+        if not distance <= 1e-2:
+            raise Differs(f"{key}: its gradient differs from that of {against} by {distance:.1e} of the norm")
     return refused
 
 
+def first_step(key: str, options: argparse.Namespace, data: Data) -> tuple[Tensor, Tensor]:
+    """(T,) losses of a way's first step, and the gradient of its shared parameters, on the host."""
+    way = build(key, options, data)
+    losses = torch.tensor([float(loss) for loss in way.train(1)])
+    return losses, torch.cat([p.grad.flatten() for p in way.model.backbone.parameters()]).cpu()
+
+
 def memory(key: str, options: argparse.Namespace) -> float:
-    """MiB by which memory grows in the first two steps."""
+    """MiB by which memory grows above data and model in the first three steps."""
+    gc.collect()  # what an earlier way has left must not be freed while this one is measured
     data = Data(options, min(2, options.steps))
     way = build(key, options, data)
-    return peak_growth(lambda: way.train(len(data.ready)), data.device)
+    return peak_growth(lambda: way.train(1), lambda: way.train(len(data.ready)), data.device)
 
 
 def times(ways: Mapping[str, Way], options: argparse.Namespace) -> dict[str, list[float]]:

@@ -71,15 +71,15 @@ def measure(way: str, tasks: int, options: argparse.Namespace) -> dict[str, floa
     step = make(way, tasks, options.batch, options.size, device)
 
     def steps() -> None:
-        for _ in range(options.steps + 1):  # the first one warms up
+        for _ in range(options.steps):
             start = time.perf_counter()
             step()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
 
-    peak = peak_growth(steps, device)
-    return {"seconds": statistics.median(seconds[1:]), "mib": peak}
+    peak = peak_growth(step, steps, device)
+    return {"seconds": statistics.median(seconds), "mib": peak}
 
 
 def main() -> None:

@@ -84,15 +84,17 @@ def detached(losses: Iterable[Tensor]) -> list[Tensor]:
     return [loss.detach() for loss in losses]
 
 
-def peak_growth(work: Callable[[], object], device: torch.device) -> float:
-    """MiB by which memory in use grows at most during `work`: of the process, or of the GPU's allocator.
+def peak_growth(warm_up: Callable[[], object], work: Callable[[], object], device: torch.device) -> float:
+    """MiB by which memory grows at most: of the process, or of the GPU's allocator.
 
-    On a CPU, only a process that has done nothing else before gives a meaningful figure.
+    On a GPU, the peak during the warm-up does not count: cuDNN then tries kernels that need more memory. On a CPU, only
+    a process that has done nothing else before gives a meaningful figure.
     """
     on_gpu = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) / 2**20 if on_gpu else _peak_of_process()
+    warm_up()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device) / 2**20 if on_gpu else _peak_of_process()
     work()
     return (torch.cuda.max_memory_allocated(device) / 2**20 if on_gpu else _peak_of_process()) - before
 
