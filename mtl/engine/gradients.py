@@ -172,8 +172,10 @@ def _seeds(losses: Sequence[Tensor], scale: Tensor | float | None) -> list[tuple
     vectors = {_vector(loss) for loss in losses}
     if len(losses) == 1 or len(vectors) > 1 or None in vectors or reach.reach(losses[0]).custom:
         return []
-    one = torch.eye(len(losses), dtype=losses[0].dtype, device=losses[0].device)
-    return [row.unbind() for row in (one if scale is None else one * scale)]
+    one, zero = torch.ones_like(losses[0]), torch.zeros_like(losses[0])
+    one = one if scale is None else one * scale
+    # The same two tensors for all: the T rows of an identity matrix, cut into numbers, would be T² operations.
+    return [(zero,) * i + (one,) + (zero,) * (len(losses) - 1 - i) for i in range(len(losses))]
 
 
 def _of_all_heads(

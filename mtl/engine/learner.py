@@ -34,7 +34,7 @@ from mtl.parallel.processes import Processes
 from mtl.random import seeded
 from mtl.tasks import Task
 from mtl.tasks.groups import Groups
-from mtl.tasks.predictions import each
+from mtl.tasks.predictions import Predictions, each
 from mtl.tracking.console import Progress
 
 STATISTICS = ("norm", "ratio", "cosine", "conflict", "magnitude")  # fields of `Info`; reported as grad/<name>
@@ -320,7 +320,9 @@ class Learner:
         # Only the network runs in bf16. Losses and metrics get fp32 predictions.
         with self.trainer.autocast(self.device):
             outputs = self.model(self.trainer.laid_out(batch), **options)
-        return Outputs([each(Tensor.float, p) for p in outputs.predictions], outputs.features)
+        found = outputs.predictions
+        found = found if isinstance(found, Predictions) else Predictions(found)
+        return Outputs(found.each(Tensor.float), outputs.features)
 
     def _views(self, features: Tensor) -> Sequence[Tensor]:
         """The input of each decoder: the features themselves, or a rotated copy for each task (RotoGrad)."""

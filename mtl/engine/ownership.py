@@ -73,6 +73,6 @@ def _tied(one: BackwardPass, losses: list[Tensor], maybe: list[bool]) -> list[bo
             several = any(id(p) in leaves for j, leaves in enumerate(found) if j != i)
             several = several and (maybe[i] or id(p) in found[i])
             if several and vector and len(losses) > 1:
-                several = (maybe[i] or reach.moves(losses[i], [p])) and reach.moved_by_others(p, i, losses)
+                several = (maybe[i] or bool(reach.moved(losses[i], [p]))) and reach.moved_by_others(p, i, losses)
             flags.append(several)
     return flags
