@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtl
-from mtl.archs.check import check_model
-from mtl.archs.model import HardSharing
+from mtl.archs.check import check_model, check_owners
+from mtl.archs.model import ArchError, HardSharing
 from mtl.data.check import check_declared, check_loaded, check_tasks
 from mtl.data.columns import Split
 from mtl.data.digits import Digits
@@ -304,6 +304,21 @@ def test_every_head_keeps_its_owner():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), single.parameters(), strict=True))
     assert list(model.state_dict()) == list(single.state_dict())
     check_model(model, {"x": batch["x"]}, NAMES)
+
+
+def test_the_check_of_forty_owners_goes_through_the_backbone_a_few_times():
+    tasks, batch = batch_of("classification")
+    model, passes = HardSharing(Net(), tasks), []
+    model.backbone.layer.weight.register_hook(lambda _: passes.append(1))
+    check_owners(model, {"x": batch["x"]}, NAMES)
+    assert len(passes) == 2  # in training and in evaluation mode
+    for p in model.heads["a3"].parameters():
+        p.requires_grad_(False)
+    check_owners(model, {"x": batch["x"]}, NAMES)
+    swapped = {"a3": "a4", "a4": "a3"}
+    model.own_parameters = lambda task: model.heads[swapped.get(task, task)].parameters()
+    with pytest.raises(ArchError, match=r"heads.a4.weight is declared task 'a3''s own, but task 'a4' uses it"):
+        check_owners(model, {"x": batch["x"]}, NAMES)
 
 
 def test_a_hook_on_a_head_still_runs():

@@ -66,10 +66,20 @@ class Predictions(list[Any]):
 
     def stack(self, places: Sequence[int]) -> Tensor:
         """(K, N, …) the predictions of alike tasks at these positions."""
-        stack, rows = self._stacks.get(tuple(places), (None, ()))
-        if stack is not None and all(self[place] is row for place, row in zip(places, rows, strict=True)):
-            return stack
+        if self._whole(tuple(places)):
+            return self._stacks[tuple(places)][0]
         return torch.stack([self[place] for place in places])
+
+    def groups(self) -> list[Sequence[int]]:
+        """All positions: those of rows of one tensor in one list, each other one in a list of its own."""
+        several = [places for places in self._stacks if self._whole(places)]
+        done = {place for places in several for place in places}
+        return [*several, *([place] for place in range(len(self)) if place not in done)]
+
+    def _whole(self, places: tuple[int, ...]) -> bool:
+        """Whether the predictions at these positions are the rows of a tensor, and none was replaced."""
+        rows = self._stacks[places][1] if places in self._stacks else ()
+        return bool(rows) and all(self[place] is row for place, row in zip(places, rows, strict=True))
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Predictions:
         """Apply a function to every tensor, and to the tensor of alike tasks once. It must work on each element."""
