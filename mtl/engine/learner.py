@@ -127,6 +127,7 @@ class Learner:
         """
         strategy, switches = self.strategy, self.switches
         exact = strategy.samples == 1 and switches.transform == "none" and not switches.of_features(strategy)
+        exact = exact and switches.chunks == 1
         return exact and not self.alternates and self.combines
 
     @property
@@ -137,7 +138,10 @@ class Learner:
         tasks = len(self.tasks)
         if self.alternates:
             return 3 * tasks
-        return 1 + 2 * (tasks if self.combines and not self.switches.of_features(self.strategy) else 1)
+        if not self.combines or self.switches.of_features(self.strategy):
+            return 3
+        chunks = self.switches.chunks
+        return 1 + 2 * (tasks if chunks == 1 else tasks * (chunks + 3) // 4 + 1)
 
     def train_epoch(self, batches: TrainingBatches, epoch: int) -> dict[str, float]:
         """Train for one epoch. The result depends only on the learner's state, the seed and `epoch`.

@@ -45,6 +45,7 @@ def _check_reach(one: BackwardPass, maybe: list[bool]) -> None:
     if one.of_features:
         reach.check_features(names, one.features, found, one.shared)
     if one.combines:
+        reach.check_chunks(names, found, one.switches.chunks)
         known = [*one.shared, *one.strategy.parameters()]
         reach.check_owners(names, losses, found, known, one.heads)
     elif one.shared:

@@ -178,6 +178,20 @@ def check_run(i: int, name: str, found: Reach, wanted: Sequence[Tensor]) -> None
             )
 
 
+def check_chunks(names: Sequence[str], found: Sequence[Reach | None], chunks: int) -> None:
+    """Refuse `chunks` where a custom function hides parameters: a pass for a chunk of other parameters may skip it.
+
+    Raises:
+        ValueError: a graph contains such a function.
+    """
+    for name, reached in zip(names, found, strict=True):
+        if chunks > 1 and reached is not None and reached.hidden:
+            raise ValueError(
+                f"chunks={chunks}: a custom autograd function ({reached.opaque}) in the graph of task {name} may hide "
+                "parameters, and a part of the passes would skip it; drop it"
+            )
+
+
 def check_features(
     names: Sequence[str], features: Tensor, found: Sequence[Reach | None], shared: Sequence[Parameter]
 ) -> None:
