@@ -52,6 +52,7 @@ ADDED: dict[str, Any] = {
     "sharing": {"_target_": HARD},
     "data.label_fraction": 1.0,
     "step.chunks": 1,
+    "step.parallel": 1,
 }
 
 # Classes of mtl that were moved or renamed: {today's path: the path that goes into the hash}.

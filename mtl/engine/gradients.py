@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from mtl.engine import reach
+from mtl.engine import batched, reach
 from mtl.engine.backward_pass import BackwardPass
 from mtl.engine.hidden import Aside
 from mtl.losses.base import HeadGradients
@@ -85,7 +85,7 @@ def of_batch(
     spans: Sequence[slice] | None = None,
 ) -> tuple[Tensor, HeadGradients, list[bool]]:
     """As `jacobian`, but averaged over all processes, and with rows of 0 for absent tasks."""
-    rows, own, reached = jacobian(losses, where, heads, keep, one.scale, spans)
+    rows, own, reached = jacobian(losses, where, heads, keep, one.scale, spans, one.switches.parallel)
     if one.present is not None:  # an absent task's row may be NaN; `where` removes it, a product with 0 would not
         here = one.present if share is None else share > 0
         rows = torch.where(here[:, None], rows, 0.0)
@@ -111,6 +111,7 @@ def jacobian(
     keep: bool,
     scale: Tensor | float | None = None,
     spans: Sequence[slice] | None = None,
+    parallel: int = 1,
 ) -> tuple[Tensor, list[list[Tensor | None]], list[bool]]:
     """One backward pass for each loss. `.grad` stays as it is.
 
@@ -124,6 +125,7 @@ def jacobian(
         keep: whether the graph is needed afterwards.
         scale: factor of the losses in the backward passes. Without it, fp16 gradients would underflow.
         spans: for each tensor in `where`, its columns that are wanted; None for all. P is then their number.
+        parallel: number of losses in a backward pass: see `mtl.engine.batched`.
 
     Returns:
         (T, P) the gradients for `where`, divided by `scale` again; each head's own gradients, still multiplied by it;
@@ -132,6 +134,9 @@ def jacobian(
     Raises:
         ValueError: a custom function adds to the gradient of another task's head.
     """
+    spans = [slice(0, size) for size in columns(where)] if spans is None else spans
+    if parallel > 1 and len(losses) > 1:
+        return batched.jacobian(losses, where, heads, keep, scale, spans, _dtype(losses, where), parallel)
     plain = [p for p in (*where, *(p for head in heads for p in head)) if p.is_leaf]
     with Aside(plain) as aside:
         return _jacobian(losses, where, heads, keep, scale, spans, aside)
@@ -143,17 +148,12 @@ def _jacobian(
     heads: Sequence[Sequence[Parameter]],
     keep: bool,
     scale: Tensor | float | None,
-    spans: Sequence[slice] | None,
+    spans: Sequence[slice],
     aside: Aside,
 ) -> tuple[Tensor, list[list[Tensor | None]], list[bool]]:
-    spans = [slice(0, size) for size in columns(where)] if spans is None else spans
     sizes = [span.stop - span.start for span in spans]
-    # Under autocast, gradients are in half precision. Their inner products need at least fp32.
-    dtype = torch.float32 if where else losses[0].dtype
-    for p in where:
-        dtype = torch.promote_types(dtype, p.real.dtype if p.is_complex() else p.dtype)
     device = where[0].device if where else losses[0].device
-    rows = torch.zeros(len(losses), sum(sizes), dtype=dtype, device=device)
+    rows = torch.zeros(len(losses), sum(sizes), dtype=_dtype(losses, where), device=device)
     own: list[list[Tensor | None]] = []
     reached = []
     # Losses that are the elements of one vector have one graph, and a pass for one head would go through all heads. So
@@ -192,6 +192,14 @@ def _jacobian(
     if scale is not None:
         rows /= scale
     return rows, own, reached
+
+
+def _dtype(losses: Sequence[Tensor], where: Sequence[Tensor]) -> torch.dtype:
+    """That of the Jacobian. Under autocast, gradients are in half precision. Their inner products need fp32 or more."""
+    dtype = torch.float32 if where else losses[0].dtype
+    for p in where:
+        dtype = torch.promote_types(dtype, p.real.dtype if p.is_complex() else p.dtype)
+    return dtype
 
 
 def _seeds(losses: Sequence[Tensor], scale: Tensor | float | None) -> list[tuple[Tensor, ...]]:

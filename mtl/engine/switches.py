@@ -37,6 +37,8 @@ class Switches:
         chunks: number of parts in which the (T, P) Jacobian is computed. Only one part is in memory at a time. Its
             share of the Gramian is added up, and one weighted backward pass gives the step. Each part needs T backward
             passes, but only down to its own layers. Together they cost about T (chunks + 3) / 4 whole ones.
+        parallel: number of tasks whose gradients come from one backward pass. More are faster for small networks on a
+            GPU, and need as many times the memory of a pass. Results differ by rounding. 1: a pass for each task.
     """
 
     gradients: Literal["paper", "parameters", "features"] = "paper"
@@ -44,13 +46,15 @@ class Switches:
     heads: Literal["paper", "own", "weighted"] = "paper"
     scale: Literal["paper", "sum", "norm"] = "paper"
     chunks: Annotated[int, Ge(1)] = 1
+    parallel: Annotated[int, Ge(1)] = 1
 
     def __post_init__(self) -> None:
         for name, options in get_type_hints(type(self)).items():
-            if name != "chunks":
-                choose(name, getattr(self, name), options)
-        if type(self.chunks) is not int or self.chunks < 1:
-            raise ValueError(f"chunks={self.chunks!r}: must be an integer from 1")
+            value = getattr(self, name)
+            if name not in ("chunks", "parallel"):
+                choose(name, value, options)
+            elif type(value) is not int or value < 1:
+                raise ValueError(f"{name}={value!r}: must be an integer from 1")
 
     def transformed(self, losses: list[Tensor]) -> list[Tensor]:
         """The losses as the method sees them: unchanged, or their logarithms."""
@@ -111,6 +115,8 @@ class Switches:
             raise ValueError(f"gradients=features: {name} compares gradients of different batches; use parameters")
         if self.chunks > 1:
             self._check_chunks(strategy)
+        if self.parallel > 1 and not self.combines(strategy, per_task=False):
+            raise ValueError(f"parallel={self.parallel}: {name} weighs losses and takes no per-task gradients; drop it")
 
     def _check_chunks(self, strategy: Strategy) -> None:
         name = type(strategy).__name__
