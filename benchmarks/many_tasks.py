@@ -2,7 +2,10 @@
 
     python benchmarks/many_tasks.py                     prints a table; needs torchjd for its two columns
     python benchmarks/many_tasks.py --tasks 2 40 --steps 5 --device cuda
+    python benchmarks/many_tasks.py --tasks 40 --arch celeba_cnn --size 64 --steps 1 --ways ours chunks-2 chunks-8
 
+"ours, parallel" takes the gradients of all tasks in one backward pass (`step.parallel`). chunks-8 is ours with
+`step.chunks=8`, which takes less memory.
 All train one network on the same random images, with one linear head a task and binary cross-entropy. On a CPU each way
 runs in a process of its own, because peak memory is that of a process. On a GPU it is that of the allocator, and all
 ways run in one process. Time is the median of the steps. The LibMTL-like loop calls each head and loss by itself, and
@@ -25,27 +28,31 @@ from torch.nn import functional as F
 from ways import apart, autogram, autojac, loop, peak_growth
 
 import mtl
+from mtl.archs.celeba_cnn import CelebACNN
 from mtl.archs.model import HardSharing
 from mtl.archs.resnet import ResNet
+from mtl.engine.switches import Switches
 from mtl.losses import UPGrad
 from mtl.tasks import alike
 from mtl.tasks.binary import Binary
 from mtl.tasks.groups import Groups
 from mtl.tracking.console import table
 
-WAYS = ("forward", "ours", "ours, tasks apart", "torchjd autojac", "torchjd autogram", "loop")
+WAYS = ("forward", "ours", "ours, parallel", "ours, tasks apart", "torchjd autojac", "torchjd autogram", "loop")
+NETWORKS = {"resnet20": lambda: ResNet(3, 20), "celeba_cnn": lambda: CelebACNN(3)}
 
 
-def make(way: str, tasks: int, batch: int, size: int, device: torch.device) -> Callable[[], object]:
+def make(way: str, tasks: int, options: argparse.Namespace, device: torch.device) -> Callable[[], object]:
     """One step of a way."""
     torch.manual_seed(0)
+    batch, size = options.batch, options.size
     names = [f"t{i}" for i in range(tasks)]
     x, y = torch.randn(batch, 3, size, size, device=device), torch.randint(2, (batch, tasks), device=device)
     kinds = alike(Binary, names, target="y")
     if way == "ours, tasks apart":
         kinds = tuple(Binary(name) for name in names)
     labels = {"y": y, **{name: y[:, i].contiguous() for i, name in enumerate(names)}}
-    model, groups = HardSharing(ResNet(3, 20), kinds).to(device), Groups(kinds)
+    model, groups = HardSharing(NETWORKS[options.arch](), kinds).to(device), Groups(kinds)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
 
     def losses_of(part: slice = slice(None)) -> list[Tensor]:
@@ -59,9 +66,11 @@ def make(way: str, tasks: int, batch: int, size: int, device: torch.device) -> C
 
     if way == "forward":
         return lambda: torch.stack(losses_of()).sum().backward()
-    if way.startswith("ours"):
+    if way.startswith(("ours", "chunks-")):
+        chunks = int(way.removeprefix("chunks-")) if way.startswith("chunks-") else 1
+        switches = Switches(chunks=chunks, parallel=tasks if way == "ours, parallel" else 1)
         heads = [list(model.own_parameters(name)) for name in names]
-        step = mtl.Step(UPGrad(names), optimizer, model.backbone, heads, model=model)
+        step = mtl.Step(UPGrad(names), optimizer, model.backbone, heads, model=model, switches=switches)
         return lambda: step(losses_of, batch)
     if way == "loop":
         return loop(model, optimizer, UPGrad(names), loop_losses)
@@ -71,7 +80,7 @@ def make(way: str, tasks: int, batch: int, size: int, device: torch.device) -> C
 def measure(way: str, tasks: int, options: argparse.Namespace) -> dict[str, float]:
     """Median seconds of a step, and peak memory above that before the first step, in MiB."""
     device, seconds = torch.device(options.device), []
-    step = make(way, tasks, options.batch, options.size, device)
+    step = make(way, tasks, options, device)
 
     def steps() -> None:
         for _ in range(options.steps):
@@ -103,6 +112,8 @@ def main() -> None:
     arguments.add_argument("--batch", type=int, default=16)
     arguments.add_argument("--size", type=int, default=32)
     arguments.add_argument("--device", default="cpu")
+    arguments.add_argument("--arch", default="resnet20", choices=NETWORKS)
+    arguments.add_argument("--ways", nargs="+", default=WAYS, metavar="WAY")
     arguments.add_argument("--only", nargs=2, metavar=("WAY", "T"), help=argparse.SUPPRESS)  # one measurement, as JSON
     options = arguments.parse_args()
     if options.only:
@@ -111,12 +122,12 @@ def main() -> None:
     rows = []
     for tasks in options.tasks:
         found = {}
-        for way in WAYS:
+        for way in options.ways:
             if torch.device(options.device).type == "cuda":
                 found[way] = here(way, tasks, options)
             else:
                 found[way] = apart(__file__, [way, str(tasks)], f"{way}, {tasks} tasks")
-        ours = found["ours"]
+        ours = found.get("ours")
         for way, one in found.items():
             if one is None or ours is None:
                 rows.append([str(tasks), way, "–", "–", "–"])

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from mtl.archs.model import ArchError, Model, Outputs
 from mtl.archs.restore import as_before
 from mtl.data.columns import Batch, equal
+from mtl.tasks.predictions import Predictions
 
 
 def check_model(model: Model, batch: Batch, tasks: Sequence[str]) -> Outputs:
@@ -70,16 +71,16 @@ def check_owners(model: Model, batch: Batch, tasks: Sequence[str]) -> None:
     """
     # For each parameter, the tasks that use it, and whether its gradient was ever other than 0.
     users: dict[int, dict[str, bool]] = {}
+    shared, owner = _declared(model, tasks)
     # In both modes: some networks drop whole layers at random in training, and others use a layer only in training.
     for training in (True, False):
         with as_before(model):
             outputs = _pass(model, batch, tasks, training)
             _refuse_strangers(model, outputs.predictions)
-            for task, prediction in zip(tasks, outputs.predictions, strict=True):
-                for p, moved in _reached(model, prediction):
+            for place, found in _all_reached(model, outputs.predictions, shared):
+                for p, moved in found:
                     known = users.setdefault(id(p), {})
-                    known[task] = known.get(task, False) or moved
-    shared, owner = _declared(model, tasks)
+                    known[tasks[place]] = known.get(tasks[place], False) or moved
     trainable = {key: p for key, p in model.named_parameters() if p.requires_grad}
     if any(id(p) in shared for p in trainable.values()) and not any(users.get(k) for k in shared):
         raise ArchError(
@@ -169,6 +170,26 @@ def _tensors(value: Any) -> list[Tensor]:
         return [value] if value.is_floating_point() else []
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
     return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def _all_reached(
+    model: Model, predictions: Sequence[Any], shared: set[int]
+) -> Iterator[tuple[int, list[tuple[nn.Parameter, bool]]]]:
+    """For each task's position, the parameters that its prediction uses, as from `_reached`.
+
+    Predictions that are rows of one tensor use the same parameters. One pass through the backbone finds them. Only the
+    heads, whose gradients tell the rows apart, need a pass for each task.
+    """
+    groups = predictions.groups() if isinstance(predictions, Predictions) else [[i] for i in range(len(predictions))]
+    for first, *others in groups:
+        found = _reached(model, predictions[first])
+        yield first, found
+        own = [p for p, _ in found if id(p) not in shared]
+        for place in others:
+            total = predictions[place].sum()
+            gradients = torch.autograd.grad(total, own, retain_graph=True, allow_unused=True) if own else ()
+            moved = {id(p): g is not None and _not_zero(g) for p, g in zip(own, gradients, strict=True)}
+            yield place, [(p, moved.get(id(p), before)) for p, before in found]
 
 
 def _reached(model: Model, prediction: Any) -> list[tuple[nn.Parameter, bool]]:

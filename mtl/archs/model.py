@@ -20,6 +20,7 @@ from mtl.archs.restore import as_before
 from mtl.data.columns import Batch
 from mtl.tasks import Task
 from mtl.tasks.groups import places_of_alike
+from mtl.tasks.predictions import Predictions
 
 Views = Callable[[Tensor], Sequence[Tensor]]  # features → each decoder's input
 Runner = Callable[[nn.Module, Sequence[Tensor]], Tensor]  # (backbone, its inputs) → features
@@ -141,7 +142,7 @@ def _decoder(backbone: nn.Module, task: Task) -> nn.Module:
     return nn.Linear(int(width), task.outputs)
 
 
-def decode(decoders: Sequence[nn.Module], inputs: Sequence[Any], places: Sequence[Sequence[int]]) -> list[Any]:
+def decode(decoders: Sequence[nn.Module], inputs: Sequence[Any], places: Sequence[Sequence[int]]) -> Predictions:
     """The predictions of T decoders. Linear decoders of alike tasks are computed in one product.
 
     Args:
@@ -149,15 +150,14 @@ def decode(decoders: Sequence[nn.Module], inputs: Sequence[Any], places: Sequenc
         inputs: of the T decoders.
         places: positions of alike tasks, as from `places_of_alike`.
     """
-    found: list[Any] = [None] * len(decoders)
+    found = Predictions([None] * len(decoders))
     for group in places:
         several = [decoders[i] for i in group]
         if len(group) > 1 and _stackable(several) and all(inputs[i] is inputs[group[0]] for i in group):
-            predictions = _stacked(several, inputs[group[0]])
+            found.put(group, _stacked(several, inputs[group[0]]))
         else:
-            predictions = [decoder(inputs[i]) for i, decoder in zip(group, several, strict=True)]
-        for i, prediction in zip(group, predictions, strict=True):
-            found[i] = prediction
+            for i, decoder in zip(group, several, strict=True):
+                found[i] = decoder(inputs[i])
     return found
 
 
@@ -169,11 +169,14 @@ def _stackable(decoders: Sequence[Any]) -> bool:
     )
 
 
-def _stacked(layers: Sequence[nn.Linear], features: Tensor) -> Sequence[Tensor]:
-    """K predictions (N, C) of K linear layers. Each layer keeps parameters of its own, which are joined here."""
+def _stacked(layers: Sequence[nn.Linear], features: Tensor) -> Tensor:
+    """(K, N, …, C) predictions of K linear layers. Each layer keeps parameters of its own, which are joined here."""
     weight = torch.cat([layer.weight for layer in layers])
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    return F.linear(features, weight, bias).unflatten(-1, (len(layers), -1)).unbind(-2)
+    found = F.linear(features, weight, bias)
+    # [None][0] changes nothing here. Backwards it copies, so the product gets its gradient row by row in memory. The
+    # bias's sum over the samples is then rounded in the same order for any C.
+    return found[None][0].unflatten(-1, (len(layers), -1)).movedim(-2, 0).contiguous()
 
 
 def _check_features(backbone: nn.Module, features: Any, first: Tensor) -> None:

@@ -51,6 +51,8 @@ ADDED: dict[str, Any] = {
     "data.reduction": "pooled",
     "sharing": {"_target_": HARD},
     "data.label_fraction": 1.0,
+    "step.chunks": 1,
+    "step.parallel": 1,
 }
 
 # Classes of mtl that were moved or renamed: {today's path: the path that goes into the hash}.

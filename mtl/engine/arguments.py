@@ -50,8 +50,8 @@ def scalars(name: str, given: Any, names: Sequence[str]) -> list[Tensor]:
             raise ValueError(f"{where}: dtype {loss.dtype}; a loss is a real floating-point number")
     # Half precision is too coarse for logarithms and ratios of losses.
     dtype = torch.float32
-    for loss in losses:
-        dtype = torch.promote_types(dtype, loss.dtype)
+    for other in {loss.dtype for loss in losses}:
+        dtype = torch.promote_types(dtype, other)
     alike = [loss if loss.dtype == dtype else loss.to(dtype) for loss in losses]
     return [loss if loss.dim() == 0 else loss.reshape(()) for loss in alike]
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mtl.engine import guard, method, ownership, returned
+from mtl.engine import chunks, guard, method, ownership, returned
 from mtl.engine.accumulate import Gradients, accumulate
 from mtl.engine.backward_pass import Owners, full_precision, understood
 from mtl.engine.gradients import jacobians, similarity
@@ -95,7 +95,8 @@ def gradients(
     Args:
         losses, strategy, shared, heads, present, features, switches, scale: as in `backward`.
         each: whether to return each task's weighted gradient as well (`Gradients.rows`).
-        inspect: called with the (T, P) Jacobian that the step combines, if there is one. Do not keep or change it.
+        inspect: called with the (T, P) Jacobian that the step combines, if there is one (none with `chunks`). Do not
+            keep or change it.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `backward`.
@@ -136,10 +137,14 @@ def gradients(
         with torch.no_grad():
             # T backward passes, one for each task's gradient. `own` are the heads' gradients. `cross` is J₁ J₂ᵀ of two
             # independent batches, for the few methods that need it; None otherwise.
-            jacobian, own, cross = jacobians(one, samples, share)
-            if inspect is not None:
-                inspect(jacobian)
-            gramian = one.gramian(jacobian)
+            jacobian = None
+            if switches.chunks > 1:  # then the whole Jacobian is never in memory
+                gramian, own, cross = chunks.gramians(one, samples, share)
+            else:
+                jacobian, own, cross = jacobians(one, samples, share)
+                gramian = one.gramian(jacobian)
+                if inspect is not None:
+                    inspect(jacobian)
             if one.frozen:  # all shared parameters are frozen: nothing to balance, each head gets its own gradient
                 found.heads = own
                 return found
@@ -151,7 +156,7 @@ def gradients(
                 if isinstance(strategy, GramianWeighting):
                     facts = taken(strategy, "weights", present=one.present, losses=values)
                     found_weights = strategy.weights(gramian if cross is None else cross, **facts)
-                    weights = returned.weights(strategy, found_weights).to(jacobian)
+                    weights = returned.weights(strategy, found_weights).to(gramian)
                 elif isinstance(strategy, JacobianAggregation):
                     facts = taken(strategy, "aggregate", present=one.present, losses=values, features=one.cut)
                     direction, weights = returned.merged(strategy, strategy.aggregate(jacobian, **facts), jacobian)
@@ -161,7 +166,10 @@ def gradients(
             if switches.scale == "sum" and not isinstance(strategy, LossWeighting):
                 factor = to_count(weights, one.present)
                 weights, direction = weights * factor, None if direction is None else direction * factor
-            direction = weights @ jacobian if direction is None else direction
+            if jacobian is None:
+                direction = chunks.direction(one, samples, share, weights)
+            elif direction is None:
+                direction = weights @ jacobian
             # ‖Jᵀw‖² = wᵀ G w. With gradients=features, each process has only its own samples' part of the direction;
             # G is summed over all processes. Rounding can make wᵀ G w slightly negative, hence the clamp.
             norm = direction.norm() if one.whole else (weights @ gramian @ weights).clamp(min=0).sqrt()

@@ -59,7 +59,7 @@ class BackwardPass:
         self.of_features = self.switches.of_features(self.strategy)
         self.combines = self.switches.combines(self.strategy, self.each)
         self.model, self.listed = self.shared, (self.shared, self.heads)
-        self.values = torch.stack([loss.detach() for loss in self.samples[-1]])
+        self.values = torch.stack(self.samples[-1]).detach()
         self.share: Tensor | None = None
         self.tied: Sequence[bool] = ()
         self.unseen = ""

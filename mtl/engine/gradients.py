@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from mtl.engine import reach
+from mtl.engine import batched, reach
 from mtl.engine.backward_pass import BackwardPass
 from mtl.engine.hidden import Aside
 from mtl.losses.base import HeadGradients
@@ -32,36 +32,60 @@ def jacobians(
     """
     # The usual case is one batch. SDMGrad and MoDo take weights from two independent batches: J₁J₂ᵀ is an unbiased
     # estimate of J Jᵀ, while J₁J₁ᵀ contains the noise of the batch.
-    jacobian, own = _of_batch(one, samples[0], share)
+    jacobian, own = _whole(one, samples[0], share)
     if len(samples) == 1:
         return jacobian, own, None
     heads_of = [own]
-    second, own = _of_batch(one, samples[1], share)
+    second, own = _whole(one, samples[1], share)
     heads_of.append(own)
     cross = jacobian @ second.T
     if len(samples) == 2:
         jacobian = jacobian.add_(second).div_(2)  # in place: a Jacobian is T times as large as the model
     else:
-        jacobian, own = _of_batch(one, samples[2], share)
+        jacobian, own = _whole(one, samples[2], share)
         heads_of.append(own)
+    return jacobian, mean_heads(heads_of), cross
+
+
+def mean_heads(found: Sequence[HeadGradients]) -> HeadGradients:
+    """Each head's gradients, averaged over the batches."""
     mean = []
-    for parts in zip(*heads_of, strict=True):  # one head, all batches
-        found = [[g for g in batches if g is not None] for batches in zip(*parts, strict=True)]
-        mean.append([sum(batches) / len(samples) if batches else None for batches in found])
-    return jacobian, mean, cross
+    for parts in zip(*found, strict=True):  # one head, all batches
+        known = [[g for g in batches if g is not None] for batches in zip(*parts, strict=True)]
+        mean.append([sum(batches) / len(found) if batches else None for batches in known])
+    return mean
 
 
-def _of_batch(one: BackwardPass, losses: list[Tensor], share: Tensor | None) -> tuple[Tensor, HeadGradients]:
+def _whole(one: BackwardPass, losses: list[Tensor], share: Tensor | None) -> tuple[Tensor, HeadGradients]:
     """The (T, P) Jacobian and each head's own gradients, of one batch, averaged over all processes."""
     # The graph is still needed if the features' gradient must go through the backbone, or if the method differentiates.
     keep = one.of_features or differentiates(one.strategy)
     where = [one.features] if one.of_features else one.shared
-    rows, own, reached = jacobian(losses, where, one.heads, keep, one.scale)
+    rows, own, reached = of_batch(one, losses, share, where, one.heads, keep)
     if where:
-        maybe = one.maybe_absent() if share is None else [True] * len(losses)
-        for i, there in enumerate(reached):
-            if not there and not maybe[i]:  # no gradient of a shared parameter: find out why, and raise
-                reach.check_shared(i, one.strategy.names[i], reach.reach(losses[i]), visible=False)
+        check_reached(one, losses, share, reached)
+    return rows, own
+
+
+def check_reached(one: BackwardPass, losses: list[Tensor], share: Tensor | None, reached: Sequence[bool]) -> None:
+    """Check that each present task's loss reaches a shared parameter. If not, find out why, and raise."""
+    maybe = one.maybe_absent() if share is None else [True] * len(losses)
+    for i, there in enumerate(reached):
+        if not there and not maybe[i]:
+            reach.check_shared(i, one.strategy.names[i], reach.reach(losses[i]), visible=False)
+
+
+def of_batch(
+    one: BackwardPass,
+    losses: list[Tensor],
+    share: Tensor | None,
+    where: Sequence[Tensor],
+    heads: Sequence[Sequence[Parameter]],
+    keep: bool,
+    spans: Sequence[slice] | None = None,
+) -> tuple[Tensor, HeadGradients, list[bool]]:
+    """As `jacobian`, but averaged over all processes, and with rows of 0 for absent tasks."""
+    rows, own, reached = jacobian(losses, where, heads, keep, one.scale, spans, one.switches.parallel)
     if one.present is not None:  # an absent task's row may be NaN; `where` removes it, a product with 0 would not
         here = one.present if share is None else share > 0
         rows = torch.where(here[:, None], rows, 0.0)
@@ -71,8 +95,8 @@ def _of_batch(one: BackwardPass, losses: list[Tensor], share: Tensor | None) -> 
         rows *= share[:, None]
         if not one.of_features:
             (rows,) = one.replicas.total(rows)
-        own = one.replicas.heads(one.heads, own, share)
-    return rows, own
+        own = one.replicas.heads(heads, own, share)
+    return rows, own, reached
 
 
 def columns(parameters: Sequence[Tensor]) -> list[int]:
@@ -86,6 +110,8 @@ def jacobian(
     heads: Sequence[Sequence[Parameter]],
     keep: bool,
     scale: Tensor | float | None = None,
+    spans: Sequence[slice] | None = None,
+    parallel: int = 1,
 ) -> tuple[Tensor, list[list[Tensor | None]], list[bool]]:
     """One backward pass for each loss. `.grad` stays as it is.
 
@@ -98,6 +124,8 @@ def jacobian(
         heads: the parameters of each task's head.
         keep: whether the graph is needed afterwards.
         scale: factor of the losses in the backward passes. Without it, fp16 gradients would underflow.
+        spans: for each tensor in `where`, its columns that are wanted; None for all. P is then their number.
+        parallel: number of losses in a backward pass: see `mtl.engine.batched`.
 
     Returns:
         (T, P) the gradients for `where`, divided by `scale` again; each head's own gradients, still multiplied by it;
@@ -106,9 +134,12 @@ def jacobian(
     Raises:
         ValueError: a custom function adds to the gradient of another task's head.
     """
+    spans = [slice(0, size) for size in columns(where)] if spans is None else spans
+    if parallel > 1 and len(losses) > 1:
+        return batched.jacobian(losses, where, heads, keep, scale, spans, _dtype(losses, where), parallel)
     plain = [p for p in (*where, *(p for head in heads for p in head)) if p.is_leaf]
     with Aside(plain) as aside:
-        return _jacobian(losses, where, heads, keep, scale, aside)
+        return _jacobian(losses, where, heads, keep, scale, spans, aside)
 
 
 def _jacobian(
@@ -117,15 +148,12 @@ def _jacobian(
     heads: Sequence[Sequence[Parameter]],
     keep: bool,
     scale: Tensor | float | None,
+    spans: Sequence[slice],
     aside: Aside,
 ) -> tuple[Tensor, list[list[Tensor | None]], list[bool]]:
-    sizes = columns(where)
-    # Under autocast, gradients are in half precision. Their inner products need at least fp32.
-    dtype = torch.float32 if where else losses[0].dtype
-    for p in where:
-        dtype = torch.promote_types(dtype, p.real.dtype if p.is_complex() else p.dtype)
+    sizes = [span.stop - span.start for span in spans]
     device = where[0].device if where else losses[0].device
-    rows = torch.zeros(len(losses), sum(sizes), dtype=dtype, device=device)
+    rows = torch.zeros(len(losses), sum(sizes), dtype=_dtype(losses, where), device=device)
     own: list[list[Tensor | None]] = []
     reached = []
     # Losses that are the elements of one vector have one graph, and a pass for one head would go through all heads. So
@@ -151,16 +179,27 @@ def _jacobian(
                     f"heads: a custom autograd function in the graph of losses[{i}] adds to gradients of another head; "
                     "what several tasks use belongs in shared"
                 )
-        for g, piece in zip(found, rows[i].split(sizes), strict=False):
+        for g, piece, span in zip(found, rows[i].split(sizes), spans, strict=False):
             if g is not None:
                 g = g.to_dense() if g.is_sparse else g
                 g = torch.view_as_real(g.resolve_conj()) if g.is_complex() else g
-                piece.view(g.shape).copy_(g)
+                if len(piece) == g.numel():
+                    piece.view(g.shape).copy_(g)
+                else:
+                    piece.copy_(g.reshape(-1)[span])
         own.append(list(found[len(where) :]) if at_once is None else at_once[i])
         reached.append(any(g is not None for g in found[: len(where)]))
     if scale is not None:
         rows /= scale
     return rows, own, reached
+
+
+def _dtype(losses: Sequence[Tensor], where: Sequence[Tensor]) -> torch.dtype:
+    """That of the Jacobian. Under autocast, gradients are in half precision. Their inner products need fp32 or more."""
+    dtype = torch.float32 if where else losses[0].dtype
+    for p in where:
+        dtype = torch.promote_types(dtype, p.real.dtype if p.is_complex() else p.dtype)
+    return dtype
 
 
 def _seeds(losses: Sequence[Tensor], scale: Tensor | float | None) -> list[tuple[Tensor, ...]]:
@@ -172,8 +211,10 @@ def _seeds(losses: Sequence[Tensor], scale: Tensor | float | None) -> list[tuple
     vectors = {_vector(loss) for loss in losses}
     if len(losses) == 1 or len(vectors) > 1 or None in vectors or reach.reach(losses[0]).custom:
         return []
-    one = torch.eye(len(losses), dtype=losses[0].dtype, device=losses[0].device)
-    return [row.unbind() for row in (one if scale is None else one * scale)]
+    one, zero = torch.ones_like(losses[0]), torch.zeros_like(losses[0])
+    one = one if scale is None else one * scale
+    # The same two tensors for all: the T rows of an identity matrix, cut into numbers, would be T² operations.
+    return [(zero,) * i + (one,) + (zero,) * (len(losses) - 1 - i) for i in range(len(losses))]
 
 
 def _of_all_heads(

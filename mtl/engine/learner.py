@@ -34,7 +34,7 @@ from mtl.parallel.processes import Processes
 from mtl.random import seeded
 from mtl.tasks import Task
 from mtl.tasks.groups import Groups
-from mtl.tasks.predictions import each
+from mtl.tasks.predictions import Predictions, each
 from mtl.tracking.console import Progress
 
 STATISTICS = ("norm", "ratio", "cosine", "conflict", "magnitude")  # fields of `Info`; reported as grad/<name>
@@ -127,6 +127,7 @@ class Learner:
         """
         strategy, switches = self.strategy, self.switches
         exact = strategy.samples == 1 and switches.transform == "none" and not switches.of_features(strategy)
+        exact = exact and switches.chunks == 1
         return exact and not self.alternates and self.combines
 
     @property
@@ -137,7 +138,10 @@ class Learner:
         tasks = len(self.tasks)
         if self.alternates:
             return 3 * tasks
-        return 1 + 2 * (tasks if self.combines and not self.switches.of_features(self.strategy) else 1)
+        if not self.combines or self.switches.of_features(self.strategy):
+            return 3
+        chunks = self.switches.chunks
+        return 1 + 2 * (tasks if chunks == 1 else tasks * (chunks + 3) // 4 + 1)
 
     def train_epoch(self, batches: TrainingBatches, epoch: int) -> dict[str, float]:
         """Train for one epoch. The result depends only on the learner's state, the seed and `epoch`.
@@ -320,7 +324,9 @@ class Learner:
         # Only the network runs in bf16. Losses and metrics get fp32 predictions.
         with self.trainer.autocast(self.device):
             outputs = self.model(self.trainer.laid_out(batch), **options)
-        return Outputs([each(Tensor.float, p) for p in outputs.predictions], outputs.features)
+        found = outputs.predictions
+        found = found if isinstance(found, Predictions) else Predictions(found)
+        return Outputs(found.each(Tensor.float), outputs.features)
 
     def _views(self, features: Tensor) -> Sequence[Tensor]:
         """The input of each decoder: the features themselves, or a rotated copy for each task (RotoGrad)."""

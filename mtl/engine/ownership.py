@@ -45,6 +45,7 @@ def _check_reach(one: BackwardPass, maybe: list[bool]) -> None:
     if one.of_features:
         reach.check_features(names, one.features, found, one.shared)
     if one.combines:
+        reach.check_chunks(names, found, one.switches.chunks)
         known = [*one.shared, *one.strategy.parameters()]
         reach.check_owners(names, losses, found, known, one.heads)
     elif one.shared:
@@ -73,6 +74,6 @@ def _tied(one: BackwardPass, losses: list[Tensor], maybe: list[bool]) -> list[bo
             several = any(id(p) in leaves for j, leaves in enumerate(found) if j != i)
             several = several and (maybe[i] or id(p) in found[i])
             if several and vector and len(losses) > 1:
-                several = (maybe[i] or reach.moves(losses[i], [p])) and reach.moved_by_others(p, i, losses)
+                several = (maybe[i] or bool(reach.moved(losses[i], [p]))) and reach.moved_by_others(p, i, losses)
             flags.append(several)
     return flags

@@ -5,8 +5,9 @@ None of these would raise an error by itself. The model would just be trained ba
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -177,6 +178,20 @@ def check_run(i: int, name: str, found: Reach, wanted: Sequence[Tensor]) -> None
             )
 
 
+def check_chunks(names: Sequence[str], found: Sequence[Reach | None], chunks: int) -> None:
+    """Refuse `chunks` where a custom function hides parameters: a pass for a chunk of other parameters may skip it.
+
+    Raises:
+        ValueError: a graph contains such a function.
+    """
+    for name, reached in zip(names, found, strict=True):
+        if chunks > 1 and reached is not None and reached.hidden:
+            raise ValueError(
+                f"chunks={chunks}: a custom autograd function ({reached.opaque}) in the graph of task {name} may hide "
+                "parameters, and a part of the passes would skip it; drop it"
+            )
+
+
 def check_features(
     names: Sequence[str], features: Tensor, found: Sequence[Reach | None], shared: Sequence[Parameter]
 ) -> None:
@@ -202,23 +217,63 @@ def check_features(
             )
 
 
-def moves(loss: Tensor, parameters: Sequence[Tensor]) -> bool:
-    """Whether the gradient of `loss` is non-zero for at least one of the parameters.
+def moved(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The parameters for which the gradient of `loss` is not 0.
 
     The graph alone does not show this: losses that were computed as one vector share their whole graph.
     """
     if not loss.requires_grad or not parameters:
-        return False
+        return []
     reached = reach(loss)
     # Custom functions in the graph may write to `.grad`, which must not be changed here.
     with hidden.Aside([*reached.leaves.values(), *reached.hidden.values()] if reached.custom else []):
         found = torch.autograd.grad(loss, list(parameters), retain_graph=True, allow_unused=True)
-    return any(bool((g.to_dense() if g.is_sparse else g).any()) for g in found if g is not None)
+    return [p for p, other in zip(parameters, _not_zero(found), strict=True) if other]
+
+
+def _not_zero(gradients: Sequence[Tensor | None]) -> list[bool]:
+    """Whether each gradient has an element other than 0. The host waits for the device once."""
+    found = {i: (g.to_dense() if g.is_sparse else g).any() for i, g in enumerate(gradients) if g is not None}
+    if not found:
+        return [False] * len(gradients)
+    device = next(iter(found.values())).device
+    read = dict(zip(found, torch.stack([one.to(device) for one in found.values()]).tolist(), strict=True))
+    return [read.get(i, False) for i in range(len(gradients))]
+
+
+def _separate(
+    losses: Sequence[Tensor],
+    found: Sequence[Reach | None],
+    heads: Sequence[Sequence[Parameter]],
+    owner: Mapping[int, int],
+) -> bool:
+    """Whether no loss has a gradient for another task's head. Found with 2 log₂ T backward passes instead of T.
+
+    For each binary digit, the tasks are divided by this digit of their numbers. Any two tasks are divided by some
+    digit. So it is enough that the losses of one half have no gradient for the heads of the other half.
+
+    False if single passes are as cheap, or if custom functions in the graph may write to `.grad`.
+    """
+    crossing = [i for i, one in enumerate(found) if one is not None and any(owner.get(k, i) != i for k in one.leaves)]
+    digits = (len(losses) - 1).bit_length()
+    if len(crossing) <= 2 * digits or any(one is not None and one.custom for one in found):
+        return False
+    for digit, half in product(range(digits), (0, 1)):
+        # Different factors: with equal ones, two wrong gradients could cancel.
+        seeds = {i: torch.full_like(losses[i], 1 + i / len(losses)) for i in crossing if i >> digit & 1 == half}
+        others = [p for j, head in enumerate(heads) if j >> digit & 1 != half for p in head]
+        if not seeds or not others:
+            continue
+        outputs = [losses[i] for i in seeds]
+        gradients = torch.autograd.grad(outputs, others, [*seeds.values()], retain_graph=True, allow_unused=True)
+        if any(_not_zero(gradients)):
+            return False
+    return True
 
 
 def moved_by_others(p: Parameter, task: int, losses: Sequence[Tensor]) -> bool:
     """Whether the loss of another task than `task` has a gradient for `p`."""
-    return any(moves(loss, [p]) for j, loss in enumerate(losses) if j != task)
+    return any(moved(loss, [p]) for j, loss in enumerate(losses) if j != task)
 
 
 def check_owners(
@@ -242,15 +297,16 @@ def check_owners(
     """
     owner = {id(p): i for i, head in enumerate(heads) for p in head}
     known = {id(p) for p in shared}
+    separate = _separate(losses, found, heads, owner)
     for i, reached in enumerate(found):
         if reached is None:
             continue
         check_checkpoint(i, names[i], reached)
         check_run(i, names[i], reached, [*shared, *heads[i]])
-        others = [leaf for key, leaf in reached.leaves.items() if owner.get(key, i) != i]
-        others = others if moves(losses[i], others) else []
+        others = [] if separate else [leaf for key, leaf in reached.leaves.items() if owner.get(key, i) != i]
+        others = moved(losses[i], others)
         own = [p for p in heads[i] if id(p) in reached.leaves]
-        if heads[i] and not reached.custom and (not own or (others and not moves(losses[i], own))):
+        if heads[i] and not reached.custom and (not own or (others and not moved(losses[i], own))):
             where = (
                 f"; it reaches parameters of heads[{owner[id(others[0])]}]: are the heads in task order?"
                 if others

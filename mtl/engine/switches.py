@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from mtl.losses.arguments import choose
@@ -33,16 +34,27 @@ class Switches:
             ======  ==========================================================================================
 
             With gradients=features, the lengths of the features' gradients count.
+        chunks: number of parts in which the (T, P) Jacobian is computed. Only one part is in memory at a time. Its
+            share of the Gramian is added up, and one weighted backward pass gives the step. Each part needs T backward
+            passes, but only down to its own layers. Together they cost about T (chunks + 3) / 4 whole ones.
+        parallel: number of tasks whose gradients come from one backward pass. More are faster for small networks on a
+            GPU, and need as many times the memory of a pass. Results differ by rounding. 1: a pass for each task.
     """
 
     gradients: Literal["paper", "parameters", "features"] = "paper"
     transform: Literal["none", "log"] = "none"
     heads: Literal["paper", "own", "weighted"] = "paper"
     scale: Literal["paper", "sum", "norm"] = "paper"
+    chunks: Annotated[int, Ge(1)] = 1
+    parallel: Annotated[int, Ge(1)] = 1
 
     def __post_init__(self) -> None:
         for name, options in get_type_hints(type(self)).items():
-            choose(name, getattr(self, name), options)
+            value = getattr(self, name)
+            if name not in ("chunks", "parallel"):
+                choose(name, value, options)
+            elif type(value) is not int or value < 1:
+                raise ValueError(f"{name}={value!r}: must be an integer from 1")
 
     def transformed(self, losses: list[Tensor]) -> list[Tensor]:
         """The losses as the method sees them: unchanged, or their logarithms."""
@@ -101,6 +113,22 @@ class Switches:
             )
         if strategy.samples > 1 and self.gradients == "features":
             raise ValueError(f"gradients=features: {name} compares gradients of different batches; use parameters")
+        if self.chunks > 1:
+            self._check_chunks(strategy)
+        if self.parallel > 1 and not self.combines(strategy, per_task=False):
+            raise ValueError(f"parallel={self.parallel}: {name} weighs losses and takes no per-task gradients; drop it")
+
+    def _check_chunks(self, strategy: Strategy) -> None:
+        name = type(strategy).__name__
+        if isinstance(strategy, JacobianAggregation):
+            raise ValueError(
+                f"chunks={self.chunks}: {name} merges whole gradients and needs all of them at once; drop it, or "
+                "choose a method that weighs the tasks by their Gramian, such as UPGrad"
+            )
+        if self.of_features(strategy):
+            raise ValueError(f"chunks={self.chunks}: gradients of features are small, and come in one piece; drop it")
+        if not self.combines(strategy, per_task=False):
+            raise ValueError(f"chunks={self.chunks}: {name} weighs losses and takes no per-task gradients; drop it")
 
     def check_per_task(self, strategy: Strategy) -> None:
         """Check that the step is a weighted sum of one gradient per task, which optimizers such as AdaTask need.
@@ -109,6 +137,8 @@ class Switches:
             ValueError: it is not.
         """
         name = type(strategy).__name__
+        if self.chunks > 1:
+            raise ValueError(f"step.chunks={self.chunks} holds no task's whole gradient, and the optimizer needs each")
         if isinstance(strategy, JacobianAggregation):
             raise ValueError(f"{name} merges the tasks' gradients, and the optimizer needs them one by one")
         if self.of_features(strategy):

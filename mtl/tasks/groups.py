@@ -23,6 +23,7 @@ from torch import Tensor
 from mtl.metrics.base import Metric
 from mtl.metrics.tally import Tally
 from mtl.tasks.base import Task
+from mtl.tasks.predictions import Predictions
 
 Labels = Mapping[str, Tensor]  # a batch: its columns by name
 
@@ -84,15 +85,15 @@ class Groups:
 
     def sums(self, predictions: Sequence[Any], batch: Labels) -> Tensor:
         """(T,) the loss of each task, summed over its labelled units."""
-        return torch.stack(self._ordered(group.sums(predictions, batch) for group in self._groups))
+        return self._joined([group.sums(predictions, batch) for group in self._groups])
 
     def counts(self, batch: Labels) -> Tensor:
         """(T,) int64, the number of labelled units of each task."""
-        return torch.stack(self._ordered(group.counts(batch) for group in self._groups))
+        return self._joined([group.counts(batch) for group in self._groups])
 
     def labelled(self, batch: Labels) -> Tensor:
         """(N, T) bool: whether sample n has a label of task t."""
-        return torch.stack(self._ordered(group.labelled(batch) for group in self._groups), 1)
+        return self._joined([group.labelled(batch) for group in self._groups]).T
 
     def update(self, predictions: Sequence[Any], batch: Labels, tally: Tally, training: bool = False) -> None:
         """Add a batch to the states of all metrics in `tally`.
@@ -123,6 +124,12 @@ class Groups:
             values = metric.compute(state)
             found |= {score.name: values[score.name] for score in metric.scores}
         return found
+
+    def _joined(self, found: Sequence[Tensor]) -> Tensor:
+        """(T, …) the groups' results (K, …), in the order of the tasks."""
+        if len(found) == 1:  # then the places are 0, 1, 2, …
+            return found[0]
+        return torch.stack(self._ordered(rows.unbind() for rows in found))
 
     def _ordered(self, found: Iterator[Sequence[Tensor]]) -> list[Tensor]:
         """The results of all groups, in the order of the tasks."""
@@ -155,6 +162,8 @@ class _Group:
         """(K, N, …) the tasks' predictions; of a single task, its prediction."""
         if self.alone:
             return predictions[self.places[0]]
+        if isinstance(predictions, Predictions):
+            return predictions.stack(self.places)
         return torch.stack([predictions[i] for i in self.places])
 
     def target(self, batch: Labels) -> Tensor:
@@ -177,24 +186,24 @@ class _Group:
         factor = losses.shape[1] / units.sum(1).clamp(min=1).to(losses.dtype)
         return (losses.mean(1) * factor).unbind()
 
-    def sums(self, predictions: Sequence[Any], batch: Labels) -> Sequence[Tensor]:
+    def sums(self, predictions: Sequence[Any], batch: Labels) -> Tensor:
         prediction, target = self.prediction(predictions), self.target(batch)
         if self.alone:
-            return [self.first.criterion(prediction, target).sum()]
+            return self.first.criterion(prediction, target).sum()[None]
         losses = self.first.criterion(prediction.flatten(0, 1), target.flatten(0, 1))
-        return losses.view(self.size, -1).sum(1).unbind()
+        return losses.view(self.size, -1).sum(1)
 
-    def counts(self, batch: Labels) -> Sequence[Tensor]:
+    def counts(self, batch: Labels) -> Tensor:
         target = self.target(batch)
         if self.alone:
-            return [self.first.count(target)]
-        return self.first.units(target.flatten(0, 1)).view(self.size, -1).sum(1).unbind()
+            return self.first.count(target)[None]
+        return self.first.units(target.flatten(0, 1)).view(self.size, -1).sum(1)
 
-    def labelled(self, batch: Labels) -> Sequence[Tensor]:
+    def labelled(self, batch: Labels) -> Tensor:
         target = self.target(batch)
         if self.alone:
-            return [self.first.labelled(target)]
-        return self.first.labelled(target.flatten(0, 1)).view(self.size, -1).unbind()
+            return self.first.labelled(target)[None]
+        return self.first.labelled(target.flatten(0, 1)).view(self.size, -1)
 
     def states(self, place: int, read: Mapping[str, Tensor]) -> list[Tensor | None]:
         """The metric states of one task; None for a metric that was not measured."""

@@ -1,10 +1,11 @@
-"""A prediction may be one tensor, or several in tuples, lists and dicts. Here they are treated alike."""
+"""Predictions: one may be one tensor, or several in tuples, lists and dicts; those of alike tasks are one tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -38,3 +39,53 @@ def tensors(prediction: Any) -> list[Tensor]:
 
     each(note, prediction)
     return found
+
+
+class Predictions(list[Any]):
+    """The predictions of T tasks: a list in the order of the tasks.
+
+    For alike tasks it remembers the tensor (K, N, …) from which their predictions were taken. So nobody has to stack
+    them again. A prediction that was replaced in the list does count: the tensor is then not used.
+    """
+
+    def __init__(self, predictions: Iterable[Any] = ()):
+        super().__init__(predictions)
+        self._stacks: dict[tuple[int, ...], tuple[Tensor, Sequence[Tensor]]] = {}
+
+    def put(self, places: Sequence[int], stack: Tensor) -> None:
+        """Set the predictions of alike tasks.
+
+        Args:
+            places: positions of the K tasks.
+            stack: (K, N, …).
+        """
+        rows = stack.unbind()
+        for place, row in zip(places, rows, strict=True):
+            self[place] = row
+        self._stacks[tuple(places)] = stack, rows
+
+    def stack(self, places: Sequence[int]) -> Tensor:
+        """(K, N, …) the predictions of alike tasks at these positions."""
+        if self._whole(tuple(places)):
+            return self._stacks[tuple(places)][0]
+        return torch.stack([self[place] for place in places])
+
+    def groups(self) -> list[Sequence[int]]:
+        """All positions: those of rows of one tensor in one list, each other one in a list of its own."""
+        several = [places for places in self._stacks if self._whole(places)]
+        done = {place for places in several for place in places}
+        return [*several, *([place] for place in range(len(self)) if place not in done)]
+
+    def _whole(self, places: tuple[int, ...]) -> bool:
+        """Whether the predictions at these positions are the rows of a tensor, and none was replaced."""
+        rows = self._stacks[places][1] if places in self._stacks else ()
+        return bool(rows) and all(self[place] is row for place, row in zip(places, rows, strict=True))
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Predictions:
+        """Apply a function to every tensor, and to the tensor of alike tasks once. It must work on each element."""
+        stacks = {places: self.stack(places) for places in self._stacks}
+        done = {place for places in stacks for place in places}
+        found = Predictions(None if i in done else each(function, one) for i, one in enumerate(self))
+        for places, stack in stacks.items():
+            found.put(places, function(stack))
+        return found
