@@ -13,6 +13,7 @@ apart from the forward pass, three losses, the backward pass and Adam:
     ours, epoch            `Learner.train_epoch`, as train.py runs it: gathers and normalises uint8 images, adds up
                            losses and metrics, watches for divergence, reads the sums at the end of the epoch
     <method>: ours         as "ours, step", with the method
+    …: ours, parallel      the same with `step.parallel`: one backward pass for all tasks
     torchjd …, loop        hand-written losses of the plain loop, and nothing read
 
 All data is on the device before, and is normalised and in each loop's own format, except for "ours, epoch". The losses
@@ -52,6 +53,7 @@ from mtl.archs.unet import UNet
 from mtl.data.batches import TrainingBatches
 from mtl.engine.device import Execution
 from mtl.engine.learner import Learner
+from mtl.engine.switches import Switches
 from mtl.losses import Equal, PCGrad, UPGrad
 from mtl.optim.schedules import Constant
 from mtl.tracking.console import table
@@ -68,8 +70,8 @@ WAYS = {
     "epoch": ("ours, epoch", "plain-metrics"),
 }
 for method in TORCHJD:
-    for kind, name in (("ours", "ours"), ("autojac", "torchjd autojac"), ("autogram", "torchjd autogram"),
-                       ("loop", "loop")):  # fmt: skip
+    for kind, name in (("ours", "ours"), ("parallel", "ours, parallel"), ("autojac", "torchjd autojac"),
+                       ("autogram", "torchjd autogram"), ("loop", "loop")):  # fmt: skip
         WAYS[f"{method}-{kind}"] = (f"{method}: {name}", f"{method}-ours")
 
 
@@ -100,8 +102,9 @@ def build(key: str, options: argparse.Namespace, data: Data) -> Way:
     model = execution.place(HardSharing(backbone, tasks), data.device).train()
     optimizer = torch.optim.Adam([{"params": list(model.parameters()), "initial_lr": 1e-4}], lr=1e-4)
     strategy = METHODS[method]([task.name for task in tasks])
-    if kind in ("step", "epoch", "ours"):
-        learner = Learner(execution, model, list(tasks), strategy, optimizer, Constant(), data.device, seed=0)
+    if kind in ("step", "epoch", "ours", "parallel"):
+        switches = Switches(parallel=len(tasks) if kind == "parallel" else 1)
+        learner = Learner(execution, model, list(tasks), strategy, optimizer, Constant(), data.device, 0, switches)
         return Way(_epoch(learner, data) if kind == "epoch" else _steps(learner, data), model)
 
     batches = data.field(torch.channels_last if layout == "channels_last" else torch.contiguous_format)
@@ -191,7 +194,7 @@ def check(keys: Sequence[str], options: argparse.Namespace) -> dict[str, str]:
     """Compare the first step of all ways, in fp32 and without TF32.
 
     Returns:
-        {key: message} of the ways of TorchJD that cannot use the network, or not in this precision.
+        {key: message} of the ways that cannot use the network, or not in this precision.
 
     Raises:
         Differs: the losses of two ways differ by more than 1e-4 of their size, or the gradients of the shared
@@ -207,7 +210,7 @@ def check(keys: Sequence[str], options: argparse.Namespace) -> dict[str, str]:
                 if "auto" in key and options.precision != "fp32":
                     first_step(key, options, data)
             except Exception as error:
-                if "auto" not in key:
+                if "auto" not in key and "parallel" not in key:
                     raise
                 refused[key] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
     finally:
