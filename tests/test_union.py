@@ -446,7 +446,7 @@ def test_what_cannot_be_joined_is_refused_in_one_line(cli, words, message):
 
 @pytest.mark.parametrize(("second", "message"), [
     (("rows", 50, 4), "data.parts: row is normalised differently in a and b; write both into one table, where an empty "
-     "cell is a missing label, or give both one mean and std"),
+     "cell is a missing label, or give both the same mean and std"),
     (("photos", 0.5, 0.25), "data.parts: image is normalised differently in a and b; set data.mean and data.std"),
 ])  # fmt: skip
 def test_two_tables_with_different_statistics_are_refused(cli, tmp_path, monkeypatch, second, message):
@@ -456,7 +456,11 @@ def test_two_tables_with_different_statistics_are_refused(cli, tmp_path, monkeyp
     for name, (first, scale) in {"a": (0, 1), "b": (mean, std)}.items():
         column = {"x": first + scale * np.arange(20.0)} if kind == "rows" else {"photo": images}
         np.savez(f"{name}.npz", **column, **{f"kind_{name}": classes})
-    own = {"a": "", "b": ""} if kind == "rows" else {"a": "image: photo,", "b": f"image: photo, mean: [{mean}], std: [{std}],"}
+    own = (
+        {"a": "", "b": ""}
+        if kind == "rows"
+        else {"a": "image: photo,", "b": f"image: photo, mean: [{mean}], std: [{std}],"}
+    )
     node = "{_target_: mtl.data.table.DataTable, file: %s.npz, %s labels: {kind_%s: class}}"
     parts = ", ".join(f"{name}: {node % (name, keys, name)}" for name, keys in own.items())
     words = ["data=union", f"data.parts={{{parts}}}", "logger=none", "trainer.epochs=1", "arch.width=2"]

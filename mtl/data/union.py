@@ -174,7 +174,8 @@ class Parts(Benchmark):
         if vars(here) != vars(there):
             cure = "set data.mean and data.std"
             if not isinstance(here, Image):  # `data=table` takes mean and std from a table's own training rows
-                cure = "write both into one table, where an empty cell is a missing label, or give both one mean and std"
+                table = "write both into one table, where an empty cell is a missing label"
+                cure = f"{table}, or give both the same mean and std"
             raise ConfigError(f"data.parts: {name} is normalised differently in {first} and {part}; {cure}")
 
     def _tasks_of(self, part: str) -> list[Task]:
