@@ -199,6 +199,20 @@ def test_absence_finds_a_method_that_counts_the_absent(monkeypatch):
     assert not properties.exact_absence("pcgrad", HISTORY)
 
 
+@pytest.mark.parametrize("name", ["moco", "modo", "sdmgrad"])
+def test_absent_tasks_that_hold_the_whole_mixture_leave_the_others_their_memory(name):
+    """The others begin with equal weights, and go on from step to step as if they were alone."""
+    old, present = make(name), torch.tensor([True, False, True])
+    old.mixture.copy_(torch.tensor([0.0, 1.0, 0.0]))
+    ours, theirs = properties.selected(name, old, range(3)), properties.selected(name, old, [0, 2])
+    for k in range(4):
+        tasks = problem(k, dimensions=4)
+        ours_, theirs_ = step(ours, tasks, present), step(theirs, tasks.taken([0, 2]))
+        torch.testing.assert_close(ours_.weights[[0, 2]], theirs_.weights, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(ours_.shared, theirs_.shared, rtol=1e-9, atol=1e-12)
+    assert ours.mixture[1] == 1 and theirs_.weights.std() > 1e-3
+
+
 def test_a_method_that_cannot_know_of_absence_has_no_exact_absence(monkeypatch):
     """It is certified all the same: an absent task would be refused."""
     monkeypatch.setattr(UPGrad, "weights", lambda self, gramian: torch.ones_like(gramian[0]))
