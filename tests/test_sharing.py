@@ -200,7 +200,7 @@ def test_numbers_of_parameters_follow_from_the_backbone():
 
 
 def test_numbers_of_parameters_beside_libmtl():
-    """ResNet-50 and DeepLab heads on NYUv2 (3 tasks, 288x384), where LibMTL publishes no numbers.
+    """ResNet-50 and DeepLab heads on NYUv2 (3 tasks, 288x384). LibMTL publishes no numbers for schemes.
 
     Its numbers follow from the layers in its code, by hand: two experts in MMoE, one shared and one for each task in
     CGC and PLE. Ours differ by what docs/sharing.md says.

@@ -66,7 +66,7 @@ def _named(module: nn.Module, values: Tensor) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class Maps(Problem):
+class RoomTasks(Problem):
     """Tasks whose losses are matrix @ (segmentation, depth, normals) + shift.
 
     Attributes:
@@ -91,12 +91,12 @@ class Maps(Problem):
 
     @cached_property
     def slopes(self) -> Tensor:
-        return MapNetwork(self).gradients()[0]
+        return RoomNetwork(self).gradients()[0]
 
-    def mixed(self, matrix: Tensor) -> Maps:
+    def mixed(self, matrix: Tensor) -> RoomTasks:
         return replace(self, matrix=matrix @ self.matrix, shift=matrix @ self.shift, again=matrix @ self.again)
 
-    def turned(self, matrix: Tensor) -> Maps:
+    def turned(self, matrix: Tensor) -> RoomTasks:
         turned = matrix @ self.matrix
         return replace(self, matrix=turned, shift=self.values - turned @ self.raw)
 
@@ -105,43 +105,43 @@ class Maps(Problem):
         pair = [slice(0, half), slice(half, None)]
         return {1: [whole], 2: pair, 3: [*pair, whole]}[samples]
 
-    def network(self, strategy: Strategy, present: Tensor | None = None) -> MapNetwork:
-        return MapNetwork(self if len(self.values) == strategy.tasks else self.taken(range(strategy.tasks)), present)
+    def network(self, strategy: Strategy, present: Tensor | None = None) -> RoomNetwork:
+        return RoomNetwork(self if len(self.values) == strategy.tasks else self.taken(range(strategy.tasks)), present)
 
 
-class MapNetwork(ProblemNetwork):
+class RoomNetwork(ProblemNetwork):
     """The backbone's and the heads' parameters, and the losses of parts of the batch."""
 
-    def __init__(self, tasks: Maps, present: Tensor | None = None):
+    def __init__(self, tasks: RoomTasks, present: Tensor | None = None):
         self.tasks, self.present = tasks, present
         self.theta = nn.Parameter(tasks.theta.clone())
         self.heads = [nn.Parameter(tasks.head.clone()) for _ in tasks.matrix]
 
     def losses(self, batch: slice) -> tuple[list[Tensor], Tensor]:
-        (rooms, columns), (backbone, decoders) = _rooms(), _skeleton()
-        rows, tasks = self.tasks.rows[batch], self.tasks
-        features = functional_call(backbone, _named(backbone, self.theta), columns["image"][rows])
-        losses = []
-        for i, head in enumerate(self.heads):
-            loss = tasks.shift[i]
-            if self.present is None or self.present[i]:
-                named = _named(decoders, head)
-                for j in tasks.matrix[i].nonzero().flatten().tolist() or [0]:
-                    task, start = rooms.tasks[j], f"{j}."
-                    own = {key.removeprefix(start): p for key, p in named.items() if key.startswith(start)}
-                    prediction = functional_call(decoders[j], own, features)
-                    # Divided by a share of the whole batch's labels, so that the mean of two halves is the whole.
-                    units = task.count(columns[task.column][tasks.rows]) * len(rows) / len(tasks.rows)
-                    loss = (
-                        loss + tasks.matrix[i, j] * task.criterion(prediction, columns[task.column][rows]).sum() / units
-                    )
-            else:
-                loss = torch.zeros_like(loss)
-            losses.append(loss)
-        return losses, features
+        (_, columns), backbone = _rooms(), _skeleton()[0]
+        features = functional_call(backbone, _named(backbone, self.theta), columns["image"][self.tasks.rows[batch]])
+        there = [True] * len(self.heads) if self.present is None else self.present.tolist()
+        none = torch.zeros((), dtype=torch.float64)
+        return [self._loss(i, features, batch) if on else none for i, on in enumerate(there)], features
+
+    def _loss(self, i: int, features: Tensor, batch: slice) -> Tensor:
+        """() the loss of task i: its mixture of the kinds, from its own head."""
+        kinds = self.tasks.matrix[i].nonzero().flatten().tolist() or [0]  # without any, the loss has a gradient of 0
+        parts = [self.tasks.matrix[i, j] * self._raw(j, self.heads[i], features, batch) for j in kinds]
+        return sum(parts, self.tasks.shift[i])
+
+    def _raw(self, kind: int, head: Tensor, features: Tensor, batch: slice) -> Tensor:
+        """() the loss of one kind: segmentation, depth or normals."""
+        (rooms, columns), decoders = _rooms(), _skeleton()[1]
+        task, rows, start = rooms.tasks[kind], self.tasks.rows, f"{kind}."
+        own = {key.removeprefix(start): p for key, p in _named(decoders, head).items() if key.startswith(start)}
+        prediction, labels = functional_call(decoders[kind], own, features), columns[task.column]
+        # Divided by a share of the whole batch's labels, so that the mean of two halves is the whole.
+        units = task.count(labels[rows]) * len(features) / len(rows)
+        return task.criterion(prediction, labels[rows[batch]]).sum() / units
 
 
-def problem(seed: int, dimensions: int = SIZE, kind: str = "") -> Maps:
+def problem(seed: int, dimensions: int = SIZE, kind: str = "") -> RoomTasks:
     """Segmentation, depth and normals of a few rooms, in a network with random weights.
 
     Args:
@@ -156,9 +156,9 @@ def problem(seed: int, dimensions: int = SIZE, kind: str = "") -> Maps:
         torch.manual_seed(seed)
         theta, head = (parameters_to_vector(part.parameters()).detach() for part in _network())
     one, none = torch.eye(TASKS, dtype=torch.float64), torch.zeros(TASKS, dtype=torch.float64)
-    tasks = Maps(rows, theta, head, none, one, none, none)
+    tasks = RoomTasks(rows, theta, head, none, one, none, none)
     with torch.no_grad():
-        raw = torch.stack(MapNetwork(tasks).losses(slice(0, BATCH))[0])
+        raw = torch.stack(RoomNetwork(tasks).losses(slice(0, BATCH))[0])
     fall = 0.7 + 0.25 * torch.rand(TASKS, generator=generator, dtype=torch.float64)
     tasks, turn = replace(tasks, raw=raw, again=raw * fall), one.clone()
     if dimensions < SIZE and seed % 2:
