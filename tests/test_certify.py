@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import shipped
 import torch
+from torch.nn.utils import vector_to_parameters
 
-from mtl.certify import agreement, certify, main, optimality, pages, properties
+from mtl.archs.fcn import FCN
+from mtl.certify import agreement, certify, dense, main, optimality, pages, properties
 from mtl.certify.problem import ANCHOR, HISTORY, TASKS, CertificateNetwork, experienced, make, problem, step
 from mtl.errors import UserError
 from mtl.losses import MOML, AutoLambda, CAGrad, PCGrad, RepMTL, Static, UPGrad
@@ -113,6 +115,54 @@ def test_a_history_leaves_every_stateful_method_changed():
         assert name in constant or not old or any(not torch.equal(v, old[k]) for k, v in fresh.items() if v is not None)
 
 
+# ------------------------------------------------------------------------------------------------------- maps
+
+
+def test_the_problem_on_maps_has_the_tasks_own_losses():
+    """Three losses of rooms with missing pixels, and their gradients, from the network itself."""
+    tasks, (rooms, columns) = dense.problem(4), dense._rooms()
+    backbone = FCN(3, dense.WIDTH).double().eval()
+    decoders = torch.nn.ModuleList(backbone.decoder(task) for task in rooms.tasks).double()
+    vector_to_parameters(tasks.theta, backbone.parameters())
+    vector_to_parameters(tasks.head, decoders.parameters())
+    features, targets = backbone(columns["image"][tasks.rows]), [columns[t.column][tasks.rows] for t in rooms.tasks]
+    pixels = dense.BATCH * dense.SIDE**2
+    assert all(0 < task.count(target) < pixels for task, target in zip(rooms.tasks, targets, strict=True))
+    losses = [t.loss(d(features), y) for t, d, y in zip(rooms.tasks, decoders, targets, strict=True)]
+    torch.testing.assert_close(tasks.values, torch.stack(losses))
+    rows = [torch.autograd.grad(x, backbone.parameters(), retain_graph=True) for x in losses]
+    torch.testing.assert_close(tasks.slopes, torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]))
+    # The mean of two halves is the whole.
+    network = tasks.network(make("equal"))
+    halves = [torch.stack(network.losses(half)[0]) for half in tasks.batches(2)]
+    torch.testing.assert_close(sum(halves) / 2, tasks.values)
+    # A turned task has another gradient, and the same loss; a mixed one has both.
+    matrix = torch.tensor([[1.0, 0, 0], [2, -1, 0], [0, 0, 3]]).double()
+    for changed, values in ((tasks.turned(matrix), tasks.values), (tasks.mixed(matrix), matrix @ tasks.values)):
+        torch.testing.assert_close(changed.values, values)
+        torch.testing.assert_close(torch.stack(changed.network(make("equal")).losses(slice(0, 4))[0]), values)
+        torch.testing.assert_close(changed.slopes, matrix @ tasks.slopes)
+
+
+@pytest.mark.parametrize("name", ["gls", "cagrad", "graddrop", "rotograd"])
+def test_verdicts_on_maps_are_those_on_vectors(name):
+    """One method of each family; `python -m mtl.certify problem=dense` takes all. RotoGrad is not for maps."""
+    faults, notes = dense.differences(name)
+    assert faults == [] and len(notes) == (name == "rotograd")
+
+
+def test_another_verdict_on_maps_is_named(monkeypatch, capsys):
+    found = {False: ({"linear": True}, {"linear": True}), True: ({"linear": True}, {"linear": False})}
+    monkeypatch.setattr(dense, "PROPERTIES", ["linear"])
+    monkeypatch.setattr(dense, "verdicts", lambda name, *source: found[bool(source)])
+    assert main(["problem=dense", "loss=equal"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "equal: linear: [True, True] on vectors, [True, False] on maps (first step, later)\n"
+    assert err == "error: 1 of 1 methods have other properties on maps\n"
+    assert main(["problem=dense", "loss=excess_mtl"]) == 0
+    assert "its constant 1e-7" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------------------------- properties
 
 
@@ -147,6 +197,20 @@ def test_absence_finds_a_method_that_counts_the_absent(monkeypatch):
     honest = PCGrad.weights
     monkeypatch.setattr(PCGrad, "weights", lambda self, G, present=None: honest(self, G, present) * len(G))
     assert not properties.exact_absence("pcgrad", HISTORY)
+
+
+@pytest.mark.parametrize("name", ["moco", "modo", "sdmgrad"])
+def test_absent_tasks_that_hold_the_whole_mixture_leave_the_others_their_memory(name):
+    """The others begin with equal weights, and go on from step to step as if they were alone."""
+    old, present = make(name), torch.tensor([True, False, True])
+    old.mixture.copy_(torch.tensor([0.0, 1.0, 0.0]))
+    ours, theirs = properties.selected(name, old, range(3)), properties.selected(name, old, [0, 2])
+    for k in range(4):
+        tasks = problem(k, dimensions=4)
+        ours_, theirs_ = step(ours, tasks, present), step(theirs, tasks.taken([0, 2]))
+        torch.testing.assert_close(ours_.weights[[0, 2]], theirs_.weights, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(ours_.shared, theirs_.shared, rtol=1e-9, atol=1e-12)
+    assert ours.mixture[1] == 1 and theirs_.weights.std() > 1e-3
 
 
 def test_a_method_that_cannot_know_of_absence_has_no_exact_absence(monkeypatch):

@@ -25,7 +25,9 @@ from mtl.archs.resnet import WideResNet
 from mtl.cli.command import Terminated
 from mtl.data.base import Benchmark, Split
 from mtl.data.batches import EvaluationBatches, TrainingBatches
+from mtl.data.boxes import Shapes
 from mtl.data.inputs import Image
+from mtl.data.union import Union
 from mtl.engine.backward import Switches
 from mtl.engine.device import Execution
 from mtl.engine.learner import Learner
@@ -42,6 +44,7 @@ class Few(Benchmark):
     """30 training images in batches of 11, 11 and 8: uneven parts, also of halves and thirds. Few have labels."""
 
     batch_size: int = 11
+    arch = {"_target_": f"{__name__}.Net"}
     tasks = (Classification("digit", 3), Classification("odd", 2), Regression("ink"))
     inputs = {"image": Image((1, 6, 6), mean=(0.5,), std=(0.25,))}
     augment = (Crop(1), Flip())
@@ -73,6 +76,26 @@ class Classes(Few):
     """For methods that understand accuracies only."""
 
     tasks = Few.tasks[:2]
+
+
+class Parted(Union):
+    """Two data sets as one; in a batch, each sample has the labels of its own part."""
+
+    arch = {"_target_": f"{__name__}.Net"}
+
+    def __init__(self):
+        super().__init__(batch_size=10, balanced=True, separate=True, parts={"full": Full(), "few": Few()})
+
+
+class Boxes(Shapes):
+    """Detection and segmentation: one tensor of features from a network with a pyramid."""
+
+    arch = {"_target_": "mtl.archs.retina.Retina", "name": "shufflenet_v2_x0_5", "width": 4, "levels": [3, 4],
+            "head_layers": 1}  # fmt: skip
+    optimizer = {"lr": 1e-3}  # with 0.1, rounding grows a thousandfold in each step
+
+    def __init__(self):
+        super().__init__(batch_size=5, train_size=5, test_size=3, size=32)
 
 
 class Net(nn.Module):
@@ -111,6 +134,7 @@ CASES += [(loss, "sgd", {"gradients": "features"}, Few) for loss in ("mgda", "pc
 CASES += [(loss, "sgd", {"transform": "log"}, Few) for loss in ("equal", "rep_mtl", "cagrad")]
 CASES += [("dwa", "sgd", {"heads": "own"}, Few), ("pcgrad", "sgd", {"heads": "weighted", "scale": "sum"}, Few)]
 CASES += [("uncertainty", "adatask", {"scale": "norm"}, Full)]
+CASES += [("pcgrad", "sgd", {}, Parted), ("uncertainty", "sgd", {}, Boxes)]
 
 
 def build(case, processes=None) -> tuple[Learner, TrainingBatches, EvaluationBatches]:
@@ -122,9 +146,10 @@ def build(case, processes=None) -> tuple[Learner, TrainingBatches, EvaluationBat
     chosen = {"loss": loss, "optimizer": optimizer, "schedule": "cosine", "microscope": "default", "sharing": "hard"}
     nodes = {g: yaml.safe_load((ROOT / "conf" / g / f"{name}.yaml").read_text()) for g, name in chosen.items()}
     nodes["loss"] = {**nodes["loss"], **NEEDED.get(loss, {})}
+    nodes["optimizer"] = {**nodes["optimizer"], **getattr(kind, "optimizer", {})}
     strategy = schema.build(nodes["loss"], "loss", tasks=[t.name for t in benchmark.tasks])
     tasks = [t for t in benchmark.tasks if t.name in strategy.names]
-    config = {"seed": 3, "arch": {"_target_": f"{__name__}.Net"}, **nodes}
+    config = {"seed": 3, "arch": kind.arch, **nodes}
     cpu = torch.device("cpu")
     learner = build_learner(config, benchmark, tasks, strategy, Execution(3), cpu, Switches(**switches))
     learner.model.double(), strategy.double()

@@ -35,7 +35,7 @@ from mtl.errors import ConfigError
 from mtl.inspect.microscope import layer_groups
 from mtl.report.protocols import benchmarks
 from mtl.report.runs import load
-from mtl.tasks import Classification, Depth, Segmentation
+from mtl.tasks import Classification, Depth, Normals, Segmentation
 
 SCHEMES = {"cross_stitch": CrossStitch, "mtan": MTAN, "mmoe": MMoE, "cgc": CGC, "ple": PLE}
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
@@ -197,6 +197,47 @@ def test_numbers_of_parameters_follow_from_the_backbone():
     masks = sum((a + c) * c + 2 * c * 2 for a, c in ((16, 16), (64, 32), (128, 64)))
     onward = 9 * (16 * 32 + 32 * 64) + 2 * (32 + 64)
     assert number("mtan") == one + 3 * masks + onward
+
+
+def test_numbers_of_parameters_beside_libmtl():
+    """ResNet-50 and DeepLab heads on NYUv2 (3 tasks, 288x384). LibMTL publishes no numbers for schemes.
+
+    Its numbers follow from the layers in its code, by hand: two experts in MMoE, one shared and one for each task in
+    CGC and PLE. Ours differ by what docs/sharing.md says.
+    """
+    one, image, wide = 23_508_032, 3 * 288 * 384, (256, 512, 1024, 2048)
+    pooled = 2 * 2048 * 256 + 3 * 9 * 2048 * 256 + 5 * 256 * 256 + 6 * 2 * 256  # five branches, and their projection
+    heads = sum(pooled + 9 * 256**2 + 2 * 256 + (256 + 1) * outputs for outputs in (13, 1, 3))
+    assert one + heads == 71_888_721  # published
+    # Masks have biases there; between two stages is a bottleneck with a shortcut. Ours is a 3x3 convolution.
+    masks = [(1 + (i > 0)) * c * c // 4 + c // 4 * c + 2 * (c // 4 + c) for i, c in enumerate(wide)]
+    biases = [c // 4 + c for c in wide]
+    bottlenecks = [a * b // 4 + 9 * (b // 4) ** 2 + b // 4 * b + a * b + 2 * (2 * b // 4 + 2 * b)
+                   for a, b in pairwise(wide)]  # fmt: skip
+    convolutions = [9 * a * b + 2 * b for a, b in pairwise(wide)]
+    maps = (image, 64 * 72 * 96, 256 * 72 * 96, 512 * 36 * 48, 1024 * 36 * 48)  # what LibMTL's gates in PLE see
+    libmtl = {
+        "cross_stitch": 3 * one + 4 * 9 + heads,
+        "mtan": one + 3 * (sum(masks) + sum(biases)) + sum(bottlenecks) + heads,
+        "mmoe": 2 * one + 3 * 2 * (image + 1) + heads,
+        "cgc": 4 * one + 3 * 2 * (image + 1) + heads,
+        "ple": 4 * one + 3 * 2 * (sum(maps) + 5) + heads,
+    }
+    assert libmtl == {"cross_stitch": 118_904_821, "mtan": 92_347_921, "mmoe": 97_387_415, "cgc": 144_403_479,
+                      "ple": 173_599_791}  # fmt: skip
+    tasks = Segmentation("segmentation", 13), Depth("depth"), Normals("normals")
+
+    def number(scheme, **options):
+        with torch.device("meta"):
+            return count_parameters(build(scheme, tasks, of_file("deeplabv3"), (3, 288, 384), **options))
+
+    assert number("cross_stitch") == libmtl["cross_stitch"] - 9  # the unit after the last stage, which it never uses
+    assert number("mmoe") == libmtl["mmoe"] - 3 * 2 * (image - 3 * 8 * 8)
+    assert number("cgc") == libmtl["cgc"] - 3 * 2 * (image - 3 * 8 * 8)
+    assert number("mtan", reduction=4) == libmtl["mtan"] - 3 * sum(biases) - sum(bottlenecks) + sum(convolutions)
+    # Four stages instead of five with the stem; gates see means over places, and the shared expert has gates, too.
+    gates = 3 * 2 * (3 * 8 * 8 + sum(wide[:3]) + 4) + 4 * (3 * 8 * 8 + sum(wide[:2]) + 3)
+    assert number("ple") == libmtl["ple"] - 3 * 2 * (sum(maps) + 5) + gates
 
 
 # ------------------------------------------------------------------------------------------------------------- oracles

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from test_absent import METHODS, Net
@@ -422,7 +423,8 @@ def test_a_union_trains_resumes_bit_for_bit_and_says_its_parts(cli, tmp_path, mo
 
 WRONG = [
     (["data.parts=[rooms,synthetik]"], "data.parts: synthetik is no data option"),
-    (["data.parts=[rooms,rooms]"], "data.parts: rooms is listed twice"),
+    (["data.parts=[rooms,rooms]"],
+     "data.parts: rooms is listed twice; two parts of one kind need names: data.parts={NAME: {_target_: "),
     (["data.parts=3"], "data.parts: a list of data options is needed, as in data.parts=[synthetic,rooms]"),
     (["data.parts={rooms: 4}"], "data.parts.rooms=4: a mapping of the part's options is needed"),
     (["data.parts=[rooms]", "data.parts.rooms.hight=3"], "data.parts.rooms.hight: unknown key"),
@@ -440,6 +442,34 @@ WRONG = [
 def test_what_cannot_be_joined_is_refused_in_one_line(cli, words, message):
     found = cli("data=union", "logger=none", *words)
     assert found.code == 2 and message in found.err and found.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("second", "message"), [
+    (("rows", 50, 4), "data.parts: row is normalised differently in a and b; write both into one table, where an empty "
+     "cell is a missing label, or give both the same mean and std"),
+    (("photos", 0.5, 0.25), "data.parts: image is normalised differently in a and b; set data.mean and data.std"),
+])  # fmt: skip
+def test_two_tables_with_different_statistics_are_refused(cli, tmp_path, monkeypatch, second, message):
+    kind, mean, std = second
+    monkeypatch.chdir(tmp_path)
+    images, classes = np.zeros((20, 8, 8, 3), np.uint8), np.arange(20) % 2
+    for name, (first, scale) in {"a": (0, 1), "b": (mean, std)}.items():
+        column = {"x": first + scale * np.arange(20.0)} if kind == "rows" else {"photo": images}
+        np.savez(f"{name}.npz", **column, **{f"kind_{name}": classes})
+    own = (
+        {"a": "", "b": ""}
+        if kind == "rows"
+        else {"a": "image: photo,", "b": f"image: photo, mean: [{mean}], std: [{std}],"}
+    )
+    node = "{_target_: mtl.data.table.DataTable, file: %s.npz, %s labels: {kind_%s: class}}"
+    parts = ", ".join(f"{name}: {node % (name, keys, name)}" for name, keys in own.items())
+    words = ["data=union", f"data.parts={{{parts}}}", "logger=none", "trainer.epochs=1", "arch.width=2"]
+    words.append("arch=mlp" if kind == "rows" else "arch=fcn")
+    found = cli(*words)
+    assert found.code == 2 and found.err == f"error: {message}\n"
+    if kind == "photos":  # the cure in the message
+        cured = cli(*words, "data.mean=[0.5]", "data.std=[0.25]")
+        assert cured.code == 0, cured.err
 
 
 def test_identity_knows_no_folder_of_a_built_in_part():

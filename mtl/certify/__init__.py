@@ -4,9 +4,11 @@
     python -m mtl.certify loss=cagrad        one method, printed
     python -m mtl.certify loss=custom loss.file=my_loss.py       your own module
     python -m mtl.certify loss=mine --config-dir my_configs      your own strategy, or loss._target_=my_package.Mine
+    python -m mtl.certify problem=dense      the same properties, on segmentation, depth and normals
     python -m mtl.certify check              compare the pages on disk with new ones; exit code 1 if any differs
 
 - `problem`: the small network, and the histories of steps after which a method is measured.
+- `dense`: the same with the losses of maps.
 - `properties`: the measured properties, such as scale invariance.
 - `agreement`: the error against the oracles, independent NumPy implementations in tests/oracles. An installed package
   has no oracles and leaves this part out.

@@ -13,9 +13,11 @@ the features. So second derivatives, look-ahead steps and terms of the heads all
 from __future__ import annotations
 
 import shlex
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -58,9 +60,76 @@ ARGUMENTS = {
 }
 
 
+class Problem(ABC):
+    """T tasks, at a point of a network.
+
+    Attributes:
+        values: (T,) the losses.
+        again: (T,) the losses after the step.
+        slopes: (T, P) the gradients of the shared parameters.
+    """
+
+    values: Tensor
+    again: Tensor
+    slopes: Tensor
+
+    @abstractmethod
+    def mixed(self, matrix: Tensor) -> Problem:
+        """S new tasks whose losses are linear combinations of these; matrix: (S, T)."""
+
+    @abstractmethod
+    def turned(self, matrix: Tensor) -> Problem:
+        """Tasks with the same values of the losses, and with linear combinations of the gradients; matrix: (T, T)."""
+
+    @abstractmethod
+    def batches(self, samples: int) -> list[Any]:
+        """1, 2 or 3 independent batches, as `ProblemNetwork.losses` takes them.
+
+        The update uses the mean of two batches or the third of three. Both have the gradients `slopes`.
+        """
+
+    @abstractmethod
+    def network(self, strategy: Strategy, present: Tensor | None = None) -> ProblemNetwork:
+        """The network; with the strategy's tasks only. `present` (T,) is False for absent tasks."""
+
+    def scaled(self, factors: Tensor | float) -> Problem:
+        """The losses times `factors` (T,)."""
+        return self.mixed(torch.eye(len(self.values), dtype=torch.float64) * factors)
+
+    def taken(self, index: Sequence[int]) -> Problem:
+        """The tasks `index` in that order."""
+        return self.mixed(torch.eye(len(self.values), dtype=torch.float64)[list(index)])
+
+
+class ProblemNetwork(ABC):
+    """The parameters of one step: the shared ones, and a head for each task.
+
+    Attributes:
+        tasks: the tasks that the strategy trains.
+        theta: (P,) the shared parameters.
+        heads: T vectors (F,).
+    """
+
+    tasks: Problem
+    theta: nn.Parameter
+    heads: list[nn.Parameter]
+
+    @abstractmethod
+    def losses(self, batch: Any) -> tuple[list[Tensor], Tensor]:
+        """T losses and the features (N, …). An absent task's loss is a constant 0."""
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """The gradient of each loss for the shared parameters (T, P), and for its own head (T, F)."""
+        losses = self.losses(*self.tasks.batches(1))[0]
+        pairs = [
+            torch.autograd.grad(x, [self.theta, h], retain_graph=True) for x, h in zip(losses, self.heads, strict=True)
+        ]
+        return torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
+
+
 @dataclass(frozen=True)
-class Tasks:
-    """The losses and gradients of T tasks.
+class Tasks(Problem):
+    """Tasks whose losses and gradients are set.
 
     Attributes:
         values: (T,) the losses v.
@@ -78,30 +147,28 @@ class Tasks:
     noise: Tensor
 
     def mixed(self, matrix: Tensor) -> Tasks:
-        """S new tasks whose losses are linear combinations of these; matrix: (S, T)."""
         return Tasks(*(matrix @ field for field in vars(self).values()))
 
-    def scaled(self, factors: Tensor | float) -> Tasks:
-        """The losses times `factors` (T,)."""
-        return self.mixed(torch.eye(len(self.values), dtype=torch.float64) * factors)
-
     def taken(self, index: Sequence[int]) -> Tasks:
-        """The tasks `index` in that order."""
         return Tasks(*(field[list(index)] for field in vars(self).values()))
 
-    def batches(self, samples: int) -> list[Tensor]:
-        """The gradients (T, P) of 1, 2 or 3 independent batches.
+    def turned(self, matrix: Tensor) -> Tasks:
+        return replace(self, slopes=matrix @ self.slopes, noise=matrix @ self.noise)
 
-        The update uses the mean of two batches or the third of three. Both are g.
-        """
+    def batches(self, samples: int) -> list[Tensor]:
+        """The gradients (T, P) of each batch."""
         pair = [self.slopes + self.noise, self.slopes - self.noise]
         return {1: [self.slopes], 2: pair, 3: [*pair, self.slopes]}[samples]
 
+    def network(self, strategy: Strategy, present: Tensor | None = None) -> CertificateNetwork:
+        return CertificateNetwork(strategy, self, present)
 
-Change = Callable[[Tasks], Tasks]
+
+Change = Callable[[Problem], Problem]
+Source = Callable[..., Problem]  # makes random problems of (seed, dimensions, kind), as `problem` does
 
 
-def same(tasks: Tasks) -> Tasks:
+def same(tasks: Problem) -> Problem:
     """No change."""
     return tasks
 
@@ -225,7 +292,7 @@ class Update:
     weights: Tensor | None
 
 
-class CertificateNetwork:
+class CertificateNetwork(ProblemNetwork):
     """A network with θ and the heads at 0. The heads receive the features from the strategy's `views`."""
 
     def __init__(self, strategy: Strategy, tasks: Tasks, present: Tensor | None = None):
@@ -234,33 +301,27 @@ class CertificateNetwork:
         self.theta = nn.Parameter(torch.zeros(SIZE, dtype=torch.float64))
         self.heads = [nn.Parameter(torch.zeros(WIDTH, dtype=torch.float64)) for _ in self.tasks.values]
 
-    def losses(self, slopes: Tensor) -> tuple[list[Tensor], Tensor]:
-        """T losses and the features (N, F). An absent task's loss is a constant 0."""
+    def losses(self, batch: Tensor) -> tuple[list[Tensor], Tensor]:
+        """T losses and the features (N, F), from the gradients (T, P) of a batch."""
         t, features, losses = self.tasks, ANCHOR + self.theta.view(SAMPLES, WIDTH), []
         for i, (seen, head) in enumerate(zip(self.strategy.views(features), self.heads, strict=True)):
             if self.present is not None and not self.present[i]:
                 losses.append(torch.zeros((), dtype=torch.float64))
                 continue
             moved = (seen - ANCHOR).flatten()
-            loss = t.values[i] + slopes[i] @ moved + 0.5 * t.bends[i] @ moved.square() + t.residuals[i] @ (seen @ head)
+            loss = t.values[i] + batch[i] @ moved + 0.5 * t.bends[i] @ moved.square() + t.residuals[i] @ (seen @ head)
             losses.append(loss)
         return losses, features
 
-    def gradients(self) -> tuple[Tensor, Tensor]:
-        """The gradient of each loss for the shared parameters (T, P), and for its own head (T, F)."""
-        losses = self.losses(self.tasks.slopes)[0]
-        pairs = [torch.autograd.grad(x, [self.theta, h]) for x, h in zip(losses, self.heads, strict=True)]
-        return torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
 
-
-def step(strategy: Strategy, tasks: Tasks, present: Tensor | None = None) -> Update:
+def step(strategy: Strategy, tasks: Problem, present: Tensor | None = None) -> Update:
     """One step as in the engine: look-ahead, backward pass, the strategy's own parameters, the pass after the step."""
-    net = CertificateNetwork(strategy, tasks, present)
+    net = tasks.network(strategy, present)
     tasks, parameters = net.tasks, [net.theta, *net.heads]
     # `Step` divides a batch into halves or thirds. Six virtual samples can be divided both ways, and each part gets the
     # gradients of an independent batch.
     starts = {count: range(0, 6, 6 // count) for count in (1, 2, 3)}
-    batches = {(a, a + 6 // n): slopes for n in starts for a, slopes in zip(starts[n], tasks.batches(n), strict=True)}
+    batches = {(a, a + 6 // n): batch for n in starts for a, batch in zip(starts[n], tasks.batches(n), strict=True)}
     there = torch.ones_like(tasks.again) if present is None else present.to(tasks.again)
 
     def forward(part: slice) -> Losses:
@@ -285,14 +346,16 @@ def scores(epoch: int, tasks: int = TASKS) -> Tensor:
     return torch.linspace(30 + 10 * epoch, 60, TASKS, dtype=torch.float64)[:tasks]
 
 
-def end_epoch(strategy: Strategy, tasks: Tasks, epoch: int, seed: int = 0) -> None:
+def end_epoch(strategy: Strategy, tasks: Problem, epoch: int, seed: int = 0) -> None:
     """Report the epoch's losses and scores to the strategy, and begin the next epoch."""
     T = strategy.tasks
     strategy.epoch_end(Statistics(tasks.values[:T], scores(epoch, T), torch.ones(T, dtype=torch.bool)))
     strategy.epoch_start(epoch + 1, EPOCHS, seed)
 
 
-def experienced(name: str, change: Change = same, steps: int = HISTORY, seed: int = 0, start: int = 0) -> Strategy:
+def experienced(
+    name: str, change: Change = same, steps: int = HISTORY, seed: int = 0, start: int = 0, source: Source = problem
+) -> Strategy:
     """The method after a history of steps, at the start of an epoch.
 
     Args:
@@ -301,10 +364,11 @@ def experienced(name: str, change: Change = same, steps: int = HISTORY, seed: in
         steps: length of the history; each step is an epoch. 0 gives a fresh strategy.
         seed: seed of the method's draws.
         start: seed of the first problem.
+        source: makes the problems.
     """
     strategy = make(name, seed=seed)
     for k in range(steps):
-        tasks = change(problem(start + k, dimensions=4 if k % 2 else SIZE))
+        tasks = change(source(start + k, dimensions=4 if k % 2 else SIZE))
         step(strategy, tasks)
         end_epoch(strategy, tasks, k, seed)
     return strategy

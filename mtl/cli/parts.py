@@ -32,7 +32,8 @@ def fold(words: Sequence[str]) -> list[str]:
         if listed := LISTED.fullmatch(word):
             names = [name.strip() for name in listed[1].split(",") if name.strip()]
             if twice := next((name for name in names if names.count(name) > 1), None):
-                raise ConfigError(f"{KEY}: {twice} is listed twice")
+                names = f"{KEY}={{NAME: {{_target_: …}}, NAME: {{_target_: …}}}}"
+                raise ConfigError(f"{KEY}: {twice} is listed twice; two parts of one kind need names: {names}")
             found += [f"{KEY}=null", f"{KEY}={{{','.join(f'{name}:{{}}' for name in names)}}}"]
         else:
             of_one = OF_ONE.fullmatch(word)

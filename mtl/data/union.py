@@ -172,7 +172,10 @@ class Parts(Benchmark):
             shown = [f"{type(i).__name__} of the shape {i.shape}" for i in (here, there)]
             raise ConfigError(f"data.parts: {name} is {shown[0]} in {first}, and {shown[1]} in {part}; they must agree")
         if vars(here) != vars(there):
-            cure = "set data.mean and data.std" if isinstance(here, Image) else "their mean and std must agree"
+            cure = "set data.mean and data.std"
+            if not isinstance(here, Image):  # `data=table` takes mean and std from a table's own training rows
+                table = "write both into one table, where an empty cell is a missing label"
+                cure = f"{table}, or give both the same mean and std"
             raise ConfigError(f"data.parts: {name} is normalised differently in {first} and {part}; {cure}")
 
     def _tasks_of(self, part: str) -> list[Task]:

@@ -338,6 +338,22 @@ def combine(losses: Tensor, weights: Tensor, present: Tensor | None, mean: Mean 
     return (weights / weights.sum().clamp(min=FLOOR) * logs(losses, present)).sum().exp()
 
 
+def among_present(mixture: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weights on the simplex, for the present tasks alone. An absent task keeps its part of the mixture.
+
+    Args:
+        mixture: (T,) ≥ 0, Σ = 1.
+        present: (T,) bool.
+
+    Returns:
+        (T,) the weights of the present tasks, Σ = 1; () the part of the mixture that these tasks keep. If the absent
+        tasks hold the whole mixture, the others begin with equal weights. They keep 1e-30, to remember their ratios.
+    """
+    own = masked(mixture, present)
+    total = own.sum()
+    return torch.where(total > 0, own / total, uniform(present, mixture)), total.clamp(min=1e-30)
+
+
 def moving_average(average: Tensor, values: Tensor, share: float) -> Tensor:
     """(T,) the moving average: share · values + (1 − share) · average.
 

@@ -19,7 +19,7 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from mtl.losses.base import JacobianAggregation
+from mtl.losses.base import JacobianAggregation, among_present
 from mtl.losses.solvers import double, project_on_simplex
 
 
@@ -69,11 +69,8 @@ class MoCo(JacobianAggregation):
         trackers.lerp_(jacobian, rate[:, None])
         # The T×T part is computed in double precision: the projection compares small differences.
         G, old = double(trackers @ trackers.T), double(self.mixture)
-        # Absent tasks keep their part of λ. The present tasks are projected among themselves, and keep their sum.
-        share = old if present is None else torch.where(present, old, 0.0)
-        total = share.sum().clamp(min=1e-12)
-        share = share / total
+        share, kept = among_present(old, present)
         new = project_on_simplex(share - self.gamma * decay * (G @ share + self.rho * share), present)
-        self.mixture.copy_(new if present is None else torch.where(present, new * total, old))
+        self.mixture.copy_(new if present is None else torch.where(present, new * kept, old))
         weights = new.to(jacobian)
         return weights @ trackers, weights

@@ -17,7 +17,7 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from mtl.losses.base import GramianWeighting
+from mtl.losses.base import GramianWeighting, among_present
 from mtl.losses.solvers import double, project_on_simplex
 
 
@@ -40,11 +40,8 @@ class MoDo(GramianWeighting):
 
     def weights(self, gramian: Tensor, present: Tensor | None = None) -> Tensor:
         old = double(self.mixture)
-        share = old if present is None else torch.where(present, old, 0.0)
-        share = share / share.sum().clamp(min=1e-12)
+        share, kept = among_present(old, present)
         moved = share - self.step_size * (double(gramian) @ share + self.rho * share)
         new = project_on_simplex(moved, present)
-        # Absent tasks keep their part of λ; the others share the rest.
-        kept = new if present is None else torch.where(present, new * torch.where(present, old, 0.0).sum(), old)
-        self.mixture.copy_(kept)
+        self.mixture.copy_(new if present is None else torch.where(present, new * kept, old))
         return new

@@ -18,7 +18,7 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
-from mtl.losses.base import GramianWeighting, masked, uniform
+from mtl.losses.base import GramianWeighting, among_present, uniform
 from mtl.losses.solvers import double, project_on_simplex
 
 
@@ -54,15 +54,13 @@ class SDMGrad(GramianWeighting):
         # Without this, the step size β would have to fit the scale of the losses.
         G = G / scale**2
         pull = self.regularisation * (G @ mean)
-        w = masked(self.mixture, present)
-        share = w.sum()  # absent tasks keep their part of w; the present ones keep this sum
-        w = torch.where(share > 0, w / share, mean)
+        w, kept = among_present(self.mixture, present)
         # Momentum acts within the S steps of one update only.
         velocity = None
         for _ in range(self.steps):
             gradient = torch.addmv(pull, G, w)
             velocity = gradient if velocity is None else gradient.add_(velocity, alpha=self.momentum)
             w = project_on_simplex(torch.add(w, velocity, alpha=-self.step_size), present)
-        held = w if present is None else torch.where(present, w * share, self.mixture)
+        held = w if present is None else torch.where(present, w * kept, self.mixture)
         self.mixture.copy_(held)
         return (w + self.regularisation * mean) / (1 + self.regularisation)

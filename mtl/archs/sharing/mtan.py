@@ -11,7 +11,7 @@ the backbone turns into the task's features.
 Where repositories differ
 - The paper's network is SegNet, whose decoder has masks, too, and which masks before it pools: `arch=segnet_mtan`.
 - On ResNets, LibMTL has a residual block as f, and divides the masks' inner width by 4 on ResNet-50: `reduction: 4`.
-  Its list of masks holds the same module T times, so that all tasks have the same masks. Here each has its own.
+  Its masks' convolutions have biases.
 - LibMTL leaves masks and f out of the shared parameters. The masks are a task's own, and so they are here. f serves
   all tasks, and is shared here. `mtl/archs/segnet.py` says what others do.
 """
