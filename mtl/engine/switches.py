@@ -36,7 +36,7 @@ class Switches:
             With gradients=features, the lengths of the features' gradients count.
         chunks: number of parts in which the (T, P) Jacobian is computed. Only one part is in memory at a time. Its
             share of the Gramian is added up, and one weighted backward pass gives the step. Each part needs T backward
-            passes, but only down to its own layers. Together they cost about T (chunks + 3) / 4 whole ones.
+            passes, but only down to its own layers. Together they cost at most about T (chunks + 3) / 4 whole ones.
     """
 
     gradients: Literal["paper", "parameters", "features"] = "paper"
