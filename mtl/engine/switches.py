@@ -36,7 +36,7 @@ class Switches:
             With gradients=features, the lengths of the features' gradients count.
         chunks: number of parts in which the (T, P) Jacobian is computed. Only one part is in memory at a time. Its
             share of the Gramian is added up, and one weighted backward pass gives the step. Each part needs T backward
-            passes, but only down to its own layers. Together they cost about T (chunks + 3) / 4 whole ones.
+            passes, but only down to its own layers. Together they cost at most about T (chunks + 3) / 4 whole ones.
         parallel: number of tasks whose gradients come from one backward pass. More are faster for small networks on a
             GPU, and need as many times the memory of a pass. Results differ by rounding. 1: a pass for each task.
     """
