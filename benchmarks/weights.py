@@ -59,7 +59,8 @@ def theirs() -> dict:
             self.nash = jd.NashMTL(T)
 
         def __call__(self, gramian):  # TorchJD wants a Jacobian: a matrix root of the Gramian has the same Gramian
-            return self.nash(torch.linalg.cholesky(gramian + 1e-6 * gramian.trace() * torch.eye(len(gramian)).to(gramian)))
+            ridge = 1e-6 * gramian.trace() * torch.eye(len(gramian), device=gramian.device)
+            return self.nash(torch.linalg.cholesky(gramian + ridge))
 
     return {
         "mgda": lambda T: jd.MGDAWeighting(),
