@@ -6,7 +6,8 @@
 The Gramian is that of T random float32 gradients of 1,000 parameters. Half of their pairs conflict. This is harder
 than training, where most pairs do not. The calls of both libraries alternate; the table gives medians over the rounds.
 TorchJD runs with its defaults (Frank-Wolfe to 1e-3, norm_eps 1e-4), so its answers are less exact than ours. A dash:
-TorchJD has no such method, or not on the Gramian.
+TorchJD has no such method, or not on the Gramian. With --device cuda the Gramian is on the GPU and so are the weights:
+a call includes the copies, if the method computes on the CPU.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def theirs() -> dict:
             self.nash = jd.NashMTL(T)
 
         def __call__(self, gramian):  # TorchJD wants a Jacobian: a matrix root of the Gramian has the same Gramian
-            return self.nash(torch.linalg.cholesky(gramian + 1e-6 * gramian.trace() * torch.eye(len(gramian))))
+            ridge = 1e-6 * gramian.trace() * torch.eye(len(gramian), device=gramian.device)
+            return self.nash(torch.linalg.cholesky(gramian + ridge))
 
     return {
         "mgda": lambda T: jd.MGDAWeighting(),

@@ -5,6 +5,7 @@ import shipped
 import torch
 from conftest import ROOT
 
+from mtl.losses import host
 from mtl.metrics.tally import Tally
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
@@ -28,42 +29,44 @@ def learner_on(device: str, loss: str, *overrides: str, images: int = 1024):
     return learner, TrainingBatches(benchmark.splits()["train"], benchmark, learner.device, seed=0)
 
 
-# An eigendecomposition on a GPU makes the host wait: torch checks its result.
-WAITING = ("aligned_mtl", "config", "imtl", "imtl_g")
 NEEDED = {
     "static": "loss.weights={fine: 2}",
     "single": "loss.task=fine",
     "pivrg": "loss.baselines={fine: 60, coarse: 70}",
     "amtl": "loss.potentials={fine: 60, coarse: 70}",
 }
-LOSSES = sorted({*shipped.options("loss")} - {"custom", *WAITING})
+LOSSES = sorted({*shipped.options("loss")} - {"custom"})
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_no_step_waits_for_the_device(loss, precision, monkeypatch):
-    """A host synchronisation anywhere in the epoch is an error, up to the one read at its end."""
+def test_no_step_waits_for_the_device_but_for_a_small_problem(loss, precision, monkeypatch):
+    """A host synchronisation anywhere in the epoch is an error. Two are allowed: the read at the end of the epoch, and
+    one copy a step to the CPU, for a method that solves its small problem there."""
     learner, batches = learner_on("cuda", loss, f"trainer.precision={precision}")
-    learner.train_epoch(batches, 0)  # cuDNN's benchmark mode and lazy initialisation may wait
-    read = Tally.read
+    # The first epoch may wait: cuDNN's benchmark mode and lazy initialisation do.
+    learner.epoch_end(learner.train_epoch(batches, 0))
+    read, fetched, copies = Tally.read, host.fetched, []
 
     def read_at_the_end(tally):
         torch.cuda.set_sync_debug_mode("default")
         return read(tally)
 
+    def fetched_once_a_step(tensors):
+        copies.append(len(tensors))
+        torch.cuda.set_sync_debug_mode("default")
+        found = fetched(tensors)
+        torch.cuda.set_sync_debug_mode("error")
+        return found
+
     monkeypatch.setattr(Tally, "read", read_at_the_end)
+    monkeypatch.setattr(host, "fetched", fetched_once_a_step)
     torch.cuda.set_sync_debug_mode("error")
     try:
         row = learner.train_epoch(batches, 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert row["train/fine_loss"] > 0
-
-
-@pytest.mark.parametrize("loss", WAITING)
-def test_a_method_that_waits_trains_all_the_same(loss):
-    learner, batches = learner_on("cuda", loss)
-    row = learner.train_epoch(batches, 0)
+    assert len(copies) in (0, len(batches))
     assert 0 < row["train/fine_loss"] < 10  # ln 100 = 4.6
     assert all(p.isfinite().all() for p in learner.model.parameters())
 

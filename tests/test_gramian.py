@@ -603,15 +603,3 @@ def test_missing_losses_scores_and_baselines_are_reported():
         with pytest.raises(ValueError, match="baselines"):
             m.PIVRG(2, baselines)
     assert np.isfinite(weigh(m.MGDA(2, normalization="loss+"), np.eye(2), losses=np.zeros(2))).all()
-
-
-@pytest.mark.parametrize("name", {type(method.make(2)): name for name, method in METHODS.items()}.values())
-def test_nothing_waits_for_the_device(name, monkeypatch):
-    """Tensors without data cannot be read: whatever a step asks of the host raises here."""
-    for module in ("pcgrad", "gradvac"):
-        orders = lambda T, generator: torch.empty(T, T - 1, dtype=torch.int64, device="meta")  # noqa: E731
-        monkeypatch.setattr(f"mtl.losses.{module}.random_orders", orders)
-    strategy, ones = METHODS[name].make(3).to("meta"), torch.ones(3, device="meta")
-    monkeypatch.setattr(strategy, "generator", lambda device: None)
-    facts = taken(strategy, "weights", present=ones.bool(), losses=ones)
-    assert strategy.weights(torch.ones(3, 3, device="meta"), **facts).shape == (3,)

@@ -13,16 +13,6 @@ HARD = ((11, 6), (20, 12), (40, 25))  # tasks, parameters: gradients are depende
 EASY = ((2, 5), (11, 20), (40, 60))
 
 
-class Elsewhere(torch.Tensor):
-    """A tensor that says it is on a device: the solvers then take the way without looking."""
-
-    is_cpu = False
-
-
-def elsewhere(array) -> torch.Tensor:
-    return tensor(array).as_subclass(Elsewhere)
-
-
 def gradients(T: int, P: int, seed: int) -> np.ndarray:
     return np.random.default_rng([T, P, seed]).normal(size=(T, P))
 
@@ -79,7 +69,7 @@ def test_pivoting_and_interior_points_find_the_same_solution(T):
         rng = np.random.default_rng([T, seed])
         A, q = rng.normal(size=(T, T + 3)), tensor(rng.normal(size=(7, T)))
         M = tensor(A @ A.T / T)
-        x, unsolved = solvers._pivot(M, q, q < 0, rounds=12)
+        x, unsolved = solvers._pivot(M, q, q < 0)
         assert not unsolved.any()
         np.testing.assert_allclose(solvers._interior_point(M, q), x.clamp(min=0), atol=1e-9 * float(x.max()))
         np.testing.assert_allclose(solvers.complementarity(M, q), x.clamp(min=0), atol=0)
@@ -97,29 +87,6 @@ def test_interior_points_alone_find_the_shortest_vector(T, P):
         matrix, lengths = solvers.cosines(tensor(J @ J.T))
         u = solvers._interior_point(matrix, -(lengths.min() / lengths)[None])[0].clamp(min=0) / lengths
         assert shortest_gap(J, (u / u.sum()).numpy()) < 1e-9
-
-
-@pytest.mark.parametrize(("T", "P"), EASY)
-def test_a_device_gets_the_results_of_the_cpu_on_independent_gradients(T, P):
-    for seed in range(2):
-        J, starts = gradients(T, P, seed), np.eye(T)
-        G = elsewhere(J @ J.T)
-        assert cone_error(J, starts, solvers.project_on_cone(G, elsewhere(starts)).numpy()) < 1e-9
-        assert shortest_gap(J, solvers.shortest(G).numpy()) < 1e-9
-        np.testing.assert_allclose(m.CAGrad(T).weights(G).numpy(), weigh(m.CAGrad(T), J), atol=1e-9)
-        np.testing.assert_allclose(m.NashMTL(T).weights(G).numpy(), weigh(m.NashMTL(T), J), rtol=1e-9)
-
-
-@pytest.mark.parametrize("make", [gradients, low_rank])
-@pytest.mark.parametrize("solver", ["cone", "shortest"])
-def test_a_device_gets_the_results_of_the_cpu_on_dependent_gradients(solver, make):
-    for seed in range(20):
-        J, starts = make(40, 25, seed), np.eye(40)
-        G = elsewhere(J @ J.T)
-        if solver == "cone":
-            assert cone_error(J, starts, solvers.project_on_cone(G, elsewhere(starts)).numpy()) < 1e-6
-        else:
-            assert shortest_gap(J, solvers.shortest(G).numpy()) < 1e-6
 
 
 def test_an_absent_task_does_not_disturb_the_search_for_the_shortest_vector():

@@ -182,6 +182,7 @@ def place(error: BaseException) -> str:
 
 def definition(thing: Any) -> str:
     """The place where a class or function is defined, such as "my_net.py:12"; its name if there is no source."""
+    thing = inspect.unwrap(thing) if callable(thing) else thing  # a decorator such as `on_host` is in another file
     try:
         return f"{_short(inspect.getsourcefile(thing))}:{inspect.getsourcelines(thing)[1]}"
     except (OSError, TypeError):

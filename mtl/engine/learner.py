@@ -1,7 +1,8 @@
 """Training and evaluation of one run.
 
-A step's path: `train_epoch` → `Step` → `forward` (below) → `gradients`, `accumulate` → the optimizer. Nothing in a step
-waits for the device: sums stay there as tensors, and the host reads them once per epoch (`Tally.read`).
+A step's path: `train_epoch` → `Step` → `forward` (below) → `gradients`, `accumulate` → the optimizer. Sums stay on the
+device as tensors, and the host reads them once per epoch (`Tally.read`). Only methods that solve a small problem on the
+CPU wait for the device in a step (`mtl.losses.host`).
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mtl.losses.base import GramianWeighting, masked
+from mtl.losses.host import on_host
 from mtl.losses.solvers import decomposable, double
 
 
@@ -34,6 +35,7 @@ class AlignedMTL(GramianWeighting):
         super().__init__(tasks)
         self.scale = scale
 
+    @on_host
     def weights(self, gramian: Tensor, present: Tensor | None = None) -> Tensor:
         eps = torch.finfo(gramian.dtype).eps
         values, vectors = torch.linalg.eigh(decomposable(double(gramian)))

@@ -18,6 +18,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from mtl.losses.base import GramianWeighting, masked, uniform
+from mtl.losses.host import on_host
 from mtl.losses.solvers import double, steepest_worst_case
 
 
@@ -35,6 +36,7 @@ class CAGrad(GramianWeighting):
         super().__init__(tasks)
         self.c, self.rescale = c, rescale
 
+    @on_host
     def weights(self, gramian: Tensor, present: Tensor | None = None) -> Tensor:
         mean = uniform(present, double(gramian)[0])
         slopes = double(gramian) @ mean  # g_i·g₀

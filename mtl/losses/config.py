@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mtl.losses.base import GramianWeighting, masked
+from mtl.losses.host import on_host
 from mtl.losses.solvers import decomposable, double
 
 
@@ -22,6 +23,7 @@ class ConFIG(GramianWeighting):
 
     claims = ("task_scale_free", "scale_free")
 
+    @on_host
     def weights(self, gramian: Tensor, present: Tensor | None = None) -> Tensor:
         rtol = 8 * len(gramian) * torch.finfo(gramian.dtype).eps  # rounding of the Gramian's own precision
         G = double(gramian)

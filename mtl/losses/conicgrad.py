@@ -22,6 +22,7 @@ from annotated_types import Ge, Lt
 from torch import Tensor
 
 from mtl.losses.base import GramianWeighting, masked, uniform
+from mtl.losses.host import on_host
 from mtl.losses.solvers import cosines, double, shortest, steepest_worst_case
 
 
@@ -36,6 +37,7 @@ class ConicGrad(GramianWeighting):
         super().__init__(tasks)
         self.c = c
 
+    @on_host
     def weights(self, gramian: Tensor, present: Tensor | None = None) -> Tensor:
         G = double(gramian)
         mean = uniform(present, G[0])
@@ -47,12 +49,8 @@ class ConicGrad(GramianWeighting):
         rounding = (8 * len(G) * torch.finfo(gramian.dtype).eps) ** 0.5 * G.diagonal().mean().clamp(min=0).sqrt()
         free = free * (length / torch.where(norm > rounding, norm, torch.inf))
         inside = (norm > rounding) & (free @ slopes >= self.c * length**2)
-        if inside.is_cpu and inside:  # on a CPU reading a value is free, so the second problem can be skipped
-            weights = free
-        else:
-            along = slopes / torch.where(length > 0, length, 1.0)
-            weights = torch.where(inside, free, self._edge(gramian, along, length, mean, present))
-        weights = masked(weights, present)
+        along = slopes / torch.where(length > 0, length, 1.0)
+        weights = masked(free if inside else self._edge(gramian, along, length, mean, present), present)
         # In exact arithmetic ‖d‖ = ‖g₀‖. Near a stationary point large weights cancel, and rounding makes d too long.
         # The norm on the matrix with the cosines' ridge is an upper bound of the true one, so d is shortened safely.
         matrix, norms = cosines(gramian)

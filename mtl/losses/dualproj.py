@@ -12,6 +12,7 @@ Heads get the gradient of their own loss.
 from torch import Tensor
 
 from mtl.losses.base import GramianWeighting, masked, uniform
+from mtl.losses.host import on_host
 from mtl.losses.solvers import double, project_on_cone
 
 
@@ -20,5 +21,6 @@ class DualProj(GramianWeighting):
 
     claims = ("non_conflicting", "scale_free")
 
+    @on_host
     def weights(self, gramian: Tensor, present: Tensor | None = None) -> Tensor:
         return masked(project_on_cone(gramian, uniform(present, double(gramian)[0])[None])[0], present)

@@ -19,6 +19,7 @@ from annotated_types import Gt
 from torch import Tensor
 
 from mtl.losses.base import GramianWeighting, masked
+from mtl.losses.host import on_host
 from mtl.losses.solvers import fair_weights
 
 
@@ -41,5 +42,6 @@ class FairGrad(GramianWeighting):
         super().__init__(tasks)
         self.alpha, self.max_norm = alpha, max_norm
 
+    @on_host
     def weights(self, gramian: Tensor, present: Tensor | None = None) -> Tensor:
         return masked(fair_weights(gramian, self.alpha), present)

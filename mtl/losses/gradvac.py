@@ -18,6 +18,7 @@ from annotated_types import Ge, Le
 from torch import Tensor
 
 from mtl.losses.base import GramianWeighting, masked
+from mtl.losses.host import on_host
 from mtl.losses.pcgrad import random_orders, summed
 from mtl.losses.solvers import cosines
 
@@ -35,13 +36,19 @@ class GradVac(GramianWeighting):
         self.register_buffer("goal", torch.zeros(self.tasks, self.tasks, dtype=torch.float64))
 
     def weights(self, gramian: Tensor, present: Tensor | None = None) -> Tensor:
+        weights, goals = self._vaccinated(gramian, self.goal, present)
+        self.goal.copy_(goals)
+        return weights
+
+    @on_host
+    def _vaccinated(self, gramian: Tensor, goals: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
         matrix, norms = cosines(gramian)
         live = gramian.diagonal() > 0
         order = random_orders(len(matrix), self.generator(matrix.device))
         rounds = order.T[..., None]
         # Task i meets each other task once, in its own order. Everything that depends on the pair only is gathered
         # before the rounds, so that a round is a few small kernels. All T tasks make their round k at the same time.
-        goal = self.goal.to(matrix).gather(1, order)
+        goal = goals.to(matrix).gather(1, order)
         slopes = torch.where(live[order], goal / (1 - goal * goal).clamp(min=1e-12).sqrt(), 0.0).T[..., None]
         alongs, pulls = torch.zeros(2, *rounds.shape, dtype=matrix.dtype, device=matrix.device)
         squares = live.to(matrix)[:, None].repeat(len(matrix), 1, 1)  # ‖g̃_i‖² / ‖g_i‖² before each round and at the end
@@ -57,5 +64,5 @@ class GradVac(GramianWeighting):
             dots.addcmul_(pull, met)
         cosine = (alongs / squares[:-1].sqrt())[..., 0].T
         nearer = torch.lerp(goal, cosine.clamp(-1, 1), self.beta)
-        self.goal.scatter_(1, order, torch.where(live[order] & cosine.isfinite(), nearer, goal).to(self.goal))
-        return masked(summed(order, pulls, norms), present)
+        goals = goals.scatter(1, order, torch.where(live[order] & cosine.isfinite(), nearer, goal).to(goals))
+        return masked(summed(order, pulls, norms), present), goals

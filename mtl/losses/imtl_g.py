@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mtl.losses.base import GramianWeighting, count, masked
+from mtl.losses.host import on_host
 from mtl.losses.solvers import decomposable, double
 
 
@@ -30,6 +31,7 @@ class IMTLG(GramianWeighting):
         return equal_projections(gramian, present)
 
 
+@on_host
 def equal_projections(gramian: Tensor, present: Tensor | None) -> Tensor:
     """(T,) weights α with Σ α = 1, so that Jᵀα has the same projection on every unit gradient.
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mtl.losses.base import GramianWeighting, masked
+from mtl.losses.host import on_host
 from mtl.losses.solvers import shortest
 
 
@@ -39,6 +40,7 @@ class MGDA(GramianWeighting):
         self.normalization = normalization
         self.needs_positive = normalization.startswith("loss")
 
+    @on_host
     def weights(self, gramian: Tensor, present: Tensor | None = None, losses: Tensor | None = None) -> Tensor:
         divisor = torch.ones_like(gramian[0])
         if self.normalization in ("l2", "loss+"):

@@ -19,6 +19,7 @@ from annotated_types import Gt
 from torch import Tensor, nn
 
 from mtl.losses.base import LossWeighting, masked, softmax
+from mtl.losses.host import on_host
 from mtl.losses.meta import Adam, check_rate, gradients, move, tried_out
 from mtl.losses.solvers import double, shortest
 
@@ -67,7 +68,7 @@ class MOML(LossWeighting):
         unit = slopes / norms.clamp(min=1e-30)[:, None]
         # A task without labels has the slope 0. MGDA must not take it for the shortest vector.
         some = norms > 0 if present is None else present & (norms > 0)
-        mixture = shortest(double(unit) @ double(unit).T, some).to(unit)
+        mixture = on_host(shortest)(double(unit) @ double(unit).T, some).to(unit)
         self.logits.copy_(self.meta(self.logits, (mixture @ unit).to(self.logits), present))
 
 

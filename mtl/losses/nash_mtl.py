@@ -20,6 +20,7 @@ from annotated_types import Gt
 from torch import Tensor
 
 from mtl.losses.base import GramianWeighting, masked
+from mtl.losses.host import on_host
 from mtl.losses.solvers import fair_weights
 
 
@@ -37,5 +38,6 @@ class NashMTL(GramianWeighting):
         super().__init__(tasks)
         self.max_norm = max_norm
 
+    @on_host
     def weights(self, gramian: Tensor, present: Tensor | None = None) -> Tensor:
         return masked(fair_weights(gramian, 1.0), present)

@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from mtl.losses.base import GramianWeighting, masked
+from mtl.losses.host import on_host
 from mtl.losses.solvers import cosines
 
 
@@ -21,6 +22,7 @@ class PCGrad(GramianWeighting):
 
     claims = ("scale_free",)
 
+    @on_host
     def weights(self, gramian: Tensor, present: Tensor | None = None) -> Tensor:
         matrix, norms = cosines(gramian)
         order = random_orders(len(matrix), self.generator(matrix.device))

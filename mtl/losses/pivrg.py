@@ -23,6 +23,7 @@ from torch import Tensor
 from mtl.losses.arguments import by_task
 from mtl.losses.base import GramianWeighting, Statistics, masked, renormalised
 from mtl.losses.epochs import check_unit, finite_scores
+from mtl.losses.host import on_host
 from mtl.losses.solvers import double, fair_weights
 
 
@@ -82,7 +83,12 @@ class PIVRG(GramianWeighting):
         self.targets.copy_(self.tasks * torch.softmax(drop / spread.clamp(min=self.min_temperature), 0))
 
     def weights(self, gramian: Tensor, present: Tensor | None = None) -> Tensor:
-        targets = renormalised(self.targets, present)
-        if present is not None:
-            targets = torch.where(present, targets, 1.0)
-        return masked(fair_weights(gramian, 2.0, targets), present)
+        return _fair(gramian, self.targets, present)
+
+
+@on_host
+def _fair(gramian: Tensor, targets: Tensor, present: Tensor | None) -> Tensor:
+    targets = renormalised(targets, present)
+    if present is not None:
+        targets = torch.where(present, targets, 1.0)
+    return masked(fair_weights(gramian, 2.0, targets), present)

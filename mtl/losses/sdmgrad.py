@@ -19,6 +19,7 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from mtl.losses.base import GramianWeighting, among_present, uniform
+from mtl.losses.host import on_host
 from mtl.losses.solvers import double, project_on_simplex
 
 
@@ -47,6 +48,12 @@ class SDMGrad(GramianWeighting):
         self.register_buffer("mixture", torch.full((self.tasks,), 1 / self.tasks, dtype=torch.float64))
 
     def weights(self, gramian: Tensor, present: Tensor | None = None) -> Tensor:
+        weights, mixture = self._moved(gramian, self.mixture, present)
+        self.mixture.copy_(mixture)
+        return weights
+
+    @on_host
+    def _moved(self, gramian: Tensor, mixture: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
         G = double(gramian)
         roots = (G.diagonal().clamp(min=0) + 1e-4).sqrt()  # J₁ J₂ᵀ of two batches may have a negative diagonal
         mean = uniform(present, G[0])
@@ -54,13 +61,12 @@ class SDMGrad(GramianWeighting):
         # Without this, the step size β would have to fit the scale of the losses.
         G = G / scale**2
         pull = self.regularisation * (G @ mean)
-        w, kept = among_present(self.mixture, present)
+        w, kept = among_present(mixture, present)
         # Momentum acts within the S steps of one update only.
         velocity = None
         for _ in range(self.steps):
             gradient = torch.addmv(pull, G, w)
             velocity = gradient if velocity is None else gradient.add_(velocity, alpha=self.momentum)
             w = project_on_simplex(torch.add(w, velocity, alpha=-self.step_size), present)
-        held = w if present is None else torch.where(present, w * kept, self.mixture)
-        self.mixture.copy_(held)
-        return (w + self.regularisation * mean) / (1 + self.regularisation)
+        held = w if present is None else torch.where(present, w * kept, mixture)
+        return (w + self.regularisation * mean) / (1 + self.regularisation), held

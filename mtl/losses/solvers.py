@@ -1,7 +1,7 @@
 """Small dense problems behind the Gramian methods: simplex QPs, cone projections, fairness equations.
 
-- **Where**: tensor arithmetic in float64 on the gradients' own device. On a GPU the number of iterations is fixed, so
-  that nothing waits for it. On a CPU, where reading a value is free, iterations stop at convergence.
+- **Where**: in float64 on the CPU, where reading a value is free: iterations stop at convergence. A method brings its
+  problem there by `mtl.losses.host.on_host`.
 - **Scale**: every problem is solved on the matrix of cosines, C = D⁻¹GD⁻¹ with D = diag ‖g_i‖, and scaled back. The
   answer is then the same at 1e-8 and at 1e8. Gradients a million times smaller than another task's do not drown in
   rounding errors.
@@ -101,31 +101,25 @@ def complementarity(matrix: Tensor, vectors: Tensor, positive: Tensor | None = N
         (B, T) x.
     """
     positive = vectors < 0 if positive is None else positive
-    # On a GPU both solvers run and the results are selected, because an `if` on a tensor would wait for the GPU.
-    if not vectors.is_cpu:
-        x, unsolved = _pivot(matrix, vectors, positive, rounds=4 + 2 * len(matrix))
-        if len(matrix) > 3:  # up to three tasks the rounds always suffice
-            x = torch.where(unsolved[:, None], _interior_point(matrix, vectors, rounds=30), x)
-        return x.clamp(min=0)
-    x, unsolved = _pivot(matrix, vectors, positive, rounds=12)
+    x, unsolved = _pivot(matrix, vectors, positive)
     if unsolved.any():
         # Pivoting can cycle if 0 lies nearly in the convex hull of the gradients.
         x[unsolved] = _interior_point(matrix, vectors[unsolved])
     return x.clamp(min=0)
 
 
-def _interior_point(matrix: Tensor, vectors: Tensor, rounds: int = 60) -> Tensor:
+def _interior_point(matrix: Tensor, vectors: Tensor) -> Tensor:
     """The problem of `complementarity` by Mehrotra's predictor-corrector: slower than pivoting, but it never cycles."""
     largest = vectors.abs().amax(1, keepdim=True)
     q = vectors / largest
     x, y = torch.ones_like(q), torch.ones_like(q)
     best, smallest = x, torch.full_like(largest, torch.inf)
-    for _ in range(rounds):
+    for _ in range(60):
         residual = x @ matrix + q - y
         gap = (x * y).mean(1, keepdim=True)
         error = gap + residual.abs().amax(1, keepdim=True)
         best, smallest = torch.where(error < smallest, x, best), torch.minimum(error, smallest)
-        if x.is_cpu and (smallest < 1e-15).all():
+        if (smallest < 1e-15).all():
             break
         factor, _ = torch.linalg.cholesky_ex(matrix + torch.diag_embed(y / x))
 
@@ -144,7 +138,7 @@ def _interior_point(matrix: Tensor, vectors: Tensor, rounds: int = 60) -> Tensor
     return largest * best
 
 
-def _pivot(matrix: Tensor, vectors: Tensor, positive: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
+def _pivot(matrix: Tensor, vectors: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
     """Block principal pivoting (Júdice & Pires 1994; Kim & Park 2011).
 
     A guess says which entries of x are positive. Each round solves for these, and changes the guess of all entries
@@ -152,7 +146,7 @@ def _pivot(matrix: Tensor, vectors: Tensor, positive: Tensor, rounds: int) -> tu
     (Murty's rule).
 
     Returns:
-        x (B, T), and a (B,) bool: True where the limit of rounds was reached without a solution.
+        x (B, T), and a (B,) bool: True where 12 rounds have found no solution.
     """
     B, T = vectors.shape
     solution = torch.zeros_like(vectors)
@@ -161,7 +155,8 @@ def _pivot(matrix: Tensor, vectors: Tensor, positive: Tensor, rounds: int) -> tu
     tries = torch.full((B, 1), 3, device=vectors.device)
     order = torch.arange(1, T + 1, device=vectors.device)
     largest = vectors.abs().amax(1, keepdim=True)
-    for _ in range(rounds):
+    unsolved = torch.zeros(B, dtype=torch.bool, device=vectors.device)
+    for _ in range(12):
         x = _masked_solve(matrix, -vectors, positive)
         y = torch.addmm(vectors, x, matrix)
         # Within rounding errors a small negative value counts as 0.
@@ -169,20 +164,19 @@ def _pivot(matrix: Tensor, vectors: Tensor, positive: Tensor, rounds: int) -> tu
         count = wrong.sum(1, keepdim=True)
         solution[rows] = x
         left = count[:, 0] > 0
-        if vectors.is_cpu:  # go on with the unsolved problems only; on a GPU this question would wait for the device
-            if not left.any():
-                break
-            if not left.all():
-                rows, vectors, positive, wrong, count, fewest, tries, largest = (
-                    t[left] for t in (rows, vectors, positive, wrong, count, fewest, tries, largest)
-                )
+        if not left.any():
+            break
+        if not left.all():  # go on with the unsolved problems only
+            rows, vectors, positive, wrong, count, fewest, tries, largest = (
+                t[left] for t in (rows, vectors, positive, wrong, count, fewest, tries, largest)
+            )
         progress = count < fewest
         fewest = torch.minimum(fewest, count)
         tries = torch.where(progress, 3, tries - 1)
         last = order == (wrong * order).amax(1, keepdim=True)  # the wrong entry with the largest index
         positive = positive ^ torch.where(tries >= 0, wrong, wrong & last)
-    unsolved = torch.zeros(B, dtype=torch.bool, device=left.device)
-    unsolved[rows] = left[left] if len(rows) < len(left) else left
+    else:
+        unsolved[rows] = True
     return solution, unsolved
 
 
@@ -228,7 +222,7 @@ def steepest_worst_case(gramian: Tensor, slopes: Tensor, radius: Tensor, present
     order = torch.arange(1, T + 1, device=p.device)
     active = on & (slopes <= torch.where(on, slopes, torch.inf).min())  # first guess: the task that is worst at d = 0
     fewest, tries = torch.full_like(order[0], T + 1), torch.full_like(order[0], 3)
-    for _ in range(60 if p.is_cpu else 4 + 2 * T):
+    for _ in range(60):
         solved = _masked_solve(matrix, both, active[None])
         (a, b), (_, c) = (solved @ both.T).unbind()
         level = (b + (b * b - a * (c - 1)).clamp_(min=0).sqrt_()) / a  # λ, from the quadratic equation uᵀGu = radius²
@@ -236,16 +230,15 @@ def steepest_worst_case(gramian: Tensor, slopes: Tensor, radius: Tensor, present
         y = torch.addmv(q - level * p, matrix, x)
         wrong = on & (torch.where(active, x, y) < -1e-12 * (1 + x.abs().max()))
         count = wrong.sum()
-        if p.is_cpu and not count:
+        if not count:
             break
         progress = count < fewest
         fewest = torch.minimum(fewest, count)
         tries = torch.where(progress, 3, tries - 1)
         last = order == (wrong * order).max()
         active = active ^ torch.where(tries >= 0, wrong, wrong & last)
-    # On a CPU: only if pivoting has failed. On a GPU always, for more than three tasks: up to three it cannot fail.
-    if (count > 0) if p.is_cpu else (T > 3):
-        x = torch.where(count > 0, _lowest_level(matrix, p, q, on), x)
+    else:  # pivoting has failed
+        x = _lowest_level(matrix, p, q, on)
     return torch.where(radius > 0, unit * x.clamp(min=0) / norms, 0.0)
 
 
@@ -259,11 +252,11 @@ def _lowest_level(matrix: Tensor, p: Tensor, q: Tensor, on: Tensor) -> Tensor:
     # Absent tasks get the identity, so that the matrix stays positive definite.
     matrix = matrix * kept * kept[:, None] + torch.diag(1 - kept)
     level = torch.where(on, (q + 1) / p, torch.inf).min()  # an upper bound: no d of length 1 lifts a task higher
-    for _ in range(50 if p.is_cpu else 6):
+    for _ in range(50):
         x = complementarity(matrix, torch.where(on, q - level * p, 1.0)[None])[0]
         # xᵀCx equals xᵀ(λp − q), because xᵀy = 0. This form does not cancel digits.
         length = (x @ (level * p - q)).clamp(min=1e-300).sqrt()
-        if p.is_cpu and (length - 1).abs() < 1e-12:
+        if (length - 1).abs() < 1e-12:
             break
         level = level - length * (length - 1) / (x @ p)
     return x / length
@@ -300,7 +293,7 @@ def fair_weights(gramian: Tensor, alpha: float, targets: Tensor | None = None, i
     for _ in range(iterations):
         pull = b * x ** (1 - 1 / alpha)
         residual = pull - x * (matrix @ x)
-        if residual.is_cpu and residual.abs().max() <= 1e-14 * pull.abs().max():
+        if residual.abs().max() <= 1e-14 * pull.abs().max():
             break
         # The Hessian for log x, which belongs to multiplicative steps.
         hessian = matrix * x * x[:, None]

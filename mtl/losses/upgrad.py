@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mtl.losses.base import GramianWeighting, masked, uniform
+from mtl.losses.host import on_host
 from mtl.losses.solvers import double, project_on_cone
 
 
@@ -20,6 +21,7 @@ class UPGrad(GramianWeighting):
 
     claims = ("non_conflicting", "linear", "scale_free")
 
+    @on_host
     def weights(self, gramian: Tensor, present: Tensor | None = None) -> Tensor:
         # Row i of the identity stands for g_i, so all T projections are computed at once.
         projected = project_on_cone(gramian, torch.eye(len(gramian), device=gramian.device))
