@@ -146,14 +146,11 @@ def _jacobian(
     spans: Sequence[slice] | None,
     aside: Aside,
 ) -> tuple[Tensor, list[list[Tensor | None]], list[bool]]:
-    spans = [slice(0, size) for size in columns(where)] if spans is None else spans
-    sizes = [span.stop - span.start for span in spans]
     # Under autocast, gradients are in half precision. Their inner products need at least fp32.
     dtype = torch.float32 if where else losses[0].dtype
-    for p in where:
-        dtype = torch.promote_types(dtype, p.real.dtype if p.is_complex() else p.dtype)
-    device = where[0].device if where else losses[0].device
-    rows = torch.zeros(len(losses), sum(sizes), dtype=dtype, device=device)
+    for other in {p.dtype for p in where}:
+        dtype = torch.promote_types(dtype, other.to_real())
+    rows = _Rows(len(losses), where, spans, dtype, where[0].device if where else losses[0].device)
     own: list[list[Tensor | None]] = []
     reached = []
     # Losses that are the elements of one vector have one graph, and a pass for one head would go through all heads. So
@@ -164,6 +161,7 @@ def _jacobian(
         inputs = where if seeds else [*where, *head]
         if not loss.requires_grad or not inputs:  # an absent task: its loss is a constant
             own.append([None] * len(head) if at_once is None else at_once[i])
+            rows.all[i].zero_()
             reached.append(False)
             continue
         # The tasks share the backbone's graph, so only the last backward pass may free it.
@@ -179,19 +177,71 @@ def _jacobian(
                     f"heads: a custom autograd function in the graph of losses[{i}] adds to gradients of another head; "
                     "what several tasks use belongs in shared"
                 )
-        for g, piece, span in zip(found, rows[i].split(sizes), spans, strict=False):
-            if g is not None:
-                g = g.to_dense() if g.is_sparse else g
-                g = torch.view_as_real(g.resolve_conj()) if g.is_complex() else g
-                if len(piece) == g.numel():
-                    piece.view(g.shape).copy_(g)
-                else:
-                    piece.copy_(g.reshape(-1)[span])
         own.append(list(found[len(where) :]) if at_once is None else at_once[i])
-        reached.append(any(g is not None for g in found[: len(where)]))
+        reached.append(rows.fill(i, found[: len(where)]))
     if scale is not None:
-        rows /= scale
-    return rows, own, reached
+        rows.all /= scale
+    return rows.all, own, reached
+
+
+class _Rows:
+    """The (T, P) Jacobian of one batch, which is filled row by row.
+
+    Args:
+        tasks: number T of rows.
+        where: the tensors whose gradients a row holds.
+        spans: as in `jacobian`.
+        dtype, device: of the Jacobian.
+    """
+
+    def __init__(
+        self,
+        tasks: int,
+        where: Sequence[Tensor],
+        spans: Sequence[slice] | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        whole = columns(where)
+        sizes = whole if spans is None else [span.stop - span.start for span in spans]
+        self.all = torch.empty(tasks, sum(sizes), dtype=dtype, device=device)
+        # Cut once for all rows, because each view takes time on the host. `_places[i][k]` is where row i holds the
+        # gradient for tensor k. It has the tensor's shape, so that a whole gradient is copied as it is.
+        shapes = [(size,) if size < most else (*p.shape, 2) if p.is_complex() else p.shape
+                  for p, size, most in zip(where, sizes, whole, strict=True)]  # fmt: skip
+        blocks = self.all.split(sizes, dim=1) if where else []
+        views = [block.view(tasks, *shape).unbind() for block, shape in zip(blocks, shapes, strict=True)]
+        self._places = list(zip(*views, strict=True)) if where else [()] * tasks
+        # The tensors of which a row does not hold all real numbers as they are: a part, or complex numbers.
+        self._cut = {k: slice(None) if spans is None else spans[k]
+                     for k, p in enumerate(where) if sizes[k] < whole[k] or p.is_complex()}  # fmt: skip
+
+    def fill(self, i: int, gradients: Sequence[Tensor | None]) -> bool:
+        """Copy task i's gradients into its row, with 0 for None. Returns whether there is one that is not None."""
+        targets, sources = self._places[i], gradients
+        if self._cut or any(g is None or g.is_sparse for g in gradients):
+            for place, g in zip(targets, gradients, strict=True):
+                if g is None:
+                    place.zero_()
+            known = [k for k, g in enumerate(gradients) if g is not None]
+            targets, sources = [targets[k] for k in known], [self._real(k, gradients[k]) for k in known]
+        copy(targets, sources)
+        return bool(targets)
+
+    def _real(self, k: int, g: Tensor) -> Tensor:
+        """The gradient for tensor k as a row holds it."""
+        g = g.to_dense() if g.is_sparse else g
+        g = torch.view_as_real(g.resolve_conj()) if g.is_complex() else g
+        return g.reshape(-1)[self._cut[k]] if k in self._cut and g.shape != self._places[0][k].shape else g
+
+
+def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source to its target, on a GPU with one kernel for many tensors."""
+    # That kernel needs equal strides in all pairs. The gradient of a channels_last convolution has others than a row.
+    equal = [t.stride() == s.stride() for t, s in zip(targets, sources, strict=True)]
+    for wanted in {*equal}:
+        pairs = [(t, s) for t, s, same in zip(targets, sources, equal, strict=True) if same is wanted]
+        torch._foreach_copy_([t for t, _ in pairs], [s for _, s in pairs])
 
 
 def _seeds(losses: Sequence[Tensor], scale: Tensor | float | None) -> list[tuple[Tensor, ...]]:
@@ -243,11 +293,15 @@ def similarity(gramian: Tensor, present: Tensor | None) -> tuple[Tensor | None, 
     if len(gramian) == 1:
         return None, None, None
     tiny = torch.finfo(gramian.dtype).tiny
-    squares = gramian.diagonal()
-    rows, columns = torch.triu_indices(len(gramian), len(gramian), 1, device=gramian.device)
-    products = squares[rows].sqrt() * squares[columns].sqrt()
+    pairs = torch.triu_indices(len(gramian), len(gramian), 1, device=gramian.device)  # (2, number of pairs)
+    rows, columns = pairs.unbind()
+    squares = gramian.diagonal()[pairs]
+    products = squares.sqrt()
+    products = products[0] * products[1]
     cosines = gramian[rows, columns] / products.clamp(min=tiny)
-    magnitudes = 2 * products / (squares[rows] + squares[columns]).clamp(min=tiny)
-    pairs = torch.ones_like(cosines) if present is None else (present[rows] & present[columns]).to(cosines)
-    total = pairs.sum().clamp(min=1)
-    return (cosines * pairs).sum() / total, ((cosines < 0) * pairs).sum() / total, (magnitudes * pairs).sum() / total
+    magnitudes = 2 * products / (squares[0] + squares[1]).clamp(min=tiny)
+    three = torch.stack([cosines, cosines < 0, magnitudes])
+    if present is None:
+        return three.mean(1).unbind()
+    known = (present[rows] & present[columns]).to(cosines)
+    return ((three * known).sum(1) / known.sum().clamp(min=1)).unbind()
