@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from mtl.engine.backward_pass import BackwardPass, full_precision
-from mtl.engine.gradients import columns, copy
+from mtl.engine.gradients import columns
 from mtl.engine.guard import Untouched
 from mtl.engine.switches import Info
 from mtl.losses import hooks
@@ -151,7 +151,16 @@ def add(parameters: Iterable[Parameter], gradients: Iterable[Tensor | None]) -> 
         else:
             p.grad += g
     if targets:
-        copy(targets, sources)
+        _copy(targets, sources)
+
+
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source to its target, on a GPU with one kernel for many tensors."""
+    # That kernel needs equal strides in all pairs. A channels_last weight has others than a piece of a row.
+    equal = [t.stride() == s.stride() for t, s in zip(targets, sources, strict=True)]
+    for wanted in {*equal}:
+        pairs = [(t, s) for t, s, same in zip(targets, sources, equal, strict=True) if same is wanted]
+        torch._foreach_copy_([t for t, _ in pairs], [s for _, s in pairs])
 
 
 @torch.no_grad()

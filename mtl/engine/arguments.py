@@ -241,8 +241,8 @@ def _flatten(name: str, given: Any) -> Iterable[Tensor]:
         raise TypeError(f"{name}: {given!r:.60} is no parameter, module or collection of these")
     else:
         for item in given:
-            if type(item) is Parameter and item.is_leaf:  # the usual case; a call for each would take time in every step
-                yield item
+            if type(item) is Parameter and item.is_leaf:
+                yield item  # the usual case, without a call for each parameter in every step
                 continue
             pair = isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
             yield from _flatten(name, item[1] if pair else item)

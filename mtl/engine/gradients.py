@@ -132,6 +132,7 @@ def jacobian(
     Raises:
         ValueError: a custom function adds to the gradient of another task's head.
     """
+    spans = [slice(0, size) for size in columns(where)] if spans is None else spans
     plain = [p for p in (*where, *(p for head in heads for p in head)) if p.is_leaf]
     with Aside(plain) as aside:
         return _jacobian(losses, where, heads, keep, scale, spans, aside)
@@ -143,14 +144,12 @@ def _jacobian(
     heads: Sequence[Sequence[Parameter]],
     keep: bool,
     scale: Tensor | float | None,
-    spans: Sequence[slice] | None,
+    spans: Sequence[slice],
     aside: Aside,
 ) -> tuple[Tensor, list[list[Tensor | None]], list[bool]]:
-    # Under autocast, gradients are in half precision. Their inner products need at least fp32.
-    dtype = torch.float32 if where else losses[0].dtype
-    for other in {p.dtype for p in where}:
-        dtype = torch.promote_types(dtype, other.to_real())
-    rows = _Rows(len(losses), where, spans, dtype, where[0].device if where else losses[0].device)
+    sizes = [span.stop - span.start for span in spans]
+    device = where[0].device if where else losses[0].device
+    rows = torch.empty(len(losses), sum(sizes), dtype=_dtype(losses, where), device=device)
     own: list[list[Tensor | None]] = []
     reached = []
     # Losses that are the elements of one vector have one graph, and a pass for one head would go through all heads. So
@@ -161,7 +160,7 @@ def _jacobian(
         inputs = where if seeds else [*where, *head]
         if not loss.requires_grad or not inputs:  # an absent task: its loss is a constant
             own.append([None] * len(head) if at_once is None else at_once[i])
-            rows.all[i].zero_()
+            rows[i].zero_()
             reached.append(False)
             continue
         # The tasks share the backbone's graph, so only the last backward pass may free it.
@@ -178,70 +177,37 @@ def _jacobian(
                     "what several tasks use belongs in shared"
                 )
         own.append(list(found[len(where) :]) if at_once is None else at_once[i])
-        reached.append(rows.fill(i, found[: len(where)]))
+        found = found[: len(where)]
+        _fill(rows[i], found, spans)
+        reached.append(any(g is not None for g in found))
     if scale is not None:
-        rows.all /= scale
-    return rows.all, own, reached
+        rows /= scale
+    return rows, own, reached
 
 
-class _Rows:
-    """The (T, P) Jacobian of one batch, which is filled row by row.
-
-    Args:
-        tasks: number T of rows.
-        where: the tensors whose gradients a row holds.
-        spans: as in `jacobian`.
-        dtype, device: of the Jacobian.
-    """
-
-    def __init__(
-        self,
-        tasks: int,
-        where: Sequence[Tensor],
-        spans: Sequence[slice] | None,
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
-        whole = columns(where)
-        sizes = whole if spans is None else [span.stop - span.start for span in spans]
-        self.all = torch.empty(tasks, sum(sizes), dtype=dtype, device=device)
-        # Cut once for all rows, because each view takes time on the host. `_places[i][k]` is where row i holds the
-        # gradient for tensor k. It has the tensor's shape, so that a whole gradient is copied as it is.
-        shapes = [(size,) if size < most else (*p.shape, 2) if p.is_complex() else p.shape
-                  for p, size, most in zip(where, sizes, whole, strict=True)]  # fmt: skip
-        blocks = self.all.split(sizes, dim=1) if where else []
-        views = [block.view(tasks, *shape).unbind() for block, shape in zip(blocks, shapes, strict=True)]
-        self._places = list(zip(*views, strict=True)) if where else [()] * tasks
-        # The tensors of which a row does not hold all real numbers as they are: a part, or complex numbers.
-        self._cut = {k: slice(None) if spans is None else spans[k]
-                     for k, p in enumerate(where) if sizes[k] < whole[k] or p.is_complex()}  # fmt: skip
-
-    def fill(self, i: int, gradients: Sequence[Tensor | None]) -> bool:
-        """Copy task i's gradients into its row, with 0 for None. Returns whether there is one that is not None."""
-        targets, sources = self._places[i], gradients
-        if self._cut or any(g is None or g.is_sparse for g in gradients):
-            for place, g in zip(targets, gradients, strict=True):
-                if g is None:
-                    place.zero_()
-            known = [k for k, g in enumerate(gradients) if g is not None]
-            targets, sources = [targets[k] for k in known], [self._real(k, gradients[k]) for k in known]
-        copy(targets, sources)
-        return bool(targets)
-
-    def _real(self, k: int, g: Tensor) -> Tensor:
-        """The gradient for tensor k as a row holds it."""
-        g = g.to_dense() if g.is_sparse else g
-        g = torch.view_as_real(g.resolve_conj()) if g.is_complex() else g
-        return g.reshape(-1)[self._cut[k]] if k in self._cut and g.shape != self._places[0][k].shape else g
+def _fill(row: Tensor, gradients: Sequence[Tensor | None], spans: Sequence[slice]) -> None:
+    """Write the wanted columns of one task's gradients side by side into its `row`, with 0 for None."""
+    # One call for all of them: a copy for each would be a kernel of its own on a GPU.
+    if gradients:
+        torch.cat([_flat(g, span, row) for g, span in zip(gradients, spans, strict=True)], out=row)
 
 
-def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy each source to its target, on a GPU with one kernel for many tensors."""
-    # That kernel needs equal strides in all pairs. The gradient of a channels_last convolution has others than a row.
-    equal = [t.stride() == s.stride() for t, s in zip(targets, sources, strict=True)]
-    for wanted in {*equal}:
-        pairs = [(t, s) for t, s, same in zip(targets, sources, equal, strict=True) if same is wanted]
-        torch._foreach_copy_([t for t, _ in pairs], [s for _, s in pairs])
+def _flat(g: Tensor | None, span: slice, row: Tensor) -> Tensor:
+    size = span.stop - span.start
+    if g is None:
+        return row.new_zeros(size)
+    g = g.to_dense() if g.is_sparse else g
+    g = torch.view_as_real(g.resolve_conj()) if g.is_complex() else g
+    g = g.reshape(-1)
+    return g if g.numel() == size else g[span]
+
+
+def _dtype(losses: Sequence[Tensor], where: Sequence[Tensor]) -> torch.dtype:
+    """That of the Jacobian. Under autocast, gradients are in half precision. Their inner products need fp32 or more."""
+    dtype = torch.float32 if where else losses[0].dtype
+    for other in {p.dtype for p in where}:
+        dtype = torch.promote_types(dtype, other.to_real())
+    return dtype
 
 
 def _seeds(losses: Sequence[Tensor], scale: Tensor | float | None) -> list[tuple[Tensor, ...]]:
