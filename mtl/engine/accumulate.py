@@ -61,8 +61,7 @@ def accumulate(found: Gradients) -> Info:
         if found.heads is None:
             _backward_pass(found)
         else:
-            for parameters, gradients in zip(one.heads, found.heads, strict=True):
-                add(parameters, gradients)
+            add([p for head in one.heads for p in head], [g for own in found.heads for g in own])
             if found.direction is not None:
                 _add_direction(one, found.direction)
         # The reported norm is the norm of the shared parameters' `.grad`. Here it differs from the direction's norm.
@@ -152,9 +151,19 @@ def add(parameters: Iterable[Parameter], gradients: Iterable[Tensor | None]) -> 
         else:
             p.grad += g
     if targets:
-        torch._foreach_copy_(targets, sources)
+        _copy(targets, sources)
 
 
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source to its target, on a GPU with one kernel for many tensors."""
+    # That kernel needs equal strides in all pairs. A channels_last weight has others than a piece of a row.
+    equal = [t.stride() == s.stride() for t, s in zip(targets, sources, strict=True)]
+    for wanted in {*equal}:
+        pairs = [(t, s) for t, s, same in zip(targets, sources, equal, strict=True) if same is wanted]
+        torch._foreach_copy_([t for t, _ in pairs], [s for _, s in pairs])
+
+
+@torch.no_grad()
 def norm(parameters: Sequence[Parameter]) -> Tensor:
     """() norm of all the parameters' `.grad` taken together."""
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -163,4 +172,8 @@ def norm(parameters: Sequence[Parameter]) -> Tensor:
     if any(g.is_sparse or g.is_complex() for g in gradients):
         gradients = [g.coalesce().values() if g.is_sparse else g for g in gradients]
         gradients = [torch.view_as_real(g) if g.is_complex() else g for g in gradients]
-    return torch.nn.utils.get_total_norm(gradients)
+    first = gradients[0]
+    if any(g.dtype != first.dtype or g.device != first.device for g in gradients):
+        return torch.nn.utils.get_total_norm(gradients)
+    # What `get_total_norm` computes for one dtype and device, without its sorting of the tensors, which takes longer.
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))

@@ -87,10 +87,7 @@ def parameters(name: str, given: Any) -> list[Parameter]:
     Raises:
         TypeError: `given` contains something other than a parameter.
     """
-    found: dict[int, Tensor] = {}
-    for p in _flatten(name, given):
-        found.setdefault(id(p), p)
-    return list(found.values())
+    return list({id(p): p for p in _flatten(name, given)}.values())
 
 
 def check_grad_mode(samples: Sequence[Sequence[Tensor]]) -> None:
@@ -244,5 +241,8 @@ def _flatten(name: str, given: Any) -> Iterable[Tensor]:
         raise TypeError(f"{name}: {given!r:.60} is no parameter, module or collection of these")
     else:
         for item in given:
+            if type(item) is Parameter and item.is_leaf:
+                yield item  # the usual case, without a call for each parameter in every step
+                continue
             pair = isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
             yield from _flatten(name, item[1] if pair else item)

@@ -126,10 +126,11 @@ def gradients(
         if isinstance(strategy, LossWeighting):
             found.losses = torch.stack(samples[-1] if one.combines else scalars)
             inputs = found.losses if share is None else values.clone().requires_grad_()
-            weights = torch.zeros_like(inputs)
-            if inputs.requires_grad:  # False: no task has a label in this batch
+            if inputs.requires_grad:
                 total = strategy(inputs.clone(), **taken(strategy, "forward", present=one.present))
                 weights = method.slopes(one, total, inputs)
+            else:  # no task has a label in this batch
+                weights = torch.zeros_like(inputs)
             if not one.combines:  # the usual case: `accumulate` makes the one backward pass
                 found.info = replace(found.info, weights=weights)
                 return found

@@ -153,7 +153,7 @@ def _jacobian(
 ) -> tuple[Tensor, list[list[Tensor | None]], list[bool]]:
     sizes = [span.stop - span.start for span in spans]
     device = where[0].device if where else losses[0].device
-    rows = torch.zeros(len(losses), sum(sizes), dtype=_dtype(losses, where), device=device)
+    rows = torch.empty(len(losses), sum(sizes), dtype=_dtype(losses, where), device=device)
     own: list[list[Tensor | None]] = []
     reached = []
     # Losses that are the elements of one vector have one graph, and a pass for one head would go through all heads. So
@@ -164,6 +164,7 @@ def _jacobian(
         inputs = where if seeds else [*where, *head]
         if not loss.requires_grad or not inputs:  # an absent task: its loss is a constant
             own.append([None] * len(head) if at_once is None else at_once[i])
+            rows[i].zero_()
             reached.append(False)
             continue
         # The tasks share the backbone's graph, so only the last backward pass may free it.
@@ -179,26 +180,37 @@ def _jacobian(
                     f"heads: a custom autograd function in the graph of losses[{i}] adds to gradients of another head; "
                     "what several tasks use belongs in shared"
                 )
-        for g, piece, span in zip(found, rows[i].split(sizes), spans, strict=False):
-            if g is not None:
-                g = g.to_dense() if g.is_sparse else g
-                g = torch.view_as_real(g.resolve_conj()) if g.is_complex() else g
-                if len(piece) == g.numel():
-                    piece.view(g.shape).copy_(g)
-                else:
-                    piece.copy_(g.reshape(-1)[span])
         own.append(list(found[len(where) :]) if at_once is None else at_once[i])
-        reached.append(any(g is not None for g in found[: len(where)]))
+        found = found[: len(where)]
+        _fill(rows[i], found, spans)
+        reached.append(any(g is not None for g in found))
     if scale is not None:
         rows /= scale
     return rows, own, reached
 
 
+def _fill(row: Tensor, gradients: Sequence[Tensor | None], spans: Sequence[slice]) -> None:
+    """Write the wanted columns of one task's gradients side by side into its `row`, with 0 for None."""
+    # One call for all of them: a copy for each would be a kernel of its own on a GPU.
+    if gradients:
+        torch.cat([_flat(g, span, row) for g, span in zip(gradients, spans, strict=True)], out=row)
+
+
+def _flat(g: Tensor | None, span: slice, row: Tensor) -> Tensor:
+    size = span.stop - span.start
+    if g is None:
+        return row.new_zeros(size)
+    g = g.to_dense() if g.is_sparse else g
+    g = torch.view_as_real(g.resolve_conj()) if g.is_complex() else g
+    g = g.reshape(-1)
+    return g if g.numel() == size else g[span]
+
+
 def _dtype(losses: Sequence[Tensor], where: Sequence[Tensor]) -> torch.dtype:
     """That of the Jacobian. Under autocast, gradients are in half precision. Their inner products need fp32 or more."""
     dtype = torch.float32 if where else losses[0].dtype
-    for p in where:
-        dtype = torch.promote_types(dtype, p.real.dtype if p.is_complex() else p.dtype)
+    for other in {p.dtype for p in where}:
+        dtype = torch.promote_types(dtype, other.to_real())
     return dtype
 
 
@@ -251,11 +263,15 @@ def similarity(gramian: Tensor, present: Tensor | None) -> tuple[Tensor | None, 
     if len(gramian) == 1:
         return None, None, None
     tiny = torch.finfo(gramian.dtype).tiny
-    squares = gramian.diagonal()
-    rows, columns = torch.triu_indices(len(gramian), len(gramian), 1, device=gramian.device)
-    products = squares[rows].sqrt() * squares[columns].sqrt()
+    pairs = torch.triu_indices(len(gramian), len(gramian), 1, device=gramian.device)  # (2, number of pairs)
+    rows, columns = pairs.unbind()
+    squares = gramian.diagonal()[pairs]
+    products = squares.sqrt()
+    products = products[0] * products[1]
     cosines = gramian[rows, columns] / products.clamp(min=tiny)
-    magnitudes = 2 * products / (squares[rows] + squares[columns]).clamp(min=tiny)
-    pairs = torch.ones_like(cosines) if present is None else (present[rows] & present[columns]).to(cosines)
-    total = pairs.sum().clamp(min=1)
-    return (cosines * pairs).sum() / total, ((cosines < 0) * pairs).sum() / total, (magnitudes * pairs).sum() / total
+    magnitudes = 2 * products / (squares[0] + squares[1]).clamp(min=tiny)
+    three = torch.stack([cosines, cosines < 0, magnitudes])
+    if present is None:
+        return three.mean(1).unbind()
+    known = (present[rows] & present[columns]).to(cosines)
+    return ((three * known).sum(1) / known.sum().clamp(min=1)).unbind()

@@ -224,10 +224,11 @@ class Learner:
         predictions, losses = self._whole(info.passes, batch)
         counts = self._add_tasks(predictions, batch, tally, training=True)
         # A loss is a mean over the batch's labels. Multiplied by their number it can be summed over batches.
-        tally.add("loss", torch.stack(list(losses)) * counts)
+        sums = {"loss": torch.stack(list(losses)) * counts}
         for name in ("weights", *STATISTICS):
             if (value := getattr(info, name)) is not None:
-                tally.add(f"step/{name}", value)
+                sums[f"step/{name}"] = value
+        tally.add_all(sums)
         return losses
 
     def _add_tasks(self, predictions: Sequence[Any], batch: Batch, tally: Tally, training: bool = False) -> Tensor:

@@ -5,6 +5,7 @@ Reading a number from a GPU makes the host wait until all queued work is done. S
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -36,13 +37,21 @@ class Tally:
 
     def add(self, name: str, value: Tensor) -> None:
         """Add `value` to the sum called `name`. It may have any shape, but the same one at every call."""
-        value = value.detach()
-        # Counts stay integers: float32 cannot count beyond 2²⁴.
-        value = value.float() if value.is_floating_point() else value.long()
-        if name in self._states:
-            self._states[name] += value
-        else:
-            self._states[name] = value.clone()
+        self.add_all({name: value})
+
+    def add_all(self, values: Mapping[str, Tensor]) -> None:
+        """As `add`, for several sums. On a GPU it takes one kernel if all values are floating-point numbers."""
+        sums, further = [], []
+        for name, value in values.items():
+            # Counts stay integers: float32 cannot count beyond 2²⁴.
+            value = value.detach().float() if value.is_floating_point() else value.detach().long()
+            if name in self._states:
+                sums.append(self._states[name])
+                further.append(value)
+            else:
+                self._states[name] = value.clone()
+        if sums:
+            torch._foreach_add_(sums, further)
 
     def update(self, name: str, metric: Summed, prediction: object, target: object) -> None:
         """Add a batch to the state of a metric."""
