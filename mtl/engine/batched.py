@@ -35,7 +35,7 @@ def jacobian(
     """
     live = [i for i, loss in enumerate(losses) if loss.requires_grad]  # an absent task's loss is a constant
     own: list[list[Tensor | None]] = [[None] * len(head) for head in heads]
-    rows = torch.zeros(len(losses), sum(s.stop - s.start for s in spans), dtype=dtype, device=losses[0].device)
+    rows = None
     reached = [False] * len(losses)
     with Aside([p for p in (*where, *(p for head in heads for p in head)) if p.is_leaf]) as aside, torch.enable_grad():
         seed = torch.ones_like(losses[0]) if scale is None else torch.ones_like(losses[0]) * scale
@@ -50,48 +50,59 @@ def jacobian(
         for start in range(0, len(live) if where else 0, parallel):
             block = live[start : start + parallel]
             retain = keep or block[-1] != live[-1]
-            found = _pass([losses[i] for i in block], where, seed, retain, parallel)
-            rows[block] = _columns(found, where, spans, len(block), rows)
+            found, there = _pass([losses[i] for i in block], where, seed, retain, parallel)
+            if len(block) == len(losses):  # the usual case; the Jacobian is large, and is not copied once more
+                rows = _columns(found, spans, dtype)
+            else:
+                rows = _empty(losses, spans, dtype) if rows is None else rows
+                rows[block] = _columns(found, spans, dtype)
             for i in block:
-                reached[i] = any(g is not None for g in found)
+                reached[i] = any(there)
         if aside.take():
             raise ValueError(
                 f"parallel={parallel}: a custom autograd function in the graph of the losses adds to `.grad` by "
                 "itself, for all tasks at once; drop it"
             )
+    rows = _empty(losses, spans, dtype) if rows is None else rows
     if scale is not None:
         rows /= scale
     return rows, own, reached
 
 
+def _empty(losses: Sequence[Tensor], spans: Sequence[slice], dtype: torch.dtype) -> Tensor:
+    """(T, P) zeros, for the rows of absent tasks."""
+    return torch.zeros(len(losses), sum(s.stop - s.start for s in spans), dtype=dtype, device=losses[0].device)
+
+
 def _pass(
     losses: list[Tensor], where: Sequence[Tensor], seed: Tensor, retain: bool, parallel: int
-) -> tuple[Tensor | None, ...]:
-    """For each tensor in `where`, the gradients of all these losses, stacked; None if no loss reaches it."""
-    # Loss k has the seeds (0, …, 1, …, 0): one in pass k, and 0 in the others.
-    seeds = (torch.eye(len(losses), dtype=seed.dtype, device=seed.device) * seed).unbind(1)
+) -> tuple[list[Tensor], list[bool]]:
+    """For each tensor in `where`, the gradients of all these losses, stacked; and whether any loss reaches it."""
+    reached: list[bool] = []
+
+    def one(*seeds: Tensor) -> list[Tensor]:
+        found = torch.autograd.grad(losses, where, seeds, retain_graph=retain, allow_unused=True)
+        reached[:] = [g is not None for g in found]
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(where, found, strict=True)]
+
+    # Loss k has the seeds (0, …, 1, …, 0): one in pass k, and 0 in the others. Not `is_grads_batched`: that has no rule
+    # for convolutions and batch norm, and runs them task by task.
+    seeds = torch.eye(len(losses), dtype=seed.dtype, device=seed.device) * seed
     try:
-        return torch.autograd.grad(
-            losses, where, seeds, retain_graph=retain, allow_unused=True, is_grads_batched=True
-        )  # fmt: skip
+        return torch.vmap(one)(*seeds.unbind(1)), reached
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"parallel={parallel}: torch cannot run this backward pass for several tasks at once "
             f"({str(error).strip().splitlines()[0]}); use parallel=1"
         ) from error
 
 
-def _columns(
-    found: Sequence[Tensor | None], where: Sequence[Tensor], spans: Sequence[slice], tasks: int, rows: Tensor
-) -> Tensor:
+def _columns(found: Sequence[Tensor], spans: Sequence[slice], dtype: torch.dtype) -> Tensor:
     """(tasks, P) the gradients side by side, in the columns that are wanted."""
     parts = []
     for g, span in zip(found, spans, strict=True):
-        if g is None:
-            parts.append(rows.new_zeros(tasks, span.stop - span.start))
-            continue
         g = torch.view_as_real(g.resolve_conj()) if g.is_complex() else g
-        parts.append(g.reshape(tasks, -1)[:, span].to(rows))
+        parts.append(g.reshape(len(g), -1)[:, span].to(dtype))
     return torch.cat(parts, 1)
