@@ -85,7 +85,6 @@ def test_no_more_than_one_chunk_is_held(chunks, rows):
 
 @pytest.mark.parametrize(("strategy", "options", "message"), [
     (GradDrop(2), {}, r"chunks=4: GradDrop merges whole gradients and needs all of them at once; drop it, or choose"),
-    (Uncertainty(2), {}, r"chunks=4: Uncertainty weighs losses and takes no per-task gradients; drop it"),
     (MGDA(2), {"gradients": "features"}, r"chunks=4: gradients of features are small, and come in one piece; drop it"),
 ])  # fmt: skip
 def test_a_method_that_cannot_use_chunks_is_refused(strategy, options, message):

@@ -61,8 +61,13 @@ def test_a_network_that_cannot_be_batched_is_refused_in_one_line():
     assert all(p.grad is None for p in shared.parameters())
 
 
-def test_loss_weighting_and_wrong_numbers_are_refused():
-    with pytest.raises(ValueError, match=r"parallel=2: Uncertainty weighs losses"):
-        Switches(parallel=2).check(Uncertainty(2))
+def test_loss_weighting_makes_one_pass_anyway():
+    """So a grid of both families may name the options once."""
+    expected = a_step(Uncertainty(T), 1)[1]
+    found = a_step(Uncertainty(T), 3, switches={"parallel": 4})[1]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_wrong_numbers_are_refused():
     with pytest.raises(ValueError, match=r"parallel=0: must be an integer from 1"):
         Switches(parallel=0)

@@ -39,6 +39,8 @@ class Switches:
             passes, but only down to its own layers. Together they cost at most about T (chunks + 3) / 4 whole ones.
         parallel: number of tasks whose gradients come from one backward pass. More are faster for small networks on a
             GPU, and need as many times the memory of a pass. Results differ by rounding. 1: a pass for each task.
+
+    Loss weighting makes one backward pass whatever `chunks` and `parallel` say, so one grid may hold both families.
     """
 
     gradients: Literal["paper", "parameters", "features"] = "paper"
@@ -115,8 +117,6 @@ class Switches:
             raise ValueError(f"gradients=features: {name} compares gradients of different batches; use parameters")
         if self.chunks > 1:
             self._check_chunks(strategy)
-        if self.parallel > 1 and not self.combines(strategy, per_task=False):
-            raise ValueError(f"parallel={self.parallel}: {name} weighs losses and takes no per-task gradients; drop it")
 
     def _check_chunks(self, strategy: Strategy) -> None:
         name = type(strategy).__name__
@@ -127,8 +127,6 @@ class Switches:
             )
         if self.of_features(strategy):
             raise ValueError(f"chunks={self.chunks}: gradients of features are small, and come in one piece; drop it")
-        if not self.combines(strategy, per_task=False):
-            raise ValueError(f"chunks={self.chunks}: {name} weighs losses and takes no per-task gradients; drop it")
 
     def check_per_task(self, strategy: Strategy) -> None:
         """Check that the step is a weighted sum of one gradient per task, which optimizers such as AdaTask need.
