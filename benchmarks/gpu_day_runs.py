@@ -81,7 +81,7 @@ class Run:
             "seed": self.seed,
             "status": status,
             "error": self.error,
-            "epochs": self.epochs,
+            "epochs": len(rows) if status == "finished" else self.epochs,  # trainer.patience stops a run early
             "before": self.before,
             "reached": len(rows),
             "last": {key: rows[-1][key] for key in keys},

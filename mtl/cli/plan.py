@@ -37,6 +37,7 @@ def plan(config: Mapping[str, Any], identity: Identity, measured: dict[str, floa
     Returns:
         an outcome with status "planned" and a plan: the state (finished, running, interrupted, failed, …, new), the
         epochs and seconds that are left, and the source of the seconds: "as seed0 took", or "measured" on a few steps.
+        With `trainer.patience` fewer may be left.
 
     Raises:
         UserError: the config does not fit together, or the data is not there.
@@ -52,7 +53,8 @@ def plan(config: Mapping[str, Any], identity: Identity, measured: dict[str, floa
     if left:
         seconds, source = _epoch_seconds(config, identity, path, measured)
     found = {"name": identity.title, "state": status, "epochs": left, "seconds": left * seconds, "source": source,
-             "others": _of_other_epochs(config, path) if status == "new" else []}  # fmt: skip
+             "others": _of_other_epochs(config, path) if status == "new" else [],
+             "may_stop": bool(left and config["trainer"].get("patience"))}  # fmt: skip
     return Outcome("planned", 0, str(path), plan=found)
 
 
@@ -74,6 +76,8 @@ def plan_table(plans: Sequence[Mapping[str, Any]]) -> str:
             f"note: {len(longer)} of the new runs {'has' if len(longer) == 1 else 'have'} finished with another number "
             f"of epochs ({', '.join(map(str, known))}); a run cannot be lengthened, so these start from the first epoch"
         )
+    if early := sum(p.get("may_stop", False) for p in plans):
+        lines.append(f"note: trainer.patience may stop {early} of the runs earlier; epochs and time are the most")
     return "\n".join(lines)
 
 

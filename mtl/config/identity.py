@@ -53,6 +53,7 @@ ADDED: dict[str, Any] = {
     "data.label_fraction": 1.0,
     "step.chunks": 1,
     "step.parallel": 1,
+    "trainer.patience": None,
 }
 
 # Classes of mtl that were moved or renamed: {today's path: the path that goes into the hash}.

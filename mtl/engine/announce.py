@@ -40,13 +40,14 @@ def header(config: Mapping[str, Any], identity: Identity, benchmark: Benchmark, 
     samples = ", ".join(f"{size:,} {name}" for name, size in sizes.items())
     heads = "" if isinstance(strategy, LossWeighting) else f", heads: {strategy.heads} gradient"
     each = f"{'an' if benchmark.noun[0] in 'aeiou' else 'a'} {benchmark.noun}"
+    most = "at most " if trainer.patience is not None else ""
     lines = {
         "run": identity.title,
         "data": f"{identity.data}: {samples}; {_tasks(learner.tasks)}",
         "model": f"{identity.arch}: {count_parameters(learner.model):,} parameters, "
         f"{count_macs(learner.model, benchmark.one()) / 1e6:,.1f} MMAC {each}",
         "strategy": f"{identity.loss} ({strategy.family}{heads}{f', {own} own parameters' if own else ''})",
-        "training": f"{count(trainer.epochs, 'epoch')} of {count(steps, 'step')}, batch {benchmark.batch_size}, "
+        "training": f"{most}{count(trainer.epochs, 'epoch')} of {count(steps, 'step')}, batch {benchmark.batch_size}, "
         f"{optimizer['_target_'].rpartition('.')[2]} lr {optimizer.get('lr', 'default')}, "
         f"{config['schedule']['_target_'].rpartition('.')[2].lower()} schedule",
         "stages": "; ".join(map(_stage, trainer.plan)) if trainer.stages else "",

@@ -30,6 +30,7 @@ from mtl.engine.backward import Switches
 from mtl.engine.device import Execution
 from mtl.engine.learner import Learner
 from mtl.engine.stages import check_stages
+from mtl.engine.stopping import check_patience
 from mtl.errors import ConfigError, SetupError, one_line
 from mtl.inspect.microscope import Microscope
 from mtl.losses import Equal, Strategy
@@ -144,6 +145,7 @@ def open_batches(benchmark: Benchmark, learner: Learner) -> tuple[TrainingBatche
         strategy, splits = learner.strategy, benchmark.splits()
     if "val" not in splits:
         _check_measured(learner)
+    check_patience(learner, splits.get("val"), benchmark.select)
     # Batch norm cannot normalise a single sample, so each part of a batch needs two.
     smallest = 2 * parts(strategy)
     if len(splits["train"]) < smallest:

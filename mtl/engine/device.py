@@ -24,6 +24,7 @@ class Execution:
 
     Args:
         epochs: passes over the training data.
+        patience: stop after so many epochs without a better validation result; None: never. See `mtl.engine.stopping`.
         device: auto is the first GPU, if there is one.
         precision: fp32, or bf16 autocast (parameters, gradients and losses stay fp32).
         channels_last: the memory layout of images and convolutions.
@@ -46,6 +47,7 @@ class Execution:
     stages: Sequence[Any] = ()
     backbone_lr_factor: Annotated[float, Gt(0)] = 1.0
     pictures: Annotated[int, Ge(0)] = 4
+    patience: Annotated[int, Ge(1)] | None = None
 
     def __post_init__(self) -> None:
         name, _, index = self.device.partition(":")

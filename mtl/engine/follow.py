@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mtl.data.batches import EvaluationBatches, TrainingBatches
 from mtl.engine.learner import Learner
 from mtl.engine.outcome import Outcome
+from mtl.engine.stopping import ends
 
 
 def hand_out(learner: Learner, epoch: int) -> int:
@@ -45,9 +46,11 @@ class Follower:
         """Train to the end. If training fails in any process, `Processes.guard` ends this one."""
         learner = self.learner
         with learner.processes.guard():
-            for epoch in range(hand_out(learner, 0), learner.trainer.epochs):
+            epoch = hand_out(learner, 0)
+            while epoch < learner.trainer.epochs and not ends(learner, False):
                 row = learner.train_epoch(self.train, epoch)
                 for name, batches in self.evaluations.items():
                     row.update(learner.evaluate(batches, name))
                 learner.epoch_end(row)
+                epoch += 1
         return Outcome("finished", 0, self.path)

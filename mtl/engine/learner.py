@@ -336,7 +336,7 @@ class Learner:
             features.requires_grad_()  # the backbone is frozen, but the method needs gradients of the features
         return self.strategy.views(features)
 
-    def epoch_end(self, row: dict[str, float]) -> None:
+    def epoch_end(self, row: dict[str, float], last: bool = False) -> None:
         """Give the method the epoch's mean training losses and each task's main metric, and the schedule all metrics.
 
         The metrics are measured on validation data, or on the training batches if the data has no validation split. The
@@ -344,12 +344,14 @@ class Learner:
 
         Args:
             row: the epoch's row of metrics.jsonl, with evaluation.
+            last: whether the run stops early after this epoch.
 
         Raises:
             NothingTrained: the epoch has trained nothing, and no later epoch can be expected to.
         """
         if self._idle is not None:
-            self._idle.judge(self.strategy.epoch, self.trainer.epochs)
+            epoch = self.strategy.epoch
+            self._idle.judge(epoch, last or epoch + 1 == self.trainer.epochs)
         if self.strategy.epoch == 0:
             counts = stage_at(self.trainer.plan, 0)[0].tasks
             say_unweighed(self.strategy, row, self.strategy.names if counts is None else counts)

@@ -60,13 +60,15 @@ class Pictures:
                 with suppress(OSError):
                     path_of(self.directory, later).unlink()
 
-    def draw(self, epoch: int) -> None:
+    def draw(self, epoch: int, last: bool = False) -> None:
         """Write the pictures of an epoch, if they are due and not there yet.
+
+        `last` says whether the run stops early after it, so that they are due.
 
         A failure costs the run its pictures and nothing else: one line says so. An example is an error in a user's
         own `draw`.
         """
-        due = epoch > 0 and (epoch & (epoch - 1) == 0 or epoch == self.learner.trainer.epochs)
+        due = epoch > 0 and (epoch & (epoch - 1) == 0 or last or epoch == self.learner.trainer.epochs)
         file = path_of(self.directory, epoch)
         if not self.number or not due or os.path.lexists(file):
             return

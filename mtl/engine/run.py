@@ -33,6 +33,7 @@ from mtl.engine.outcome import Outcome
 from mtl.engine.pictures import Pictures
 from mtl.engine.replay import inspect, repeat
 from mtl.engine.resume import mend_best, resume, state
+from mtl.engine.stopping import ends, said, stops
 from mtl.engine.summary import (
     Selection,
     best,
@@ -85,7 +86,7 @@ def prepare(
     if done.get("name", identity.name) != identity.name:
         raise Damaged(f"{path}/run.json belongs to another run, {done['name']}; restore it, or delete it")
     if done.get("status") == "finished":
-        _look_again(config, identity, path, done["finished"])
+        _look_again(config, identity, path, done)
         yield Outcome("finished", 0, str(path))
         return
 
@@ -105,17 +106,22 @@ def prepare(
             yield Follower(learner, train, evaluations, str(path))
 
 
-def _look_again(config: Mapping[str, Any], identity: Identity, path: Path, finished: str) -> None:
-    """Check the files of a finished run, and report it again if the tracker accepts repeats (Weights & Biases)."""
+def _look_again(config: Mapping[str, Any], identity: Identity, path: Path, done: Mapping[str, Any]) -> None:
+    """Check the files of a finished run, and report it again if the tracker accepts repeats (Weights & Biases).
+
+    Args:
+        done: the content of run.json.
+    """
     benchmark = None
     with suppress(UserError):  # the data may be missing: a finished run does not need it
         benchmark = build_benchmark(config["data"])
     if benchmark is not None:
-        check_shapes(RunDirectory(path).run.get("inputs"), benchmark, path)
+        check_shapes(done.get("inputs"), benchmark, path)
     # A damaged summary is written anew, for which the model must be built. This machine may lack the run's GPU.
     on_cpu = {**config, "trainer": {**config["trainer"], "device": "cpu"}}
-    inspect(RunDirectory(path), identity.name, config["trainer"]["epochs"], lambda: assemble(on_cpu))
-    log.info(f"{identity.title}: finished {finished}, in {path} (delete that folder to run it again)")
+    epochs = done.get("stopped_early") or config["trainer"]["epochs"]
+    inspect(RunDirectory(path), identity.name, epochs, lambda: assemble(on_cpu))
+    log.info(f"{identity.title}: finished {done['finished']}, in {path} (delete that folder to run it again)")
     tracker: Tracker = schema.build(config["logger"], "logger")
     if tracker.repeats:
         repeat(tracker, config, identity, path)
@@ -166,14 +172,16 @@ class Job:
                 # The other processes get the weights and the first epoch from this one: only it has read last.pt.
                 if processes is not None:
                     hand_out(learner, len(self.rows))
-                for epoch in range(len(self.rows), learner.trainer.epochs):
+                # A run that was killed right after its last epoch has nothing left to train.
+                while (epoch := len(self.rows)) < learner.trainer.epochs and not ends(learner, self._stops()):
                     started = time.perf_counter()
                     row = {"epoch": epoch + 1, **learner.train_epoch(self.train, epoch)}
                     self._refuse_divergence(row)  # before the evaluation, which would only take time
                     for name, batches in self.evaluations.items():
                         row.update(learner.evaluate(batches, name))
                     self._refuse_divergence(row)  # again: a metric on evaluation data or a weight may be NaN
-                    learner.epoch_end(row)  # methods such as DWA update their weights here, before the checkpoint
+                    # Methods such as DWA update their weights here, before the checkpoint.
+                    learner.epoch_end(row, last=self._stops(row))
                     row["time/seconds"] = time.perf_counter() - started
                     self._note(row)
             self._finish()
@@ -223,7 +231,7 @@ class Job:
             self.begun = True
             directory.truncate(rows)  # rows beyond the checkpoint are trained again
             self.pictures.forget(len(rows))
-        self.pictures.draw(len(rows))  # a kill between the checkpoint and its pictures has lost them
+        self.pictures.draw(len(rows), self._stops())  # a kill after the checkpoint and before its pictures lost them
         where = self.tracker.start(self._info())
         sizes = {"train": self.train.size, **{name: b.size for name, b in self.evaluations.items()}}
         announce.header(
@@ -238,7 +246,7 @@ class Job:
         """Save an epoch, then report it."""
         with deferred():  # a signal that arrives while the row and the checkpoint are written waits until both are
             self._save(row)
-        self.pictures.draw(row["epoch"])
+        self.pictures.draw(row["epoch"], self._stops())
         self._track()
         epochs = self.learner.trainer.epochs
         remaining = row["time/seconds"] * (epochs - row["epoch"])
@@ -288,6 +296,10 @@ class Job:
         """What chooses best.pt."""
         return selection(self.learner.tasks, "val" in self.evaluations, self.benchmark.select)
 
+    def _stops(self, *rows: Mapping[str, float]) -> bool:
+        """Whether the run stops early, after its saved epochs and `rows`."""
+        return stops([*self.rows, *rows], self.learner.trainer, self._selection)
+
     def summary(self) -> dict[str, Any]:
         """The run's results, for summary.json.
 
@@ -305,13 +317,18 @@ class Job:
 
     def _finish(self) -> None:
         """Write summary.json, close the tracker, and mark the run as finished. The mark comes last."""
+        early = {}
+        if (patience := self.learner.trainer.patience) is not None and self._stops():
+            early["stopped_early"] = len(self.rows)
+            log.info(said(self.rows, patience, self._selection))
         summary = {"status": "finished", **self.summary()}
         write_json(self.directory.summary, summary)
         self._track()
         # If a signal stops the run here, it counts as interrupted. The next attempt reports it again.
         self.tracker.finish(flatten(summary), ok=True)
         with deferred():
-            self.directory.update(status="finished", error=None, finished=now(), metrics_digest=self.digest.hex())
+            known = {"metrics_digest": self.digest.hex(), **early}
+            self.directory.update(status="finished", error=None, finished=now(), **known)
 
     def _fail(self, status: str, code: int, message: str) -> None:
         """Note an error in the files, and keep it as the outcome: the runs of a grid after this one go on."""

@@ -104,14 +104,17 @@ class Idle:
     certain: bool = False
     expected: bool = False
 
-    def judge(self, epoch: int, epochs: int) -> None:
-        """Warn, or end the run, after epoch number `epoch` (counted from 0) of `epochs`.
+    def judge(self, epoch: int, last: bool) -> None:
+        """Warn, or end the run, after epoch number `epoch`, counted from 0.
+
+        Args:
+            last: whether it is the run's last one.
 
         Raises:
             NothingTrained: no later epoch can be expected to train.
         """
         message = f"epoch {epoch + 1} has changed no parameter of the model: {self.why}"
-        if self.certain or epoch + 1 == epochs:
+        if self.certain or last:
             raise NothingTrained(message)
         if not self.expected:
             log.info(f"WARNING   {message}")

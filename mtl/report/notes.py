@@ -33,9 +33,22 @@ def excuses(scores: Scores) -> str:
         parts.append(f"No run has a finite value of {some(unknown, sep=', ')}. A test split without labels has none.")
     if fewer:
         parts.append(f"Fewer than {scores.usual} seeds: {some(fewer)}.")
+    if early := _early(scores):
+        parts.append(f"Stopped early, by trainer.patience: {some(early)}.")
     if scores.usual == 1:
         parts.append("One seed a strategy: nothing here tells a better strategy from a luckier one.")
     return " ".join(parts)
+
+
+def _early(scores: Scores) -> list[str]:
+    """For each group with a run that stopped early, the numbers of epochs of its runs."""
+    found = []
+    for group in [*scores.groups, *scores.baselines]:
+        if any(r.info.get("stopped_early") for r in group.runs):
+            least, *_, most = sorted(2 * [r.summary["epochs"] for r in group.runs])
+            found.append(f"{group.label} after {count(most, 'epoch')}" if least == most else
+                         f"{group.label} after {least} to {most} epochs")  # fmt: skip
+    return found
 
 
 def pairing(scores: Scores) -> str:

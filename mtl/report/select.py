@@ -4,8 +4,9 @@ last10: the mean of the last ten epochs, as CAGrad, Nash-MTL, FAMO and FairGrad 
 
 delta_m: early stopping as Elich et al. do it. Of each run it takes the epoch whose validation metrics have the best Δm
 against single-task learning. A single-task run has the epoch that its own validation metric chose. This is a rule of
-the report, and no option of the trainer: a run that trains to its end and then goes back to its best epoch has the
-values of one that was stopped, with any patience. So one run serves all rules, and its identity stays as it is.
+the report: a run that trains to its end and then goes back to its best epoch has the values of one that was stopped,
+with a patience that was long enough. So one run serves all rules. The trainer's own `trainer.patience` saves time, but
+follows what chooses best.pt, and not Δm.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from mtl.tracking import flatten
 # The protocol of the published numbers, where a run's config can tell it.
 PUBLISHED = {
     "trainer.epochs": 200, "data.batch_size": 128, "data.limit_train": None, "data.limit_test": None,
-    "data.val_fraction": 0.0,
+    "data.val_fraction": 0.0, "trainer.patience": None,
 }  # fmt: skip
 _DELTA = {
     "main": "over the main metric of each task",

@@ -62,6 +62,7 @@ _RUN_MAY = {
     "dirty": _or_null(FLAG), "error": _or_null(TEXT), "started": _or_null(TEXT), "finished": _or_null(TEXT),
     "versions": _mapping_of(_or_null(TEXT)), "hardware": MAPPING, "hardware.gpu": _or_null(TEXT),
     "hardware.cpu": _or_null(TEXT), "hardware.threads": COUNT, "own": _mapping_of(_mapping_of(TEXT)),
+    "stopped_early": POSITIVE,
 }  # fmt: skip
 _CONFIG = {
     **dict.fromkeys(("data", "arch", "loss", "optimizer", "trainer"), MAPPING),
@@ -189,7 +190,8 @@ def doubts(info: Mapping[str, Any], config: Mapping[str, Any], rows: int | None)
         rows: of metrics.jsonl, for a run that finished.
     """
     found = []
-    if rows is not None and config["trainer"]["epochs"] != rows:
+    early = config["trainer"].get("patience") is not None and rows == info.get("stopped_early")
+    if rows is not None and config["trainer"]["epochs"] != rows and not early:
         found.append(f"config.yaml says trainer.epochs {config['trainer']['epochs']}, the run trained {rows}")
     flat = flatten(config)
     for key, typed in _typed(info.get("command", "")).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -56,14 +57,14 @@ class TensorBoardTracker(Tracker):
             self._writer = None
 
     def _compare(self, summary: Mapping[str, Any]) -> None:
-        """A row in the tab HPARAMS: the config, and the best and last test metrics."""
+        """A row in the tab HPARAMS: the config, the number of trained epochs, the best and last test metrics."""
         from torch.utils.tensorboard.summary import hparams
 
         info = self._info
         config = {**info.config, "data": info.identity.data, "arch": info.identity.arch, "loss": info.identity.loss}
         plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in config.items()}
         found = {k.removesuffix(".value").replace(".", "/"): v for k, v in summary.items()
-                 if k.startswith("last.") or (k.startswith("best.") and k.endswith(".value"))}  # fmt: skip
+                 if k == "epochs" or k.startswith("last.") or re.fullmatch(r"best\..*\.value", k)}  # fmt: skip
         # `add_hparams` would write to a folder of its own, which counts as another run.
         for part in hparams(plain, found):
             self._writer.file_writer.add_summary(part)
