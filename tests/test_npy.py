@@ -185,12 +185,20 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def archive(file):
+    with file.open("wb") as target:
+        np.savez(target, np.zeros((6, 8)))
+
+
 @pytest.mark.parametrize(("damage", "message"), [
     (lambda d: cut(d / "train/depth/3.npy"), r"train/depth/3.npy is damaged or unreadable \(.+\); fetch it again"),
     (lambda d: cut(d / "train/image/0.npy"), r"train/image/0.npy is damaged"),
     (lambda d: (d / "val/normal/1.npy").write_bytes(b""), r"val/normal/1.npy is damaged"),
     (lambda d: (d / "val/label/1.npy").write_text("hello"), r"val/label/1.npy is damaged"),
     (lambda d: np.save(d / "val/label/1.npy", np.array([{}])), r"val/label/1.npy is damaged .*allow_pickle"),
+    (lambda d: archive(d / "train/depth/1.npy"), r"train/depth/1.npy is damaged .*holds an .npz archive"),
+    (lambda d: np.save(d / "train/image/0.npy", np.zeros((0, 0, 3))), r"train/image/0.npy is damaged .*\(0, 0, 3\)"),
+    (lambda d: np.save(d / "val/normal/0.npy", np.full((6, 8, 3), np.inf)), r"val/normal/0.npy: an infinite normal"),
     (lambda d: (d / "train/label/2.npy").unlink(), r"train/label/2.npy is missing; the files are numbered from 0"),
     (lambda d: (d / "train/label/4.npy").unlink(), r"train/label/4.npy is missing: \S+ has 5 files, \S+label 4"),
     (lambda d: shutil.rmtree(d / "val/depth"), r"val/depth is missing: a folder with 0.npy"),

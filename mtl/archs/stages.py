@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from mtl.archs.model import ArchError
 
-HAVE_THEM = "resnet20 to resnet110, resnet18, wide_resnet, vgg16_bn, torchvision's ResNets, segnet, unet, deeplabv3, " \
-            "deeplabv3plus and fcn"  # fmt: skip
+HAVE_THEM = "resnet20 to resnet110, resnet18, wide_resnet, vgg16_bn, torchvision's ResNets without maps, segnet, " \
+            "unet, deeplabv3, deeplabv3plus and fcn"  # fmt: skip
 
 
 class BackboneStage(NamedTuple):

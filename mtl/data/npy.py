@@ -165,9 +165,14 @@ def _rows(kind: MapKind, files: Sequence[Path]) -> Iterator[np.ndarray]:
 
 def _read(file: Path, mapped: bool = False) -> np.ndarray:
     try:
-        return np.load(file, mmap_mode="r" if mapped else None, allow_pickle=False)
+        array = np.load(file, mmap_mode="r" if mapped else None, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise SetupError(f"{file} is damaged or unreadable ({one_line(error)}); fetch it again") from error
+    if not isinstance(array, np.ndarray):
+        raise SetupError(f"{file} is damaged or unreadable (it holds an .npz archive); one array is needed")
+    if not array.size:
+        raise SetupError(f"{file} is damaged or unreadable (it holds no numbers: shape {array.shape}); fetch it again")
+    return array
 
 
 # ------------------------------------------------------------------------------------------- from a file to a row
@@ -210,6 +215,8 @@ def depth(array: np.ndarray) -> np.ndarray:
 def normals(array: np.ndarray) -> np.ndarray:
     """(H, W, 3), zeros for no label, to float32."""
     _check(array, array.ndim == 3 and array.shape[2] == 3, "a map (H, W, 3) of normals")
+    if np.isinf(array).any():
+        raise ValueError("an infinite normal; unit vectors are needed, zeros where there is no label")
     return array.astype(np.float32)
 
 
