@@ -279,7 +279,12 @@ def test_delta_m_is_paired_by_seed_where_the_baselines_have_it(tmp_path):
     found = scores(tmp_path)
     deltas = found.delta_m(found.groups[0], "last")
     assert deltas == pytest.approx({0: (10 - 20) / 2, 1: (-100 / 12 - 20) / 2, 2: -20 / 2})  # seed 2: the mean is 55
-    note = summaries.multi_task(found, "last").note
+    table = summaries.multi_task(found, "last")
+    shares = [column(table, name)["equal"].value for name in ("achievement %\nfine", "achievement %\ndepth")]
+    fine_share = (55 / 50 + 55 / 60 + 55 / 55) / 3 * 100
+    assert shares == pytest.approx([fine_share, 10 / 12 * 100])
+    assert column(table, "achievement %")["equal"].value == pytest.approx((fine_share + 10 / 12 * 100) / 2)
+    note = table.note
     assert "same seed (2 runs)" in note and "lacks the seed (1 run)" in note
     assert summaries.baseline_command(found) is None
 

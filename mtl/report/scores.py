@@ -118,9 +118,9 @@ class Scores:
         tasks = [self.owner[m] for m in metrics] if self.benchmark.delta_m == "task" else None
         return self._against_baselines(group, at, partial(multitask.delta_m, tasks=tasks), metrics)
 
-    def achievement(self, group: Group, at: str) -> dict[int, float]:
-        """{seed: average achievement in %}, likewise."""
-        return self._against_baselines(group, at, multitask.achievement, self.mains)
+    def achievement(self, group: Group, at: str, metric: str | None = None) -> dict[int, float]:
+        """{seed: achievement in %}, likewise: the average over the tasks, or that of the task with this main metric."""
+        return self._against_baselines(group, at, multitask.achievement, [metric] if metric else self.mains)
 
     def _against_baselines(
         self, group: Group, at: str, measure: Callable[..., float], metrics: Sequence[str]

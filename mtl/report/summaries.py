@@ -143,7 +143,12 @@ def multi_task(scores: Scores, at: str) -> Table:
     fair, sizes = [scores.comparable(g, at) for g in scores.groups], [len(g.runs) for g in scores.groups]
     gains = [list(scores.delta_m(g, at).values()) for g in scores.groups]
     deltas = spreads(gains, sizes, fair, True, 2, alone=[0.0] * len(gains))  # Δm of single-task learning
-    reached = spreads([list(scores.achievement(g, at).values()) for g in scores.groups], sizes, fair, True, 2)
+    # The average over the tasks, then each task by itself. Of many tasks, the average alone.
+    mains = [None, *(scores.mains if len(scores.mains) > 1 and not scores.crowded else ())]
+    reached = [
+        spreads([list(scores.achievement(g, at, m).values()) for g in scores.groups], sizes, fair, True, 2)
+        for m in mains
+    ]
     won = {m: scores.wins(m, at) for m in bench.metrics}
     if scores.crowded and won:
         every = Counter()
@@ -152,9 +157,9 @@ def multi_task(scores: Scores, at: str) -> Table:
         won = {"all metrics": (dict(every), sum(seeds for _, seeds in won.values()))}
     lowest = min((r for r in ranks.values() if not math.isnan(r)), default=None)
     rows = []
-    for group, delta, share in zip(scores.groups, deltas, reached, strict=True):
+    for group, delta, *shares in zip(scores.groups, deltas, *reached, strict=True):
         rank, front = ranks[group.label], sum(optimal[r.directory] for r in group.runs)
-        row = [Entry(group.label), count(scores, group), delta, share]
+        row = [Entry(group.label), count(scores, group), delta, *shares]
         row.append(NONE if math.isnan(rank) else Entry(f"{rank:.2f}", rank, rank == lowest))
         row.append(Entry(f"{front} of {len(group.runs)}", front) if bench.tasks else NONE)
         for by_label, seeds in won.values():
@@ -167,7 +172,8 @@ def multi_task(scores: Scores, at: str) -> Table:
         f"Δm is taken {_DELTA[bench.delta_m]} ({names}), {pairing(scores)}. Achievement takes "
         f"the main metrics. Pareto: among {len(optimal)} run{'s' * (len(optimal) != 1)}. {excuses(scores)}"
     )
-    header = ["strategy", "n", "Δm %", "achievement %", "MR", "Pareto", *(f"wins\n{m}" for m in won)]
+    each = [f"achievement %\n{scores.owner[m]}" for m in mains[1:]]
+    header = ["strategy", "n", "Δm %", "achievement %", *each, "MR", "Pareto", *(f"wins\n{m}" for m in won)]
     terms = (at, "±", "*", "Δm", "achievement", "MR", "Pareto", "wins")
     return _table(scores, "multi-task", "multi-task metrics", note.strip(), header, rows, terms, at)
 
