@@ -61,7 +61,7 @@ class SDMGrad(GramianWeighting):
         # Without this, the step size β would have to fit the scale of the losses.
         G = G / scale**2
         pull = self.regularisation * (G @ mean)
-        w, kept = among_present(mixture, present)
+        w, kept = among_present(mixture.to(G), present)
         # Momentum acts within the S steps of one update only.
         velocity = None
         for _ in range(self.steps):
