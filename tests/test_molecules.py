@@ -356,15 +356,15 @@ def test_labels_are_standardised_by_training_molecules_alone(tmp_path):
 def test_splits_are_fixed_or_follow_the_seed(tmp_path):
     file = str(save(tmp_path / "x.npz"))
 
-    def test_molecules(split: str, seed: int) -> list[float]:
+    def held_out(split: str, seed: int) -> list[float]:
         torch.manual_seed(seed)  # as the engine does before `load`
         benchmark = QM9(file=file, split=split, **SIZES)
         part, task = benchmark.load()["test"], benchmark.tasks[0]
         return (task.select(part.columns["targets"]) * task.standard.std + task.standard.mean).sort().values.tolist()
 
-    assert test_molecules("fixed", 0) == pytest.approx(test_molecules("fixed", 1))
-    assert test_molecules("seed", 0) == pytest.approx(test_molecules("seed", 0))
-    assert test_molecules("seed", 0) != pytest.approx(test_molecules("seed", 1))
+    assert held_out("fixed", 0) == pytest.approx(held_out("fixed", 1))
+    assert held_out("seed", 0) == pytest.approx(held_out("seed", 0))
+    assert held_out("seed", 0) != pytest.approx(held_out("seed", 1))
 
 
 def damage(name: str, change):

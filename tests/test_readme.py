@@ -115,6 +115,8 @@ def test_the_strategy_architecture_and_data_set_train_together(cli, tmp_path, mo
         file.parent.mkdir(parents=True)
         file.write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "my_package", None)  # the end of the test forgets the module again
+    del sys.modules["my_package"]
     shown = "--config-dir my_conf data=shapes arch=tiny loss=mine trainer.epochs=1"
     assert shown in TEXT[ROOT / "docs" / "own-data.md"]
     options = [*_as_shown(shown), "logger=none"]
