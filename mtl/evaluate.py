@@ -14,6 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from mtl.cli.explain import translate
 from mtl.config.identity import safe
 from mtl.data.batches import EvaluationBatches
+from mtl.data.check import has_labels
 from mtl.engine.directory import now, provenance
 from mtl.engine.files import write_json, writing
 from mtl.engine.loaded import EPOCHS, LoadedRun, load
@@ -33,12 +34,14 @@ class Evaluation:
         split: of the data.
         samples: in the split.
         figures: {"test/fine_loss": …, "test/fine_accuracy": …}; NaN where no sample has a label.
+        unlabelled: names of the tasks of which no sample has a label.
     """
 
     run: LoadedRun
     split: str
     samples: int
     figures: dict[str, float]
+    unlabelled: Sequence[str] = ()
 
     @property
     def lines(self) -> list[list[str]]:
@@ -88,7 +91,8 @@ def evaluate(
     if split not in splits:
         raise ConfigError(f"--split {split}: the data has {', '.join(splits)}{suggest(split, splits)}")
     batches = EvaluationBatches(splits[split], loaded.benchmark, loaded.learner.device)
-    return Evaluation(loaded, split, len(splits[split]), loaded.learner.evaluate(batches, split))
+    lacking = [task.name for task in loaded.tasks if not has_labels(splits[split], task)]
+    return Evaluation(loaded, split, len(splits[split]), loaded.learner.evaluate(batches, split), lacking)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,17 +109,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs, words = divide(options.words)
         changes = read_changes(words)
         name = safe("-".join([options.split, options.epoch, *(word.removeprefix("data.") for word in words)]))
-        lines, files = [], []
+        lines, files, lacking = [], [], []
         try:
             for run in runs:
                 found = evaluate(run, changes, options.epoch, options.split, options.device)
                 lines += found.lines
+                lacking += [name for name in found.unlabelled if name not in lacking]
                 files.append(found.write(name, changes))
         finally:  # of several runs, those that came before a wrong one
             if lines:
                 print(table(HEADER, lines))
             for file in files:
                 print(file)
+            if lacking:
+                print(f"WARNING: no {options.split} sample has a label of {', '.join(lacking)}", file=sys.stderr)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
@@ -27,13 +28,14 @@ from mtl.data.base import Benchmark, Split
 from mtl.data.batches import EvaluationBatches, TrainingBatches
 from mtl.data.boxes import Shapes
 from mtl.data.inputs import Image
+from mtl.data.rooms import Rooms
 from mtl.data.union import Union
 from mtl.engine.backward import Switches
 from mtl.engine.device import Execution
 from mtl.engine.learner import Learner
 from mtl.losses.hooks import defines
 from mtl.parallel.signals import ENDING
-from mtl.tasks import Classification, Regression
+from mtl.tasks import Classification, Regression, Task
 from mtl.views import Crop, Flip
 
 # ---------------------------------------------------------------------------- every method, in float64, in one torchrun
@@ -98,6 +100,27 @@ class Boxes(Shapes):
         super().__init__(batch_size=5, train_size=5, test_size=3, size=32)
 
 
+class Maps(Rooms):
+    """Classes, depth and normals; batches of 3 and 2, evaluated in batches of 2 and 1; some images lack some labels."""
+
+    arch = {"_target_": "mtl.archs.fcn.FCN", "width": 2}
+    optimizer = {"lr": 1e-2}
+
+    def __init__(self):
+        super().__init__(batch_size=3, eval_batch_size=2, train_size=5, test_size=3, height=8, width=12)
+
+    @property
+    def tasks(self) -> Sequence[Task]:
+        segmentation, depth, normals = super().tasks
+        return segmentation, replace(depth, reduction="batch_mean"), normals
+
+    def load(self) -> dict[str, Split]:
+        for split in (splits := super().load()).values():
+            split.columns["segmentation"][1, 2:] = -100
+            split.columns["depth"][2], split.columns["normals"][:2, :, 3:] = 0.0, torch.nan
+        return splits
+
+
 class Net(nn.Module):
     """Batch norm and dropout of both dimensions; no bias before a batch norm, whose gradient would be mere rounding."""
 
@@ -134,7 +157,7 @@ CASES += [(loss, "sgd", {"gradients": "features"}, Few) for loss in ("mgda", "pc
 CASES += [(loss, "sgd", {"transform": "log"}, Few) for loss in ("equal", "rep_mtl", "cagrad")]
 CASES += [("dwa", "sgd", {"heads": "own"}, Few), ("pcgrad", "sgd", {"heads": "weighted", "scale": "sum"}, Few)]
 CASES += [("uncertainty", "adatask", {"scale": "norm"}, Full)]
-CASES += [("pcgrad", "sgd", {}, Parted), ("uncertainty", "sgd", {}, Boxes)]
+CASES += [("pcgrad", "sgd", {}, Parted), ("uncertainty", "sgd", {}, Boxes), ("pcgrad", "sgd", {}, Maps)]
 
 
 def build(case, processes=None) -> tuple[Learner, TrainingBatches, EvaluationBatches]:
@@ -194,6 +217,24 @@ def one_image(processes) -> float:
     return (found[0] - found[1]).abs().max().item()
 
 
+def metric_states(rank: int) -> float:
+    """Metrics of maps, of which each process has seen uneven batches of its own. Their states are added up."""
+    splits, largest = Maps().load(), 0.0
+    for task in Maps().tasks:
+        target, (metric,) = splits["train"].columns[task.name], task.metrics
+        draws = torch.Generator().manual_seed(2)
+        prediction = torch.randn(5, task.outputs, *target.shape[1:3], generator=draws)
+        whole, mine = metric.zero(), metric.zero()
+        for n, part in enumerate((slice(0, 1), slice(1, 3), slice(3, 5))):
+            for state in [whole] if n % 2 != rank else [whole, mine]:
+                metric.update(state, prediction[part], target[part])
+        torch.distributed.all_reduce(mine)
+        together, expected = (numbers(metric.compute(state)) for state in (mine, whole))
+        assert expected.norm() > 0.1
+        largest = max(largest, (together - expected).abs().max().item())
+    return largest
+
+
 def compare_all(report: Path) -> None:
     """For each case: the largest difference between one process and two, and whether the two agree in all bits."""
     import torch.distributed as dist
@@ -223,6 +264,7 @@ def compare_all(report: Path) -> None:
         dist.all_gather_object(digests, hashlib.sha256(ours.numpy().tobytes()).hexdigest())
         results[str(case)] = (error, len(set(digests)) == 1)
     results["one image"] = (one_image(processes), True)
+    results["metric states"] = (metric_states(rank), True)
     dist.destroy_process_group()
     if rank == 0:
         report.write_text(json.dumps(results))
@@ -332,7 +374,7 @@ def test_every_method_and_a_stopped_run(whole, tmp_path):
     assert out.count("resumed   after epoch 1") == out.count("epoch 3/3") == 1
     assert_close("b", "whole")
     results = json.loads(report.read_text())
-    assert len(results) == len(CASES) + 1
+    assert len(results) == len(CASES) + 2
     assert not {case: error for case, (error, _) in results.items() if not error < 1e-11}
     assert not [case for case, (_, same) in results.items() if not same]
 

@@ -343,6 +343,17 @@ def test_what_does_not_fit_is_refused(cli, options, words):
     assert result.code == 2 and words in result.err and result.err.count("\n") == 1 and not Path("outputs").exists()
 
 
+def test_by_default_it_fits_small_batches():
+    """NYUv2 has batches of two. The default is eight samples, or as many as there are."""
+    looked = {}
+    for options in ("", "microscope.samples=2"):
+        learner, batches = build(f"microscope.every=1 data.batch_size=2 data.limit_train=4 {options}")
+        looked[options] = micro(learner.train_epoch(batches, 0))
+        assert "2 samples: 6 more backward passes" in learner.microscope.describe(3, 3, True, False, 2, 2)
+    assert len(looked[""]) > 10 and looked[""] == looked["microscope.samples=2"]
+    assert Microscope(1).most == 8
+
+
 def test_a_task_may_not_be_called_as_their_sum_is():
     Microscope().check(4, ["combined"])  # off
     with pytest.raises(ValueError, match="combined"):

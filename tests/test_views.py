@@ -209,13 +209,71 @@ def test_scale_crop_of_a_label_map_equals_interpolate_in_every_pixel(scale, crop
         assert torch.equal(seen[n], expected.flip(1) if mirrored else expected)
 
 
-@pytest.mark.parametrize("scale, crop", [(1.2, (240, 320)), (1.5, (192, 256))])
-def test_scale_crop_of_an_image_equals_interpolate_within_the_crop(scale, crop):
-    images, (height, width) = numbers(1, 288, 384, 3), crop
-    seen = Picture()(images, torch.zeros(1, dtype=torch.int64), scaled([scale], [(17, 31)]))
-    cut = images[:, 17 : 17 + height, 31 : 31 + width].permute(0, 3, 1, 2).float()
-    expected = F.interpolate(cut, (288, 384), mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
-    torch.testing.assert_close(seen[:, 2:-2, 2:-2], expected[:, 2:-2, 2:-2], rtol=0, atol=0.02)
+SCALES = [  # s, (height, width) of a crop of 288 × 384, tolerance
+    (2.0, (144, 192), 0.0),
+    (4 / 3, (216, 288), 0.0),
+    # 1/s is no float32 number: positions up to 384 are wrong by 3e-5 of a pixel, and neighbours differ by up to 255.
+    (1.2, (240, 320), 0.01),
+    (1.5, (192, 256), 0.01),
+]
+
+
+def resized(image: torch.Tensor, corner: tuple[int, int], crop: tuple[int, int], size: tuple[int, int]):
+    """(H, W, C) float64, the crop enlarged by F.interpolate. Its neighbours are the picture's own pixels.
+
+    F.interpolate knows nothing outside its argument. So a larger crop is enlarged, and its margin is cut off.
+    """
+    (i, j), (height, width), m = corner, crop, 30
+    margin = m * size[0] // height  # without a rest, for all scales here
+    around = F.pad(
+        image.permute(2, 0, 1)[None].double(), (m, m, m, m), mode="replicate"
+    )  # beyond the picture: its edge
+    cut = around[:, :, i : i + height + 2 * m, j : j + width + 2 * m]
+    seen = F.interpolate(cut, [n + 2 * margin for n in size], mode="bilinear", align_corners=False)
+    return seen[0, :, margin:-margin, margin:-margin].permute(1, 2, 0)
+
+
+@pytest.mark.parametrize("scale, crop, tolerance", SCALES)
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_scale_crop_of_an_image_equals_interpolate_in_every_pixel(scale, crop, tolerance, mirrored):
+    images, size = numbers(1, 288, 384, 3), (288, 384)
+    corners = [(0, 0), (288 - crop[0], 384 - crop[1]), (17, 31), (0, 31)]
+    view = scaled([scale] * 4, corners)
+    if mirrored:
+        view = view.then(View(torch.tensor([[1.0, -1.0]]), torch.tensor([[0.0, 384.0]]), whole=True))
+    seen = Picture()(images, torch.zeros(4, dtype=torch.int64), view)
+    for found, corner in zip(seen, corners, strict=True):
+        expected = resized(images[0], corner, crop, size)
+        expected = expected.flip(1) if mirrored else expected
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("scale, crop", [one[:2] for one in SCALES])
+def test_scale_crop_is_torchvisions_except_at_the_crops_edge(scale, crop):
+    """torchvision cuts first, and repeats the crop's edge. Our edge pixels see the picture's pixels beside the crop."""
+    images = numbers(1, 288, 384, 3)
+    (seen,) = Picture()(images, torch.zeros(1, dtype=torch.int64), scaled([scale], [(17, 31)]))
+    expected = TF.resized_crop(images[0].permute(2, 0, 1).float(), 17, 31, *crop, [288, 384], antialias=False)
+    differ = (seen - expected.permute(1, 2, 0)).abs().amax(2) > 0.02
+    assert not differ[1:-1, 1:-1].any() and differ[0].any() and differ[:, -1].any()
+
+
+@pytest.mark.parametrize("scale, crop", [one[:2] for one in SCALES])
+def test_a_crop_shows_almost_what_mtans_code_shows(scale, crop):
+    """MTAN's code aligns the centres of the corners, and a label is that of the pixel's upper left corner.
+
+    In these maps each pixel's value is its column, so differences are distances: up to (1 - 1/s) / 2 of a pixel in
+    images, up to one pixel in labels.
+    """
+    column = torch.arange(384.0).expand(288, 384)
+    view, row = scaled([scale], [(17, 31)]), torch.zeros(1, dtype=torch.int64)
+    cut = column[None, None, 17 : 17 + crop[0], 31 : 31 + crop[1]]
+    theirs = F.interpolate(cut, (288, 384), mode="bilinear", align_corners=True)[0, 0]
+    apart = (Picture()(column[None, ..., None], row, view)[0, ..., 0] - theirs).abs().max()
+    assert apart == pytest.approx((1 - 1 / scale) / 2, abs=1e-3)
+    theirs = F.interpolate(cut, (288, 384), mode="nearest")[0, 0]
+    apart = Pixels()(column.long()[None], row, view)[0] - theirs
+    assert ((apart == 0) | (apart == 1)).all()
 
 
 def test_a_bilinear_picture_at_scale_1_is_the_picture():

@@ -152,6 +152,11 @@ def pieces(split: Split, column: str) -> Iterator[Column]:
         yield values[part] if split.rows is None else values[split.rows[part]]
 
 
+def has_labels(split: Split, task: Task) -> bool:
+    """Whether any sample of a split has a label of a task."""
+    return any(bool(task.labelled(task.select(part)).any()) for part in pieces(split, task.column))
+
+
 def check_tasks(tasks: Sequence[Task], predictions: Sequence[Any], batch: Batch) -> None:
     """Try loss and metrics of each task on the samples that `few` chose.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,12 @@ import torch
 from mtl.archs.model import count_macs, count_parameters
 from mtl.config.identity import Identity
 from mtl.data.base import Benchmark
+from mtl.data.check import has_labels
+from mtl.data.columns import Split
 from mtl.engine.directory import RunDirectory
 from mtl.engine.learner import Learner
 from mtl.engine.stages import Stage
+from mtl.engine.summary import selection
 from mtl.losses import LossWeighting
 from mtl.tasks import Task
 from mtl.tracking.console import Heading, count, duration, rate, table
@@ -21,15 +24,16 @@ from mtl.tracking.console import Heading, count, duration, rate, table
 log = logging.getLogger("mtl")
 
 MANY = 6  # tasks: the lines of more are shortened
+NAMES = {"train": "training", "val": "validation"}  # of splits, in messages
 
 
 def header(config: Mapping[str, Any], identity: Identity, benchmark: Benchmark, learner: Learner,
-           sizes: Mapping[str, int], steps: int, path: str, tracker: str, resumed: int) -> None:  # fmt: skip
+           splits: Mapping[str, Split], steps: int, path: str, tracker: str, resumed: int) -> None:  # fmt: skip
     """Log what will be trained, before the first epoch.
 
     Args:
         config, identity, benchmark, learner: the run's.
-        sizes: number of samples of each split.
+        splits: the data, "train" among it.
         steps: number of steps in an epoch.
         path: the run's directory.
         tracker: the tracker's own line, such as the address of a dashboard.
@@ -37,7 +41,7 @@ def header(config: Mapping[str, Any], identity: Identity, benchmark: Benchmark, 
     """
     trainer, strategy, optimizer = learner.trainer, learner.strategy, config["optimizer"]
     own = sum(p.numel() for p in strategy.parameters())
-    samples = ", ".join(f"{size:,} {name}" for name, size in sizes.items())
+    samples = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
     heads = "" if isinstance(strategy, LossWeighting) else f", heads: {strategy.heads} gradient"
     each = f"{'an' if benchmark.noun[0] in 'aeiou' else 'a'} {benchmark.noun}"
     most = "at most " if trainer.patience is not None else ""
@@ -65,6 +69,31 @@ def header(config: Mapping[str, Any], identity: Identity, benchmark: Benchmark, 
             log.info(Heading(key, value))
     if trainer.slow_precision(learner.device):
         log.info("WARNING   this CPU has no bf16 instructions: trainer.precision=fp32 is about 10x faster here")
+    for line in unlabelled(learner.tasks, splits, benchmark.select):
+        log.info(f"WARNING   {line}")
+
+
+def unlabelled(tasks: Sequence[Task], splits: Mapping[str, Split], select: str) -> Iterator[str]:
+    """A line for each split in which no sample has a label of some task. Such a run is valid, but its table has nan.
+
+    Args:
+        tasks: of the run.
+        splits: the data by name.
+        select: the benchmark's, as for `mtl.engine.summary.selection`.
+    """
+    chosen = selection(tasks, "val" in splits, select)
+    for name, split in splits.items():
+        lacking = [task for task in tasks if not has_labels(split, task)]
+        if not lacking:
+            continue
+        # "test/mean" is a mean over the tasks that have labels.
+        mains = {f"{name}/{task.name}_{task.scores[0].name}" for task in lacking}
+        lost = f", and {chosen.by} cannot choose the best epoch: the first one counts as the best"
+        effect = "untrained in this run" if name == "train" else f"nan in the {name} results"
+        yield (
+            f"no {NAMES.get(name, name)} sample has a label of {_listed([t.name for t in lacking])}: {effect}"
+            f"{lost if mains >= set(chosen.keys) else ''}"
+        )
 
 
 def footer(summary: Mapping[str, Any], epochs: int, directory: RunDirectory, command: str, noun: str) -> None:
@@ -121,9 +150,11 @@ def _mean(values: Sequence[float]) -> str:
 
 def _tasks(tasks: Sequence[Task], most: int = MANY) -> str:
     named = [f"{task.name} ({task.outputs})" for task in tasks]
-    if len(named) <= most:
-        return f"tasks {', '.join(named)}"
-    return f"{len(named)} tasks {', '.join(named[: most - 1])}, …, {named[-1]}"
+    return f"{'' if len(named) <= most else f'{len(named)} '}tasks {_listed(named, most)}"
+
+
+def _listed(names: Sequence[str], most: int = MANY) -> str:
+    return ", ".join(names if len(names) <= most else [*names[: most - 1], "…", names[-1]])
 
 
 def _device_name(device: torch.device) -> str:

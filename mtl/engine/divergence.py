@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mtl.data.batches import EvaluationBatches
-from mtl.data.check import pieces
+from mtl.data.check import has_labels
 from mtl.engine import guard
 from mtl.errors import Diverged
 from mtl.losses.delayed import Delayed
@@ -105,7 +105,7 @@ def _has_labels(task: Task, batches: EvaluationBatches | None, partial: Collecti
         # With few labels, all of them may have been in the last, incomplete batch, which was left out. If the training
         # has really diverged, the weights show it: see `finite`.
         return task.name not in partial
-    return any(bool(task.labelled(task.select(part)).any()) for part in pieces(batches.split, task.column))
+    return has_labels(batches.split, task)
 
 
 def finite(*modules: nn.Module) -> bool:

@@ -170,7 +170,7 @@ class Learner:
             counts = self._enter(stage, begins=0 < epoch == first)
             # `partial`: some sample lacks a label. Without such samples, the step needs no marks of the labelled ones.
             step, tally, partial = self.step(), Tally(self.device), any(t.name in batches.partial for t in self.tasks)
-            observer = GradientObserver(self.microscope.samples, self.tasks, self.model,
+            observer = GradientObserver(self.microscope.most, self.tasks, self.model,
                                         self.switches.transform == "log", self.one_jacobian, tally)  # fmt: skip
             # Until an epoch has changed the model, a watch checks it. A frozen model would otherwise train in vain.
             watch = None if self._trained else Watch(self.model, self.optimizer, tally)

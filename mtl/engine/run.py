@@ -233,9 +233,9 @@ class Job:
             self.pictures.forget(len(rows))
         self.pictures.draw(len(rows), self._stops())  # a kill after the checkpoint and before its pictures lost them
         where = self.tracker.start(self._info())
-        sizes = {"train": self.train.size, **{name: b.size for name, b in self.evaluations.items()}}
+        splits = {"train": self.train.split, **{name: b.split for name, b in self.evaluations.items()}}
         announce.header(
-            self.config, self.identity, self.benchmark, self.learner, sizes, len(self.train), str(directory.path),
+            self.config, self.identity, self.benchmark, self.learner, splits, len(self.train), str(directory.path),
             where, len(rows),
         )  # fmt: skip
         # A kill after last.pt was written and before best.pt was leaves best.pt one epoch behind.

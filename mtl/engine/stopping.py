@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mtl.data.check import pieces
+from mtl.data.check import has_labels
 from mtl.data.columns import Split
 from mtl.engine.device import Execution
 from mtl.engine.learner import Learner
 from mtl.engine.summary import Row, Selection, best, selection
 from mtl.errors import ConfigError
-from mtl.tasks import Task
 from mtl.tracking.console import count
 
 
@@ -68,7 +67,7 @@ def check_patience(learner: Learner, validation: Split | None, select: str) -> N
     if not any(stages[-1].counts(task.name) for task in deciding):
         raise ConfigError(f"{key}: {by.by} decides, and the last stage does not train {deciding[0].name}; name it in "
                           f"trainer.stages[{len(stages) - 1}].tasks, or leave the patience out")  # fmt: skip
-    if not any(_labelled(validation, task) for task in deciding):
+    if not any(has_labels(validation, task) for task in deciding):
         raise ConfigError(f"{key}: {by.by} decides, and no validation sample has a label of {deciding[0].name}; "
                           "set a larger data.val_fraction")  # fmt: skip
 
@@ -77,7 +76,3 @@ def said(rows: Sequence[Row], patience: int, chosen: Selection) -> str:
     """The line for the console."""
     without, epoch = count(patience, "epoch"), best(rows, chosen)["epoch"]
     return f"stopped after epoch {len(rows)}: no better {chosen.by} for {without} (best: epoch {epoch})"
-
-
-def _labelled(split: Split, task: Task) -> bool:
-    return any(bool(task.labelled(task.select(part)).any()) for part in pieces(split, task.column))

@@ -50,6 +50,7 @@ from mtl.tasks import Task
 from mtl.tasks.predictions import each
 
 STATISTICS = ("cosine", "magnitude", "sign_conflict")
+USUAL = 8  # samples that are compared, as in the paper
 COMBINED, WHOLE = "combined", "all"
 
 
@@ -59,12 +60,18 @@ class Microscope:
 
     Args:
         every: observe steps 0, k, 2k, … of each epoch; 0 is off.
-        samples: number of samples to compare, from the start of a batch; 0 compares tasks only. An observed step holds
-            T · samples gradients of the shared parameters in memory.
+        samples: number of samples to compare, from the start of a batch; 0 compares tasks only. None: eight, or the
+            whole batch if it is smaller. An observed step holds T · samples gradients of the shared parameters in
+            memory.
     """
 
     every: Annotated[int, Ge(0)] = 0
-    samples: Annotated[int, Ge(0)] = 8
+    samples: Annotated[int, Ge(0)] | None = None
+
+    @property
+    def most(self) -> int:
+        """The number of samples that are compared in a batch that has as many."""
+        return USUAL if self.samples is None else self.samples
 
     def check(self, batch_size: int, tasks: Sequence[str]) -> None:
         """Check the settings against the run's batches and tasks.
@@ -72,7 +79,7 @@ class Microscope:
         Raises:
             ValueError: `samples` is larger than a batch, or a task has the reserved name "combined".
         """
-        if self.every and self.samples > batch_size:
+        if self.every and self.samples is not None and self.samples > batch_size:
             raise ValueError(f"samples={self.samples}: must be at most data.batch_size={batch_size}")
         if self.every and COMBINED in tasks:
             raise ValueError(f"every={self.every}: a task is called {COMBINED!r}, as the sum of the tasks is here")
@@ -94,10 +101,11 @@ class Microscope:
         """
         if not self.every:
             return ""
-        passes = min(self.samples, batch_size) * tasks + (tasks if tasks > 1 and not reuses else 0)
+        samples = min(self.most, batch_size)
+        passes = samples * tasks + (tasks if tasks > 1 and not reuses else 0)
         extra = (2 * passes + alternates) / usual * math.ceil(steps / self.every) / steps
         return (
-            f"every {self.every} steps, {self.samples} samples: {passes} more backward passes on such a step, "
+            f"every {self.every} steps, {samples} samples: {passes} more backward passes on such a step, "
             f"about +{100 * extra:.0f} % time"
         )
 
@@ -106,7 +114,7 @@ class GradientObserver:
     """One epoch under the microscope. An observed step calls `before`, maybe `jacobian`, and `after`, in this order.
 
     Args:
-        samples: as in `Microscope`.
+        samples: number of samples to compare, `Microscope.most`; fewer if a batch is smaller.
         tasks: in the order of the model's heads.
         model: the model whose gradients are compared.
         log: whether the step's losses are log-losses.

@@ -29,6 +29,11 @@ class Score:
     may_lack: bool = False
 
 
+def precise(prediction: Tensor) -> Tensor:
+    """The prediction in float32 or more. In bf16, labels and errors would be rounded to three digits."""
+    return prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+
+
 class Metric(ABC):
     """A metric: sums over all batches of a split, and at the end the scores computed from these sums.
 

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mtl.metrics.base import Metric, Score
+from mtl.metrics.base import Metric, Score, precise
 
 BINS = 18_000  # from 0° to 180°, in steps of a hundredth of a degree
 Reduction = Literal["pooled", "batch_mean"]
@@ -122,7 +122,7 @@ class DepthErrors(Pooled):
         return torch.zeros(3, dtype=torch.float64)
 
     def update(self, state: Tensor, prediction: Tensor, target: Tensor) -> None:
-        known = target > 0  # False for NaN
+        known, prediction = target > 0, precise(prediction)  # False for NaN
         depth = target.to(prediction.dtype).masked_fill(~known, 1.0)
         error = (prediction.squeeze(1) - depth).abs().masked_fill(~known, 0.0)
         for total, values in zip(state, (error, error / depth, known), strict=True):
@@ -155,7 +155,7 @@ class Angles(Pooled):
         return torch.zeros(BINS, dtype=torch.int64)
 
     def update(self, state: Tensor, prediction: Tensor, target: Tensor) -> None:
-        known = target.square().sum(-1) > 0  # False for NaN
+        known, prediction = target.square().sum(-1) > 0, precise(prediction)  # False for NaN
         normal = target.to(prediction.dtype).movedim(-1, 1)
         cosine = (prediction * normal).sum(1)
         sine = torch.linalg.cross(prediction, normal, dim=1).norm(dim=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mtl.metrics.base import Mean, Score
+from mtl.metrics.base import Mean, Score, precise
 
 
 class Accuracy(Mean):
@@ -36,8 +36,8 @@ class MeanAbsoluteError(Mean):
 
     def add(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         known = ~target.isnan()
-        prediction = prediction.squeeze(1)
+        prediction = precise(prediction).squeeze(1)
         if (self.mean, self.std) != (0.0, 1.0):
-            prediction = prediction.float() * self.std + self.mean  # bf16 has three digits
+            prediction = prediction * self.std + self.mean
         error = (prediction - target.to(prediction.dtype)).abs()
         return error.masked_fill(~known, 0.0).sum(), known.sum()
