@@ -40,6 +40,27 @@ def test_a_layer_is_run_once_for_all_tasks_of_a_pass(parallel, count):
     assert len(passes) == count
 
 
+@pytest.mark.parametrize("unused", [False, True])
+def test_half_precision_has_the_gradients_of_one_pass_for_each_task(unused):
+    """Batch norm in bf16 mixes two precisions, for which torch.vmap has no rule."""
+    torch.manual_seed(0)
+    shared = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten())
+    heads = [nn.Linear(64, 1) for _ in range(3)]
+    if unused:
+        shared.register_parameter("spare", nn.Parameter(torch.ones(2)))
+    found = []
+    for parallel in (1, 2):
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.manual_seed(1)
+            features = shared(torch.randn(5, 3, 8, 8))
+            losses = [head(features).float().square().mean() for head in heads]
+        mtl.backward(losses, UPGrad(3), shared, heads, switches=Switches(parallel=parallel))
+        found.append([p.grad for module in (shared, *heads) for p in module.parameters()])
+        shared.zero_grad(), [head.zero_grad() for head in heads]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-9)
+    assert found[0][-1].abs().sum() > 0
+
+
 class Opaque(torch.autograd.Function):
     """A user's function that torch cannot run for several gradients at once."""
 

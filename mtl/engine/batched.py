@@ -2,6 +2,9 @@
 
 torch runs each operation of the pass once for all of them (`torch.vmap`). A small network on a GPU spends most of its
 time on starting operations, so it gains most. The pass needs the memory of as many passes as there are tasks in it.
+
+With half precision in the graph (autocast), torch.vmap's rule for batch norm mixes two precisions and fails. Then the
+older `is_grads_batched` takes the pass: it runs convolutions and batch norm task by task, so less time is gained.
 """
 
 from __future__ import annotations
@@ -47,10 +50,11 @@ def jacobian(
             gradients = iter(found)
             for i in live:
                 own[i] = [next(gradients) for _ in heads[i]]
+        half = parallel > 1 and _half(losses)
         for start in range(0, len(live) if where else 0, parallel):
             block = live[start : start + parallel]
             retain = keep or block[-1] != live[-1]
-            found, there = _pass([losses[i] for i in block], where, seed, retain, parallel)
+            found, there = _pass([losses[i] for i in block], where, seed, retain, parallel, half)
             if len(block) == len(losses):  # the usual case; the Jacobian is large, and is not copied once more
                 rows = _columns(found, spans, dtype)
             else:
@@ -74,22 +78,36 @@ def _empty(losses: Sequence[Tensor], spans: Sequence[slice], dtype: torch.dtype)
     return torch.zeros(len(losses), sum(s.stop - s.start for s in spans), dtype=dtype, device=losses[0].device)
 
 
+def _half(losses: Sequence[Tensor]) -> bool:
+    """Whether autograd's graph of the losses holds a tensor in half precision."""
+    seen, todo = set(), [loss.grad_fn for loss in losses]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if any(output.dtype in (torch.bfloat16, torch.float16) for output in node._input_metadata):
+            return True
+        todo += [following for following, _ in node.next_functions]
+    return False
+
+
 def _pass(
-    losses: list[Tensor], where: Sequence[Tensor], seed: Tensor, retain: bool, parallel: int
+    losses: list[Tensor], where: Sequence[Tensor], seed: Tensor, retain: bool, parallel: int, half: bool
 ) -> tuple[list[Tensor], list[bool]]:
     """For each tensor in `where`, the gradients of all these losses, stacked; and whether any loss reaches it."""
     reached: list[bool] = []
 
     def one(*seeds: Tensor) -> list[Tensor]:
-        found = torch.autograd.grad(losses, where, seeds, retain_graph=retain, allow_unused=True)
+        found = torch.autograd.grad(losses, where, seeds, retain, allow_unused=True, is_grads_batched=half)
         reached[:] = [g is not None for g in found]
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(where, found, strict=True)]
+        tasks = (len(losses),) if half else ()
+        return [p.new_zeros(tasks + p.shape) if g is None else g for p, g in zip(where, found, strict=True)]
 
-    # Loss k has the seeds (0, …, 1, …, 0): one in pass k, and 0 in the others. Not `is_grads_batched`: that has no rule
-    # for convolutions and batch norm, and runs them task by task.
+    # Loss k has the seeds (0, …, 1, …, 0): one in pass k, and 0 in the others.
     seeds = torch.eye(len(losses), dtype=seed.dtype, device=seed.device) * seed
     try:
-        return torch.vmap(one)(*seeds.unbind(1)), reached
+        return (one if half else torch.vmap(one))(*seeds.unbind(1)), reached
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError) as error:
