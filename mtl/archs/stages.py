@@ -26,6 +26,7 @@ class BackboneStage(NamedTuple):
         modules: all modules whose parameters this stage uses. What `finish` uses belongs to the last stage.
         start: (map or images, kept) → map: everything except the last block. `kept` is a list, in which a backbone
             keeps what a later stage or `finish` needs, such as U-Net's maps from before a pooling.
+            MTAN gives `finish` a task's masked map for each stage's map that was kept itself, not a copy of it.
         inner: channels of what `start` returns.
         end: map → map: the last block.
         channels: channels of what `end` returns.
