@@ -1,15 +1,25 @@
-"""What the networks of torchvision and timm have in common as backbones: they may be frozen, and may make maps."""
+"""What the networks of torchvision and timm have in common as backbones: they may be frozen, and may make maps.
+
+Their ResNets have stages, so that sharing schemes can join the tasks at each layer.
+"""
 
 from __future__ import annotations
 
-from torch import nn
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor, nn
 
 from mtl.archs import pyramid
 from mtl.archs.pyramid import Pyramid
+from mtl.archs.stages import BackboneStage, block_stages, keeping
 from mtl.tasks import Task
 
+LAYERS = ["layer1", "layer2", "layer3", "layer4"]
+STEMS = [["conv1", "bn1", "relu", "maxpool"], ["conv1", "bn1", "act1", "maxpool"]]  # of torchvision and of timm
 
-class BackboneByName(nn.Module):
+
+class BackboneByName(nn.Module, ABC):
     """Base of a backbone that is a network of a library.
 
     Attributes:
@@ -17,12 +27,14 @@ class BackboneByName(nn.Module):
         frozen: whether the network keeps its weights and its batch norm averages.
         pyramid: makes one map of the network's maps, for tasks with labels of pixels; None for features (N, F).
         out_features: channels of the map, or F.
+        widths: of a ResNet, channels of its four layers; otherwise not read.
     """
 
     network: nn.Module
     frozen: bool
     pyramid: Pyramid | None
     out_features: int
+    widths: Sequence[int]
 
     def train(self, mode: bool = True) -> BackboneByName:
         """Training mode, except for a frozen network."""
@@ -33,3 +45,27 @@ class BackboneByName(nn.Module):
     def decoder(self, task: Task) -> nn.Module:
         """Of a map `mtl.archs.pyramid.decoder`; of features (N, F) a linear layer."""
         return pyramid.decoder(task) if self.pyramid else nn.Linear(self.out_features, task.outputs)
+
+    def stages(self) -> list[BackboneStage]:
+        """The four layers of a ResNet; other networks have no stages. A pyramid needs the images and all maps."""
+        if not is_resnet(self.network) or len(self.widths) != len(LAYERS):
+            return []
+        parts = dict(self.network.named_children())
+        stem = nn.Sequential(*list(parts.values())[: len(STEMS[0])])
+        layers = [parts[name] for name in LAYERS]
+        found = block_stages([stem], stem, parts["bn1"].num_features, layers, self.widths)
+        return found if self.pyramid is None else [keeping(stage) for stage in found]
+
+    def finish(self, x: Tensor, kept: list[Tensor]) -> Tensor:
+        """The features, of the last layer's map. The pyramid also sees the maps that were kept."""
+        return self.pooled(x) if self.pyramid is None else self.pyramid([*kept[1:], x], kept[0])
+
+    @abstractmethod
+    def pooled(self, x: Tensor) -> Tensor:
+        """The last layer's map of a ResNet to features (N, F)."""
+
+
+def is_resnet(network: nn.Module) -> bool:
+    """Whether the network begins with a ResNet's stem and four layers, as torchvision or timm names them."""
+    names = [name for name, _ in network.named_children()][: len(STEMS[0]) + len(LAYERS)]
+    return names in [[*stem, *LAYERS] for stem in STEMS]

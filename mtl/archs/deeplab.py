@@ -19,7 +19,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
 from mtl.archs.maps import check_size, labels_pixels, layer, pooled
-from mtl.archs.stages import BackboneStage, block_stages
+from mtl.archs.stages import BackboneStage, block_stages, keeping
 from mtl.errors import SetupError, one_line, suggest
 from mtl.tasks import Task
 
@@ -170,7 +170,7 @@ class DeepLabV3Plus(nn.Module):
         """ResNet's four layers. The map after the first one is kept."""
         first, second, *others = self.resnet.stages()
         first = first._replace(start=partial(_checked, first, 4, type(self).__name__))
-        return [first, second._replace(start=partial(_keeping, second)), *others]
+        return [first, keeping(second), *others]
 
     def finish(self, x: Tensor, kept: list[Tensor]) -> Tensor:
         """The pooled map beside the early one."""
@@ -180,11 +180,6 @@ class DeepLabV3Plus(nn.Module):
 
 def _checked(stage: BackboneStage, multiple: int, name: str, x: Tensor, kept: list[Tensor]) -> Tensor:
     check_size(x, multiple, name)
-    return stage.start(x, kept)
-
-
-def _keeping(stage: BackboneStage, x: Tensor, kept: list[Tensor]) -> Tensor:
-    kept.append(x)
     return stage.start(x, kept)
 
 

@@ -34,3 +34,12 @@ def check_size(images: Tensor, multiple: int, name: str) -> None:
     if height % multiple or width % multiple:
         needed = f"images whose height and width are multiples of {multiple}"
         raise ValueError(f"{name} needs {needed}, not {height}x{width}")
+
+
+def check_least(images: Tensor, least: int, name: str) -> None:
+    """Raises:
+    ValueError: height or width of the images (N, C, H, W) is less than `least`, too small for the poolings.
+    """
+    height, width = images.shape[2:]
+    if min(height, width) < least:
+        raise ValueError(f"{name} needs images of at least {least}x{least}, not {height}x{width}")

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from annotated_types import Ge
 from torch import Tensor, nn
 
-from mtl.archs.maps import labels_pixels, layer, pooled
+from mtl.archs.maps import check_least, labels_pixels, layer, pooled
 from mtl.archs.model import Model, Outputs
 from mtl.archs.stages import BackboneStage
 from mtl.data.columns import Batch
@@ -89,7 +89,12 @@ class SegNet(nn.Module):
         return x
 
     def maps(self, x: Tensor) -> Maps:
-        """Images (N, C, H, W) to the maps of all levels."""
+        """Images (N, C, H, W) to the maps of all levels.
+
+        Raises:
+            ValueError: height or width is less than 32.
+        """
+        check_least(x, 2**LEVELS, "SegNet")
         first, last, places = [], [], []
         for level in self.encoder:
             first.append(level.first(x))
@@ -175,6 +180,8 @@ class _Level(nn.Module):
 
 
 def _down(level: _Level, pools: bool, x: Tensor, kept: list[Any]) -> Tensor:
+    if not pools:  # the images
+        check_least(x, 2**LEVELS, "SegNet")
     return level.first(_pool(x, kept) if pools else x)
 
 

@@ -7,6 +7,7 @@ A staged backbone has two methods. `stages()` returns its parts in order, each o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 
 from mtl.archs.model import ArchError
 
-HAVE_THEM = "resnet20 to resnet110, resnet18, wide_resnet, vgg16_bn, torchvision's ResNets without maps, segnet, " \
-            "unet, deeplabv3, deeplabv3plus and fcn"  # fmt: skip
+HAVE_THEM = "resnet20 to resnet110, resnet18, wide_resnet, vgg16_bn, segnet, unet, deeplabv3, deeplabv3plus, fcn, " \
+            "and the ResNets of torchvision and timm"  # fmt: skip
 
 
 class BackboneStage(NamedTuple):
@@ -25,6 +26,7 @@ class BackboneStage(NamedTuple):
         modules: all modules whose parameters this stage uses. What `finish` uses belongs to the last stage.
         start: (map or images, kept) → map: everything except the last block. `kept` is a list, in which a backbone
             keeps what a later stage or `finish` needs, such as U-Net's maps from before a pooling.
+            MTAN gives `finish` a task's masked map for each stage's map that was kept itself, not a copy of it.
         inner: channels of what `start` returns.
         end: map → map: the last block.
         channels: channels of what `end` returns.
@@ -89,6 +91,16 @@ def block_stages(
 
 def _start(before: Callable[[Tensor], Tensor] | None, blocks: nn.Module) -> Callable[[Tensor, list[Any]], Tensor]:
     return lambda x, kept: blocks(x if before is None else before(x))
+
+
+def keeping(stage: BackboneStage) -> BackboneStage:
+    """The stage as one that also keeps the map it is given, for `finish`."""
+    return stage._replace(start=partial(_keep, stage))
+
+
+def _keep(stage: BackboneStage, x: Tensor, kept: list[Any]) -> Tensor:
+    kept.append(x)
+    return stage.start(x, kept)
 
 
 def own_of_stages(backbone: nn.Module, stages: Sequence[BackboneStage]) -> list[list[nn.Parameter]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mtl.archs import pyramid
-from mtl.archs.by_name import BackboneByName
+from mtl.archs.by_name import LAYERS, BackboneByName, is_resnet
 from mtl.archs.pyramid import Pyramid
 from mtl.archs.torchvision import layers
 from mtl.archs.weights import read, start_from, wanted
@@ -64,19 +64,25 @@ class TimmBackbone(BackboneByName):
             self.network = timm.create_model(name, pretrained=own and wanted(weights), in_chans=in_channels, **kind)
         except Exception as error:  # no network, no such weights, no such argument: each has errors of its own
             raise ValueError(f"{'weights' if own else 'name'}: {name}: {one_line(error)}") from error
-        self.pyramid = None
+        self.pyramid, self.widths = None, []
         if maps:
             info = self.network.feature_info
             # Larger maps than a quarter of the images only pass through the network.
             self.used = [i for i, by in enumerate(info.reduction()) if by >= pyramid.STRIDE]
-            self.pyramid, self.out_features = Pyramid([info.channels()[i] for i in self.used]), pyramid.WIDTH
+            self.widths = [info.channels()[i] for i in self.used]
+            self.pyramid, self.out_features = Pyramid(self.widths), pyramid.WIDTH
         else:
             # A network may widen what it pools: its `num_features` then says how wide the map is.
             self.out_features = getattr(self.network, "head_hidden_size", None) or self.network.num_features
+            if is_resnet(self.network):
+                self.widths = [part["num_chs"] for part in self.network.feature_info[-len(LAYERS) :]]
         if wanted(weights) and not own:
             start_from(self.network, read(weights), weights)
         self.layer_groups = layers(self.network) | ({"pyramid": ["pyramid"]} if maps else {})
         self.network.requires_grad_(not frozen)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        return torch.flatten(self.network.forward_head(x), 1)
 
     def forward(self, images: Tensor) -> Tensor:
         found = self.network(images)

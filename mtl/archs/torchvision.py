@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from mtl.archs import pyramid
-from mtl.archs.by_name import BackboneByName
+from mtl.archs.by_name import LAYERS, BackboneByName
 from mtl.archs.pyramid import Pyramid
-from mtl.archs.stages import BackboneStage, block_stages
 from mtl.archs.weights import channels, first_convolution, read, start_from, wanted
 from mtl.errors import suggest
 from mtl.tasks import Task
@@ -58,10 +57,11 @@ class TorchvisionBackbone(BackboneByName):
         super().__init__()
         self.frozen = frozen
         self.network, self.out_features = without_classifier(name, in_channels, weights)
-        self.pyramid = None
+        self.pyramid, self.widths = None, [self.out_features // 2**i for i in reversed(range(len(LAYERS)))]
         if pyramid.dense(tasks):
             self.network, channels_of = up_to_maps(self.network, in_channels, name)
-            self.pyramid, self.out_features = Pyramid(list(channels_of.values())), pyramid.WIDTH
+            self.widths = list(channels_of.values())
+            self.pyramid, self.out_features = Pyramid(self.widths), pyramid.WIDTH
         load_weights(self.network, name, weights)
         self.layer_groups = layers(self.network) | ({"pyramid": ["pyramid"]} if self.pyramid else {})
         self.network.requires_grad_(not frozen)
@@ -70,18 +70,29 @@ class TorchvisionBackbone(BackboneByName):
         found = self.network(images)
         return found.flatten(1) if self.pyramid is None else self.pyramid(list(found.values()), images)
 
-    def stages(self) -> list[BackboneStage]:
-        """The four layers of a ResNet; other networks have no stages."""
-        net = self.network
-        if not isinstance(net, torchvision.models.ResNet):
-            return []
-        stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
-        layers = [net.layer1, net.layer2, net.layer3, net.layer4]
-        widths = [self.out_features // 2**i for i in reversed(range(len(layers)))]
-        return block_stages([stem], stem, net.conv1.out_channels, layers, widths)
-
-    def finish(self, x: Tensor, kept: list[Tensor]) -> Tensor:
+    def pooled(self, x: Tensor) -> Tensor:
         return self.network.avgpool(x).flatten(1)
+
+
+class ResNetMaps(nn.Module):
+    """torchvision's ResNet up to its last map: images (N, C, H, W) to {layer: map}, from the largest to the smallest.
+
+    torchvision's feature extractor gives the same maps. But it takes the layers apart, and stages need them whole.
+    """
+
+    def __init__(self, network: torchvision.models.ResNet):
+        super().__init__()
+        for name, child in network.named_children():
+            if name not in ("avgpool", "fc"):
+                self.add_module(name, child)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        found = {}
+        for name, child in self.named_children():
+            x = child(x)
+            if name in LAYERS:
+                found[name] = x
+        return found
 
 
 FAMILIES = ("resnet18", "resnet50", "mobilenet_v3_small", "efficientnet_b0", "convnext_tiny", "vit_b_16", "swin_t")
@@ -130,7 +141,10 @@ def up_to_maps(
     if not chosen:
         shown = ", ".join(map(str, found))
         raise ValueError(f"levels: {list(levels)}; {name} has maps of the levels {shown}, and one is needed")
-    maps = create_feature_extractor(network, [path for path, _ in chosen.values()])
+    if levels is None and isinstance(network, torchvision.models.ResNet):
+        maps = ResNetMaps(network)
+    else:
+        maps = create_feature_extractor(network, [path for path, _ in chosen.values()])
     return maps, {level: width for level, (_, width) in chosen.items()}
 
 

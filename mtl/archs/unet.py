@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from annotated_types import Ge
 from torch import Tensor, nn
 
-from mtl.archs.maps import labels_pixels, layer, pooled
+from mtl.archs.maps import check_least, labels_pixels, layer, pooled
 from mtl.archs.stages import BackboneStage
 from mtl.tasks import Task
 
@@ -50,6 +50,12 @@ class UNet(nn.Module):
         return nn.Conv2d(self.out_features, task.outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images (N, C, H, W) to features.
+
+        Raises:
+            ValueError: height or width is less than 16.
+        """
+        check_least(x, 2**DEPTH, "UNet")
         before = []
         for i, block in enumerate(self.down):
             x = block(F.max_pool2d(x, 2, 2) if i else x)
@@ -76,6 +82,8 @@ class UNet(nn.Module):
         if i:
             kept.append(x)
             x = F.max_pool2d(x, 2, 2)
+        else:
+            check_least(x, 2**DEPTH, "UNet")
         return self.down[i][0](x)
 
     def _ascend(self, i: int, x: Tensor, kept: list[Tensor]) -> Tensor:

@@ -6,7 +6,8 @@ All tasks share the backbone. In each stage l, task t masks the shared map, and 
 
 uˡ is the shared map before the last block of the stage, pˡ the one after it. fˡ, a convolution 3x3 with batch norm and
 ReLU, is shared by the tasks. It gives the channels of the next stage. The last stage has no f: the masked map is what
-the backbone turns into the task's features.
+the backbone turns into the task's features. Where the backbone then also reads earlier stages' maps, as a feature
+pyramid and DeepLabV3+ do, a task gets its masked ones.
 
 Where repositories differ
 - The paper's network is SegNet, whose decoder has masks, too, and which masks before it pools: `arch=segnet_mtan`.
@@ -20,11 +21,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge
-from torch import nn
+from torch import Tensor, nn
 
 from mtl.archs.maps import layer
 from mtl.archs.model import Model, Outputs
@@ -62,7 +63,7 @@ class MTAN(Model):
         self.layer_groups = layer_groups(self.backbone, ["backbone"])
 
     def forward(self, batch: Batch) -> Outputs:
-        x, kept = batch[self.inputs[0]], []
+        x, kept, maps = batch[self.inputs[0]], [], []
         seen = [None] * len(self.masks)
         for level, stage in enumerate(stages_of(self.backbone, type(self).__name__)):
             before = stage.start(x, kept)
@@ -70,7 +71,8 @@ class MTAN(Model):
             for t, masks in enumerate(self.masks):
                 parts = [before] if seen[t] is None else [before, self.onward[level - 1](seen[t])]
                 seen[t] = masks[level](torch.cat([resize(part, x) for part in parts], 1)) * x
-        features = [self.backbone.finish(s, list(kept)) for s in seen]
+            maps.append((x, list(seen)))
+        features = [self.backbone.finish(s, _as_seen(t, kept, maps)) for t, s in enumerate(seen)]
         return Outputs([head(f) for head, f in zip(self.heads, features, strict=True)])
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
@@ -78,6 +80,15 @@ class MTAN(Model):
 
     def own_parameters(self, task: str) -> Iterable[nn.Parameter]:
         return parameters(self.masks[self.index[task]], self.heads[self.index[task]])
+
+
+def _as_seen(task: int, kept: Sequence[Any], maps: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> list[Any]:
+    """What the backbone kept, with the task's masked maps in the places of the stages' maps.
+
+    Args:
+        maps: of each stage the map, and the masked map of each task.
+    """
+    return [next((masked[task] for whole, masked in maps if whole is one), one) for one in kept]
 
 
 def mask(inputs: int, outputs: int, reduction: int) -> nn.Sequential:
