@@ -23,6 +23,7 @@ from mtl.data.check import check_declared, check_loaded, check_tasks
 from mtl.data.columns import Split
 from mtl.data.digits import Digits
 from mtl.data.inputs import Numbers
+from mtl.engine.gradients import jacobian
 from mtl.engine.loaded import load
 from mtl.errors import SetupError
 from mtl.evaluate import evaluate
@@ -396,3 +397,25 @@ def test_a_loaded_run_evaluates_and_predicts_each_task(cli):
     assert found.figures == pytest.approx(expected, nan_ok=True)
     answers = load(file.parent).predict(torch.zeros(3, 8, 8, 1, dtype=torch.uint8))
     assert list(answers) == NAMES[:10] and all(a["class"].shape == (3,) for a in answers.values())
+
+
+@pytest.mark.parametrize("scale", [None, 8.0])
+@pytest.mark.parametrize("cut", ["unbind", "backwards", "every_second", "shifted"])
+def test_elements_of_one_vector_have_the_gradients_of_separate_losses(cut, scale):
+    """Their passes start at the vector. A part of it, another order, or a vector that is a view changes nothing."""
+    torch.manual_seed(0)
+    shared, heads = nn.Linear(3, 4).double(), [nn.Linear(4, 1).double() for _ in range(6)]
+    features = shared(torch.randn(5, 3, dtype=torch.float64)).tanh()
+    vector = torch.stack([head(features).square().mean() for head in heads]).exp()
+    order = {"unbind": range(6), "backwards": [5, 1, 0], "every_second": [0, 2, 4], "shifted": [2, 3]}[cut]
+    losses = {
+        "unbind": lambda: vector.unbind(), "backwards": lambda: [vector[i] for i in order],
+        "every_second": lambda: vector[::2].unbind(), "shifted": lambda: vector[2:4].unbind(),
+    }[cut]()  # fmt: skip
+    where, own = list(shared.parameters()), [list(heads[i].parameters()) for i in order]
+    expected = [torch.autograd.grad(vector[i], [*where, *own[k]], retain_graph=True) for k, i in enumerate(order)]
+    rows, found, reached = jacobian(losses, where, own, True, scale)
+    assert all(reached)
+    for k, (wanted, head) in enumerate(zip(expected, found, strict=True)):
+        torch.testing.assert_close(rows[k], torch.cat([g.flatten() for g in wanted[:2]]), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(head, [g * (scale or 1) for g in wanted[2:]], rtol=1e-12, atol=1e-14)

@@ -159,7 +159,8 @@ def _jacobian(
     # Losses that are the elements of one vector have one graph, and a pass for one head would go through all heads. So
     # the gradients of all heads come from one pass: the gradient of Σ L for a head is that of its own loss.
     seeds = _seeds(losses, scale)
-    at_once = _of_all_heads(losses, heads, seeds) if seeds else None
+    one = torch.ones_like(losses[0])
+    at_once = _of_all_heads(losses, heads, one if scale is None else one * scale) if seeds else None
     for i, (loss, head) in enumerate(zip(losses, heads, strict=True)):
         inputs = where if seeds else [*where, *head]
         if not loss.requires_grad or not inputs:  # an absent task: its loss is a constant
@@ -170,7 +171,7 @@ def _jacobian(
         # The tasks share the backbone's graph, so only the last backward pass may free it.
         retain = keep or i < len(losses) - 1
         seed = None if scale is None else torch.ones_like(loss) * scale
-        outputs, seed = (losses, seeds[i]) if seeds else (loss, seed)
+        outputs, seed = seeds[i] if seeds else (loss, seed)
         with torch.enable_grad():
             found = torch.autograd.grad(outputs, inputs, seed, retain_graph=retain, allow_unused=True)
         if hidden := aside.take():
@@ -214,8 +215,8 @@ def _dtype(losses: Sequence[Tensor], where: Sequence[Tensor]) -> torch.dtype:
     return dtype
 
 
-def _seeds(losses: Sequence[Tensor], scale: Tensor | float | None) -> list[tuple[Tensor, ...]]:
-    """For each loss the seeds of a pass from all losses that gives its gradient: 1 (or `scale`) for it, 0 for others.
+def _seeds(losses: Sequence[Tensor], scale: Tensor | float | None) -> list[tuple[Any, Any]]:
+    """For each loss, the outputs and seeds of a backward pass that gives its gradient: 1 (or `scale`) for it, else 0.
 
     Empty if the losses are not the elements of one vector. Custom functions in the graph may add to `.grad`, and then
     each loss needs a pass of its own.
@@ -225,20 +226,36 @@ def _seeds(losses: Sequence[Tensor], scale: Tensor | float | None) -> list[tuple
         return []
     one, zero = torch.ones_like(losses[0]), torch.zeros_like(losses[0])
     one = one if scale is None else one * scale
+    if (whole := _whole_vector(losses)) is not None:
+        # One output rather than T: torch checks each of them, which takes longer than the pass of a small network.
+        vector, elements = whole
+        rows = (torch.eye(len(vector), dtype=vector.dtype, device=vector.device) * one).unbind()
+        return [(vector, rows[i]) for i in elements]
     # The same two tensors for all: the T rows of an identity matrix, cut into numbers, would be T² operations.
-    return [(zero,) * i + (one,) + (zero,) * (len(losses) - 1 - i) for i in range(len(losses))]
+    return [(losses, (zero,) * i + (one,) + (zero,) * (len(losses) - 1 - i)) for i in range(len(losses))]
+
+
+def _whole_vector(losses: Sequence[Tensor]) -> tuple[Tensor, list[int]] | None:
+    """The vector whose elements the losses are, and each one's index; None if something was done to them in between."""
+    vector = losses[0]._base
+    if vector is None or vector.dim() != 1 or vector.grad_fn is None:
+        return None
+    if any(loss._base is not vector or loss.grad_fn.next_functions[0][0] is not vector.grad_fn for loss in losses):
+        return None
+    stride = vector.stride(0)
+    return vector, [(loss.storage_offset() - vector.storage_offset()) // stride for loss in losses]
 
 
 def _of_all_heads(
-    losses: Sequence[Tensor], heads: Sequence[Sequence[Parameter]], seeds: Sequence[Sequence[Tensor]]
+    losses: Sequence[Tensor], heads: Sequence[Sequence[Parameter]], seed: Tensor
 ) -> list[list[Tensor | None]]:
     """Each head's own gradients, from one backward pass of the losses' sum."""
     parameters = [p for head in heads for p in head]
     if not parameters:
         return [[] for _ in heads]
     with torch.enable_grad():
-        diagonal = [row[i] for i, row in enumerate(seeds)]
-        found = iter(torch.autograd.grad(losses, parameters, diagonal, retain_graph=True, allow_unused=True))
+        seeds = [seed] * len(losses)
+        found = iter(torch.autograd.grad(losses, parameters, seeds, retain_graph=True, allow_unused=True))
     return [[next(found) for _ in head] for head in heads]
 
 
