@@ -167,6 +167,45 @@ def test_the_protocol_chooses_on_validation_data_and_survives(train, tmp_path, m
     assert objective(chosen) == 52
 
 
+def test_the_rate_is_chosen_by_delta_m_for_each_optimizer(train, tmp_path, monkeypatch, capfd):
+    """The first task alone prefers rate 0.01. Δm of validation data prefers 0.02 with sgd, and 0.01 with adam."""
+    evaluate = Learner.evaluate
+    held = {("SGD", 0.01): (52, 40), ("SGD", 0.02): (51, 60), ("Adam", 0.01): (55, 55), ("Adam", 0.02): (50, 56)}
+
+    def figures(self, batches, name):
+        key = type(self.optimizer).__name__, self.optimizer.param_groups[0]["initial_lr"]
+        fine, coarse = held[key] if name == "val" else (60, 45)
+        return {**evaluate(self, batches, name), f"{name}/fine_accuracy": fine, f"{name}/coarse_accuracy": coarse}
+
+    monkeypatch.setattr(Learner, "evaluate", figures)
+    file = tmp_path / "alone.csv"
+    file.write_text("metric,value\nfine_accuracy,50\ncoarse_accuracy,50\n")
+    options = ("--rates", "0.01,0.02", "--seeds", "1", "--by", "delta_m", "--baseline", str(file))
+    assert train("equal", "optimizer=sgd,adam", *options) == 0
+    assert [(a[1], *a[-2:]) for a in train.grids[2:]] == [
+        ("optimizer=sgd", "optimizer.lr=0.02", "seed=1"), ("optimizer=adam", "optimizer.lr=0.01", "seed=1")
+    ]  # fmt: skip
+    out = capfd.readouterr().out
+    found = [re.split(r"\s{2,}", line)[:6] for line in out.splitlines() if line.startswith("equal, ")]
+    # Validation: (2 + 20) / 2 and 10. Test: (20 - 10) / 2.
+    assert found == [
+        ["equal, sgd", "0.02", "0", "11", "1", "5.0000"],
+        ["equal, adam", "0.01", "0", "10", "1", "5.0000"],
+    ]
+    assert f"against the constants of {file}" in out and "over the main metric of each task" in out
+
+
+def test_own_baselines_come_with_the_grids_and_a_preset_keeps_its_validation_data(train, monkeypatch, capfd):
+    assert train("equal", "--rates", "0.1", "--seeds", "1", "--by", "delta_m") == 0
+    assert all("study.baselines=auto" in words for words in train.grids)
+    assert "same config and the same seed" in capfd.readouterr().out
+    monkeypatch.setattr(tuned_rates, "grid", lambda words: seen.append(words) or 130)
+    seen: list = []
+    for preset in ("nyuv2_paradigms", "cifar100"):
+        assert tuned_rates.main(["equal", f"experiment={preset}", "data.root=nowhere"]) == 130
+    assert "data.val_fraction=0.1" not in seen[0] and "data.val_fraction=0.1" in seen[1]
+
+
 def test_the_protocol_tries_methods_of_ones_own_config_folder(train, tmp_path, capfd):
     folder = tmp_path / "my_configs"
     (folder / "loss").mkdir(parents=True)
@@ -182,7 +221,10 @@ def test_the_protocol_tries_methods_of_ones_own_config_folder(train, tmp_path, c
     [(["equl"], "did you mean equal?"), (["equal", "loss=dwa"], "loss: the protocol sets it"),
      (["equal", "data.val_fraction=0"], "chosen on validation data"), (["dwa:temp=1"], "unknown key"),
      (["equal", "--seeds", "0,1"], "fresh ones"), (["equal", "trainer.epoch=1"], "did you mean epochs?"),
-     (["equal", "--config-dir", "nope"], "nope: is not a folder")],
+     (["equal", "--config-dir", "nope"], "nope: is not a folder"),
+     (["equal", "--by", "delta"], "--by delta: one of metric, delta_m; did you mean delta_m?"),
+     (["equal", "--baseline", "best"], "add --by delta_m"), (["equal", "--delta-m", "flt"], "did you mean flat?"),
+     (["equal", "--by", "delta_m", "--baseline", "bst"], "--baseline bst: one of own, best")],
 )  # fmt: skip
 def test_the_protocol_refuses_before_it_runs(monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(tuned_rates, "grid", pytest.fail)

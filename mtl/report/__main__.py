@@ -23,13 +23,12 @@ from mtl.report.findings import findings
 from mtl.report.glossary import used
 from mtl.report.names import slug, visible
 from mtl.report.output import FIGURES, FORMATS, PAPER, Content
-from mtl.report.protocols import Protocol, benchmarks
+from mtl.report.protocols import DELTA_M, Protocol, benchmarks
 from mtl.report.runs import SELECTIONS, fingerprint, load
 from mtl.report.scores import Scores
 from mtl.report.tables import Table
 from mtl.tracking.console import columns, fold
 
-DELTA_M = ("main", "flat", "task")
 SECONDS = 10.0  # between two looks of --watch
 
 

@@ -69,6 +69,12 @@ def published() -> dict[str, Constants]:
         }  # fmt: skip
 
 
+def check(name: str) -> None:
+    """Raises ConfigError: there is no such baseline, or its file is wrong."""
+    if name not in (OWN, BEST, OVERALL):
+        _constants(name)
+
+
 def choose(name: str, benchmarks: Sequence[Protocol], rule: str | None) -> list[str]:
     """Give every benchmark this baseline.
 
@@ -126,7 +132,8 @@ def _chosen(name: str, benchmark: Protocol, at: str) -> dict[str, Common] | str:
             tasks,
         )
     if benchmark.groups and not any(common.tasks for common in found.values()):
-        return "which has no single-task runs (loss=single)"
+        tasks = some(list(benchmark.tasks), 3, ",")
+        return f"which has no single-task runs: train them with loss=single loss.task={tasks}"
     return found
 
 

@@ -20,6 +20,7 @@ _PROTOCOL = ("data", "trainer")  # the nodes that make a benchmark
 _NETWORK = ("arch", "sharing")  # the nodes that make a network
 _SPELLED = {"epochs": "{} epochs", "limit_test": "{:,} test {noun}s", "batch_size": "batch {}"}
 _LONGEST = 60  # characters of a value in a label
+DELTA_M = ("main", "flat", "task")  # definitions of Δm
 _EVERY = -1  # stands for every seed
 
 

@@ -100,8 +100,8 @@ def tuned(scores: Scores) -> Table | None:
     header = ["strategy", "rate", "rates tried", "with a failed\nor diverged run", "validation\nΔm %", "n",
               *columns, "Δm %", "Pareto"]  # fmt: skip
     note = (
-        f"The rate with the best Δm on validation data ({SELECTIONS[_validation(at)]}), over the seeds that all rates of "
-        "the strategy have; over all seeds where they share none. The other columns are test data. "
+        f"The rate with the best Δm on validation data ({SELECTIONS[_validation(at)]}), over the seeds that all rates "
+        "of the strategy have; over all seeds where they share none. The other columns are test data. "
         f"{defined(scores)}, {pairing(scores, full=False)}. Pareto: among the runs of this table."
     )
     if edge := [f"{f.groups[f.best].label}" for f in chosen if f.at_the_edge]:
