@@ -44,7 +44,7 @@ def study(tmp_path):
     alone(root, "fine", 0.2, val=65.0, test=50.0)
     alone(root, "depth", 0.1, val=10.0, test=8.0)
     alone(root, "depth", 0.2, val=12.0, test=2.0)
-    alone(root, "fine", 0.1, val=90.0, test=100.0, arch="vgg16_bn", arch__depth=16)
+    alone(root, "fine", 0.1, val=90.0, test=100.0, arch="resnet", arch__depth=16)
     both(root, "equal", 0.3, val=(60.0, 10.0), test=(55.0, 4.0), seed=1)
     return root
 
@@ -67,6 +67,7 @@ def gain(out, arch="resnet20", at="selected"):
 def test_the_best_single_task_runs_on_validation_data_are_the_baseline_of_all(study, capsys, plotless):  # noqa: F811
     text, out = run(capsys, study)
     assert gain(out) == {"equal": ""}  # none has its rate
+    assert not (out / "cifar100-resnet20-baseline.csv").exists()
     text, out = run(capsys, study, "--baseline", "best", "--paper")
     assert float(gain(out)["equal"]) == pytest.approx((10 + 50) / 2)  # against 50 and 8
     assert "fine: single, fine, lr 0.2 on resnet20; depth: single, depth, lr 0.1 on resnet20" in text
@@ -84,7 +85,7 @@ def test_the_best_single_task_runs_on_validation_data_are_the_baseline_of_all(st
 def test_the_best_over_architectures_and_by_what_the_selection_says(study, capsys, plotless):  # noqa: F811
     text, out = run(capsys, study, "--baseline", "best-overall")
     assert float(gain(out)["equal"]) == pytest.approx((-45 + 50) / 2)  # against 100 and 8
-    assert "fine: single on vgg16_bn" in text
+    assert "fine: single on resnet; depth: single, depth, lr 0.1 on resnet20" in text
     # In the last epoch of validation data another rate is best than in its best epoch.
     curves(study, "single", 0, {"fine_accuracy": [60.0, 40.0]}, {"fine_accuracy": [99.0, 1.0]}, **SINGLE,
            loss__task="fine", optimizer__lr=0.5)  # fmt: skip
@@ -120,6 +121,8 @@ def test_each_strategy_stands_at_the_rate_with_the_best_validation_delta_m(study
     both(study, "dwa", 0.2, val=(71.5, 9.0), test=(45.0, 8.0))
     both(study, "dwa", 0.2, val=(2.0, 90.0), test=(55.0, 8.0), seed=1)  # a fresh seed chooses nothing
     write(study, "dwa", 0, figures={}, status="diverged", optimizer__lr=0.4, trainer__epochs=2)
+    _, out = run(capsys, study)
+    assert not (out / "cifar100-resnet20-tuned.csv").exists()  # each rate has a baseline of its own
     text, out = run(capsys, study, "--baseline", "best")
     found = {r["strategy"].split(",")[0]: r for r in rows(out / "cifar100-resnet20-tuned.csv")}
     row = found["dwa"]
@@ -166,7 +169,7 @@ def test_published_constants_with_their_source_and_a_warning(tmp_path, monkeypat
     assert float(row["Δm %"]) == pytest.approx(-5.59, abs=0.005)
     assert "the published constants nyuv2_segnet_mtan (protocol of CAGrad, Nash-MTL, FAMO, FairGrad; Liu et al." in text
     assert "all metrics alike (flat)" in text
-    said = "Not comparable: trainer.epochs 3 instead of 200, --select last instead of last10. Numbers of different protocols"
+    said = "Not comparable: trainer.epochs 3 instead of 200, --select last instead of last10. Numbers of diff"
     assert said in text
     assert "arch segnet_mtan" not in text and "data.batch_size 2" not in text  # these agree
     (vector,) = (r for r in rows(out / "nyuv2-segnet_mtan-baseline.csv") if r["metric"] == "normals_30")

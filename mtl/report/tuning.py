@@ -70,8 +70,13 @@ def _family(scores: Scores, groups: dict[float, Group]) -> Family:
 
 
 def tuned(scores: Scores) -> Table | None:
-    """Each strategy at the rate with the best Δm on validation data; None where no strategy was run at several rates,
-    or there is no Δm on validation data."""
+    """Each strategy at the rate with the best Δm on validation data.
+
+    None where no strategy was run at several rates, there is no Δm on validation data, or each rate has a baseline of
+    its own: then the rate would win whose single-task runs are worst.
+    """
+    if not scores.benchmark.common:
+        return None
     every = families(scores)
     chosen = [f for f in every if f.best is not None]
     if not chosen or not any(len(f.groups) > 1 for f in every):

@@ -116,4 +116,6 @@ def check(rule: str, baseline: str, delta_m: str) -> None:
     for option, word, allowed in (("--by", rule, RULES), ("--delta-m", delta_m, DELTA_M)):
         if word not in allowed:
             raise ConfigError(f"{option} {word}: one of {', '.join(allowed)}{suggest(word, allowed)}")
+    if baseline == baselines.OWN:
+        raise ConfigError("--baseline own: the rate with the worst single-task runs would win; take best, or constants")
     baselines.check(baseline)

@@ -15,8 +15,8 @@ data stay held out, because the rate was chosen for this amount of training data
 choose nothing.
 
 With `--by delta_m` the rate, and the epoch of every run, have the best Δm on validation data instead. The baseline of
-Δm is that of the report (`--baseline`): single-task runs with the config of each run (own), which the grids train
-first; the best ones of those that were trained before (best); or constants.
+Δm is that of the report (`--baseline`): the single-task runs that are best on validation data, or constants. The grids
+train single-task runs at every rate first; `study.baselines=none` takes those that were trained before.
 
 Both stages are grids of train.py. Finished runs are read, not run again, so the same command goes on after any stop. A
 method waits for the next call if one of its runs failed (divergence is no failure) or is being trained elsewhere.
@@ -307,7 +307,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--delta-m", default="main", metavar="main|flat|task", help="definition of Δm, as in the report"
     )
     parser.add_argument(
-        "--baseline", default=baselines.OWN, metavar="own|best|best-overall|NAME|FILE", help="of Δm, as in the report"
+        "--baseline",
+        default=baselines.BEST,
+        metavar="best|best-overall|NAME|FILE",
+        help="of Δm, as in the report; default: best",
     )
     parser.add_argument("--config-dir", type=Path, metavar="DIR", help="your own methods: DIR/loss/NAME.yaml")
     options = parser.parse_intermixed_args(arguments)
@@ -340,7 +343,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in ("baseline", "delta_m"):
             if not by_delta_m and getattr(options, name) != parser.get_default(name):
                 raise ConfigError(f"--{name.replace('_', '-')}: Δm does not choose the rate here; add --by delta_m")
-        if by_delta_m and options.baseline == baselines.OWN and not any("study.baselines=" in w for w in changes):
+        own = options.baseline in (baselines.BEST, baselines.OVERALL)
+        if by_delta_m and own and not any("study.baselines=" in w for w in changes):
             changes.append("study.baselines=auto")
         several = next((word for word in changes if SEVERAL.match(word)), "optimizer=")
         changes = [word for word in changes if word != several]
