@@ -204,6 +204,14 @@ def test_a_baseline_that_cannot_be_is_one_line(tmp_path, monkeypatch, capsys, op
     assert err.startswith(f"error: --baseline {name}: ") and message in err and err.count("\n") == 1, err
 
 
+def test_a_benchmark_that_cannot_have_it_keeps_its_own_runs(study, capsys, plotless):  # noqa: F811
+    """Two protocols in one folder; of the second one there are no single-task runs."""
+    both(study, "equal", 0.3, val=(60.0, 10.0), test=(55.0, 4.0), trainer__precision="bf16")
+    text, _ = run(capsys, study, "--baseline", "best")
+    assert "--baseline best: not for cifar100, precision bf16, which has no single-task runs" in text
+    assert "own stands there" in text and "single, fine, lr 0.2 on resnet20" in text
+
+
 def test_without_validation_data_nothing_is_best(tmp_path, capsys, monkeypatch):
     for task, metric in TASKS.items():
         write(tmp_path, "single", 0, {metric: 50.0}, **SINGLE, loss__task=task)
