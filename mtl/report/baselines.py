@@ -114,6 +114,7 @@ def shared_seeds(groups: Sequence[Group]) -> set[int]:
 
 def _chosen(name: str, benchmark: Protocol, at: str) -> dict[str, Common] | str:
     """{arch: the best single-task groups}; or why there are none."""
+    at = at if at in ("last", "last10") else "selected"  # a single-task run has the epoch that its own metric chose
     found = {}
     for arch in benchmark.archs:
         tasks: dict[str, Shared] = {}

@@ -32,6 +32,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -262,7 +263,8 @@ def _report(
             notes.append(f"{method.label}: {best.rate:g} is the {end} rate tried; the best may lie beyond it (--rates)")
     commands = [shlex.join([*program(), *method.command(runs)]) for method, runs in finals.items()]
     title = f"\ntest set at the epoch with the best {by} and at the last epoch, mean ± std over seeds; rate by {by}\n"
-    lines = [title + table(header, body), *filter(None, [judge.note(first)]), *notes, "", *commands]
+    said = textwrap.fill(judge.note(first), 120)
+    lines = [title + table(header, body), *filter(None, [said]), *notes, "", *commands]
     return "\n".join(lines)
 
 
