@@ -236,3 +236,11 @@ def test_the_shipped_constants_fit_the_presets_and_our_metrics():
     for name in ("qm9_nash_mtl", "qm9_ntkmtl", "qm9_libmtl"):
         assert list(published()[name].values) == [f"{t}_mae" for t in TARGETS]
     assert list(published()["qm9_nash_mtl"].values.values()) == pytest.approx(list(config.schedule.baselines))
+
+
+def test_a_run_without_a_validation_delta_m_has_no_epoch_instead_of_the_first(study, capsys, plotless):  # noqa: F811
+    nothing = [None, None]
+    curves(study, "dwa", 0, {"fine_accuracy": [90.0, 91.0], "depth_mae": [1.0, 1.0]},
+           {"fine_accuracy": [58.5, 66.0], "depth_mae": nothing})  # fmt: skip
+    _, out = run(capsys, study, "--baseline", "best", "--select", "delta_m")
+    assert gain(out, at="delta_m")["dwa"] == "" and gain(out, at="delta_m")["equal"] != ""
