@@ -7,6 +7,7 @@ better, as papers print it. `delta_m` has the opposite sign.
 
 import pytest
 
+from mtl.report.baselines import published
 from mtl.report.multitask import delta_m, mean_rank
 
 # NYUv2, SegNet-MTAN, with Δm as printed. LS to Nash-MTL: Navon et al., ICML 2022, table 2. Aligned, AlignedUB:
@@ -222,6 +223,20 @@ def test_the_two_definitions_swap_places(method, flat, within):
     """Flat, MGDA beats PCGrad and FairGrad beats Nash-MTL; averaged within the tasks, the other way round."""
     assert gain("NYUV2", method)[0] == pytest.approx(flat, abs=0.01)
     assert gain("NYUV2", method, TASKS)[0] == pytest.approx(within, abs=0.01)
+
+
+@pytest.mark.parametrize(("name", "table", "shares"), [
+    ("nyuv2_segnet_mtan", "NYUV2", 1), ("nyuv2_libmtl", "DB_MTL", 1), ("cityscapes_segnet_mtan", "CITYSCAPES", 1),
+    ("nyuv2_paradigms_segnet", "PARADIGMS_SEGNET", 100), ("nyuv2_paradigms_deeplabv3", "PARADIGMS_DEEPLAB", 100),
+    ("cityscapes_paradigms_segnet", "PARADIGMS_STREETS_SEGNET", 100),
+    ("cityscapes_paradigms_deeplabv3", "PARADIGMS_STREETS_DEEPLAB", 100),
+])  # fmt: skip
+def test_the_shipped_constants_are_the_rows_of_single_tasks(name, table, shares):
+    """Shares in percent, as our metrics are."""
+    row = [float(x) for x in read(globals()[table])["STL"][:-1]]
+    up = HIGHER[: len(row)]
+    wanted = [x * shares if better else x for x, better in zip(row, up, strict=True)]
+    assert list(published()[name].values.values()) == pytest.approx(wanted)
 
 
 def test_mean_ranks():

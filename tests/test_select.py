@@ -16,18 +16,19 @@ EPOCHS = 12
 
 def curves(root, loss, seed, tests, vals, **changes):
     """A run with these values in its epochs: {metric: (E,)} on test and on validation data."""
-    folder = write(root, loss, seed, figures={m: 0.0 for m in tests}, trainer__epochs=EPOCHS, **changes)
     main_, *_ = tests
+    epochs = len(tests[main_])
+    folder = write(root, loss, seed, figures={m: 0.0 for m in tests}, trainer__epochs=epochs, **changes)
     signs = {m: 1 if HIGHER[m] else -1 for m in tests}
     chosen = int(np.argmax(signs[main_] * np.asarray(vals[main_])))
     rows = [
         {"epoch": e + 1, **{f"test/{m.partition('_')[0]}_loss": 1.0 for m in tests},
          **{f"test/{m}": tests[m][e] for m in tests}, **{f"val/{m}": vals[m][e] for m in tests}}
-        for e in range(EPOCHS)
+        for e in range(epochs)
     ]  # fmt: skip
     best = {m: int(np.argmax(signs[m] * np.asarray(tests[m]))) for m in tests}
     summary = {
-        "epochs": EPOCHS, "last": {f"test/{m}": tests[m][-1] for m in tests},
+        "epochs": epochs, "last": {f"test/{m}": tests[m][-1] for m in tests},
         "best": {f"test/{m}": {"value": tests[m][e], "epoch": e + 1} for m, e in best.items()},
         "higher_is_better": {f"test/{m}": HIGHER[m] for m in tests},
         "selected": {"by": f"val/{main_}", "epoch": chosen + 1, **{f"test/{m}": tests[m][chosen] for m in tests}},

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+from dataclasses import asdict
 from functools import cache
 
 import pytest
@@ -17,6 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
+from mtl.config.identity import identify
 from mtl.engine.build import check
 from mtl.engine.learner import Learner
 from mtl.engine.replay import objective
@@ -167,6 +169,96 @@ def test_the_protocol_chooses_on_validation_data_and_survives(train, tmp_path, m
     assert objective(chosen) == 52
 
 
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """`written(held, "equal", …)` runs the protocol; its grids write runs of one epoch instead of training them.
+
+    `held` has (fine, coarse) on validation data by optimizer and rate; on test data all have 60 and 45, and single
+    tasks have 50 everywhere.
+    """
+    root = tmp_path / "out"
+
+    def write(words, optimizer, rate, seed, values, task=None):
+        alone = ["loss=single", f"loss.task={task}"] if task else []
+        kept = [w for w in words if not w.startswith(("-m", "optimizer.lr=", "seed=", *(["loss="] if task else [])))]
+        config = compose("config", [*kept, *alone, f"optimizer.lr={rate}", f"seed={seed}"], return_hydra_config=True)
+        choices = dict(config.hydra.runtime.choices)
+        config = {k: v for k, v in OmegaConf.to_container(config).items() if k != "hydra"}
+        identity = identify(config, choices)
+        folder = identity.directory(root)
+        folder.mkdir(parents=True, exist_ok=True)
+        metrics = {f"{t}_accuracy": v for t, v in values.items()}
+        tests = {f"test/{m}": v[1] for m, v in metrics.items()}
+        row = {"epoch": 1, **tests, **{f"val/{m}": v[0] for m, v in metrics.items()}}
+        summary = {
+            "epochs": 1, "last": tests, "best": {k: {"value": v, "epoch": 1} for k, v in tests.items()},
+            "higher_is_better": dict.fromkeys(tests, True), "tasks": {t: [f"{t}_accuracy"] for t in values},
+            "selected": {"by": f"val/{next(iter(metrics))}", "epoch": 1, **tests},
+        }  # fmt: skip
+        info = {**asdict(identity), "group": identity.group, "status": "finished", "choices": choices,
+                "finished": "2026-01-01T00:00:00+00:00"}  # fmt: skip
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        for name, content in (("run.json", info), ("metrics.jsonl", row), ("summary.json", summary)):
+            (folder / name).write_text(json.dumps(content) + "\n")
+
+    def call(held, *arguments):
+        call.grids = []
+
+        def grid(words):
+            call.grids.append(words)
+            given = dict(w.split("=", 1) for w in words[1:])
+            for rate, seed in itertools.product(given["optimizer.lr"].split(","), given["seed"].split(",")):
+                fine, coarse = held[given["optimizer"], float(rate)]
+                write(words, given["optimizer"], rate, seed, {"fine": (fine, 60.0), "coarse": (coarse, 45.0)})
+                for task in ("fine", "coarse") if "study.baselines=auto" in words else ():
+                    write(words, given["optimizer"], rate, seed, {task: (50.0, 50.0)}, task)
+            return 0
+
+        monkeypatch.setattr(tuned_rates, "grid", grid)
+        return tuned_rates.main([*arguments, *SMALL, f"output_root={root}", "data.val_fraction=0.25"])
+
+    return call
+
+
+def test_the_rate_is_chosen_by_delta_m_for_each_optimizer(written, tmp_path, capsys):
+    """The first task alone prefers rate 0.02 with sgd too."""
+    held = {("sgd", 0.02): (52.0, 40.0), ("sgd", 0.01): (51.0, 60.0), ("adam", 0.01): (50.0, 56.0),
+            ("adam", 0.02): (55.0, 55.0)}  # fmt: skip
+    file = tmp_path / "alone.csv"
+    file.write_text("metric,value\nfine_accuracy,50\ncoarse_accuracy,50\n")
+    rates = ("--rates", "0.01,0.02", "--seeds", "1", "--by", "delta_m")
+    assert written(held, "equal", "optimizer=sgd,adam", *rates, "--baseline", str(file)) == 0
+    assert [(w[1], *w[-2:]) for w in written.grids[2:]] == [
+        ("optimizer=sgd", "optimizer.lr=0.01", "seed=1"), ("optimizer=adam", "optimizer.lr=0.02", "seed=1")
+    ]  # fmt: skip
+    out = capsys.readouterr().out
+    found = [re.split(r"\s{2,}", line) for line in out.splitlines() if re.match("equal, .*  ", line)]
+    # Validation: (2 + 20) / 2 and 10. Test: (20 - 10) / 2.
+    assert [x[0] for x in found] == ["equal, sgd", "equal, adam"]
+    assert [x[1:6] for x in found] == [["0.01", "0", "11", "1", "5.0000"], ["0.02", "0", "10", "1", "5.0000"]]
+    assert "against the constants of" in out and "over the main metric of each task" in out
+
+
+def test_single_task_runs_come_with_the_grids(written, capsys):
+    held = {("sgd", 0.1): (55.0, 55.0), ("sgd", 0.2): (60.0, 45.0)}
+    words = ("equal", "optimizer=sgd", "--rates", "0.1,0.2", "--seeds", "1", "--by", "delta_m")
+    assert written(held, *words) == 0
+    assert all("study.baselines=auto" in grid for grid in written.grids)
+    assert [grid[-2] for grid in written.grids] == ["optimizer.lr=0.1,0.2", "optimizer.lr=0.1"]  # 10 against 5
+    assert "against own single-task runs that all strategies share" in " ".join(capsys.readouterr().out.split())
+    assert written(held, *words, "study.baselines=none", "--baseline", "cityscapes_libmtl") == 2
+    assert "these are numbers of data=cityscapes" in capsys.readouterr().err and not written.grids
+
+
+def test_a_preset_keeps_its_validation_data(monkeypatch):
+    """Elich et al. hold a fifth out; where nobody says, it is a tenth."""
+    grids: list = []
+    monkeypatch.setattr(tuned_rates, "grid", lambda words: grids.append(words) or 130)
+    for preset in ("nyuv2_paradigms", "cifar100"):
+        assert tuned_rates.main(["equal", f"experiment={preset}", "data.root=nowhere", "--rates", "0.1"]) == 130
+    assert "data.val_fraction=0.1" not in grids[0] and "data.val_fraction=0.1" in grids[1]
+
+
 def test_the_protocol_tries_methods_of_ones_own_config_folder(train, tmp_path, capfd):
     folder = tmp_path / "my_configs"
     (folder / "loss").mkdir(parents=True)
@@ -182,7 +274,12 @@ def test_the_protocol_tries_methods_of_ones_own_config_folder(train, tmp_path, c
     [(["equl"], "did you mean equal?"), (["equal", "loss=dwa"], "loss: the protocol sets it"),
      (["equal", "data.val_fraction=0"], "chosen on validation data"), (["dwa:temp=1"], "unknown key"),
      (["equal", "--seeds", "0,1"], "fresh ones"), (["equal", "trainer.epoch=1"], "did you mean epochs?"),
-     (["equal", "--config-dir", "nope"], "nope: is not a folder")],
+     (["equal", "--config-dir", "nope"], "nope: is not a folder"),
+     (["equal", "--by", "delta"], "--by delta: one of metric, delta_m; did you mean delta_m?"),
+     (["equal", "--baseline", "best-overall"], "add --by delta_m"),
+     (["equal", "--delta-m", "flt"], "did you mean flat?"),
+     (["equal", "--by", "delta_m", "--baseline", "bst"], "--baseline bst: one of own, best"),
+     (["equal", "--by", "delta_m", "--baseline", "own"], "worst single-task runs would win")],
 )  # fmt: skip
 def test_the_protocol_refuses_before_it_runs(monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(tuned_rates, "grid", pytest.fail)

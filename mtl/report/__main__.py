@@ -16,20 +16,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from mtl.errors import ConfigError, SetupError, UserError, suggest
-from mtl.report import output, summaries
+from mtl.report import baselines, output, summaries, tuning
 from mtl.report import select as selection
 from mtl.report.attempt import Failures, attempt
 from mtl.report.findings import findings
 from mtl.report.glossary import used
 from mtl.report.names import slug, visible
 from mtl.report.output import FIGURES, FORMATS, PAPER, Content
-from mtl.report.protocols import benchmarks
+from mtl.report.protocols import DELTA_M, Protocol, benchmarks
 from mtl.report.runs import SELECTIONS, fingerprint, load
 from mtl.report.scores import Scores
 from mtl.report.tables import Table
 from mtl.tracking.console import columns, fold
 
-DELTA_M = ("main", "flat", "task")
 SECONDS = 10.0  # between two looks of --watch
 
 
@@ -53,7 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             close = suggest(options.delta_m, DELTA_M)
             raise ConfigError(f"--delta-m {options.delta_m}: one of {', '.join(DELTA_M)}{close}")
         formats += [PAPER] if options.paper else []
-        settings = (options.path, options.reference, out, formats, options.wandb, options.delta_m, options.select)
+        settings = (
+            options.path,
+            options.reference,
+            out,
+            formats,
+            options.wandb,
+            options.delta_m,
+            options.select,
+            options.baseline,
+        )
         if options.watch is not None:
             return _watch(*settings, every=options.watch)
         failed = report(*settings)
@@ -82,6 +90,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="|".join(SELECTIONS),
         help="epoch that conclusions rest on; default: selected where there is validation data, else last",
     )
+    add("--baseline", default=baselines.OWN, metavar="own|best|best-overall|NAME|FILE",
+        help="what Δm is taken against: own single-task runs with the same config (default); the best own ones on "
+        "validation data, of the same or of any architecture; published constants; or a CSV file with the columns "
+        f"metric and value. NAME: {', '.join(baselines.published())}")  # fmt: skip
     add("--watch", nargs="?", type=seconds, const=SECONDS, metavar="SECONDS",
         help=f"look for new epochs again and again, and rebuild the report; default: every {SECONDS:g} s")  # fmt: skip
     add("--wandb", metavar="ENTITY/PROJECT", help="also make a W&B workspace that compares the runs")
@@ -132,7 +144,7 @@ def _watch(*settings, every: float) -> int:
 
 def report(
     paths: Sequence[Path], reference: str | None, out: Path, formats: Sequence[str], wandb: str | None = None,
-    delta_m: str = "main", select: str | None = None, refresh: float | None = None,
+    delta_m: str = "main", select: str | None = None, baseline: str = baselines.OWN, refresh: float | None = None,
 ) -> Failures:  # fmt: skip
     """Print the main tables of all runs below `paths`; write tables, figures and the page into `out`.
 
@@ -143,13 +155,14 @@ def report(
         formats: of FORMATS (none stands for all), and of FIGURES or PAPER in addition.
         wandb: "entity/project", in which a W&B workspace is made.
         delta_m, select: as in `Protocol`.
+        baseline: as for `baselines.choose`.
         refresh: seconds after which the page loads itself again.
 
     Returns:
         a line for each part that could not be made; the others are there.
 
     Raises:
-        ConfigError: a path does not exist, holds no run, or the reference was not run.
+        ConfigError: a path does not exist, holds no run, or the reference, the baseline or the selection cannot be.
         SetupError: `out` cannot be written, or W&B does not take the workspace.
     """
     collection = load(paths)
@@ -160,8 +173,8 @@ def report(
     found = [replace(b, delta_m=delta_m) for b in benchmarks(collection.runs, collection.stopped)]
     if reference is not None:
         summaries.check_reference(reference, found)
-    for line in selection.select(select, found) if select else ():
-        _say(line)
+    for line in _chosen(found, baseline, select):
+        _say(textwrap.fill(line, _width()) + "\n")
     failed = Failures()
     content = Content(collection, found, refresh=refresh)
     for benchmark in found:
@@ -194,6 +207,14 @@ def report(
     return failed
 
 
+def _chosen(found: Sequence[Protocol], baseline: str, select: str | None) -> list[str]:
+    """Give the benchmarks their baseline and their selection; what the reader must know. Raises ConfigError."""
+    if select:
+        selection.check(select)
+    lines = baselines.choose(baseline, found, select)
+    return lines + (selection.select(select, found) if select else [])
+
+
 def _tables(scores: Scores, reference: str, failed: Failures) -> dict[str, Table]:
     """{kind: table} of one benchmark on one architecture; the main ones are printed."""
     name, tables = f"of {scores.benchmark.name} on {scores.arch}", {}
@@ -207,6 +228,8 @@ def _tables(scores: Scores, reference: str, failed: Failures) -> dict[str, Table
         return table is not None
 
     add("figures", lambda: summaries.metrics_table(scores), True)
+    add("baseline", lambda: tuning.baseline(scores), True)
+    add("tuned", lambda: tuning.tuned(scores), True)
     for at in scores.benchmark.selections if scores.groups else ():
         main = at == scores.benchmark.main
         add(f"tasks-{at}", lambda at=at: summaries.tasks_table(scores, at), False)
@@ -218,7 +241,8 @@ def _tables(scores: Scores, reference: str, failed: Failures) -> dict[str, Table
             _say(textwrap.fill(text, _width()) + "\n")
     add("cost", lambda: summaries.cost(scores), False)
     if command := attempt(f"baselines {name}", lambda: summaries.baseline_command(scores), failed):
-        _say(f"Δm needs single-task baselines with the same config: {command}\n")
+        which = "" if scores.benchmark.common else " with the same config"
+        _say(f"Δm needs single-task baselines{which}: {command}\n")
     return tables
 
 

@@ -10,7 +10,7 @@ from mtl.report.notes import some
 from mtl.report.protocols import Group
 from mtl.report.scores import Scores
 from mtl.report.statistics import FEW, FEWEST, holm, mean, paired, verdict
-from mtl.report.summaries import differences
+from mtl.report.summaries import defined, differences
 
 TEST = "under the paired t test with Holm's correction"
 
@@ -27,6 +27,9 @@ def findings(scores: Scores, reference: str) -> list[str]:
     rivals = {g.label: g for g in scores.groups if scores.comparable(g, at)}
     gains = {label: gain for label, g in rivals.items() if (gain := scores.delta_m(g, at))}
     said = _by_gain(gains) if gains else _by_rank(scores, rivals, reference)
+    if gains and scores.benchmark.common:
+        common = scores.benchmark.common[scores.arch]
+        said.append(f"{defined(scores)}, against {common.origin}.{' ' * bool(common.warning)}{common.warning}")
     return [*said, _missing(scores, bool(gains))]
 
 

@@ -18,9 +18,10 @@ TERMS = {
     "±": "Sample standard deviation over seeds.",
     "*": "The best mean among the multi-task strategies, or bold. It does not say that the difference is real. "
     "Strategies with fewer seeds than most, a failed seed or a value that is not finite are left out.",
-    "†": "The mean is better than the mean of single-task learning with the same config.",
+    "†": "The mean is better than the baseline, single-task learning. The note under Δm names the baseline.",
     "mean over tasks": "Mean of the tasks' main metrics, of tasks with the same kind of metric.",
-    "Δm": "Mean relative gain over single-task learning, in percent (Maninis et al. 2019). Above 0 is better.",
+    "Δm": "Mean relative gain over single-task learning, in percent (Maninis et al. 2019). Above 0 is better. "
+    "Many papers print the opposite sign.",
     "achievement": "Mean share of the single-task value, in percent (Yun & Cho 2023). 100 is single-task learning.",
     "MR": "Mean rank over all metrics, of the means over seeds (Navon et al. 2022). Lower is better, and equals share "
     "a rank. A strategy with a failed seed or a value that is not finite ranks last; one with fewer seeds than most "

@@ -51,8 +51,15 @@ def _early(scores: Scores) -> list[str]:
     return found
 
 
-def pairing(scores: Scores) -> str:
-    """The baselines that the runs of a strategy are compared with."""
+def pairing(scores: Scores, full: bool = True) -> str:
+    """The baselines that the runs of a strategy are compared with, and where they come from.
+
+    Args:
+        full: with the groups that were chosen as the common baseline.
+    """
+    if scores.benchmark.common:
+        common = scores.benchmark.common[scores.arch]
+        return f"against {common.words if full else common.origin}" if common.tasks else "without baselines"
     same = averaged = 0
     without = []
     for group in scores.groups:
@@ -64,8 +71,12 @@ def pairing(scores: Scores) -> str:
         both = sum(r.seed in seeds for r in group.runs)
         same, averaged = same + both, averaged + len(group.runs) - both
     parts = [
-        f"against the baseline of the same seed ({count(same, 'run')})" if same else "",
-        f"against the mean of the baselines where one lacks the seed ({count(averaged, 'run')})" if averaged else "",
+        f"against the own single-task run with the same config and the same seed ({count(same, 'run')})"
+        if same
+        else "",
+        f"against the mean of own single-task runs where one lacks the seed ({count(averaged, 'run')})"
+        if averaged
+        else "",
         f"not where a task has no baseline with the same config ({some(without)})" if without else "",
     ]
     return ", ".join(filter(None, parts)) or "without baselines"

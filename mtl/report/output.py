@@ -22,10 +22,10 @@ PAPER = "paper"
 ERRORS = "report-errors.txt"
 
 # A file is ours by its name and by its beginning. Another file with such a name may be the user's.
-_TABLE = r"(.+-(figures|cost|(tasks|multi-task|differences|optimizers)-\w+)|contradictions|missing|runs)"
+_TABLE = r"(.+-(figures|baseline|tuned|cost|(tasks|multi-task|differences|optimizers)-\w+)|contradictions|missing|runs)"
 _FIGURE = r".+-(learning-curves|weights|gradients|layers|parallel-coordinates|pareto|cost|learning-rates)"
 _OURS = (
-    (rf"{_TABLE}\.csv", rb"(strategy|metric|optimizer|directory|benchmark),"),
+    (rf"{_TABLE}\.csv", rb"(strategy|metric|task|optimizer|directory|benchmark),"),
     (rf"{_TABLE}\.tex", rb"% needs \\usepackage\{booktabs"),
     (r"paper\.tex", rb"% By python -m mtl\.report"),
     (r"methods\.bib", rb"% By python -m mtl\.report"),

@@ -144,13 +144,20 @@ def _caption(scores: Scores, delta: bool, rank: bool) -> str:
     parts = [
         f"{tex(bench.name)}, {tex(scores.arch)}: test metrics, {SELECTIONS[bench.select or 'last']}, {what} {number}.",
         "Bold: the best multi-task method." if len(scores.groups) > 1 else "",
-        rf"$\Delta_m$: mean relative gain over single-task learning \cite{{maninis2019astmt}}, {_DELTA[bench.delta_m]}."
+        rf"$\Delta_m$: mean relative gain over single-task learning \cite{{maninis2019astmt}}, {_DELTA[bench.delta_m]}"
+        f"{_against(scores)}."
         if delta
         else "",
         r"MR: mean rank over the metrics \cite{navon2022nash}." if rank else "",
         tex(excuses(scores)),
     ]
     return " ".join(filter(None, parts))
+
+
+def _against(scores: Scores) -> str:
+    """The baseline of Δm, and how its protocol differs."""
+    common = scores.benchmark.common.get(scores.arch)
+    return tex(f", against {common.words}. {common.warning}".rstrip(" .")) if common else ""
 
 
 def _name(group: Group) -> str:

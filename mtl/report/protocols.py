@@ -12,6 +12,7 @@ from typing import Any
 
 from mtl.config.identity import as_before, canonical, decisive, owner
 from mtl.report.runs import ALWAYS, Run
+from mtl.report.statistics import mean
 from mtl.report.validate import SINGLE
 from mtl.tracking import flatten
 
@@ -19,6 +20,8 @@ _PROTOCOL = ("data", "trainer")  # the nodes that make a benchmark
 _NETWORK = ("arch", "sharing")  # the nodes that make a network
 _SPELLED = {"epochs": "{} epochs", "limit_test": "{:,} test {noun}s", "batch_size": "batch {}"}
 _LONGEST = 60  # characters of a value in a label
+DELTA_M = ("main", "flat", "task")  # definitions of Δm
+_EVERY = -1  # stands for every seed
 
 
 @dataclass
@@ -71,9 +74,54 @@ class Group:
         """Runs that ended without a result, of their own fault: they count against the strategy."""
         return [r for r in self.stopped if r.status in ("diverged", "failed")]
 
-    def by_seed(self, metric: str, at: str) -> dict[int, float]:
-        """{seed: value} of the finished runs whose value is a finite number."""
-        return {r.seed: value for r in self.runs if math.isfinite(value := r.value(metric, at))}
+    def by_seed(self, metric: str, at: str, split: str = "test") -> dict[int, float]:
+        """{seed: value} of the finished runs whose value is a finite number; arguments as for `Run.value`."""
+        return {r.seed: value for r in self.runs if math.isfinite(value := r.value(metric, at, split))}
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The baseline of one task where all strategies share it: one value for each metric, whatever the seed.
+
+    Attributes:
+        group: the mean over its seeds counts; None for constants.
+        constants: {metric: value}, the same on test and validation data and in every selection.
+        tried: the number of groups that the group was chosen from.
+    """
+
+    group: Group | None = None
+    constants: Mapping[str, float] = field(default_factory=dict)
+    tried: int = 1
+
+    def by_seed(self, metric: str, at: str, split: str = "test") -> dict[int, float]:
+        """One value under a seed that no run has; empty where there is none."""
+        if self.group:
+            values = list(self.group.by_seed(metric, at, split).values())
+        else:
+            values = [self.constants[metric]] if metric in self.constants else []
+        return {_EVERY: mean(values)} if values else {}
+
+
+@dataclass(frozen=True)
+class Common:
+    """The baselines that all strategies on an architecture share: see `mtl.report.baselines`.
+
+    Attributes:
+        origin: what they are and where they come from.
+        tasks: {task: its baseline}; a task that was not trained alone is not there.
+        warning: why the strategies' numbers and these do not compare; empty if nothing speaks against it.
+    """
+
+    origin: str
+    tasks: Mapping[str, Shared]
+    warning: str = ""
+
+    @property
+    def words(self) -> str:
+        """The origin with the groups that were chosen."""
+        groups = [f"{task}: {shared.group.label} on {shared.group.arch}"
+                  for task, shared in self.tasks.items() if shared.group]  # fmt: skip
+        return self.origin + (f" ({'; '.join(groups)})" if groups else "")
 
 
 @dataclass
@@ -90,6 +138,8 @@ class Protocol:
         delta_m: which metrics Δm takes: "main" (the main one of each task), "flat" (all alike) or "task" (all,
             after a mean over each task's metrics).
         select: the selection that conclusions rest on, of `SELECTIONS`; None for the usual one.
+        common: {arch: the baselines that its strategies share}; empty where each is held against the single-task runs
+            with its own config.
     """
 
     name: str
@@ -100,6 +150,7 @@ class Protocol:
     lost: list[Group] = field(default_factory=list)
     delta_m: str = "main"
     select: str | None = None
+    common: Mapping[str, Common] = field(default_factory=dict)
 
     @property
     def archs(self) -> list[str]:
@@ -124,8 +175,11 @@ class Protocol:
         """The selection that conclusions rest on: by validation data if there is any, else the last epoch."""
         return self.select or ("selected" if self._validated else "last")
 
-    def baseline(self, group: Group, task: str) -> Group | None:
-        """The group trained on `task` alone, with the config of `group` except for the loss."""
+    def baseline(self, group: Group, task: str) -> Group | Shared | None:
+        """What `group` is held against in `task`: the group trained on it alone with the same config except for the
+        loss, or what all strategies share."""
+        if self.common:
+            return self.common[group.arch].tasks.get(task)
         return counterpart(group, [b for b in self.baselines if b.task == task])
 
 

@@ -30,7 +30,7 @@ SELECTIONS = {
 }  # fmt: skip
 ALWAYS = ("last", "best", "selected")  # the others are shown on request: see `mtl.report.select`
 LAST = 10  # epochs of "last10"
-_DRAWN = ("test/", "weights/", "grad/", "micro/tasks/")  # the keys that figures show over epochs
+_KEPT = ("test/", "val/", "weights/", "grad/", "micro/tasks/")  # the keys that figures and selections take
 FILES = ("run.json", "config.yaml", "metrics.jsonl", "summary.json")
 UNFINISHED = ("running", "interrupted")  # the status of a run that may go on
 _PRUNED = ("wandb", "multirun")  # of an output tree: no runs in there
@@ -46,8 +46,8 @@ class Run:
         config: config.yaml.
         summary: summary.json; empty for a run that did not finish.
         curves: {"test/fine_accuracy": (E,) one value per epoch, NaN where there is none, …}: the part of
-            metrics.jsonl that figures show over epochs. Of a run that has not finished, the epochs so far; empty for a
-            run that failed.
+            metrics.jsonl that figures and selections take. Of a run that has not finished, the epochs so far; empty for
+            a run that failed.
         chosen: {selection: epoch, from 1}, for the selections that `mtl.report.select` computes.
     """
 
@@ -76,17 +76,20 @@ class Run:
         """Why it did not finish, on one line."""
         return self.info.get("error") or ""
 
-    def value(self, metric: str, at: str = "last") -> float:
-        """A test metric.
+    def value(self, metric: str, at: str = "last", split: str = "test") -> float:
+        """A metric.
 
         Args:
             metric: such as "fine_accuracy".
             at: "last" epoch; "best" epoch of this very metric on test data; "selected", at the one epoch that the
                 validation data chose; "last10", the mean of the last ten; or "delta_m", at the epoch in `chosen`.
+            split: "test", or "val": validation data. Test data choose nothing there: "best" is "selected".
 
         Returns:
             NaN where the run has no such metric; infinite values stay.
         """
+        if split == "val":
+            return self._validated(metric, at)
         if at not in ALWAYS:
             curve = self.curves.get(f"test/{metric}", np.array([]))
             if at == "last10":
@@ -94,6 +97,14 @@ class Run:
             return float(curve[self.chosen[at] - 1]) if len(curve) and at in self.chosen else math.nan
         value = (self.summary.get(at) or {}).get(f"test/{metric}")
         return number(value["value"] if isinstance(value, dict) else value)
+
+    def _validated(self, metric: str, at: str) -> float:
+        """`value` on validation data."""
+        curve = self.curves.get(f"val/{metric}", np.array([]))
+        epoch = len(curve) if at == "last" else self.chosen.get(at) or (self.summary.get("selected") or {}).get("epoch")
+        if at == "last10":
+            return float(curve[-LAST:].mean()) if len(curve) >= LAST else math.nan
+        return float(curve[epoch - 1]) if len(curve) and epoch else math.nan
 
     def fact(self, name: str) -> float:
         """One of `validate.FACTS`; NaN where the run does not know it."""
@@ -297,7 +308,7 @@ def _rows_so_far(directory: Path) -> list[dict[str, float]]:
 
 
 def _curves(rows: Sequence[Mapping[str, float]]) -> dict[str, NDArray]:
-    keys = [k for k in dict.fromkeys(chain.from_iterable(rows)) if k.startswith(_DRAWN)]
+    keys = [k for k in dict.fromkeys(chain.from_iterable(rows)) if k.startswith(_KEPT)]
     return {visible(k): np.array([number(r.get(k)) for r in rows]) for k in keys}
 
 

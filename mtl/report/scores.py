@@ -110,30 +110,43 @@ class Scores:
                 found[metric] = max(names, key=len)
         return found
 
-    def delta_m(self, group: Group, at: str) -> dict[int, float]:
+    def delta_m(self, group: Group, at: str, split: str = "test") -> dict[int, float]:
         """{seed: Δm in %}, as `Protocol.delta_m` defines it; without the seeds that lack a metric or a baseline."""
-        if self.benchmark.delta_m == "main":
-            return self._against_baselines(group, at, multitask.delta_m, self.mains)
-        metrics = [m for m in self.metrics if m in self.owner]
-        tasks = [self.owner[m] for m in metrics] if self.benchmark.delta_m == "task" else None
-        return self._against_baselines(group, at, partial(multitask.delta_m, tasks=tasks), metrics)
+        return self._against_baselines(group, at, self.gain, self.gained, split)
+
+    @cached_property
+    def gained(self) -> list[str]:
+        """The metrics that Δm is taken over."""
+        return self.mains if self.benchmark.delta_m == "main" else [m for m in self.metrics if m in self.owner]
+
+    @property
+    def gain(self) -> Callable[..., float]:
+        """`multitask.delta_m` of `gained`, as `Protocol.delta_m` defines it."""
+        by_task = self.benchmark.delta_m == "task"
+        return partial(multitask.delta_m, tasks=[self.owner[m] for m in self.gained] if by_task else None)
+
+    def potentials(self, run: Run, group: Group, metrics: Sequence[str], at: str, split: str = "test") -> list[float]:
+        """What single-task learning has in each metric: of the run's seed where there is one, else the mean over seeds.
+
+        Empty where a task has no baseline; NaN where its baseline lacks the metric.
+        """
+        found = [self.benchmark.baseline(group, self.owner[m]) for m in metrics]
+        if None in found:
+            return []
+        known = [baseline.by_seed(m, at, split) for baseline, m in zip(found, metrics, strict=True)]
+        return [k[run.seed] if run.seed in k else mean(k.values()) for k in known]
 
     def achievement(self, group: Group, at: str, metric: str | None = None) -> dict[int, float]:
         """{seed: achievement in %}, likewise: the average over the tasks, or that of the task with this main metric."""
         return self._against_baselines(group, at, multitask.achievement, [metric] if metric else self.mains)
 
     def _against_baselines(
-        self, group: Group, at: str, measure: Callable[..., float], metrics: Sequence[str]
+        self, group: Group, at: str, measure: Callable[..., float], metrics: Sequence[str], split: str = "test"
     ) -> dict[int, float]:
-        found = [self.benchmark.baseline(group, self.owner[metric]) for metric in metrics]
-        if not found or None in found:
-            return {}
-        known = [baseline.by_seed(metric, at) for baseline, metric in zip(found, metrics, strict=True)]
-        higher = [self.metrics[m] for m in metrics]
-        scores = {}
-        for run in group.runs:  # against the baselines of the same seed where there is one, else against their mean
-            potentials = [k[run.seed] if run.seed in k else mean(k.values()) for k in known]
-            scores[run.seed] = measure([run.value(m, at) for m in metrics], potentials, higher)
+        higher, scores = [self.metrics[m] for m in metrics], {}
+        for run in group.runs:
+            if potentials := self.potentials(run, group, metrics, at, split):
+                scores[run.seed] = measure([run.value(m, at, split) for m in metrics], potentials, higher)
         return {seed: score for seed, score in scores.items() if not math.isnan(score)}
 
     def mean_ranks(self, at: str) -> dict[str, float]:

@@ -35,7 +35,7 @@ _DELTA = {
 }
 
 
-def _table(
+def table_of(
     scores: Scores, kind: str, what: str, note: str, header: list[str], rows: list[list[Entry]],
     terms: tuple[str, ...], at: str | None = None,
 ) -> Table:  # fmt: skip
@@ -112,7 +112,7 @@ def metrics_table(scores: Scores) -> Table:
     published = [row + [NONE] * (len(header) - len(row)) for row in published]
     terms = (*bench.selections, "±", "*", *(("†",) if any(c.beats for r in rows for c in r) else ()))
     terms += ("mean over tasks",) if scores.crowded else ()
-    return _table(scores, "metrics", "test metrics", note, header, rows + published, terms)
+    return table_of(scores, "metrics", "test metrics", note, header, rows + published, terms)
 
 
 def tasks_table(scores: Scores, at: str) -> Table | None:
@@ -132,7 +132,7 @@ def tasks_table(scores: Scores, at: str) -> Table | None:
         )
     header = ["metric", *(g.label for g in scores.groups), "single-task"]
     note = "Mean ± sample standard deviation over seeds. Single-task: the mean of the baselines with the first config."
-    found = _table(scores, "tasks", "all tasks", note, header, rows, (at, "±", "*", "†"), at)
+    found = table_of(scores, "tasks", "all tasks", note, header, rows, (at, "±", "*", "†"), at)
     found.folded = True
     return found
 
@@ -166,16 +166,21 @@ def multi_task(scores: Scores, at: str) -> Table:
             n = by_label.get(group.label)
             row.append(NONE if n is None or not seeds else Entry(f"{n} of {seeds}", n))
         rows.append(row)
-    metrics = list(bench.tasks.values() if bench.delta_m == "main" else bench.metrics)
-    names = f"{len(metrics)} metrics" if scores.crowded else ", ".join(metrics)
+    warning = bench.common[scores.arch].warning if bench.common else ""
     note = (
-        f"Δm is taken {_DELTA[bench.delta_m]} ({names}), {pairing(scores)}. Achievement takes "
+        f"{defined(scores)}, {pairing(scores)}. {warning}{' ' * bool(warning)}Achievement takes "
         f"the main metrics. Pareto: among {len(optimal)} run{'s' * (len(optimal) != 1)}. {excuses(scores)}"
     )
     each = [f"achievement %\n{scores.owner[m]}" for m in mains[1:]]
     header = ["strategy", "n", "Δm %", "achievement %", *each, "MR", "Pareto", *(f"wins\n{m}" for m in won)]
     terms = (at, "±", "*", "Δm", "achievement", "MR", "Pareto", "wins")
-    return _table(scores, "multi-task", "multi-task metrics", note.strip(), header, rows, terms, at)
+    return table_of(scores, "multi-task", "multi-task metrics", note.strip(), header, rows, terms, at)
+
+
+def defined(scores: Scores) -> str:
+    """The definition of Δm: "Δm is taken over the main metric of each task (fine_accuracy, coarse_accuracy)"."""
+    names = f"{len(scores.gained)} metrics" if scores.crowded else ", ".join(scores.gained)
+    return f"Δm is taken {_DELTA[scores.benchmark.delta_m]} ({names})"
 
 
 def optimizers(scores: Scores, at: str) -> Table | None:
@@ -185,19 +190,26 @@ def optimizers(scores: Scores, at: str) -> Table | None:
     if len(names) < 2:
         return None
     optimal, rows = scores.pareto(at), []
+    rivals = names if len(names) > 2 else []  # of two optimizers, all others are the other one
     for name in names:
         own = [r for r, optimizer in runs if optimizer == name]
-        others = scores.points([r for r, optimizer in runs if optimizer != name], at)
-        free = multitask.pareto_optimal(scores.points(own, at), scores.higher, others)
-        counts = len(own), sum(optimal[r.directory] for r in own), int(free.sum())
-        rows.append([Entry(name), *(Entry(str(c), c) for c in counts)])
+
+        def free(*others: str, own=own) -> int:
+            """Its runs that no run with another optimizer dominates."""
+            points = scores.points([r for r, optimizer in runs if optimizer in others], at)
+            return int(multitask.pareto_optimal(scores.points(own, at), scores.higher, points).sum())
+
+        counts = len(own), sum(optimal[r.directory] for r in own), free(*(n for n in names if n != name))
+        row = [Entry(name), *(Entry(str(c), c) for c in counts)]
+        rows.append([*row, *(NONE if n == name else Entry(str(c := free(n)), c) for n in rivals)])
     note = (
         "Runs that no other run dominates in the tasks' main metrics, and runs that none with another optimizer does, "
         "as in Elich et al., Examining Common Paradigms in Multi-Task Learning. An optimizer with more runs, or better "
         "tuned ones, has more chances."
     )
     header = ["optimizer", "runs", "Pareto-optimal", "not dominated\nby other optimizers"]
-    return _table(scores, "optimizers", "Pareto-optimal runs per optimizer", note, header, rows, (at, "Pareto"), at)
+    header += [f"not dominated\nby {name}" for name in rivals]
+    return table_of(scores, "optimizers", "Pareto-optimal runs per optimizer", note, header, rows, (at, "Pareto"), at)
 
 
 def differences(scores: Scores, reference: str, at: str) -> Table | None:
@@ -244,7 +256,7 @@ def differences(scores: Scores, reference: str, at: str) -> Table | None:
         "strategy", "metric", "n", "difference", "95 % t\nlow", "95 % t\nhigh", "bootstrap\nlow", "bootstrap\nhigh",
         "seeds\nbetter:worse", "p (Holm)", "verdict",
     ]  # fmt: skip
-    return _table(
+    return table_of(
         scores, "differences", f"differences from {reference}", note, header, rows, (at, "95 %", "verdict"), at
     )
 
@@ -276,7 +288,7 @@ def cost(scores: Scores) -> Table | None:
         "training, with data loading and without evaluation. A busy machine makes both worse. Peak memory of a GPU: "
         "all tensors. Peak memory of a CPU run: the resident memory of the whole process, with Python and the data."
     )
-    return _table(scores, "cost", "speed and memory", note, header, rows, ("±",))
+    return table_of(scores, "cost", "speed and memory", note, header, rows, ("±",))
 
 
 def per_run(benchmarks: Sequence[Protocol]) -> Table:
@@ -286,15 +298,30 @@ def per_run(benchmarks: Sequence[Protocol]) -> Table:
     columns = [(m, at) for m in metrics for at in shown]
     rows = []
     for benchmark in benchmarks:
+        scores = {arch: Scores(benchmark, arch) for arch in benchmark.archs}
         for group in [*benchmark.groups, *benchmark.baselines]:
+            gains = _gains(scores[group.arch], group)
             for run in group.runs:
                 words = [benchmark.name, group.arch, group.label, group.optimizer, str(run.seed)]
                 numbers = [run.value(m, at) for m, at in columns] + [run.fact(f) for f in FACTS]
+                numbers += [gain.get(run.seed, math.nan) for gain in gains]
                 cells = [Entry("") if math.isnan(x) else Entry(str(x), x) for x in numbers]
-                ends = [str(run.info.get("commit")), str(run.info.get("dirty")), visible(str(run.directory))]
+                notes = [benchmark.main, benchmark.delta_m, _origin(benchmark, group)] if any(gains) else [""] * 3
+                ends = [*notes, str(run.info.get("commit")), str(run.info.get("dirty")), visible(str(run.directory))]
                 rows.append([*map(Entry, words), *cells, *map(Entry, ends)])
     header = ["benchmark", "arch", "strategy", "optimizer", "seed", *(f"{m}\n{at}" for m, at in columns), *FACTS]
+    header += ["Δm %", "validation Δm %", "epoch of Δm", "metrics of Δm", "baseline of Δm"]
     return Table("Runs", "Test set.", [*header, "commit", "dirty", "directory"], rows)
+
+
+def _gains(scores: Scores, group: Group) -> list[dict[int, float]]:
+    """Δm of each seed on test and on validation data; a single-task run has none."""
+    return [scores.delta_m(group, scores.benchmark.main, s) if group.task is None else {} for s in ("test", "val")]
+
+
+def _origin(benchmark: Protocol, group: Group) -> str:
+    """The origin of the baseline, in words."""
+    return benchmark.common[group.arch].words if benchmark.common else "own single-task runs with the same config"
 
 
 def missing(collection: Collection) -> Table | None:

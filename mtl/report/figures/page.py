@@ -34,8 +34,8 @@ POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inli
 NAMED = 3  # benchmarks in the title
 FILTER = 12  # strategies: with fewer, nobody needs a filter
 # The reading order: each table stands beside the figures that show the same.
-ORDER = ("metrics", "learning-curves", "tasks", "multi-task", "parallel-coordinates", "pareto", "optimizers",
-         "differences", "weights", "gradients", "layers", "cost", "learning-rates")  # fmt: skip
+ORDER = ("metrics", "learning-curves", "tasks", "baseline", "tuned", "multi-task", "parallel-coordinates", "pareto",
+         "optimizers", "differences", "weights", "gradients", "layers", "cost", "learning-rates")  # fmt: skip
 FOLDED = {"tasks": "All tasks, one by one", "": "The same tables for the best test epoch"}
 
 Findings = Mapping[tuple[str, str], Sequence[str]]
