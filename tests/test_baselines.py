@@ -244,3 +244,13 @@ def test_a_run_without_a_validation_delta_m_has_no_epoch_instead_of_the_first(st
            {"fine_accuracy": [58.5, 66.0], "depth_mae": nothing})  # fmt: skip
     _, out = run(capsys, study, "--baseline", "best", "--select", "delta_m")
     assert gain(out, at="delta_m")["dwa"] == "" and gain(out, at="delta_m")["equal"] != ""
+
+
+def test_a_baseline_of_0_is_named_where_it_takes_delta_m_away(tmp_path, capsys, plotless):  # noqa: F811
+    """Such as the F1 of a rare attribute: no gain is relative to 0."""
+    for task, test in (("fine", 0.0), ("depth", 8.0)):
+        alone(tmp_path, task, 0.1, val=60.0, test=test)
+    both(tmp_path, "equal", 0.1, val=(60.0, 10.0), test=(55.0, 4.0))
+    text, out = run(capsys, tmp_path)
+    assert gain(out) == {"equal": ""}
+    assert "No Δm where a baseline is 0: fine_accuracy. Achievement takes" in text

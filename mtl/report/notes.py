@@ -82,6 +82,16 @@ def pairing(scores: Scores, full: bool = True) -> str:
     return ", ".join(filter(None, parts)) or "without baselines"
 
 
+def nothing(scores: Scores, at: str) -> str:
+    """The metrics whose baseline is 0: no gain is relative to it."""
+    zero = [
+        metric
+        for metric in scores.gained
+        if any(0 in scores.potentials(r, g, [metric], at) for g in scores.groups for r in g.runs)
+    ]
+    return f"No Δm where a baseline is 0: {some(zero, sep=', ')}." if zero else ""
+
+
 def provenance(scores: Scores) -> str:
     """The number of runs, their commits and their machines."""
     runs = [r for g in [*scores.groups, *scores.baselines] for r in g.runs]

@@ -13,7 +13,7 @@ from mtl.report import multitask
 from mtl.report.cells import NONE, count, decimals, failed, fixed, signed, spreads
 from mtl.report.commands import single_task_command
 from mtl.report.names import visible
-from mtl.report.notes import excuses, pairing, provenance, some
+from mtl.report.notes import excuses, nothing, pairing, provenance, some
 from mtl.report.overall import Kind
 from mtl.report.protocols import Group, Protocol
 from mtl.report.runs import ALWAYS, SELECTIONS, Collection, Run, step_time
@@ -166,15 +166,18 @@ def multi_task(scores: Scores, at: str) -> Table:
             n = by_label.get(group.label)
             row.append(NONE if n is None or not seeds else Entry(f"{n} of {seeds}", n))
         rows.append(row)
-    warning = bench.common[scores.arch].warning if bench.common else ""
-    note = (
-        f"{defined(scores)}, {pairing(scores)}. {warning}{' ' * bool(warning)}Achievement takes "
-        f"the main metrics. Pareto: among {len(optimal)} run{'s' * (len(optimal) != 1)}. {excuses(scores)}"
-    )
+    parts = [
+        f"{defined(scores)}, {pairing(scores)}.",
+        bench.common[scores.arch].warning if bench.common else "",
+        nothing(scores, at),
+        f"Achievement takes the main metrics. Pareto: among {len(optimal)} run{'s' * (len(optimal) != 1)}.",
+        excuses(scores),
+    ]
+    note = " ".join(filter(None, parts))
     each = [f"achievement %\n{scores.owner[m]}" for m in mains[1:]]
     header = ["strategy", "n", "Δm %", "achievement %", *each, "MR", "Pareto", *(f"wins\n{m}" for m in won)]
     terms = (at, "±", "*", "Δm", "achievement", "MR", "Pareto", "wins")
-    return table_of(scores, "multi-task", "multi-task metrics", note.strip(), header, rows, terms, at)
+    return table_of(scores, "multi-task", "multi-task metrics", note, header, rows, terms, at)
 
 
 def defined(scores: Scores) -> str:
