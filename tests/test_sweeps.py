@@ -250,13 +250,15 @@ def test_single_task_runs_come_with_the_grids(written, capsys):
     assert "these are numbers of data=cityscapes" in capsys.readouterr().err and not written.grids
 
 
-def test_a_preset_keeps_its_validation_data(monkeypatch):
-    """Elich et al. hold a fifth out; where nobody says, it is a tenth."""
+def test_validation_data_that_are_there_are_kept(monkeypatch, tmp_path):
+    """Elich et al. hold a fifth out, and a table may have its own. Where nobody has any, it is a tenth."""
     grids: list = []
     monkeypatch.setattr(tuned_rates, "grid", lambda words: grids.append(words) or 130)
-    for preset in ("nyuv2_paradigms", "cifar100"):
-        assert tuned_rates.main(["equal", f"experiment={preset}", "data.root=nowhere", "--rates", "0.1"]) == 130
-    assert "data.val_fraction=0.1" not in grids[0] and "data.val_fraction=0.1" in grids[1]
+    (tmp_path / "t.csv").write_text("x,y,part\n1,0,train\n2,1,train\n3,0,val\n4,1,test\n")
+    table = (f"data.file={tmp_path / 't.csv'}", "data.labels={y: class}", "data.split=part", "arch=mlp")
+    for words in (["experiment=nyuv2_paradigms", "data.root=nowhere"], ["data=table", *table], ["data=digits"]):
+        assert tuned_rates.main(["equal", *words, "--rates", "0.1"]) == 130
+    assert ["data.val_fraction=0.1" in grid for grid in grids] == [False, False, True]
 
 
 def test_the_protocol_tries_methods_of_ones_own_config_folder(train, tmp_path, capfd):
@@ -272,7 +274,7 @@ def test_the_protocol_tries_methods_of_ones_own_config_folder(train, tmp_path, c
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["equl"], "did you mean equal?"), (["equal", "loss=dwa"], "loss: the protocol sets it"),
-     (["equal", "data.val_fraction=0"], "chosen on validation data"), (["dwa:temp=1"], "unknown key"),
+     (["equal", "data=digits", "data.val_fraction=0"], "chosen on validation data"), (["dwa:temp=1"], "unknown key"),
      (["equal", "--seeds", "0,1"], "fresh ones"), (["equal", "trainer.epoch=1"], "did you mean epochs?"),
      (["equal", "--config-dir", "nope"], "nope: is not a folder"),
      (["equal", "--by", "delta"], "--by delta: one of metric, delta_m; did you mean delta_m?"),

@@ -9,10 +9,10 @@ can win because its steps are longer. A word without "=" is a method of conf/los
 words are options of train.py for all runs, launchers included. Of several optimizers, each has rates of its own.
 
 Stage 1 trains every method with every rate and one seed. It holds out `data.val_fraction` of the training data
-(default: what the experiment says, else 0.1). It chooses the rate with the best validation metric: the first task's
-main metric at its best epoch. A diverged run loses. Stage 2 trains the chosen rate with fresh seeds. The validation
-data stay held out, because the rate was chosen for this amount of training data. They also choose the epoch. Test data
-choose nothing.
+(default: what the experiment says, else 0.1; nothing where the data set has validation data of its own). It chooses
+the rate with the best validation metric: the first task's main metric at its best epoch. A diverged run loses. Stage
+2 trains the chosen rate with fresh seeds. The validation data stay held out, because the rate was chosen for this
+amount of training data. They also choose the epoch. Test data choose nothing.
 
 With `--by delta_m` the rate, and the epoch of every run, have the best Δm on validation data instead. The baseline of
 Δm is that of the report (`--baseline`): the single-task runs that are best on validation data, or constants. The grids
@@ -48,6 +48,7 @@ from mtl.cli.overrides import refuse_second
 from mtl.cli.parts import fold, with_parts
 from mtl.config.identity import CONF, identify
 from mtl.config.program import child, program
+from mtl.data.base import build_benchmark
 from mtl.engine.build import check
 from mtl.engine.directory import RunDirectory
 from mtl.errors import ConfigError, UserError, suggest
@@ -108,7 +109,7 @@ class Method:
         """The runs of a grid; some may not exist yet.
 
         Raises:
-            ConfigError: the config is wrong, or it holds out no validation data.
+            ConfigError: the config is wrong.
         """
         try:
             config = self._composed()
@@ -124,16 +125,23 @@ class Method:
                     runs.append(Trial(rate, seed, path))
         except (OmegaConfBaseException, HydraException) as error:
             raise translate(error) from error
-        if not plain["data"].get("val_fraction"):
-            raise ConfigError("data.val_fraction=0: the rate is chosen on validation data; try data.val_fraction=0.1")
         return runs
 
-    def holds_out(self) -> bool:
-        """Whether the config holds out validation data. Raises ConfigError."""
+    def validates(self) -> bool:
+        """Whether there is validation data: held out by `data.val_fraction`, or of the data set's own.
+
+        Raises:
+            UserError: the config is wrong, or the data set cannot be loaded.
+        """
         try:
-            return bool(self._composed().data.get("val_fraction"))
+            config = self._composed()
+            OmegaConf.set_struct(config, False)
+            hydra = config.pop("hydra")
+            plain = with_parts(OmegaConf.to_container(config, resolve=True), hydra)
+            check(plain)
         except (OmegaConfBaseException, HydraException) as error:
             raise translate(error) from error
+        return bool(plain["data"].get("val_fraction")) or "val" in build_benchmark(plain["data"]).splits()
 
     def _composed(self) -> DictConfig:
         return composed(lambda words: compose("config", words, return_hydra_config=True), fold(self.words))
@@ -358,7 +366,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         GlobalHydra.instance().clear()
         with initialize_config_dir(str(CONF), version_base="1.3"):
             named = any(word.lstrip("+").startswith("data.val_fraction=") for word in changes)
-            if not named and not methods[0].holds_out():
+            if not methods[0].validates():
+                if named:
+                    raise ConfigError("data.val_fraction=0: the rate is chosen on validation data; try 0.1")
                 methods = [replace(m, options=(*m.options, "data.val_fraction=0.1")) for m in methods]
             return protocol(methods, options.rates, options.chooser, options.seeds, judged)
     except UserError as error:
