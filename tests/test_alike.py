@@ -24,6 +24,7 @@ from mtl.data.columns import Split
 from mtl.data.digits import Digits
 from mtl.data.inputs import Numbers
 from mtl.engine.gradients import jacobian
+from mtl.engine.learner import Learner
 from mtl.engine.loaded import load
 from mtl.errors import SetupError
 from mtl.evaluate import evaluate
@@ -90,10 +91,10 @@ def test_forty_tasks_in_a_hundred_operations(kind):
     update = torch.no_grad()(groups.update)
     update(model(batch).predictions, batch, tally)  # the first update tries what the metrics can do
     with Calls() as calls:
-        predictions = model(batch).predictions
-        groups.losses(predictions, batch)
-        groups.counts(batch)
-        groups.labelled(batch)
+        predictions, units = model(batch).predictions, groups.units(batch)
+        groups.losses(predictions, batch, units)
+        groups.counts(units)
+        groups.labelled(units)
         update(predictions, batch, tally)
     assert sum(calls.names.values()) <= 100, calls.names
 
@@ -177,9 +178,11 @@ def test_a_group_equals_its_tasks_one_by_one(kind, missing, order):
         where = [*model.shared_parameters(), *model.own_parameters(task.name)]
         gradients = (torch.autograd.grad(x[k], where, retain_graph=True) for x in (found, expected))
         torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
-    assert torch.equal(groups.counts(batch), torch.stack([t.count(y) for t, y in zip(tasks, labels, strict=True)]))
+    units = groups.units(batch)
+    assert all(map(torch.equal, groups.losses(together, batch, units), found))
+    assert torch.equal(groups.counts(units), torch.stack([t.count(y) for t, y in zip(tasks, labels, strict=True)]))
     assert torch.equal(
-        groups.labelled(batch), torch.stack([t.labelled(y) for t, y in zip(tasks, labels, strict=True)], 1)
+        groups.labelled(units), torch.stack([t.labelled(y) for t, y in zip(tasks, labels, strict=True)], 1)
     )
     sums = [t.criterion(p, y).sum() for t, p, y in zip(tasks, alone, labels, strict=True)]
     torch.testing.assert_close(groups.sums(together, batch), torch.stack(sums), rtol=1e-5, atol=1e-5)
@@ -419,3 +422,23 @@ def test_elements_of_one_vector_have_the_gradients_of_separate_losses(cut, scale
     for k, (wanted, head) in enumerate(zip(expected, found, strict=True)):
         torch.testing.assert_close(rows[k], torch.cat([g.flatten() for g in wanted[:2]]), rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(head, [g * (scale or 1) for g in wanted[2:]], rtol=1e-12, atol=1e-14)
+
+
+def test_a_step_counts_its_labels_once(smoke, monkeypatch):
+    """For the marks, the losses and the sums, also where some labels are missing."""
+    called, found, units, train = [], [], Classification.units, Learner.train_epoch
+
+    def counted(self, target):
+        called.append(self.name)
+        return units(self, target)
+
+    def watched(self, batches, epoch):
+        called.clear()
+        row = train(self, batches, epoch)
+        found.append(len(called) / len(batches) / len(self.tasks))
+        return row
+
+    monkeypatch.setattr(Classification, "units", counted)
+    monkeypatch.setattr(Learner, "train_epoch", watched)
+    assert smoke("loss=pcgrad", "data.label_fraction=0.9").code == 0
+    assert found and set(found) == {1.0}

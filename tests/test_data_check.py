@@ -211,4 +211,5 @@ def test_partial_tasks_are_found_in_the_training_labels():
     """Those that lack a label, and no others."""
     benchmark = declared(tasks=(Classification("a", 3), Regression("b"), Regression("c")))
     labels = {"a": torch.zeros(6).long(), "b": torch.tensor([0.0, torch.nan, 1, 2, 3, 4]), "c": torch.zeros(6)}
-    assert TrainingBatches(Split({"image": IMAGES, **labels}), benchmark, torch.device("cpu"), 0).partial == {"b"}
+    batches = TrainingBatches(Split({"image": IMAGES, **labels}), benchmark, torch.device("cpu"), 0)
+    assert batches.partial == {"b"} and batches.labels == {"b": 5}

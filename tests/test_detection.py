@@ -417,6 +417,7 @@ def test_a_run_with_boxes(cli, more):
     """Some images without a label, gradients of the features, batches of two parts, a method that reads the score."""
     run = cli(*TINY, *more, "trainer.epochs=1")
     assert run.code == 0, run.err
+    assert ("labels    boxes 8 of 16 training images" in run.out) == ("data.label_fraction={boxes: 0.5}" in more)
     (file,) = Path().rglob("metrics.jsonl")
     (row,) = map(json.loads, file.read_text().splitlines())
     assert {"test/boxes_ap", "test/boxes_ap50", "train/boxes_loss"} <= row.keys() and "train/boxes_ap" not in row

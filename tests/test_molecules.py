@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -395,6 +396,8 @@ BROKEN = {
     "targets": (packed(targets=np.zeros((40, 3))), r"targets have the shape \(40, 3\), and there are 19 target_names"),
     "names": (packed(target_names=np.array(["x", *NAMES[1:8], "y", *NAMES[9:]])), "there is no target r2, only x, B"),
     "constant": (packed(targets=np.ones((40, 19))), "labels of mu: 26 values with a standard deviation of 0.0"),
+    "position": (packed(pos=np.where(np.arange(len(arrays()["pos"]))[:, None] == 3, np.nan, arrays()["pos"])),
+                 r"split: positions: sample [0-9]+ has the row \[nan, nan, nan\]; finite numbers are needed"),
     "few": (lambda p: QM9(file=str(save(p / "x.npz"))), "40 molecules, too few.*data.test_size=4 data.val_size=4"),
     "sdf": (damage("gdb9.sdf", lambda t: t.replace(" C ", " X ", 1)), "gdb9.sdf is damaged: record 1 is no molecule"),
     "sdf cut": (damage("gdb9.sdf", lambda t: t[:-30]), "gdb9.sdf is damaged: the file ends within record 40"),
@@ -441,6 +444,23 @@ def test_a_run_learns_molecules_and_predicts(cli, tmp_path):
     assert report([str(tmp_path), "--out", str(tmp_path / "report")]) == 0
     (cost,) = (tmp_path / "report").glob("*-cost.csv")
     assert "samples/s" in cost.read_text()
+
+
+def test_no_mean_is_taken_over_different_units(tmp_path, caplog):
+    """The table at the end of a run of 11 tasks: dipole moments are not averaged with energies."""
+    from mtl.engine.announce import footer
+    from mtl.engine.directory import RunDirectory
+
+    tasks = QM9(file="x.npz").tasks
+    values = {f"test/{task.name}_mae": float(i) for i, task in enumerate(tasks)}
+    summary = {"best": {key: {"value": value, "epoch": 2} for key, value in values.items()}, "last": values,
+               "selected": None, "images_per_second": 1.0, "peak_memory_gib": 1.0, "seconds": 1.0}  # fmt: skip
+    with caplog.at_level(logging.INFO, "mtl"):
+        footer(summary, 2, RunDirectory(tmp_path), "python train.py", "sample", tasks)
+    lines = [line.split() for line in caplog.messages[0].splitlines()[2:]]
+    assert lines == [["mu_mae", "0", "2", "0"], ["alpha_mae", "1", "2", "1"],
+                     ["mean", "mae", "(meV)", "of", "7", "tasks", "5.714", "each", "its", "own", "5.714"],
+                     ["r2_mae", "4", "2", "4"], ["cv_mae", "10", "2", "10"]]  # fmt: skip
 
 
 def test_the_identity_of_a_run_follows_the_content_of_its_file(tmp_path):

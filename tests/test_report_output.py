@@ -375,3 +375,21 @@ def test_delta_m_of_several_metrics_is_flat_or_by_task_and_the_report_says_which
         text = (tmp_path / "out/synthetic-resnet20-multi-task-last.csv").read_text()
         (row,) = csv.DictReader(io.StringIO(text))
         assert float(row["Δm %"]) == pytest.approx(value)
+
+
+def test_a_table_of_many_metrics_has_a_row_for_each_in_the_terminal():
+    """13 metrics in three selections of two strategies: 39 columns side by side would be 900 characters wide."""
+    names = [f"rooms_segmentation_metric_{i}" for i in range(13)]
+    header = ["strategy", "n", *(f"{name}\n{at}" for name in names for at in ("last", "best", "selected"))]
+    rows = [[Entry(label), Entry("3", 3), *(Entry(f"{i + k}.5", i + k, k == 1) for i in range(39))]
+            for k, label in enumerate(["equal", "nash_mtl"])]  # fmt: skip
+    lines = Table("title", "", header, rows).fitted(120).split("\n")
+    assert max(map(len, lines)) <= 120 and len(lines) == 3 + 1 + 39
+    assert [line.split() for line in lines[1:6:2]] == [["metric", "equal", "nash_mtl"], ["n", "3", "3"],
+                                                       ["best", "1.5", "2.5*"]]  # fmt: skip
+    assert [line.split()[0] for line in lines[4::3]] == names  # each said once
+    # More strategies than columns keep their rows. Too many columns of strategies go on below.
+    few = Table("title", "", header[:3], [[Entry(f"s{k}"), *row[1:3]] for k in range(9) for row in rows[:1]])
+    assert few.fitted(20).split("\n")[4].startswith("s0")
+    lines = Table("title", "", header, [[Entry(f"strategy {k}"), *rows[0][1:]] for k in range(30)]).fitted(120)
+    assert max(map(len, lines.split("\n"))) <= 120 and lines.count(names[7]) == lines.count("metric  ") > 3

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import math
 import re
 import socket
 import subprocess
@@ -346,6 +347,32 @@ def test_many_tasks_are_shown_by_their_mean_the_worst_and_the_best():
     errors |= {"a": ("mae", " D", False), "b": ("mae", " meV", False), "c": ("mae", " meV", False)}
     line = console.epoch_line(row, errors, 5, 0)
     assert "test a mae 0 D, 2 mae 1.5 meV (worst c 2, best b 1), 2 mae 3.5 (worst e 4, best d 3)" in line
+
+
+def test_what_was_not_measured_is_not_said():
+    row, tasks = epoch([f"t{i}" for i in range(6)])
+    tasks["t5"], row["test/t5_ap"] = ("ap", "%", True), 0.5  # average precision is not measured in training
+    line = console.epoch_line(row, tasks, 5, 0)
+    assert "train 5 accuracy 52% (worst t0 50, best t4 54) | test 5 accuracy" in line and ", t5 ap 0.5%" in line
+    boxes = {name: ("ap", "%", True) for name in tasks}
+    row |= {f"test/{name}_ap": 1.0 for name in tasks}
+    assert "train mean loss 3.500 | test 6 ap 1%" in console.epoch_line(row, boxes, 5, 0)
+    # A split without labels, and an undefined value, have a dash: of few tasks and of many.
+    row |= {"test/t5_ap": math.nan, "test/t5_loss": math.nan, "test/t1_accuracy": math.nan}
+    assert "t5 ap –" in console.epoch_line(row, tasks, 5, 0)
+    few = {name: tasks[name] for name in ("t0", "t1", "t5")}
+    assert "| test t0 1.000 50%, t1 2.000 –, t5 – | w" in console.epoch_line(row, few, 5, 0)
+
+
+def test_five_tasks_of_different_kinds_fit_a_terminal_without_losing_one():
+    kinds = {"boxes_boxes": "ap", "boxes_segmentation": "miou", "rooms_segmentation": "miou"}
+    kinds |= {"rooms_depth": "abs_err", "rooms_normals": "mean"}
+    tasks = {name: (kind, "%" if kind in ("ap", "miou") else "", True) for name, kind in kinds.items()}
+    row = {"epoch": 3, "lr": 0.1, "time/images_per_second": 12345.6}
+    row |= {f"{s}/{t}_loss": 1.25 for s in ("train", "test") for t in tasks}
+    row |= {f"{s}/{t}_{kind}": 21.25 for s in ("train", "test") for t, kind in kinds.items()}
+    short = console.epoch_line(row, tasks, 200, 75).fit(118)
+    assert len(short) <= 118 and "…" not in short and "rooms_normals mean 21.25" in short
 
 
 def test_a_wide_table_is_folded():

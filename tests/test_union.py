@@ -568,6 +568,14 @@ def test_lists_of_files_are_the_splits(office):
     (office / "test.txt").write_text("dslr/bike/1.png\namazon/mug/77.png\n")
     with pytest.raises(SetupError, match=r"test.txt, line 2: there is no image amazon/mug/77.png"):
         make_office(office).splits()
+    # A line that names no folder beside the list would silently take an image away.
+    (office / "webcam").mkdir()
+    for line in ("webcam/bike/1.png", "", "Amazon/bike/1.png"):
+        (office / "test.txt").write_text(f"dslr/bike/1.png\namazon/mug/2.png\n{line}\n")
+        if line != "Amazon/bike/1.png":
+            make_office(office).splits()  # another domain, which this run does not train on
+    with pytest.raises(SetupError, match=r"test.txt, line 3: there is no image Amazon/bike/1.png"):
+        make_office(office).splits()
 
 
 def test_wrong_folders_are_named(office, tmp_path):

@@ -23,7 +23,7 @@ from mtl.report.names import visible
 from mtl.report.protocols import benchmarks
 from mtl.report.runs import Collection, load
 from mtl.report.scores import Scores
-from mtl.tracking.console import columns, count, duration, fold
+from mtl.tracking.console import WIDE, columns, count, duration, fold
 
 ELSEWHERE, POLL = "running elsewhere", 1.0  # a run's status; seconds between two looks at it
 
@@ -98,9 +98,9 @@ def summarise(folder: Path, kept: bool, interrupted: bool = False) -> tuple[int,
     for benchmark in benchmarks(found.runs, found.stopped):
         for arch in benchmark.archs:
             scores = Scores(benchmark, arch)
-            text = summaries.metrics_table(scores).terminal()
+            text = summaries.metrics_table(scores).fitted(columns() or WIDE)
             beaten |= "†" in text
-            print(f"\n{fold(text, columns())}")
+            print(f"\n{text}")
             told += filter(None, [_tell_wandb(scores)])
         from mtl.report.figures.paper import draw  # late: matplotlib takes a second to import
 

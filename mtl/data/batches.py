@@ -32,18 +32,18 @@ class TrainingBatches:
             in each part of a batch, and some methods split a batch into two or three parts.
 
     Attributes:
-        partial: names of the tasks for which some sample has no label.
+        labels: {task: number of samples with its label}, of the tasks that some sample lacks.
         samples: number of samples in an epoch.
     """
 
     def __init__(self, split: Split, benchmark: Benchmark, device: torch.device, seed: int, smallest: int = 2):
         self.benchmark, self.device, self.seed, self.size = benchmark, device, seed, len(split)
-        self.partial = frozenset(
-            t.name
+        known = {
+            t.name: sum(int(t.labelled(t.select(part)).sum()) for part in pieces(split, t.column))
             for t in benchmark.tasks
             if t.column in split.columns
-            and not all(t.labelled(t.select(part)).all() for part in pieces(split, t.column))
-        )
+        }
+        self.labels = {name: number for name, number in known.items() if number < len(split)}
         self.resident = _resident(split, benchmark, device)
         self.split = split.to(device) if self.resident else split
         self.draws = benchmark.draws(split)
@@ -51,6 +51,11 @@ class TrainingBatches:
         # Every full batch, and the rest if it is large enough. The order changes in each epoch, so no sample is lost.
         full, rest = divmod(self.samples, self.draws.batch)
         self.steps = full + (rest >= smallest)
+
+    @property
+    def partial(self) -> frozenset[str]:
+        """Names of the tasks for which some sample has no label."""
+        return frozenset(self.labels)
 
     def __len__(self) -> int:
         return self.steps

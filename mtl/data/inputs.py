@@ -244,6 +244,10 @@ class Rows(Input):
         if len(lengths) and int(lengths.min()) < 0:
             where = int(lengths.argmin())
             raise ValueError(f"sample {where} has the length {int(lengths[where])}; an input has 0 rows or more")
+        if self.below is None and not values.isfinite().all():
+            wrong = int((~values.reshape(len(values), -1).isfinite().all(1)).nonzero()[0])
+            sample = int((lengths.cumsum(0) <= wrong).sum())
+            raise ValueError(f"sample {sample} has the row {values[wrong].tolist()}; finite numbers are needed")
         if self.below is not None and len(values):
             low, high = int(values.min()), int(values.max())
             if low < 0 or high >= self.below:

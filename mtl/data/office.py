@@ -93,9 +93,11 @@ class Domain(Benchmark):
     def _listed(self, split: str, row: Mapping[str, int]) -> list[int]:
         """The rows that train.txt, val.txt or test.txt lists."""
         file, rows = self.root / f"{split}.txt", []
+        folders = {entry.name for entry in os.scandir(self.root) if entry.is_dir()}
         for number, line in enumerate(file.read_text().splitlines(), start=1):
             name = line.strip()
-            if name.partition("/")[0] != self.name:
+            domain = name.partition("/")[0]
+            if not name or (domain != self.name and domain in folders):  # another task's image
                 continue
             if name not in row:
                 raise SetupError(f"{file}, line {number}: there is no image {name} in {self.root}")

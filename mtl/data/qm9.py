@@ -88,7 +88,7 @@ class QM9(Quantities):
             )
         # The engine has seeded torch's global generator by the run's seed.
         order = torch.randperm(size, generator=stream(0, "qm9_split") if self.split == "fixed" else None)
-        ends = {"test": (0, self.test_size), "val": (self.test_size, held_out), "train": (held_out, size)}
+        ends = {"train": (held_out, size), "val": (self.test_size, held_out), "test": (0, self.test_size)}
         # Sorted, so that evaluation goes through the molecules in the order of the files.
         parts = {name: Split(whole.batch(order[a:b].sort().values)) for name, (a, b) in ends.items()}
         return self.standardised(parts)

@@ -28,12 +28,14 @@ NAMES = {"train": "training", "val": "validation"}  # of splits, in messages
 
 
 def header(config: Mapping[str, Any], identity: Identity, benchmark: Benchmark, learner: Learner,
-           splits: Mapping[str, Split], steps: int, path: str, tracker: str, resumed: int) -> None:  # fmt: skip
+           splits: Mapping[str, Split], labels: Mapping[str, int], steps: int, path: str, tracker: str, resumed: int,
+           ) -> None:  # fmt: skip
     """Log what will be trained, before the first epoch.
 
     Args:
         config, identity, benchmark, learner: the run's.
         splits: the data, "train" among it.
+        labels: number of training samples with a label, of each task that some sample lacks.
         steps: number of steps in an epoch.
         path: the run's directory.
         tracker: the tracker's own line, such as the address of a dashboard.
@@ -48,6 +50,7 @@ def header(config: Mapping[str, Any], identity: Identity, benchmark: Benchmark, 
     lines = {
         "run": identity.title,
         "data": f"{identity.data}: {samples}; {_tasks(learner.tasks)}",
+        "labels": _labels(labels, len(splits["train"]), benchmark.noun),
         "model": f"{identity.arch}: {count_parameters(learner.model):,} parameters, "
         f"{count_macs(learner.model, benchmark.one()) / 1e6:,.1f} MMAC {each}",
         "strategy": f"{identity.loss} ({strategy.family}{heads}{f', {own} own parameters' if own else ''})",
@@ -96,7 +99,8 @@ def unlabelled(tasks: Sequence[Task], splits: Mapping[str, Split], select: str) 
         )
 
 
-def footer(summary: Mapping[str, Any], epochs: int, directory: RunDirectory, command: str, noun: str) -> None:
+def footer(summary: Mapping[str, Any], epochs: int, directory: RunDirectory, command: str, noun: str,
+           tasks: Sequence[Task]) -> None:  # fmt: skip
     """Log the results, and the command that repeats the run.
 
     Args:
@@ -105,20 +109,12 @@ def footer(summary: Mapping[str, Any], epochs: int, directory: RunDirectory, com
         directory: the run's directory.
         command: the command that repeats the run.
         noun: what a sample of the data is called.
+        tasks: of the run.
     """
     chosen = summary["selected"]
     header = ["test", "best", "at epoch", f"last ({epochs})", *([f"by {chosen['by']}"] if chosen else [])]
-    body = _means(summary, chosen) or [
-        [
-            key.removeprefix("test/"),
-            f"{best['value']:.4g}",
-            str(best["epoch"]),
-            f"{summary['last'][key]:.4g}",
-            *([f"{chosen[key]:.4g}"] if chosen else []),
-        ]
-        for key, best in summary["best"].items()
-    ]
-    log.info(table(header, body))
+    kinds = _kinds(tasks) if len(tasks) > MANY else {key.removeprefix("test/"): [key] for key in summary["best"]}
+    log.info(table(header, [_results(name, keys, summary, chosen) for name, keys in kinds.items()]))
     speed = f"{rate(summary['images_per_second'], noun)} in training"
     speed += f", peak memory {summary['peak_memory_gib']:.2f} GiB"
     files = "last.pt and best.pt" if directory.best.is_file() else "last.pt (best.pt is missing)"
@@ -126,20 +122,26 @@ def footer(summary: Mapping[str, Any], epochs: int, directory: RunDirectory, com
     log.info(f"reproduce: {command}")
 
 
-def _means(summary: Mapping[str, Any], chosen: Mapping[str, Any] | None) -> list[list[str]]:
-    """The table's lines for more than MANY tasks: means over the tasks. Empty for fewer tasks."""
-    kinds: dict[str, list[str]] = {}
-    for task, names in summary["tasks"].items():
-        for name in names:
-            kinds.setdefault(name.removeprefix(f"{task}_"), []).append(f"test/{name}")
-    if len(summary["tasks"]) <= MANY:
-        return []
-    lines = []
-    for kind, keys in kinds.items():
-        columns = [[summary["last"][k] for k in keys], *([[chosen[k] for k in keys]] if chosen else [])]
-        means = [_mean([summary["best"][k]["value"] for k in keys]), "each its own", *map(_mean, columns)]
-        lines.append([f"mean {kind} of {len(keys)} tasks", *means])
-    return lines
+def _kinds(tasks: Sequence[Task]) -> dict[str, list[str]]:
+    """{"mean accuracy of 40 tasks": keys in the summary, …}: metrics of one name and one unit have a mean."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for task in tasks:
+        for score in task.scores:
+            found.setdefault((score.name, score.unit), []).append(f"test/{task.name}_{score.name}")
+    names = [name for name, _ in found]
+    kinds = {}
+    for (name, unit), keys in found.items():
+        shown = f"{name} ({unit.strip()})" if names.count(name) > 1 and unit else name
+        kinds[f"mean {shown} of {len(keys)} tasks" if len(keys) > 1 else keys[0].removeprefix("test/")] = keys
+    return kinds
+
+
+def _results(name: str, keys: Sequence[str], summary: Mapping[str, Any], chosen: Mapping[str, Any] | None) -> list[str]:
+    """One line of the table: a metric, or the mean of several."""
+    best = [summary["best"][key] for key in keys]
+    columns = [[summary["last"][k] for k in keys], *([[chosen[k] for k in keys]] if chosen else [])]
+    epoch = str(best[0]["epoch"]) if len(keys) == 1 else "each its own"
+    return [name, _mean([b["value"] for b in best]), epoch, *map(_mean, columns)]
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -155,6 +157,16 @@ def _tasks(tasks: Sequence[Task], most: int = MANY) -> str:
 
 def _listed(names: Sequence[str], most: int = MANY) -> str:
     return ", ".join(names if len(names) <= most else [*names[: most - 1], "…", names[-1]])
+
+
+def _labels(labels: Mapping[str, int], size: int, noun: str) -> str:
+    if not labels:
+        return ""
+    named = ", ".join(f"{task} {number:,}" for task, number in labels.items())
+    if len(labels) > MANY:
+        low, high = min(labels.values()), max(labels.values())
+        named = f"{len(labels)} tasks {f'{low:,}' if low == high else f'{low:,} to {high:,}'}"
+    return f"{named} of {size:,} training {noun}s"
 
 
 def _device_name(device: torch.device) -> str:

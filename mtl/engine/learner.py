@@ -34,7 +34,7 @@ from mtl.optim.schedules import Schedule
 from mtl.parallel.processes import Processes
 from mtl.random import seeded
 from mtl.tasks import Task
-from mtl.tasks.groups import Groups
+from mtl.tasks.groups import Groups, Units
 from mtl.tasks.predictions import Predictions, each
 from mtl.tracking.console import Progress
 
@@ -59,9 +59,10 @@ class Look:
     observer: GradientObserver
     learner: Learner
     batch: Batch
+    units: Units
 
     def before(self, passes: Sequence[Pass]) -> None:
-        predictions, losses = self.learner._whole(passes, self.batch)
+        predictions, losses = self.learner._whole(passes, self.batch, self.units)
         self.observer.before(predictions, losses, self.batch)
 
     def jacobian(self, jacobian: Tensor) -> None:
@@ -182,13 +183,15 @@ class Learner:
                 # The schedule counts epochs from the start of the stage: epoch - first + i / steps of them are done.
                 if i == 0 or self.schedule.interval == "step":
                     self._set_rate(epoch - first + i / steps, stage.epochs)
-                labelled = self._labelled(batch, counts) if partial or counts is not None else None
+                # Labels are counted here, once: for the marks, the losses and the sums.
+                units = self._groups.units(batch)
+                labelled = self._labelled(units, counts) if partial or counts is not None else None
                 # Without trainable shared parameters, there are no gradients to compare.
-                look = Look(observer, self, batch) if self.microscope.looks(i) and observer.parameters else None
+                look = Look(observer, self, batch, units) if self.microscope.looks(i) and observer.parameters else None
                 # One update: see `Step.__call__`. `self.forward(batch)` is a function that computes the losses, because
                 # some methods call it several times. `info` holds the weights, statistics and forward passes.
-                info = step(self.forward(batch), _size(batch), labelled, look)
-                losses = self._add_up(info, batch, tally)
+                info = step(self.forward(batch, units), _size(batch), labelled, look)
+                losses = self._add_up(info, batch, units, tally)
                 # The sums stay on the device. If a loss becomes NaN, the alarm raises `Diverged` within the epoch.
                 alarm.see(losses, info.norm, counts)
                 if watch is not None:
@@ -214,15 +217,15 @@ class Learner:
             }
 
     @torch.no_grad()
-    def _add_up(self, info: Info, batch: Batch, tally: Tally) -> Sequence[Tensor]:
+    def _add_up(self, info: Info, batch: Batch, units: Units, tally: Tally) -> Sequence[Tensor]:
         """Add one step to the epoch's sums on the device.
 
         Returns:
             the step's T losses on the whole batch.
         """
         # A name with a slash, such as "step/norm", cannot collide with a task's: no task name contains a slash.
-        predictions, losses = self._whole(info.passes, batch)
-        counts = self._add_tasks(predictions, batch, tally, training=True)
+        predictions, losses = self._whole(info.passes, batch, units)
+        counts = self._add_tasks(predictions, batch, units, tally, training=True)
         # A loss is a mean over the batch's labels. Multiplied by their number it can be summed over batches.
         sums = {"loss": torch.stack(list(losses)) * counts}
         for name in ("weights", *STATISTICS):
@@ -231,13 +234,15 @@ class Learner:
         tally.add_all(sums)
         return losses
 
-    def _add_tasks(self, predictions: Sequence[Any], batch: Batch, tally: Tally, training: bool = False) -> Tensor:
+    def _add_tasks(
+        self, predictions: Sequence[Any], batch: Batch, units: Units, tally: Tally, training: bool = False
+    ) -> Tensor:
         """Add a batch to the metrics of all tasks.
 
         Returns:
             (T,) numbers of labelled units in the batch, such as samples.
         """
-        counts = self._groups.counts(batch)
+        counts = self._groups.counts(units)
         tally.add("count", counts)
         self._groups.update(predictions, batch, tally, training)
         return counts
@@ -279,10 +284,10 @@ class Learner:
         counts = [stage.counts(name) for name in names]
         return None if all(counts) else torch.tensor(counts).to(self.device, non_blocking=True)
 
-    def _labelled(self, batch: Batch, counts: Tensor | None) -> Tensor:
+    def _labelled(self, units: Units, counts: Tensor | None) -> Tensor:
         """(N, T) bool: whether sample n has a label of task t, and the task counts in this stage."""
         # For each sample, and not only for the batch, because a step may divide the batch into parts.
-        labelled = self._groups.labelled(batch)
+        labelled = self._groups.labelled(units)
         return labelled if counts is None else labelled & counts
 
     def step(self) -> Step:
@@ -294,7 +299,7 @@ class Learner:
             switches=self.switches, model=self.model,
         )  # fmt: skip
 
-    def _whole(self, passes: Sequence[Pass], batch: Batch) -> tuple[Sequence[Any], Sequence[Tensor]]:
+    def _whole(self, passes: Sequence[Pass], batch: Batch, units: Units) -> tuple[Sequence[Any], Sequence[Tensor]]:
         """Each task's predictions and loss on the whole batch, collected from the step's forward passes."""
         if len(passes) == 1:
             return passes[0].predictions, passes[0].values
@@ -303,15 +308,15 @@ class Learner:
         # A method with independent batches has made a pass for each part. The predictions are joined, and the loss is
         # computed again: the mean of the parts' losses would weigh labels unequally.
         predictions = [each(_joined, *parts) for parts in zip(*(p.predictions for p in passes), strict=True)]
-        return predictions, self._groups.losses(predictions, batch)
+        return predictions, self._groups.losses(predictions, batch, units)
 
-    def forward(self, batch: Batch) -> Callable[[slice], Pass]:
+    def forward(self, batch: Batch, units: Units) -> Callable[[slice], Pass]:
         """The function that computes the losses of a part of this batch: `Step` calls it as forward(slice(0, 64))."""
 
         def forward(part: slice) -> Pass:
             piece = {name: column[part] for name, column in batch.items()}
-            outputs = self.predict(piece)
-            return Pass(self._groups.losses(outputs.predictions, piece), outputs.features, outputs.predictions)
+            outputs, own = self.predict(piece), [known[:, part] for known in units]
+            return Pass(self._groups.losses(outputs.predictions, piece, own), outputs.features, outputs.predictions)
 
         return forward
 
@@ -389,7 +394,7 @@ class Learner:
         tally = Tally(self.device)
         for batch in batches:
             predictions = self.predict(batch).predictions
-            self._add_tasks(predictions, batch, tally)
+            self._add_tasks(predictions, batch, self._groups.units(batch), tally)
             # A sum over the labelled samples. `_row` divides it by their number, so that batch sizes do not matter.
             tally.add("loss", self._groups.sums(predictions, batch))
         return self._row(name, tally.read())

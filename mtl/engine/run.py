@@ -187,7 +187,9 @@ class Job:
             self._finish()
         if self.failed is not None:
             return self.failed
-        announce.footer(self.summary(), len(self.rows), self.directory, self.command, self.benchmark.noun)
+        announce.footer(
+            self.summary(), len(self.rows), self.directory, self.command, self.benchmark.noun, self.learner.tasks
+        )
         return Outcome("finished", 0, str(self.directory.path))
 
     @contextmanager
@@ -235,8 +237,8 @@ class Job:
         where = self.tracker.start(self._info())
         splits = {"train": self.train.split, **{name: b.split for name, b in self.evaluations.items()}}
         announce.header(
-            self.config, self.identity, self.benchmark, self.learner, splits, len(self.train), str(directory.path),
-            where, len(rows),
+            self.config, self.identity, self.benchmark, self.learner, splits, self.train.labels, len(self.train),
+            str(directory.path), where, len(rows),
         )  # fmt: skip
         # A kill after last.pt was written and before best.pt was leaves best.pt one epoch behind.
         if rows and (problem := mend_best(directory, self.identity.name, rows, self._selection)):

@@ -27,7 +27,7 @@ from mtl.report.protocols import DELTA_M, Protocol, benchmarks
 from mtl.report.runs import SELECTIONS, fingerprint, load
 from mtl.report.scores import Scores
 from mtl.report.tables import Table
-from mtl.tracking.console import columns, fold
+from mtl.tracking.console import WIDE, columns
 
 SECONDS = 10.0  # between two looks of --watch
 
@@ -248,13 +248,13 @@ def _tables(scores: Scores, reference: str, failed: Failures) -> dict[str, Table
 
 def _shown(table: Table) -> str:
     """The table in lines that fit the terminal."""
-    title, _, rest = fold(table.terminal(), columns(), table.keys).partition("\n")
+    title, _, rest = table.fitted(columns() or WIDE).partition("\n")
     return f"{textwrap.fill(title, _width())}\n{rest}"
 
 
 def _width() -> int:
     """Columns of running text."""
-    return min(120, columns() or 120)
+    return min(WIDE, columns() or WIDE)
 
 
 def _unused(prefix: str, names: Container[str]) -> str:

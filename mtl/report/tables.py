@@ -11,7 +11,7 @@ from itertools import groupby
 
 from mtl.report import names
 from mtl.report.glossary import define
-from mtl.tracking.console import table
+from mtl.tracking.console import fold, table
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,27 @@ class Table:
             return f"{self.title}\n{table(below, rows)}"
         first, rule, second, *rest = table(above, [below, *rows]).split("\n")
         return "\n".join([self.title, first, second, rule, *rest])
+
+    def fitted(self, width: int) -> str:
+        """As `terminal`, in at most `width` columns. Of many metrics each gets a row, and each strategy a column."""
+        text = self.terminal()
+        fits = max(len(line) for line in text.split("\n")[1:]) <= width
+        turned = not fits and self.keys == 1 and len(self.header) > len(self.rows)
+        return fold(self._turned() if turned else text, width, 2 if turned else self.keys)
+
+    def _turned(self) -> str:
+        """Plain text with a row for each column of this table. A name is not repeated below itself."""
+        marks = [max(len(c.mark) for c in row) for row in self.rows]
+        rows, before = [], ""
+        for i, (above, below) in enumerate(zip(*self._lines(), strict=True)):
+            if i:
+                first, second = (above, below) if above else (below, "")
+                cells = [row[i].text + row[i].mark.ljust(n) for row, n in zip(self.rows, marks, strict=True)]
+                rows.append(["" if first == before else first, second, *cells])
+                before = first
+        wide = max(len(row[1]) for row in rows)
+        rows = [[row[0], row[1].ljust(wide), *row[2:]] for row in rows]
+        return f"{self.title}\n{table(['metric', '', *(row[0].text for row in self.rows)], rows)}"
 
     @property
     def keys(self) -> int:

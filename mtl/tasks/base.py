@@ -129,30 +129,35 @@ class Task(ABC):
         """() the number of labelled units of a batch, on the device."""
         return self.units(target).sum()
 
-    def loss(self, prediction: Any, target: Any) -> Tensor:
+    def loss(self, prediction: Any, target: Any, units: Tensor | None = None) -> Tensor:
         """() the mean loss over a batch's labelled units; a differentiable 0 if there are none.
+
+        Args:
+            prediction, target: as in `criterion`.
+            units: (N,) `units` of the target, if they are known already.
 
         Raises:
             ValueError: the criterion does not return one loss for each sample.
         """
-        losses, units = self.checked_losses(prediction, target)
+        units = self.units(target) if units is None else units
+        losses = self.checked_losses(prediction, target, units)
         # The same as losses.sum() / units.sum(), up to rounding. In this form the factor is exactly 1 if each sample
         # has one label, so the result equals losses.mean() bit for bit.
         return losses.mean() * (len(losses) / units.sum().clamp(min=1).to(losses.dtype))
 
-    def checked_losses(self, prediction: Any, target: Any) -> tuple[Tensor, Tensor]:
-        """(N,) `criterion` and (N,) `units` of a batch.
+    def checked_losses(self, prediction: Any, target: Any, units: Tensor) -> Tensor:
+        """(N,) `criterion` of a batch whose samples have `units` (N,).
 
         Raises:
             ValueError: the criterion does not return one loss for each sample.
         """
-        losses, units = self.criterion(prediction, target), self.units(target)
+        losses = self.criterion(prediction, target)
         if losses.shape != units.shape:
             raise ValueError(
                 f"{type(self).__name__}.criterion returned the shape {tuple(losses.shape)} for a "
                 f"prediction {_shape(prediction)}; one loss for each sample has the shape {tuple(units.shape)}"
             )
-        return losses, units
+        return losses
 
 
 def _shape(value: Any) -> object:

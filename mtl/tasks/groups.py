@@ -26,6 +26,7 @@ from mtl.tasks.base import Task
 from mtl.tasks.predictions import Predictions
 
 Labels = Mapping[str, Tensor]  # a batch: its columns by name
+Units = Sequence[Tensor]  # for each group of alike tasks (K, N) int64, the labelled units of each task and sample
 
 
 def alike(kind: Callable[..., Task], names: Sequence[str], *, target: str, **arguments: Any) -> tuple[Task, ...]:
@@ -79,21 +80,31 @@ class Groups:
         self.tasks = list(tasks)
         self._groups = [_Group([self.tasks[i] for i in places], places) for places in places_of_alike(self.tasks)]
 
-    def losses(self, predictions: Sequence[Any], batch: Labels) -> list[Tensor]:
-        """T scalars: the mean loss over each task's labelled units, as `Task.loss`."""
-        return self._ordered(group.losses(predictions, batch) for group in self._groups)
+    def units(self, batch: Labels) -> Units:
+        """The labelled units of each sample. A step counts them once, and hands them to what needs them."""
+        return [group.units(batch) for group in self._groups]
+
+    def losses(self, predictions: Sequence[Any], batch: Labels, units: Units | None = None) -> list[Tensor]:
+        """T scalars: the mean loss over each task's labelled units, as `Task.loss`.
+
+        Args:
+            units: of `units(batch)`, if they are known already.
+        """
+        units = self.units(batch) if units is None else units
+        pairs = zip(self._groups, units, strict=True)
+        return self._ordered(group.losses(predictions, batch, known) for group, known in pairs)
 
     def sums(self, predictions: Sequence[Any], batch: Labels) -> Tensor:
         """(T,) the loss of each task, summed over its labelled units."""
         return self._joined([group.sums(predictions, batch) for group in self._groups])
 
-    def counts(self, batch: Labels) -> Tensor:
+    def counts(self, units: Units) -> Tensor:
         """(T,) int64, the number of labelled units of each task."""
-        return self._joined([group.counts(batch) for group in self._groups])
+        return self._joined([known.sum(1) for known in units])
 
-    def labelled(self, batch: Labels) -> Tensor:
+    def labelled(self, units: Units) -> Tensor:
         """(N, T) bool: whether sample n has a label of task t."""
-        return self._joined([group.labelled(batch) for group in self._groups]).T
+        return self._joined([known > 0 for known in units]).T
 
     def update(self, predictions: Sequence[Any], batch: Labels, tally: Tally, training: bool = False) -> None:
         """Add a batch to the states of all metrics in `tally`.
@@ -176,12 +187,12 @@ class _Group:
         # Not column[:, list]: a list would be copied to the device in every step.
         return torch.stack([column[:, i] for i in self._columns])
 
-    def losses(self, predictions: Sequence[Any], batch: Labels) -> Sequence[Tensor]:
+    def losses(self, predictions: Sequence[Any], batch: Labels, units: Tensor) -> Sequence[Tensor]:
         prediction, target = self.prediction(predictions), self.target(batch)
         if self.alone:
-            return [self.first.loss(prediction, target)]
-        both = self.first.checked_losses(prediction.flatten(0, 1), target.flatten(0, 1))
-        losses, units = (values.view(self.size, -1) for values in both)
+            return [self.first.loss(prediction, target, units[0])]
+        losses = self.first.checked_losses(prediction.flatten(0, 1), target.flatten(0, 1), units.flatten())
+        losses = losses.view(self.size, -1)
         # As in `Task.loss`, for each row.
         factor = losses.shape[1] / units.sum(1).clamp(min=1).to(losses.dtype)
         return (losses.mean(1) * factor).unbind()
@@ -193,17 +204,11 @@ class _Group:
         losses = self.first.criterion(prediction.flatten(0, 1), target.flatten(0, 1))
         return losses.view(self.size, -1).sum(1)
 
-    def counts(self, batch: Labels) -> Tensor:
+    def units(self, batch: Labels) -> Tensor:
         target = self.target(batch)
         if self.alone:
-            return self.first.count(target)[None]
-        return self.first.units(target.flatten(0, 1)).view(self.size, -1).sum(1)
-
-    def labelled(self, batch: Labels) -> Tensor:
-        target = self.target(batch)
-        if self.alone:
-            return self.first.labelled(target)[None]
-        return self.first.labelled(target.flatten(0, 1)).view(self.size, -1)
+            return self.first.units(target)[None]
+        return self.first.units(target.flatten(0, 1)).view(self.size, -1)
 
     def states(self, place: int, read: Mapping[str, Tensor]) -> list[Tensor | None]:
         """The metric states of one task; None for a metric that was not measured."""

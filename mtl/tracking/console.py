@@ -88,6 +88,9 @@ def columns() -> int | None:
         return None
 
 
+WIDE = 120  # columns of a table or of running text, where no terminal says how wide it is
+
+
 def fold(text: str, width: int | None, keys: int = 1) -> str:
     """A table whose columns do not fit side by side as several tables, each with the first columns.
 
@@ -137,15 +140,18 @@ def epoch_line(
     splits = [name for name in ("train", "val", "test") if any(f"{name}/{task}_loss" in row for task in tasks)]
     start = f"epoch {int(row['epoch']):{digits}d}/{epochs}"
 
-    def said(split: str, losses: bool) -> str:
+    def said(split: str, losses: bool, spread: bool = True) -> str:
         shown = {task: told for task, told in tasks.items() if f"{split}/{task}_loss" in row}
         if len(shown) > MANY:
-            return f"{split} {_summary(row, split, shown, named=losses)}"
+            return f"{split} {_summary(row, split, shown, spread, named=losses)}"
         cells = []
         for task, told in shown.items():
-            loss = [f"{row[f'{split}/{task}_loss']:.3f}"] if losses else []
+            # A dash: without a label there is no loss, and F1 is undefined without a positive label.
+            loss = [_known(row[f"{split}/{task}_loss"], ".3f")] if losses else []
             key = f"{split}/{task}_{told[0]}"  # some metrics are not measured in training
-            value = [f"{row[key]:.4g}{told[1]}"] if key in row else []
+            value = [_known(row[key], ".4g", told[1])] if key in row else []
+            if loss == value == ["–"]:
+                value = []
             cells.append(" ".join([task, *loss, *value]))
         return f"{split} {', '.join(cells)}"
 
@@ -158,8 +164,9 @@ def epoch_line(
         "eta": f"ETA {duration(remaining)}" if remaining > 0 else "",
     }
 
-    def line(splits: Sequence[str], losses: bool, *names: str) -> str:
-        return " | ".join(filter(None, [start, *(said(s, losses) for s in splits), *(ends[name] for name in names)]))
+    def line(splits: Sequence[str], losses: bool, *names: str, spread: bool = True) -> str:
+        told = [said(s, losses, spread) for s in splits]
+        return " | ".join(filter(None, [start, *told, *(ends[name] for name in names)]))
 
     def fit(width: int) -> str:
         kept = splits[1:] or splits  # the results on new data are what an epoch is looked at for
@@ -167,7 +174,7 @@ def epoch_line(
             (splits, True, "w", "lr", "speed", "eta"), (splits, True, "lr", "eta"), (kept, True, "w", "lr", "eta"),
             (kept, True, "eta"), (kept, False, "eta"), (kept[-1:], False, "eta"), (kept[-1:], False),
         ]  # fmt: skip
-        lines = [line(*way) for way in ways]
+        lines = [*(line(*way) for way in ways), line(kept[-1:], False, spread=False)]
         return next((text for text in lines if len(text) <= width), f"{lines[-1][: width - 1]}…")
 
     return Fitted(line(splits, True, "w", "lr", "speed", "eta"), fit)
@@ -176,27 +183,43 @@ def epoch_line(
 MANY = 4  # tasks that a line shows one by one
 
 
-def _summary(row: Mapping[str, float], split: str, tasks: Mapping[str, Sequence[Any]], named: bool) -> str:
-    """The mean over the tasks, the worst and the best of them, for each metric that they have, in each of its units."""
+def _known(value: float, form: str, unit: str = "") -> str:
+    return f"{value:{form}}{unit}" if value == value else "–"
+
+
+def _summary(
+    row: Mapping[str, float], split: str, tasks: Mapping[str, Sequence[Any]], spread: bool, named: bool
+) -> str:
+    """The mean over the tasks, the worst and the best of them, for each metric that they have, in each of its units.
+
+    Args:
+        spread: whether the worst and the best are shown.
+        named: whether their names are shown, too.
+    """
     parts = []
     for metric, unit in dict.fromkeys((told[0], told[1]) for told in tasks.values()):
         keys = {t: f"{split}/{t}_{metric}" for t, told in tasks.items() if tuple(told[:2]) == (metric, unit)}
-        values = {t: row[key] for t, key in keys.items() if key in row}  # some are not measured in training
+        values = {t: row[key] for t, key in keys.items() if key in row}
+        if not values:  # such as average precision, which is not measured in training
+            continue
         higher = next(told[2:] for told in tasks.values() if tuple(told[:2]) == (metric, unit)) != (False,)
         # Undefined values, such as F1 without a positive label, have no part in the mean.
-        values = {task: value for task, value in values.items() if value == value}
-        mean = f"{sum(values.values()) / len(values):.4g}{unit}" if values else "–"
-        who = next(iter(values)) if len(values) == 1 else len(values)
+        known = {task: value for task, value in values.items() if value == value}
+        mean = f"{sum(known.values()) / len(known):.4g}{unit}" if known else "–"
+        who = next(iter(values)) if len(values) == 1 else len(known) or len(values)
         text = f"{who} {metric} {mean}"
-        if len(values) > 1:
-            low, high = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
+        if len(known) > 1 and spread:
+            low, high = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
             worst, best = (low, high) if higher else (high, low)
             text += (
-                f" (worst {worst} {values[worst]:.4g}, best {best} {values[best]:.4g})"
+                f" (worst {worst} {known[worst]:.4g}, best {best} {known[best]:.4g})"
                 if named
-                else (f" ({values[worst]:.4g} to {values[best]:.4g})")
+                else (f" ({known[worst]:.4g} to {known[best]:.4g})")
             )
         parts.append(text)
+    if not parts:
+        losses = [loss for task in tasks if (loss := row[f"{split}/{task}_loss"]) == loss]
+        parts = [f"mean loss {sum(losses) / len(losses):.3f}" if losses else "no label"]
     return ", ".join(parts)
 
 
