@@ -450,6 +450,9 @@ def test_no_mean_is_taken_over_different_units(tmp_path, caplog):
     """The table at the end of a run of 11 tasks: dipole moments are not averaged with energies."""
     from mtl.engine.announce import footer
     from mtl.engine.directory import RunDirectory
+    from mtl.engine.summary import units
+    from mtl.report.overall import kinds
+    from mtl.report.protocols import Protocol
 
     tasks = QM9(file="x.npz").tasks
     values = {f"test/{task.name}_mae": float(i) for i, task in enumerate(tasks)}
@@ -461,6 +464,10 @@ def test_no_mean_is_taken_over_different_units(tmp_path, caplog):
     assert lines == [["mu_mae", "0", "2", "0"], ["alpha_mae", "1", "2", "1"],
                      ["mean", "mae", "(meV)", "of", "7", "tasks", "5.714", "each", "its", "own", "5.714"],
                      ["r2_mae", "4", "2", "4"], ["cv_mae", "10", "2", "10"]]  # fmt: skip
+    # The report reads the units in summary.json.
+    mains = {task.name: f"{task.name}_mae" for task in tasks}
+    protocol = Protocol("qm9", dict.fromkeys(mains.values(), False), [], [], mains, units=units(tasks))
+    assert list(kinds(protocol)) == ["mu_mae", "alpha_mae", "mean mae (meV) of 7 tasks", "r2_mae", "cv_mae"]
 
 
 def test_the_identity_of_a_run_follows_the_content_of_its_file(tmp_path):

@@ -15,7 +15,7 @@ from mtl.engine.directory import RunDirectory
 from mtl.engine.files import CURE, Damaged, digest, plain, read_json, write_json
 from mtl.engine.learner import Learner
 from mtl.engine.resume import mend_best, problem_of
-from mtl.engine.summary import MEAN, Selection, best, metrics, owned, selection, selection_of, speed, summarise
+from mtl.engine.summary import MEAN, Selection, best, metrics, owned, selection, selection_of, speed, summarise, units
 from mtl.errors import UserError
 from mtl.tracking import RunInfo, Tracker, flatten
 
@@ -50,7 +50,7 @@ def inspect(directory: RunDirectory, name: str, epochs: int, build: Callable[[],
             except KeyError as error:
                 raise Damaged(f"{directory.metrics} is damaged: a row lacks {error}; {CURE}") from error
             content["parameters"] = count_parameters(learner.model)
-            content["tasks"] = owned(learner.tasks)
+            content |= {"tasks": owned(learner.tasks), "units": units(learner.tasks)}
             content["macs"] = count_macs(learner.model, benchmark.one())
             write_json(directory.summary, content)
         log.info(f"{name}: summary.json was damaged; written anew from metrics.jsonl, without the peak memory")

@@ -44,6 +44,7 @@ from mtl.engine.summary import (
     selection,
     speed,
     summarise,
+    units,
 )
 from mtl.errors import Diverged, SetupError, Terminated, UserError, one_line
 from mtl.parallel.processes import Processes
@@ -311,6 +312,7 @@ class Job:
         return {
             **summarise(self.rows, metrics(self.learner.tasks, "test"), self._selection),
             "tasks": owned(self.learner.tasks),
+            "units": units(self.learner.tasks),
             "parameters": count_parameters(self.learner.model),
             "macs": count_macs(self.learner.model, self.benchmark.one()),
             **speed(self.rows),

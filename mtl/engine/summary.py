@@ -31,6 +31,11 @@ def owned(tasks: Iterable[Task]) -> dict[str, list[str]]:
     return {t.name: [f"{t.name}_{score.name}" for score in t.scores] for t in tasks}
 
 
+def units(tasks: Iterable[Task]) -> dict[str, str]:
+    """{"mu_mae": "D", …}: the units of the metrics that have one."""
+    return {f"{t.name}_{score.name}": score.unit.strip() for t in tasks for score in t.scores if score.unit.strip()}
+
+
 MEAN = "mean"  # val/mean: the mean over the tasks
 
 

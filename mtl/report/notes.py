@@ -30,7 +30,8 @@ def excuses(scores: Scores) -> str:
     if broken:
         parts.append(f"Not finite: {some(broken)}; these means are over the other seeds, with their number (n=…).")
     if unknown:
-        parts.append(f"No run has a finite value of {some(unknown, sep=', ')}. A test split without labels has none.")
+        why = "A test split without labels has none, nor has F1 of a class that no test sample has."
+        parts.append(f"No run has a finite value of {some(unknown, sep=', ')}. {why}")
     if fewer:
         parts.append(f"Fewer than {scores.usual} seeds: {some(fewer)}.")
     if early := _early(scores):

@@ -26,11 +26,16 @@ class Kind:
 
 def kinds(benchmark: Protocol) -> dict[str, Kind]:
     """{"mean accuracy of 40 tasks": …}; a metric that is alone of its kind keeps its own name."""
-    found: dict[tuple[str, bool], list[str]] = {}
+    found: dict[tuple[str, str, bool], list[str]] = {}
     for task, metric in benchmark.tasks.items():
         if metric in benchmark.metrics:
-            found.setdefault((metric.removeprefix(f"{task}_"), benchmark.metrics[metric]), []).append(metric)
-    return {
-        f"mean {word} of {len(metrics)} tasks" if len(metrics) > 1 else metrics[0]: Kind(word, higher, metrics)
-        for (word, higher), metrics in found.items()
-    }
+            key = metric.removeprefix(f"{task}_"), benchmark.units.get(metric, ""), benchmark.metrics[metric]
+            found.setdefault(key, []).append(metric)
+    words = [word for word, *_ in found]
+    named = {}
+    for (word, unit, higher), metrics in found.items():
+        shown = f"{word} ({unit})" if words.count(word) > 1 and unit else word
+        named[f"mean {shown} of {len(metrics)} tasks" if len(metrics) > 1 else metrics[0]] = Kind(
+            shown, higher, metrics
+        )
+    return named

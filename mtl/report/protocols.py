@@ -140,6 +140,7 @@ class Protocol:
         select: the selection that conclusions rest on, of `SELECTIONS`; None for the usual one.
         common: {arch: the baselines that its strategies share}; empty where each is held against the single-task runs
             with its own config.
+        units: {"mu_mae": "D", …}, of the metrics that have one.
     """
 
     name: str
@@ -151,6 +152,7 @@ class Protocol:
     delta_m: str = "main"
     select: str | None = None
     common: Mapping[str, Common] = field(default_factory=dict)
+    units: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def archs(self) -> list[str]:
@@ -223,15 +225,18 @@ def _benchmark(name: str, groups: list[Group]) -> Protocol:
         metrics |= group.runs[0].metrics
     if not finished:
         metrics |= {k: v for g in groups for r in g.open for k, v in r.metrics.items()}
+    units: dict[str, str] = {}
     for group in strategies[:1] or finished:
         tasks |= group.runs[0].tasks
+        units |= group.runs[0].summary.get("units") or {}
     # A metric that no run has is left out, such as F1 of a class without a test image.
     ran = [run for group in strategies for run in group.runs]
     lacking = [task for task, metric in tasks.items() if ran and all(math.isnan(r.value(metric)) for r in ran)]
     tasks = {task: metric for task, metric in tasks.items() if task not in lacking or len(lacking) == len(tasks)}
     return Protocol(
-        name, metrics, strategies, [g for g in finished if g.task], tasks, [g for g in groups if not g.runs]
-    )
+        name, metrics, strategies, [g for g in finished if g.task], tasks, [g for g in groups if not g.runs],
+        units=units,
+    )  # fmt: skip
 
 
 def counterpart(group: Group, candidates: Sequence[Group]) -> Group | None:

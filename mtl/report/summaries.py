@@ -107,7 +107,7 @@ def metrics_table(scores: Scores) -> Table:
     published, source = _published(scores, columns)
     note = f"Test set, mean ± sample standard deviation over n seeds. {excuses(scores)}"
     if scores.crowded:
-        note += f" The tables of tasks show each of the {len(bench.tasks)} tasks."
+        note += " The tables of tasks show each task."
     note = " ".join(filter(None, [note.strip(), source, provenance(scores)]))
     published = [row + [NONE] * (len(header) - len(row)) for row in published]
     terms = (*bench.selections, "±", "*", *(("†",) if any(c.beats for r in rows for c in r) else ()))

@@ -81,6 +81,7 @@ _OURS_MAY = {
 _SUMMARY = {"epochs": POSITIVE, "last": VALUES, "best": _mapping_of(MAPPING)}
 _SUMMARY_MAY = {
     "higher_is_better": _mapping_of(FLAG), "selected": _or_null(MAPPING), "tasks": _mapping_of(NAMES), "status": NAME,
+    "units": _mapping_of(NAME),
     **dict.fromkeys(FACTS, NUMBER),
 }  # fmt: skip
 
