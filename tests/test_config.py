@@ -292,6 +292,16 @@ def test_keys_that_a_file_leaves_out_are_those_of_its_class(cli, tmp_path, monke
     assert len([*tmp_path.rglob("grid.json")]) == 0
 
 
+def test_a_grid_over_options_takes_a_key_that_they_share_and_the_default_lacks(cli):
+    rooms = ("data=rooms", "loss=cagrad,famo", "arch=unet,fcn", "study.plan=true")
+    plan = cli("-m", *rooms, "arch.width=4", "sharing=mtan,hard")
+    assert plan.code == 0 and "8 runs (8 new)" in plan.out, plan.err
+    wrong = cli("-m", *rooms, "arch.widht=4")
+    assert wrong.code == 2 and "arch.widht: unknown key" in wrong.err
+    some = cli("-m", *rooms, "loss.gamma=0.1")
+    assert some.code == 2 and "loss.gamma: unknown key; allowed: c, rescale" in some.err
+
+
 def test_a_key_behind_the_double_star_needs_a_plus(cli, outside):
     (outside / "starred.py").write_text("def net(in_channels, tasks, width=1, **more):\n    raise ValueError(more)\n")
     wrong = cli("data=digits", "arch._target_=starred.net", "~arch.depth", "arch.height=2")

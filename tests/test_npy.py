@@ -207,6 +207,7 @@ def archive(file):
     (lambda d: write(d, "val/image/2.npy", np.zeros((3, H, W))), r"2.npy: an image \(H, W, 3\) is needed, not float32"),
     (lambda d: write(d, "val/label/0.npy", np.full((H, W), 13)), r"0.npy: the label 13; -1, or a class from 0 to 12"),
     (lambda d: write(d, "val/label/0.npy", np.full((H, W), 0.5)), r"0.npy: the label 0.5"),
+    (lambda d: write(d, "val/normal/0.npy", np.full((H, W, 3), 255)), r"0.npy: a normal with a component of size 255"),
     (lambda d: write(d, "val/depth/0.npy", np.full((H, W, 1), -2)), r"0.npy: the depth -2; numbers from 0"),
     (lambda d: write(d, "val/depth/1.npy", np.ones((H, W + 1, 1))), r"1.npy: the shape \(32, 41\), but 0.npy has"),
     (lambda d: write(d, "val/normal/1.npy", np.ones((H, W))), r"1.npy: a map \(H, W, 3\) of normals is needed"),

@@ -280,6 +280,7 @@ def test_the_protocol_tries_methods_of_ones_own_config_folder(train, tmp_path, c
      (["equal", "--by", "delta"], "--by delta: one of metric, delta_m; did you mean delta_m?"),
      (["equal", "--baseline", "best-overall"], "add --by delta_m"),
      (["equal", "--delta-m", "flt"], "did you mean flat?"),
+     (["equal", "optimizer=adam,sgd", "optimizer=adam"], "given twice, optimizer=adam,sgd and optimizer=adam"),
      (["equal", "--by", "delta_m", "--baseline", "bst"], "--baseline bst: one of own, best"),
      (["equal", "--by", "delta_m", "--baseline", "own"], "worst single-task runs would win")],
 )  # fmt: skip

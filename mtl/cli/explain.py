@@ -175,14 +175,15 @@ def with_known_keys(words: Sequence[str], error: Exception) -> list[str] | None:
     """The overrides, with ++ before the key that Hydra has just refused, if the class of its node has such an argument.
 
     A user's own `data/mine.yaml` needs only the keys that differ from the class's defaults. Hydra alone would then
-    refuse `data.limit_train=100`, because the file does not list it.
+    refuse `data.limit_train=100`, because the file does not list it. A grid `arch=segnet,unet arch.width=8` is first
+    composed without its lists, so with the default arch, which may have no width. Each cell checks the key itself.
 
     Args:
         words: the overrides.
         error: Hydra's.
 
     Returns:
-        None if this is another error, or if the class has no such argument: a typo.
+        None if this is another error, or if neither the class nor a listed option has such a key: a typo.
     """
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     node = getattr(cause, "parent_node", None)
@@ -190,8 +191,16 @@ def with_known_keys(words: Sequence[str], error: Exception) -> list[str] | None:
         return None
     place = str(cause.full_key).rpartition(".")[0]
     known = {f"{place}.{name}" for name in _arguments(node, cause.full_key, words)[0] if name not in node}
+    known |= {f"{place}.{name}" for name in _listed(place, words) if name not in node}
     found = [f"++{word}" if "=" in word and word.partition("=")[0] in known else word for word in words]
     return found if found != list(words) else None
+
+
+def _listed(place: str, words: Sequence[str]) -> set[str]:
+    """The keys of our options of a group that a grid lists: of `loss=cagrad,famo` those of both files."""
+    names = {name.strip() for w in words if _key(w) == place for name in w.partition("=")[2].split(",") if "," in w}
+    files = [file for name in names if (file := CONF / place / f"{name}.yaml").is_file()]
+    return {key for file in files if isinstance(node := yaml.safe_load(file.read_text()), dict) for key in node}
 
 
 def composed(compose: Callable[[list[str]], T], words: Sequence[str]) -> T:

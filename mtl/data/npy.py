@@ -217,6 +217,8 @@ def normals(array: np.ndarray) -> np.ndarray:
     _check(array, array.ndim == 3 and array.shape[2] == 3, "a map (H, W, 3) of normals")
     if np.isinf(array).any():
         raise ValueError("an infinite normal; unit vectors are needed, zeros where there is no label")
+    if (most := np.nanmax(np.abs(array.astype(np.float32)), initial=0.0)) > 1.01:  # rounding
+        raise ValueError(f"a normal with a component of size {most:.4g}; unit vectors are needed")
     return array.astype(np.float32)
 
 

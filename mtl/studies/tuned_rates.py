@@ -358,6 +358,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             changes.append("study.baselines=auto")
         several = next((word for word in changes if SEVERAL.match(word)), "optimizer=")
         changes = [word for word in changes if word != several]
+        if several != "optimizer=" and (second := next((w for w in changes if w.startswith("optimizer=")), "")):
+            raise ConfigError(f"optimizer: given twice, {several} and {second}; leave one away")
         optimizers = dict.fromkeys(several.partition("=")[2].split(","))
         methods = [Method(spec, tuple(changes), o) for spec in dict.fromkeys(specs) for o in optimizers]
         judged = (

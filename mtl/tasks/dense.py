@@ -235,4 +235,7 @@ def _check_prediction(task: Task, prediction: Tensor, target: Tensor) -> None:
     wanted = (len(target), task.outputs, *target.shape[1:3])
     if prediction.shape != wanted:
         shape = tuple(prediction.shape)
-        raise ValueError(f"{task.name} needs a map {wanted} of predictions, but the model predicts the shape {shape}")
+        cure = "" if len(shape) > 2 else "; networks with maps are arch=fcn, unet, segnet, deeplabv3 and torchvision"
+        raise ValueError(
+            f"{task.name} needs a map {wanted} of predictions, but the model predicts the shape {shape}{cure}"
+        )
