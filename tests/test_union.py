@@ -425,8 +425,8 @@ WRONG = [
     (["data.parts=[rooms,synthetik]"], "data.parts: synthetik is no data option"),
     (["data.parts=[rooms,rooms]"],
      "data.parts: rooms is listed twice; two parts of one kind need names: data.parts={NAME: {_target_: "),
-    (["data.parts=[digits,coco,nyuv2]", "data.root=x"], "did you mean data.parts.coco.root and data.parts.nyuv2.root, or "
-     "the environment variable MTL_DATA for all parts?"),
+    (["data.parts=[digits,coco,nyuv2]", "data.root=x"],
+     "mean data.parts.coco.root and data.parts.nyuv2.root, or the environment variable MTL_DATA for all parts?"),
     (["data.parts=[rooms,digits]", "data.height=32"], "workers; did you mean data.parts.rooms.height?"),
     (["data.parts=[rooms,digits]", "+data.height=32"], "workers; did you mean data.parts.rooms.height?"),
     (["data.parts=3"], "data.parts: a list of data options is needed, as in data.parts=[synthetic,rooms]"),

@@ -171,13 +171,13 @@ def _unknown_key(cause: OmegaConfBaseException) -> ConfigError:
 
 
 def _in_parts(parts: Any, word: str) -> str:
-    """The keys of that name of a union's parts, and the environment variable that sets them all; empty if there is none.
+    """The keys of that name of a union's parts, and the environment variable that sets all; empty if there is none.
 
     Args:
         parts: as in the config, so far without the options that the parts name.
     """
     keys, variables = [], set()
-    for part, own in (parts.items() if isinstance(parts, dict) else ()):
+    for part, own in parts.items() if isinstance(parts, dict) else ():
         file = CONF / "data" / f"{part}.yaml"
         option = yaml.safe_load(file.read_text()) if file.is_file() else {}
         if word in {*option, *(own or ())}:
