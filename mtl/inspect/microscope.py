@@ -109,7 +109,7 @@ class Microscope:
         passes = samples * tasks + of_tasks
         extra = (2 * passes + alternates) / usual * math.ceil(steps / self.every) / steps
         held = samples * tasks * size / 2**30
-        memory = f" and {held:.1f} GiB for gradients" if held >= 1 else ""
+        memory = f" and at least {held:.1f} GiB of memory" if held >= 1 else ""
         cheaper = f"; microscope.samples=0 leaves {of_tasks} of the passes" if samples and extra > 1 else ""
         return (
             f"every {self.every} steps, {samples} samples: {passes} more backward passes on such a step, "
