@@ -358,8 +358,8 @@ def test_a_large_cost_is_said_with_the_cure():
     """CelebA: 40 tasks, and 5,176,640 shared numbers."""
     forty = (40, 3, False, False, 18, 256, 4 * 5_176_640)
     assert Microscope(18).describe(*forty) == (
-        "every 18 steps, 8 samples: 360 more backward passes on such a step, about +1333 % time and at least 6.2 GiB of "
-        "memory; microscope.samples=0 leaves 40 of the passes"
+        "every 18 steps, 8 samples: 360 more backward passes on such a step, about +1333 % time and at least "
+        "6.2 GiB of memory; microscope.samples=0 leaves 40 of the passes"
     )
     assert Microscope(18, samples=0).describe(*forty) == (
         "every 18 steps, 0 samples: 40 more backward passes on such a step, about +148 % time"
