@@ -13,6 +13,7 @@ from mtl.certify.problem import WIDTH, make
 from mtl.engine.backward import Switches
 from mtl.losses import (
     DWA,
+    LDCMTL,
     MOML,
     PIVRG,
     RLW,
@@ -133,6 +134,16 @@ def test_excess_mtl_renormalises_over_the_present():
         ours, theirs = three.aggregate(whole, ABSENT), two.aggregate((k + 1) * J[OTHERS])
         torch.testing.assert_close(ours[0], theirs[0])
         torch.testing.assert_close(ours[1][OTHERS], theirs[1])
+
+
+def test_ldc_mtl_compares_the_tasks_on_both_sides_of_an_absent_one():
+    """|w_i L_i - w_j L_j| of consecutive present tasks, in NumPy; and no task before the first present one."""
+    method, losses = LDCMTL(6, penalty=0.7).double(), torch.tensor([1.0, 5, 2, 4, 3, 9]).double()
+    for here in ([1, 1, 1, 1, 1, 1], [0, 1, 0, 0, 1, 1], [1, 0, 1, 0, 1, 0], [0, 0, 0, 1, 0, 0]):
+        present = torch.tensor(here, dtype=torch.bool)
+        weighted = losses.numpy()[present] / (1 + np.exp(-1))
+        wanted = losses.numpy()[present].mean() + 0.7 * np.abs(np.diff(weighted)).sum()
+        assert method(losses, present).item() == pytest.approx(wanted)
 
 
 # --------------------------------------------------------------------------------------------------------- what rests

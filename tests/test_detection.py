@@ -304,6 +304,9 @@ def test_answers_and_pictures():
     x1, y1, *_ = target.values[1].round().int().tolist()
     assert truth[0, y1, x1].any()
     assert task.draw(None, found, target) is None
+    white = torch.full_like(images, 255)
+    assert task.draw(white, found, labels(2, 0))[0][1].eq(255).all()  # no object
+    assert not task.draw(white, found, target)[0][1].any()  # no label
 
 
 # -------------------------------------------------------------------------------------------------------- views, forms

@@ -419,6 +419,19 @@ def test_the_baseline_of_a_switched_step_is_the_plain_single_task_run(smoke, tmp
     assert "finished" in smoke("loss=single", "loss.task=fine", "seed=0").out
 
 
+def test_a_single_task_result_that_a_method_cannot_take_is_named_with_its_task(smoke, tmp_path):
+    words = ("seed=0", "trainer.epochs=1")
+    assert smoke("-m", "loss=single", "loss.task=fine,coarse", *words).code == 0
+    file = runs(tmp_path)["singlecoarse/0"] / "metrics.jsonl"
+    whole = file.read_text()
+    for value, loss, argument in (("0.0", "amtl", "potentials"), ("null", "amtl", "potentials"),
+                                  ("0.0", "pivrg", "baselines")):  # fmt: skip
+        file.write_text(re.sub(r'("train/coarse_accuracy": )[\d.]+', rf"\g<1>{value}", whole))
+        refused = smoke(f"loss={loss}", *words)
+        assert refused.code == 2 and refused.err.count("\n") == 1
+        assert f"loss.{argument}=auto: the single-task run of coarse ended with coarse_accuracy" in refused.err
+
+
 @pytest.mark.parametrize(("loss", "argument", "val"), [("amtl", "potentials", 0.5), ("pivrg", "baselines", 0)])
 def test_a_method_takes_its_single_task_results_from_the_runs_of_its_seed(smoke, tmp_path, loss, argument, val):
     words = (f"loss={loss}", "seed=0,1", f"data.val_fraction={val}", "data.train_size=128", "trainer.epochs=3")
@@ -431,7 +444,7 @@ def test_a_method_takes_its_single_task_results_from_the_runs_of_its_seed(smoke,
     for seed in (0, 1):
         results = {t: metrics(found[f"single{t}/{seed}"])[-1][f"{split}/{t}_accuracy"] for t in ("fine", "coarse")}
         if 0 in results.values():
-            assert f"{argument}: " in result.err  # a potential of 0 is refused
+            assert f"{argument}=auto: the single-task run of " in result.err  # a potential of 0 is refused
             continue
         assert yaml.safe_load((found[f"{loss}/{seed}"] / "config.yaml").read_text())["loss"][argument] == results
         buffers = torch.load(found[f"{loss}/{seed}"] / "last.pt", weights_only=True)["strategy"]

@@ -49,16 +49,17 @@ def fill(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, Any
     from the test set.
 
     Raises:
-        ConfigError: such a run is missing.
+        ConfigError: such a run is missing, or ended with a value that the method cannot take, such as 0.
     """
     loss = config.get("loss")
     if not isinstance(loss, Mapping) or AUTO not in loss.values():
         return dict(config)
-    key = getattr(schema.locate(loss.get(schema.TARGET), f"loss.{schema.TARGET}"), "single_task_argument", None)
+    method = schema.locate(loss.get(schema.TARGET), f"loss.{schema.TARGET}")
+    key = getattr(method, "single_task_argument", None)
     if key is None or loss.get(key) != AUTO:
         return dict(config)
     schema.check(config.get("data"), "data")
-    results = {}
+    results, hint = {}, schema.hints_of(method).get(key)
     benchmark = build_benchmark(config["data"])
     for task in benchmark.tasks:
         alone, chosen, _ = single_task(config, choices, [], task.name)
@@ -72,6 +73,13 @@ def fill(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, Any
                 raise ConfigError(
                     f"loss.{key}=auto: {name} is measured on validation data only, and there is none; set "
                     "data.val_fraction=0.1"
+                )
+            wrong = "must not be 0" if measured[0] == 0 else schema.complaint(hint, {task.name: measured[0]})
+            if wrong:
+                raise ConfigError(
+                    f"loss.{key}=auto: the single-task run of {task.name} ended with {name} {measured[0]:.4g}, which "
+                    f"{wrong.partition(' or ')[0]}; train the single tasks for longer, or give the numbers: "
+                    f"'loss.{key}={{{task.name}: NUMBER, …}}'"
                 )
             results[task.name] = measured[0]
         elif config["study"].get("plan"):

@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -157,7 +157,9 @@ def _unknown_key(cause: OmegaConfBaseException) -> ConfigError:
     allowed = sorted({*listed, *of_class})
     deeper = [f"{name}.{word}" for name in listed if isinstance(nodes[name], dict) and word in nodes[name]]
     value = _value(key)
-    if deeper:
+    if in_parts := _in_parts(nodes.get("parts"), word):
+        nearest = f"; did you mean {in_parts}?"
+    elif deeper:
         nearest = f"; did you mean {' or '.join(deeper)}?"
     elif "." not in key and word.lower() in SYNONYMS:
         nearest = f"; {SYNONYMS[word.lower()].format(value=value)}"
@@ -166,6 +168,23 @@ def _unknown_key(cause: OmegaConfBaseException) -> ConfigError:
     if open_ended and not deeper:
         nearest += f"; the class takes further arguments by **: write +{key}={value}"
     return ConfigError(f"{key}: unknown key; allowed: {', '.join(allowed) or 'none'}{nearest}")
+
+
+def _in_parts(parts: Any, word: str) -> str:
+    """The keys of that name of a union's parts, and the environment variable that sets all; empty if there is none.
+
+    Args:
+        parts: as in the config, so far without the options that the parts name.
+    """
+    keys, variables = [], set()
+    for part, own in parts.items() if isinstance(parts, dict) else ():
+        file = CONF / "data" / f"{part}.yaml"
+        option = yaml.safe_load(file.read_text()) if file.is_file() else {}
+        if word in {*option, *(own or ())}:
+            keys.append(f"data.parts.{part}.{word}")
+            variables.update(re.findall(r"\$\{oc\.env:(\w+)", str(option.get(word))))
+    named = [f"the environment variable {one} for all parts" for one in sorted(variables)]
+    return " and ".join(keys) + "".join(f", or {one}" for one in named)
 
 
 # -- keys that a config file leaves out -------------------------------------------------------------------------------

@@ -67,7 +67,8 @@ def check_arguments(target: Callable, arguments: Mapping, path: str, supplied: C
     for key, value in arguments.items():
         # A constructor with **kwargs may take any key, so it cannot be checked.
         if key not in ours and not open_ended:
-            raise ConfigError(f"{prefix}{key}: unknown key; allowed: {', '.join(ours) or 'none'}{suggest(key, ours)}")
+            near = _in_nodes(key, arguments, prefix) or suggest(key, ours)
+            raise ConfigError(f"{prefix}{key}: unknown key; allowed: {', '.join(ours) or 'none'}{near}")
         if isinstance(value, Mapping) and TARGET in value:
             check(value, f"{prefix}{key}")
         elif _has_nodes(value):  # {name: node}, such as the parts of a union
@@ -108,6 +109,13 @@ def _built(value: Any, path: str) -> Any:
 
 def _has_nodes(value: Any) -> bool:
     return isinstance(value, Mapping) and any(isinstance(one, Mapping) and TARGET in one for one in value.values())
+
+
+def _in_nodes(key: str, arguments: Mapping, prefix: str) -> str:
+    """A question after the nodes one level deeper that have an argument `key`, such as a union's parts."""
+    named = {f"{prefix}{k}.{name}": node for k, v in arguments.items() if _has_nodes(v) for name, node in v.items()}
+    found = [f"{path}.{key}" for path, node in named.items() if isinstance(node, Mapping) and key in node]
+    return f"; did you mean {' and '.join(found)}?" if found else ""
 
 
 def locate(name: Any, path: str) -> Callable:

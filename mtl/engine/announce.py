@@ -59,7 +59,13 @@ def header(config: Mapping[str, Any], identity: Identity, benchmark: Benchmark, 
         f"{config['schedule']['_target_'].rpartition('.')[2].lower()} schedule",
         "stages": "; ".join(map(_stage, trainer.plan)) if trainer.stages else "",
         "micro": learner.microscope.describe(
-            len(learner.tasks), learner.passes, learner.one_jacobian, learner.alternates, steps, benchmark.batch_size
+            len(learner.tasks),
+            learner.passes,
+            learner.one_jacobian,
+            learner.alternates,
+            steps,
+            benchmark.batch_size,
+            sum(p.numel() * p.element_size() for p in learner.model.shared_parameters() if p.requires_grad),
         ),
         "device": f"{_device_name(learner.device)}, {trainer.precision}"
         + (f"; {processes.size} processes with a part of each batch" if (processes := learner.processes) else ""),

@@ -88,8 +88,10 @@ class Microscope:
         """Whether step number `step` of an epoch, counted from 0, is observed."""
         return self.every > 0 and step % self.every == 0
 
-    def describe(self, tasks: int, usual: int, reuses: bool, alternates: bool, steps: int, batch_size: int) -> str:
-        """One line about the cost; empty if the microscope is off.
+    def describe(
+        self, tasks: int, usual: int, reuses: bool, alternates: bool, steps: int, batch_size: int, size: int
+    ) -> str:
+        """One line about the cost, and how to lower a large one; empty if the microscope is off.
 
         Args:
             tasks: number of tasks.
@@ -98,15 +100,20 @@ class Microscope:
             alternates: whether the tasks take turns, so that an observed step needs an extra forward pass.
             steps: number of steps in an epoch.
             batch_size: number of samples in a step.
+            size: bytes of the shared parameters' gradients of one loss.
         """
         if not self.every:
             return ""
         samples = min(self.most, batch_size)
-        passes = samples * tasks + (tasks if tasks > 1 and not reuses else 0)
+        of_tasks = tasks if tasks > 1 and not reuses else 0
+        passes = samples * tasks + of_tasks
         extra = (2 * passes + alternates) / usual * math.ceil(steps / self.every) / steps
+        held = samples * tasks * size / 2**30
+        memory = f" and at least {held:.1f} GiB of memory" if held >= 1 else ""
+        cheaper = f"; microscope.samples=0 leaves {of_tasks} of the passes" if samples and extra > 1 else ""
         return (
             f"every {self.every} steps, {samples} samples: {passes} more backward passes on such a step, "
-            f"about +{100 * extra:.0f} % time"
+            f"about +{100 * extra:.0f} % time{memory}{cheaper}"
         )
 
 

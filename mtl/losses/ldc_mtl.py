@@ -8,7 +8,8 @@ the network minimises the weighted loss. The authors' single-loop code turns thi
 
 p is trained together with the network. λ = 0.01. p starts at 1, with learning rate 1e-3. These are the values for
 CelebA, where the weights are free parameters, as here. For dense tasks the authors use a small router on the
-features, and λ from 0.05 to 0.1. Only neighbours in task order are compared.
+features, and λ from 0.05 to 0.1. Only neighbours in task order are compared. Absent tasks are passed over: the tasks
+on both sides of one become neighbours.
 
 The first term pushes all p down without end. This is harmless, because only the ratios of the w count there. We
 compute the ratios from logarithms, so that the w do not underflow.
@@ -44,10 +45,17 @@ class LDCMTL(LossWeighting):
 
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
         weighted = masked(torch.sigmoid(self.logits) * losses, present)
-        gaps = (weighted[1:] - weighted[:-1]).abs()
+        gaps = self._gaps(weighted, present)
         logs = nn.functional.logsigmoid(self.logits)
         # w_i / sg(Σ w): the value is a softmax of log w, and exp(x − sg x) = 1 carries the gradient of the numerator.
         shares = softmax(logs, present).detach() * (logs - logs.detach()).exp()
-        if present is not None:  # an absent task has no discrepancy with its neighbours
-            gaps = torch.where(present[1:] & present[:-1], gaps, 0.0)
         return masked(shares * losses, present).sum() + self.penalty * gaps.sum()
+
+    def _gaps(self, weighted: Tensor, present: Tensor | None) -> Tensor:
+        """(T - 1,) the discrepancy of each task with the one before it that is present; 0 if there is none."""
+        if present is None:
+            return (weighted[1:] - weighted[:-1]).abs()
+        places = torch.arange(self.tasks, device=weighted.device)
+        before = torch.where(present, places, -1).cummax(0).values[:-1]  # of the tasks 1, 2, …
+        gaps = (weighted[1:] - weighted[before.clamp(min=0)]).abs()
+        return torch.where(present[1:] & (before >= 0), gaps, 0.0)

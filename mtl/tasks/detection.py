@@ -117,7 +117,10 @@ class Detection(Task):
         }
 
     def draw(self, images: Tensor | None, prediction: Detections, target: Any) -> tuple[Tensor, Tensor] | None:
-        """The boxes on the images, one colour for each class: the true ones, and those of a probability from 0.3."""
+        """The boxes on the images, one colour for each class: the true ones, and those of a probability from 0.3.
+
+        The truth of an image without labels is black, and that of an image without objects is the image itself.
+        """
         if images is None:
             return None
         found = detect(prediction)
@@ -125,7 +128,8 @@ class Detection(Task):
         truth = padded(target, self.most, torch.float32)
         colours = class_colours(self.outputs).to(images.device)
         pairs = (truth[..., :4], truth[..., 4].long()), (found.boxes, sure)
-        return tuple(_framed(images, boxes, kind, colours) for boxes, kind in pairs)
+        true, drawn = (_framed(images, boxes, kind, colours) for boxes, kind in pairs)
+        return true * self.labelled(target)[:, None, None, None], drawn
 
 
 def matches(anchors: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
