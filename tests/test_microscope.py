@@ -23,6 +23,7 @@ from mtl.config import schema
 from mtl.config.identity import identify
 from mtl.data.batches import TrainingBatches
 from mtl.engine.build import build_learner
+from mtl.inspect import microscope
 from mtl.inspect.microscope import GradientObserver, Microscope, layer_groups
 from mtl.metrics.tally import Tally
 from mtl.tasks import Classification, Regression
@@ -370,3 +371,15 @@ def test_a_task_may_not_be_called_as_their_sum_is():
     Microscope().check(4, ["combined"])  # off
     with pytest.raises(ValueError, match="combined"):
         Microscope(every=1).check(32, ["fine", "combined"])
+
+
+def test_long_gradients_are_copied_a_piece_at_a_time(monkeypatch):
+    """In float64, with signs and sizes, a copy takes six times the memory of the gradients."""
+    block, sizes = torch.randn(2, 3, 100), []
+    monkeypatch.setattr(microscope, "double", lambda x: sizes.append(x.numel()) or x.double())
+    whole, pieces = microscope._Moments(1), microscope._Moments(1)
+    whole.add(0, block)
+    monkeypatch.setattr(microscope, "COPIED", 48)
+    pieces.add(0, block)
+    assert sizes[0] == 600 and max(sizes[1:]) == 48 and sum(sizes[1:]) == 600
+    torch.testing.assert_close(pieces.read(), whole.read(), rtol=1e-12, atol=1e-12)

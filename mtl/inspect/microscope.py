@@ -51,6 +51,7 @@ from mtl.tasks.predictions import each
 
 STATISTICS = ("cosine", "magnitude", "sign_conflict")
 USUAL = 8  # samples that are compared, as in the paper
+COPIED = 2**24  # numbers: 128 MiB in float64
 COMBINED, WHOLE = "combined", "all"
 
 
@@ -287,6 +288,11 @@ class _Moments:
 
     def add(self, group: int, block: Tensor) -> None:
         """Add p further elements of every vector: `block` (B, K, p), which belongs to layer group `group`."""
+        # The copies in float64 take six times the memory of the gradients, so of large ones there are a few at a time.
+        for piece in block.split(max(1, COPIED // block[..., 0].numel()), -1):
+            self._add(group, piece)
+
+    def _add(self, group: int, block: Tensor) -> None:
         block = double(block)
         signs = block.sign()
         some = signs.abs()
