@@ -160,7 +160,8 @@ def test_a_grid_of_starts_and_a_second_run(cli):
 
 @pytest.mark.parametrize(("words", "code", "told"), [
     ("experiment=toy loss=rotograd", 2, ("RotoGrad", "needs parameters")),
-    ("experiment=toy loss=dtp trainer.epochs=1 data.steps=1", 1, ("DTP needs accuracies",)),
+    ("experiment=toy loss=dtp", 2, ("loss: DTP needs accuracies", "L1_value is an error; use loss=amtl")),
+    ("data=rooms loss=dtp data.val_fraction=0.25", 2, ("DTP needs accuracies", "depth_abs_err is an error")),
     ("data=toy", 2, ("arch", "a point in the plane, not the shape (1,)", "arch=point")),
     ("arch=point data=digits", 2, ("1x8x8", "data=toy")),
     ("experiment=toy data.batch_size=4", 2, ("data.batch_size=4", "greater than or equal to 6")),

@@ -107,6 +107,7 @@ def assemble(
         )
     # The single-task baseline (loss=single) trains one task of several. The others do not exist in such a run.
     tasks = [task for task in benchmark.tasks if task.name in strategy.names]
+    _check_accuracies(strategy, tasks)
     trainer: Execution = schema.build(config["trainer"], "trainer")
     switches: Switches = schema.build(config["step"], "step")
     try:
@@ -162,6 +163,18 @@ def open_batches(benchmark: Benchmark, learner: Learner) -> tuple[TrainingBatche
             check_tasks(learner.tasks, outputs.predictions, batch)
     evaluations = {n: EvaluationBatches(s, benchmark, learner.device) for n, s in splits.items() if n != "train"}
     return train, evaluations
+
+
+def _check_accuracies(strategy: Strategy, tasks: list[Task]) -> None:
+    """Raises:
+    ConfigError: the method needs accuracies, and a task's main metric is an error.
+    """
+    errors = [f"{task.name}_{task.scores[0].name}" for task in tasks if not task.scores[0].higher_is_better]
+    if strategy.needs_accuracies and errors:
+        raise ConfigError(
+            f"loss: {type(strategy).__name__} needs accuracies, and the main metric {errors[0]} is an error; use "
+            "loss=amtl, which takes both kinds"
+        )
 
 
 def _check_measured(learner: Learner) -> None:

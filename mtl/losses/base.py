@@ -54,6 +54,7 @@ class Strategy(StrategyState, ABC):
         epoch, epochs: the training's progress, with epochs counted from 0; set by `epoch_start`.
         uses_progress: whether its weights depend on `epoch` and `epochs`.
         reads_scores: whether its weights depend on the scores that `epoch_end` gets.
+        needs_accuracies: whether these scores must be shares of right answers. Such a method cannot use errors.
         flat: whether its features must have the shape (N, F).
         lr, weight_decay: settings for the method's own parameters; None follows the optimizer.
         group: the processes that share each batch, each with a replica of the model under DistributedDataParallel.
@@ -74,6 +75,7 @@ class Strategy(StrategyState, ABC):
     single_task_argument: str | None = None
     uses_progress: bool = False
     reads_scores: bool = False
+    needs_accuracies: bool = False
     flat: bool = False
     group: Any = "auto"
 
