@@ -36,8 +36,8 @@ def predict(run: LoadedRun, files: Sequence[Path], changed: Counter[str]) -> tup
 
     Args:
         run: as loaded.
-        files: image files, folders of them, .npy and .npz files with the columns that the data set stores; tables, if
-            the data set was one.
+        files: image files, also as .npy arrays of one image each, and folders of them. Or .npy and .npz files with
+            the columns that the data set stores; tables, if the data set was one.
         changed: counts what had to be done to images, such as "resized to 32x32".
 
     Returns:
@@ -62,26 +62,46 @@ def predict(run: LoadedRun, files: Sequence[Path], changed: Counter[str]) -> tup
 def _batches(
     run: LoadedRun, files: Sequence[Path], changed: Counter[str]
 ) -> Iterator[tuple[Path, list[str], Columns | Tensor]]:
-    """The (last) file, names and raw inputs of samples: image files together, an array file by itself."""
+    """The (last) file, names and raw inputs of samples: files of one sample together, a file of several by itself."""
     names: list[str] = []
     rows: list[Tensor] = []
     for file in _listed(files):
-        if file.suffix.lower() in (*ARRAYS, *TABLES):
-            if rows:
-                yield file, names, torch.stack(rows)
-                names, rows = [], []
-            labels, columns = _arrays(file) if file.suffix.lower() in ARRAYS else _table(run, file)
-            yield file, labels, columns
-            continue
-        row, what = _picture(run, file)
-        changed.update([what] if what else [])
-        names.append(_named(file))
-        rows.append(row)
-        if len(rows) == run.benchmark.eval_batch_size:
+        found = _opened(run, file, changed)
+        if isinstance(found, Tensor):
+            names.append(_named(file))
+            rows.append(found)
+            if len(rows) < run.benchmark.eval_batch_size:
+                continue
+        if rows:
             yield file, names, torch.stack(rows)
             names, rows = [], []
+        if not isinstance(found, Tensor):
+            yield file, *found
     if rows:
         yield file, names, torch.stack(rows)
+
+
+def _opened(run: LoadedRun, file: Path, changed: Counter[str]) -> Tensor | tuple[list[str], Columns | Tensor]:
+    """The row of a file of one sample; of a file of several samples, their names and raw inputs."""
+    kind = file.suffix.lower()
+    if kind in TABLES:
+        return _table(run, file)
+    if kind not in ARRAYS:
+        row, what = _picture(run, file)
+        changed.update([what] if what else [])
+        return row
+    columns, inputs = _columns(file), list(run.benchmark.inputs.values())
+    if isinstance(columns, Tensor) and not columns.ndim:
+        raise ConfigError(f"{file}: holds a single number, and no sample")
+    if isinstance(columns, Tensor) and len(inputs) == 1:
+        try:
+            row = inputs[0].row(columns)
+        except ValueError as error:
+            raise ConfigError(f"{file}: {error}") from error
+        if row is not None:
+            return row
+    size = len(columns) if isinstance(columns, Tensor) else max(map(len, columns.values()), default=0)
+    return [f"{_named(file)}[{i}]" for i in range(size)], columns
 
 
 def _named(file: Path) -> str:
@@ -90,7 +110,10 @@ def _named(file: Path) -> str:
 
 
 def _listed(files: Sequence[Path]) -> Iterator[Path]:
-    """The files, and of each folder the images in it, at any depth, in the order of their names."""
+    """The files, and of each folder the images in it, at any depth, in the order of their names.
+
+    Arrays count only in a folder without any other image: beside images, they may hold anything.
+    """
     for path in files:
         if not path.exists():
             raise SetupError(f"{path}: no such file or folder")
@@ -98,11 +121,11 @@ def _listed(files: Sequence[Path]) -> Iterator[Path]:
             check_regular(path)
             yield path
             continue
-        inside = [f for f in path.rglob("*") if f.suffix.lower() in PICTURES and f.is_file()]
-        found = sorted(f for f in inside if not f.name.startswith("."))  # ._a.png of macOS is no image
-        if not found:
-            raise ConfigError(f"{path}: no image in this folder ({', '.join(PICTURES)})")
-        yield from found
+        inside = [f for f in sorted(path.rglob("*")) if not f.name.startswith(".") and f.is_file()]  # ._a.png of macOS
+        found = [[f for f in inside if f.suffix.lower() in kinds] for kinds in (PICTURES, (".npy",))]
+        if not any(found):
+            raise ConfigError(f"{path}: no image in this folder ({', '.join(PICTURES)}, .npy)")
+        yield from found[0] or found[1]
 
 
 def _picture(run: LoadedRun, file: Path) -> tuple[Tensor, str]:
@@ -122,20 +145,15 @@ def _table(run: LoadedRun, file: Path) -> tuple[list[str], Columns]:
         raise ConfigError(f"{file}: {error}") from error
 
 
-def _arrays(file: Path) -> tuple[list[str], Columns | Tensor]:
-    """Names of the samples, and the columns of an .npz file, or the only one of an .npy file; nothing in it is run."""
-    columns = _columns(file)
-    size = len(columns) if isinstance(columns, Tensor) else max(map(len, columns.values()), default=0)
-    return [f"{_named(file)}[{i}]" for i in range(size)], columns
-
-
 def _columns(file: Path) -> Columns | Tensor:
+    """The columns of an .npz file, or the only array of an .npy file; nothing in it is run."""
     try:
         content = np.load(file, allow_pickle=False)
         if isinstance(content, np.ndarray):
             return torch.from_numpy(content)
         with content:
-            columns = _ragged({name: torch.from_numpy(content[name]) for name in content.files})
+            arrays = {name: content[name] for name in content.files}
+            columns = _ragged({name: torch.from_numpy(a) for name, a in arrays.items() if a.ndim})  # not a lone number
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{file}: is damaged, or holds more than numbers ({one_line(error)[:100]})") from error
     if len(columns) == 1:  # numpy.savez(file, array) calls it arr_0

@@ -129,6 +129,26 @@ def test_arrays_and_images_in_the_order_given(trained, images, capsys):
     assert not [name for name in os.listdir() if name.endswith(".tmp")]
 
 
+def test_an_array_of_one_image_is_an_image_file(trained, images, capsys):
+    """As in MTAN's folders: floats from 0 to 1 without the axis of samples. Beside pictures they do not count."""
+    assert main([str(trained), "images/a.png"]) == 0
+    wanted = table(capsys.readouterr().out)[0]
+    os.mkdir("image")
+    np.save("image/0.npy", (images / 255).astype(np.float32)[..., None])
+    np.save("image/1.npy", (images / 255).astype(np.float16)[..., None])
+    np.save("image/2.npy", images[..., None])
+    np.savez("one.npz", images[..., None] / 255)
+    np.savez("named.npz", image=images[None, :, :, None], year=2026)  # a number is no column
+    files = ["image/0.npy", "image/1.npy", "image/2.npy"]
+    assert main([str(trained), "image", "one.npz", "images/a.png"]) == 0
+    rows = table(capsys.readouterr().out)
+    assert [row.pop("file") for row in rows] == [*files, "one.npz", "images/a.png"] and wanted.pop("file")
+    for row in rows:
+        assert list(map(float, row.values())) == pytest.approx(list(map(float, wanted.values())), rel=1e-4)
+    Picture.fromarray(images).save("image/x.png")
+    assert main([str(trained), "image", "named.npz"]) == 0 and len(table(capsys.readouterr().out)) == 2
+
+
 def test_a_picture_is_turned_upright_and_seen_in_color(images):
     picture = np.zeros((10, 6, 3), np.uint8)
     picture[0, :, 0] = 255  # the upper edge is red
@@ -147,6 +167,10 @@ def make_wrong(folder) -> None:
     (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     Picture.fromarray(np.zeros((8, 8), np.uint16)).save(folder / "deep.png")
     np.save(folder / "float.npy", np.zeros((2, 8, 8, 1), np.float32))
+    np.save(folder / "wide.npy", np.zeros((8, 9, 1), np.float32))
+    np.save(folder / "map.npy", np.zeros((8, 8), np.float32))
+    np.save(folder / "bytes.npy", np.full((8, 8, 1), 255.0))
+    np.save(folder / "number.npy", np.array(3.0))
     np.save(folder / "none.npy", np.zeros((0, 8, 8, 1), np.uint8))
     np.save(folder / "text.npy", np.array(["a"]))
     np.save(folder / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
@@ -161,6 +185,10 @@ def make_wrong(folder) -> None:
     (["deep.png"], "deep.png: has more than 8 bits a channel"),
     (["images/notes.txt"], "images/notes.txt: is damaged, or no image"),
     (["float.npy"], "float.npy: inputs: image: float32 of shape (2, 8, 8, 1); uint8 images of shape (N, 8, 8, 1)"),
+    (["wide.npy"], "wide.npy: float32 of shape (8, 9, 1); an image (8, 8, 1) of floats from 0 to 1 or of u"),
+    (["map.npy"], "map.npy: float32 of shape (8, 8); an image (8, 8, 1) of floats"),
+    (["bytes.npy"], "bytes.npy: an image of 255 to 255; numbers from 0 to 1 are needed"),
+    (["number.npy"], "number.npy: holds a single number"),
     (["none.npy"], "none.npy: inputs: there are no samples"),
     (["text.npy"], "text.npy: is damaged, or holds more than numbers"),
     (["objects.npy"], "objects.npy: is damaged, or holds more than numbers"),

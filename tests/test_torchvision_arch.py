@@ -13,6 +13,7 @@ from torch import nn
 from mtl.archs.check import check_model
 from mtl.archs.model import HardSharing
 from mtl.archs.pyramid import Pyramid
+from mtl.archs.retina import Retina
 from mtl.archs.timm import TimmBackbone
 from mtl.archs.torchvision import TorchvisionBackbone
 from mtl.config.identity import identify
@@ -115,6 +116,37 @@ def test_rooms_train_on_a_network_by_name_and_the_run_is_loaded_again(cli, tmp_p
     assert [p.shape for p in predictions] == [(2, 6, 32, 32), (2, 1, 32, 32), (2, 3, 32, 32)]
 
 
+@pytest.mark.parametrize("name, tasks, size, needed", [
+    ("squeezenet1_1", [], (16, 40), "at least 17x17, not 16x40"),
+    ("squeezenet1_1", PIXELS, (16, 40), "at least 20x20, not 16x40"),  # the pyramid takes multiples of 4
+    ("alexnet", [], (80, 32), "at least 63x63, not 80x32"),
+    ("vit_b_32", [], (256, 256), "224x224, not 256x256"),
+])  # fmt: skip
+def test_images_that_do_not_fit_the_network_are_told_what_would(name, tasks, size, needed):
+    with torch.device("meta"):  # no number is computed
+        backbone, images = TorchvisionBackbone(3, name, tasks=tasks), torch.empty(2, 3, *size)
+    with pytest.raises(ValueError, match=f"^{name} needs images of {needed}$"):
+        backbone(images)
+    least = int(needed.split()[-3].split("x")[0])
+    assert len(backbone(torch.empty(2, 3, least, least, device="meta"))) == 2
+    if "least" in needed:
+        with pytest.raises(ValueError, match=f"at least {least}x{least}, not {least - 4}x{least}"):
+            backbone(torch.empty(2, 3, least - 4, least, device="meta"))
+
+
+def test_a_detector_names_the_network_too():
+    with pytest.raises(ValueError, match=r"^squeezenet1_1 needs images of at least 17x17, not 16x40$"):
+        Retina(3, {"image": (3, 16, 40)}, "squeezenet1_1", levels=[3, 4])
+
+
+def test_other_errors_of_a_network_stay_what_they_are():
+    backbone = TorchvisionBackbone(3, "shufflenet_v2_x0_5")
+    with pytest.raises(ValueError, match=r"^Expected more than 1 value per channel"):  # two images of this size fit
+        backbone(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(RuntimeError, match="expected input"):
+        backbone(torch.zeros(2, 1, 32, 32))
+
+
 def test_weights_by_name_are_torchvisions_and_only_tensors(monkeypatch):
     asked = []
 
@@ -181,7 +213,7 @@ def wrong_weights(tmp_path_factory):
     ("arch.name=resnett18", "arch.name: 'resnett18' is none of torchvision's 80 classification networks; did you mean"),
     ("arch.name=xyz", "such as resnet18"),
     ("arch.name=fcn_resnet50", "arch.name: 'fcn_resnet50' is none of torchvision's"),  # segments
-    ("arch.name=squeezenet1_1", "arch: does not fit the inputs of data (1x8x8): "),
+    ("arch.name=squeezenet1_1", "arch: does not fit the inputs of data (1x8x8): squeezenet1_1 needs images of at"),
     ("arch.weights=IMAGENET", "arch.weights: 'IMAGENET' is no file, no folder of a run, and none of IMAGENET1K_V1"),
     ("arch.weights=gone.pth", "arch.weights=gone.pth: no such file or folder"),
     ("arch.weights=FOLDER/empty", "empty: neither best.pt nor last.pt is in it"),

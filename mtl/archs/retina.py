@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
+from mtl.archs.by_name import seen
 from mtl.archs.maps import labels_pixels, layer
 from mtl.archs.torchvision import layers, load_weights, up_to_maps, without_classifier
 from mtl.metrics.boxes import Detections
@@ -67,7 +68,7 @@ class Retina(nn.Module):
         levels = list(levels)
         if not levels or levels != list(range(levels[0], levels[0] + len(levels))):
             raise ValueError(f"levels: {levels}; whole numbers one after another are needed, such as [3, 4, 5]")
-        self.frozen, self.width, self.head_layers = frozen, width, head_layers
+        self.name, self.frozen, self.width, self.head_layers = name, frozen, width, head_layers
         network, _ = without_classifier(name, in_channels, weights)
         self.network, known = up_to_maps(network, in_channels, name, levels)
         missing = [level for level in levels if level not in known and level < max(known)]
@@ -102,7 +103,7 @@ class Retina(nn.Module):
         return torch.cat([one.flatten(2) for one in self._maps(images)], 2)
 
     def _maps(self, images: Tensor) -> list[Tensor]:
-        found = list(self.network(images).values())
+        found = list(seen(self.network, images, self.name).values())
         total, maps = None, []
         for i in reversed(range(len(found))):  # from the smallest map up
             own = self.lateral[i](found[i])

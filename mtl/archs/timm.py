@@ -52,7 +52,7 @@ class TimmBackbone(BackboneByName):
             timm = importlib.import_module("timm")
         except ImportError as error:
             raise SetupError("arch=timm needs a package: pip install mtl[timm]") from error
-        self.frozen, own = frozen, weights is not None and not Path(weights).exists()
+        self.name, self.frozen, own = name, frozen, weights is not None and not Path(weights).exists()
         if own and weights != "DEFAULT":
             raise ValueError(f"weights: {weights!r} is no file, no folder of a run, and not DEFAULT")
         if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name):
@@ -85,7 +85,7 @@ class TimmBackbone(BackboneByName):
         return torch.flatten(self.network.forward_head(x), 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        found = self.network(images)
+        found = self.seen(images)
         if self.pyramid is None:
             return torch.flatten(found, 1)
         maps = [found[i] for i in self.used]

@@ -55,7 +55,7 @@ class TorchvisionBackbone(BackboneByName):
         tasks: Sequence[Task] = (),
     ):
         super().__init__()
-        self.frozen = frozen
+        self.name, self.frozen = name, frozen
         self.network, self.out_features = without_classifier(name, in_channels, weights)
         self.pyramid, self.widths = None, [self.out_features // 2**i for i in reversed(range(len(LAYERS)))]
         if pyramid.dense(tasks):
@@ -67,7 +67,7 @@ class TorchvisionBackbone(BackboneByName):
         self.network.requires_grad_(not frozen)
 
     def forward(self, images: Tensor) -> Tensor:
-        found = self.network(images)
+        found = self.seen(images)
         return found.flatten(1) if self.pyramid is None else self.pyramid(list(found.values()), images)
 
     def pooled(self, x: Tensor) -> Tensor:

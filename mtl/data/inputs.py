@@ -71,6 +71,14 @@ class Input(ABC):
         """
         raise ValueError("the model reads no images; give its columns as an .npy or .npz file")
 
+    def row(self, array: Tensor) -> Tensor | None:
+        """One sample's row of the column from an array of that sample alone; None if it holds a row for each sample.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        return None
+
     def example(self, size: int, generator: torch.Generator) -> Column:
         """(size, *shape) random numbers, to try a network out before the data is loaded."""
         return torch.randn(size, *self.shape, generator=generator)
@@ -137,6 +145,17 @@ class Image(Input):
         picture = picture.convert(mode).resize((width, height), Picture.Resampling.BILINEAR)
         row = torch.from_numpy(np.array(picture)).view(height, width, channels)
         return row, "" if size == (width, height) else f"resized to {width}x{height}"
+
+    def row(self, array: Tensor) -> Tensor | None:
+        """(H, W, C) uint8 of one image (H, W, C), of uint8 or of floats from 0 to 1. It is never resized."""
+        channels, height, width = self.shape
+        if array.ndim > 3:
+            return None
+        if array.shape != (height, width, channels) or array.is_complex():
+            found = f"{str(array.dtype).removeprefix('torch.')} of shape {tuple(array.shape)}"
+            needed = f"an image ({height}, {width}, {channels}) of floats from 0 to 1 or of uint8"
+            raise ValueError(f"{found}; {needed} is needed, or several as uint8 (N, {height}, {width}, {channels})")
+        return torch.from_numpy(eight_bits(array.numpy()))
 
     def ready(self, gathered: Tensor) -> Tensor:
         """Normalise. The result is a view in channels_last order, in which convolutions are fast."""
@@ -274,6 +293,19 @@ class Rows(Input):
             return Ragged(torch.randn(many, generator=generator), lengths)
         # 0 and 1 only: integers may be the numbers of another column's rows (a bond's atoms), and every sample has two.
         return Ragged(torch.randint(min(2, self.below), many, generator=generator), lengths)
+
+
+def eight_bits(array: np.ndarray) -> np.ndarray:
+    """An image of numbers from 0 to 1, or of uint8, as uint8. Those made from 8-bit images come back exactly.
+
+    Raises:
+        ValueError: it holds other numbers.
+    """
+    if array.dtype == np.uint8:
+        return array
+    if not (array.min() >= -1e-3 and array.max() <= 1 + 1e-3):  # not so of NaN
+        raise ValueError(f"an image of {array.min():.4g} to {array.max():.4g}; numbers from 0 to 1 are needed")
+    return (array.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def check_ragged(column: Ragged) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from mtl.data.cache import cached, digest
 from mtl.data.columns import Split
 from mtl.data.folders import candidates, not_found
+from mtl.data.inputs import eight_bits
 from mtl.errors import SetupError, one_line
 
 SPLITS = {"train": "train", "test": "val"}  # the tables' test images are in val/
@@ -181,11 +182,7 @@ def _read(file: Path, mapped: bool = False) -> np.ndarray:
 def image(array: np.ndarray) -> np.ndarray:
     """(H, W, 3) of 0 to 1, or uint8, to uint8. Files made from 8-bit images come back exactly."""
     _check(array, array.ndim == 3 and array.shape[2] == 3, "an image (H, W, 3)")
-    if array.dtype == np.uint8:
-        return array
-    if not (array.min() >= -1e-3 and array.max() <= 1 + 1e-3):  # not so of NaN
-        raise ValueError(f"an image of {array.min():.4g} to {array.max():.4g}; numbers from 0 to 1 are needed")
-    return (array.clip(0, 1) * 255).round().astype(np.uint8)
+    return eight_bits(array)
 
 
 def classes(count: int) -> Callable[[np.ndarray], np.ndarray]:
