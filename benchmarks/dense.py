@@ -157,7 +157,7 @@ def _steps(learner: Learner, data: Data) -> Callable[[int], Sequence[Any]]:
     def train(steps: int) -> Sequence[Any]:
         with learner.trainer.flags():
             for batch in data.ready[:steps]:
-                info = step(learner.forward(batch), data.size)
+                info = step(learner.forward(batch, learner._groups.units(batch)), data.size)
         return detached(info.passes[0].values)
 
     return train

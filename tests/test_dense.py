@@ -169,7 +169,7 @@ def test_mgda_of_maps_by_hand():
     share = ((second - first).dot(second) / (first - second).dot(first - second)).clamp(0, 1).item()
     row = learner.train_epoch(batches, 0)
     learner, batches, _ = build("mgda", Two, optimizer="sgd", gradients="features")
-    info = learner.step()(learner.forward(batch), len(batch["image"]))
+    info = learner.step()(learner.forward(batch, learner._groups.units(batch)), len(batch["image"]))
     torch.testing.assert_close(info.weights, torch.tensor([share, 1 - share]), rtol=1e-4, atol=1e-5)
     assert row["weights/segmentation"] + row["weights/depth"] == pytest.approx(1)
 

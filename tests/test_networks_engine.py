@@ -296,7 +296,7 @@ def test_looking_ahead_draws_the_same_dropout_masks(build, monkeypatch):
     seen = []
     monkeypatch.setattr(type(learner.strategy), "look_ahead", lambda self, of, *_: seen.extend([of(0), of(0), of(1)]))
     state = torch.get_rng_state()
-    learner.step()._look_ahead(learner.forward(batch), len(batch["image"]), None)
+    learner.step()._look_ahead(learner.forward(batch, learner._groups.units(batch)), len(batch["image"]), None)
     assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
     assert torch.equal(state, torch.get_rng_state())
 
@@ -328,7 +328,7 @@ def test_looking_ahead_leaves_no_trace(build, options):
     learner, batches = build(options)
     batch = next(iter(batches.epoch(0)))
     before, weights = copy.deepcopy([learner.model.state_dict(), learner.strategy.state_dict()])
-    learner.step()._look_ahead(learner.forward(batch), len(batch["image"]), None)
+    learner.step()._look_ahead(learner.forward(batch, learner._groups.units(batch)), len(batch["image"]), None)
     torch.testing.assert_close(learner.model.state_dict(), before, rtol=0, atol=0)
     norms = [m for m in learner.model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms and all(m.track_running_stats for m in norms)
@@ -359,7 +359,7 @@ def test_auto_lambda_in_the_engine(build):
     start, h = torch.full((3,), 0.1, dtype=torch.float64), 1e-3
     slope = [(outer(start + h * e) - outer(start - h * e)) / (2 * h) for e in torch.eye(3, dtype=torch.float64)]
     learner.optimizer.param_groups[0]["lr"] = 0.01
-    learner.step()._look_ahead(learner.forward(batch), len(batch["image"]), None)
+    learner.step()._look_ahead(learner.forward(batch, learner._groups.units(batch)), len(batch["image"]), None)
     error = (learner.strategy.meta.first / 0.1 - torch.stack(slope)).abs().max()
     assert error < 0.2 * max(map(abs, slope))  # 0.15: the difference is as wide as the authors'
 
@@ -400,10 +400,10 @@ def test_an_absent_task_misses_its_turn(build):
     size = len(batch["image"])
     batch.update({t.name: torch.zeros_like(batch[t.name]) for t in learner.tasks})
     shared, step, labelled = list(learner.model.shared_parameters()), learner.step(), torch.ones(size, 3).bool()
-    step(learner.forward(batch), size, labelled)
+    step(learner.forward(batch, learner._groups.units(batch)), size, labelled)
     before = learner.optimizer.state[shared[0]]["m"].clone()
     batch["odd"][:] = -100
     labelled[:, 1] = False
-    step(learner.forward(batch), size, labelled)
+    step(learner.forward(batch, learner._groups.units(batch)), size, labelled)
     after = learner.optimizer.state[shared[0]]["m"]
     assert not torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])

@@ -8,9 +8,8 @@ w = 1 until the first accuracy is known. γ = 1 and α = 0.1, as in the code of 
 Σw is not fixed: it shrinks to 0 as the accuracies grow. κ = 0 counts as 1e-12, which gives a weight of 28.
 
 κ must be a share of right answers. Here it is the score in percent, divided by 100. An error has no such scale, so a
-task whose main metric is better when lower is refused before training. So are depth and normals, whose main metrics are
-errors; `loss=amtl` takes both kinds. AMTL's authors give DTP the share of depths with δ < 1.25, which is not measured
-here, and the share of normals within 11.25°.
+task whose main metric is better when lower is refused before training. So are tasks on maps such as depth; `loss=amtl`
+takes both kinds. AMTL's authors give DTP the shares with δ < 1.25 (not measured here) and within 11.25°.
 
 AMTL's authors use test accuracies; `Statistics` never holds any. `mean=geometric` is their DTP-G (Yun & Cho, ICCV
 2023): L = Π_i L_i^{w_i/Σw}.
