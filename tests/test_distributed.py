@@ -121,6 +121,40 @@ class Maps(Rooms):
         return splits
 
 
+class Attention(Maps):
+    """SegNet-MTAN on images that it halves to one pixel."""
+
+    arch = {"_target_": "mtl.archs.segnet.SegNetMTAN", "width": 2}
+    # Its many batch norms over three pixels make rounding grow, in one process as in two.
+    optimizer = {"lr": 1e-6}
+
+    def __init__(self):
+        super().__init__()
+        self.height = self.width = 32
+
+    @property
+    def tasks(self) -> Sequence[Task]:
+        return super().tasks[:2]
+
+
+class Stitched(Maps):
+    """A backbone for each task. The last evaluation batch has one image, so that one process has none."""
+
+    sharing = "cross_stitch"
+
+
+class Layered(Maps):
+    """Experts that all tasks share, and experts of one task."""
+
+    sharing = "ple"
+
+
+class Mixed(Few):
+    """Experts with batch norm and dropout, under the microscope. Many batches lack a task."""
+
+    sharing, every = "mmoe", 1
+
+
 class Net(nn.Module):
     """Batch norm and dropout of both dimensions; no bias before a batch norm, whose gradient would be mere rounding."""
 
@@ -158,6 +192,9 @@ CASES += [(loss, "sgd", {"transform": "log"}, Few) for loss in ("equal", "rep_mt
 CASES += [("dwa", "sgd", {"heads": "own"}, Few), ("pcgrad", "sgd", {"heads": "weighted", "scale": "sum"}, Few)]
 CASES += [("uncertainty", "adatask", {"scale": "norm"}, Full)]
 CASES += [("pcgrad", "sgd", {}, Parted), ("uncertainty", "sgd", {}, Boxes), ("pcgrad", "sgd", {}, Maps)]
+# Models that are divided as a whole.
+CASES += [("pcgrad", "sgd", {}, Attention), ("pcgrad", "adam", {"heads": "weighted"}, Stitched)]
+CASES += [("dwa", "adatask", {}, Layered), ("auto_lambda", "sgd", {}, Mixed)]
 
 
 def build(case, processes=None) -> tuple[Learner, TrainingBatches, EvaluationBatches]:
@@ -166,9 +203,11 @@ def build(case, processes=None) -> tuple[Learner, TrainingBatches, EvaluationBat
 
     loss, optimizer, switches, kind = case
     benchmark = kind()
-    chosen = {"loss": loss, "optimizer": optimizer, "schedule": "cosine", "microscope": "default", "sharing": "hard"}
+    chosen = {"loss": loss, "optimizer": optimizer, "schedule": "cosine", "microscope": "default"}
+    chosen["sharing"] = getattr(kind, "sharing", "hard")
     nodes = {g: yaml.safe_load((ROOT / "conf" / g / f"{name}.yaml").read_text()) for g, name in chosen.items()}
     nodes["loss"] = {**nodes["loss"], **NEEDED.get(loss, {})}
+    nodes["microscope"]["every"] = getattr(kind, "every", 0)
     nodes["optimizer"] = {**nodes["optimizer"], **getattr(kind, "optimizer", {})}
     strategy = schema.build(nodes["loss"], "loss", tasks=[t.name for t in benchmark.tasks])
     tasks = [t for t in benchmark.tasks if t.name in strategy.names]
