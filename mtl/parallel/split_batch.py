@@ -134,13 +134,14 @@ def drawing(backbone: nn.Module, inputs: Sequence[Any]) -> str | None:
     """The name of a function in the backbone whose random numbers cannot be divided among processes, if there is one.
 
     Attention and recurrent layers draw their dropout inside one call, and a user's code may call torch.rand. Each
-    process would then draw for its own part only, and the result would differ from a single process. The function runs
-    one training pass over `inputs`. Parameters, buffers and the random stream stay as they were.
+    process would then draw for its own part only, and the result would differ from a single process. So would dropout
+    of other rows than the samples, such as an image's places. The function runs one training pass over `inputs`.
+    Parameters, buffers and the random stream stay as they were.
     """
     copies = {name: b.clone() for name, b in backbone.named_buffers()}  # otherwise batch norm's averages would change
     first = next(iter(inputs[0].values())) if isinstance(inputs[0], Mapping) else inputs[0]
     training, devices = backbone.training, [first.device] if first.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices), _Draws(first.device) as watch:
+    with torch.no_grad(), torch.random.fork_rng(devices), _Draws(first.device, len(first)) as watch:
         backbone.train()
         functional_call(backbone, copies, tuple(inputs))
     backbone.train(training)
@@ -148,16 +149,17 @@ def drawing(backbone: nn.Module, inputs: Sequence[Any]) -> str | None:
 
 
 class _Draws(TorchFunctionMode):
-    """Notes the first function, other than dropout, that uses the global random stream."""
+    """Notes the first function that draws random numbers, except dropout with a row for each of `rows` samples."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, rows: int):
         super().__init__()
-        self.device, self.found = device, None
+        self.device, self.rows, self.found = device, rows, None
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         before = self._state()
         result = function(*args, **(kwargs or {}))
-        if self.found is None and function not in DROPOUTS and not all(map(torch.equal, before, self._state())):
+        known = function in DROPOUTS and args and len(args[0]) == self.rows
+        if self.found is None and not known and not all(map(torch.equal, before, self._state())):
             self.found = getattr(function, "__name__", str(function))
         return result
 
@@ -239,7 +241,7 @@ class _Part(TorchFunctionMode):
         return y
 
     def _dropout(self, function, x, p=0.5, training=True, inplace=False):
-        if not training:
+        if not training or p == 0:
             return x
         if len(x) != self.rows.stop - self.rows.start:
             raise ValueError(f"dropout of {len(x)} rows for {self.rows.stop - self.rows.start} images of this process")
