@@ -576,19 +576,23 @@ def test_a_prediction_that_cannot_be_put_together_is_refused(made, what):
         split_batch.predictions(model, batch, [model.layer.parameters(), []], 0, 1, alone)
 
 
-@pytest.mark.parametrize(("loss", "switches"), [("consmtl", {}), ("mgda", {"gradients": "features"}), ("equal", None)])
-def test_a_method_on_features_is_refused_for_a_whole_model(loss, switches):
+AT_ONCE, FEATURES = "^step.parallel=2: .* use step.parallel=1", "^loss: .* divide MMoE as a whole; use sharing=hard"
+
+
+@pytest.mark.parametrize(("loss", "switches", "kind", "text"), [
+    ("consmtl", {}, Mixed, FEATURES), ("mgda", {"gradients": "features"}, Mixed, FEATURES), ("equal", {}, Mixed, None),
+    ("pcgrad", {"parallel": 2}, Mixed, AT_ONCE), ("pcgrad", {"parallel": 2}, Few, AT_ONCE),
+    ("mgda", {"parallel": 2, "gradients": "features"}, Few, None), ("equal", {"parallel": 2}, Few, None),
+])  # fmt: skip
+def test_a_step_that_processes_cannot_divide_is_refused(loss, switches, kind, text):
     from mtl.engine.build import _divide
     from mtl.errors import ConfigError
     from mtl.parallel.processes import Processes
 
-    learner, _, _ = build((loss, "sgd", switches or {}, Mixed))
+    learner, *_ = build((loss, "sgd", switches, kind))
     learner.model.float()
-    text = (
-        "^loss: .* features between backbone and heads, and several processes divide MMoE as a whole; use sharing=hard"
-    )
-    with nullcontext() if switches is None else pytest.raises(ConfigError, match=text):
-        _divide(learner, Mixed(), Processes(0, 2, 0, None))
+    with nullcontext() if text is None else pytest.raises(ConfigError, match=text):
+        _divide(learner, kind(), Processes(0, 2, 0, None))
 
 
 # ------------------------------------------------------------------------------------------------------------- signals

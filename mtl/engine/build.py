@@ -134,9 +134,14 @@ def _divide(learner: Learner, benchmark: Benchmark, processes: Processes) -> Non
     Raises:
         ConfigError: the model cannot be divided among them, or not with this method.
     """
-    model, strategy = learner.model, learner.strategy
+    model, strategy, switches = learner.model, learner.strategy, learner.switches
+    if switches.parallel > 1 and learner.combines and not switches.of_features(strategy):
+        raise ConfigError(
+            f"step.parallel={switches.parallel}: torch cannot run a pass for several tasks at once where several "
+            "processes exchange gradients; use step.parallel=1, or train it without torchrun"
+        )
     # A model is divided at its features, or as a whole. The features of a whole one are not put together.
-    if not takes(model, "run") and (_cuts(strategy, learner.switches) or reads_features(strategy)):
+    if not takes(model, "run") and (_cuts(strategy, switches) or reads_features(strategy)):
         name, kind = type(strategy).__name__, type(model).__name__
         raise ConfigError(
             f"loss: {name} works on the features between backbone and heads, and several processes divide {kind} as a "
