@@ -534,6 +534,26 @@ def test_a_parameter_that_a_pass_does_not_reach_gets_no_gradient():
     assert backbone["idle"].weight.grad is None and backbone["used"].weight.grad.norm() > 0
 
 
+class Kept(nn.Module):
+    """Uses its weight from a plain list."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+        self.weights = [self.weight]
+
+    def forward(self, x):
+        return x * self.weights[0]
+
+
+def test_a_parameter_whose_gradient_would_not_be_summed_is_refused():
+    from mtl.errors import ConfigError
+    from mtl.parallel.processes import Processes
+
+    with pytest.raises(ConfigError, match=r"^arch: Kept uses a parameter that it keeps outside"):
+        Processes(0, 2, 0, None).check(Kept(), [torch.ones(2, 4)])
+
+
 class Odd(Model):
     """Returns `made(x)` as the prediction of its only task, besides the features."""
 

@@ -33,7 +33,7 @@ from mtl.config import torchrun
 from mtl.data.columns import Batch
 from mtl.errors import ConfigError, SetupError, Terminated, UserError, one_line
 from mtl.parallel.signals import ENDING, ending
-from mtl.parallel.split_batch import drawing, forward, obstacle, predictions
+from mtl.parallel.split_batch import drawing, forward, obstacle, predictions, reaches_past
 
 TIMEOUT = timedelta(minutes=10)  # of one collective: after this, a process that is alive but stuck ends the run
 GRACE = 5.0  # seconds to wait for the reason after a connection broke
@@ -169,12 +169,18 @@ class Processes:
             inputs: its inputs for a few samples, on its device.
 
         Raises:
-            ConfigError: it draws random numbers that cannot be divided among processes.
+            ConfigError: it draws random numbers that cannot be divided among processes, or uses parameters that cannot
+                be replaced.
         """
         if (name := drawing(backbone, inputs)) is not None:
             raise ConfigError(
                 f"arch: {name} would draw other random numbers in each process (dropout in attention or in a recurrent "
                 "layer, say); train it in a single one, without torchrun"
+            )
+        if reaches_past(backbone, inputs):
+            raise ConfigError(
+                f"arch: {type(backbone).__name__} uses a parameter that it keeps outside of its modules' attributes, "
+                "such as in a list; several processes would not sum its gradient. Use self.NAME, or nn.ParameterList"
             )
 
     @contextmanager

@@ -37,7 +37,7 @@ from torch.overrides import TorchFunctionMode
 
 from mtl.archs.model import Model
 from mtl.data.columns import Batch
-from mtl.tasks.predictions import each
+from mtl.tasks.predictions import each, tensors
 
 Sum = Callable[[Tensor], Tensor]  # an all_reduce in place: adds the other processes' tensors to this one, returns it
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
@@ -138,14 +138,32 @@ def drawing(backbone: nn.Module, inputs: Sequence[Any]) -> str | None:
     of other rows than the samples, such as an image's places. The function runs one training pass over `inputs`.
     Parameters, buffers and the random stream stay as they were.
     """
-    copies = {name: b.clone() for name, b in backbone.named_buffers()}  # otherwise batch norm's averages would change
+    first = next(iter(inputs[0].values())) if isinstance(inputs[0], Mapping) else inputs[0]
+    with torch.no_grad(), _Draws(first.device, len(first)) as watch:
+        _tried(backbone, inputs, backbone.named_buffers())  # copies, or batch norm's averages would change
+    return watch.found
+
+
+def reaches_past(backbone: nn.Module, inputs: Sequence[Any]) -> bool:
+    """Whether the backbone uses a parameter otherwise than by its registered name, such as from a list that it keeps.
+
+    `_run` puts copies in the places of the registered ones only. Such a parameter's gradient would not be summed.
+    """
+    with torch.enable_grad():
+        found = _tried(backbone, inputs, [*backbone.named_parameters(), *backbone.named_buffers()])
+    return any(tensor.requires_grad for tensor in tensors(found))
+
+
+def _tried(backbone: nn.Module, inputs: Sequence[Any], replaced: Iterable[tuple[str, Tensor]]) -> Any:
+    """The output of a training pass, with copies of parameters or buffers. The random stream stays as it was."""
     first = next(iter(inputs[0].values())) if isinstance(inputs[0], Mapping) else inputs[0]
     training, devices = backbone.training, [first.device] if first.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices), _Draws(first.device, len(first)) as watch:
+    copies = {name: tensor.detach().clone() for name, tensor in replaced}
+    with torch.random.fork_rng(devices):
         backbone.train()
-        functional_call(backbone, copies, tuple(inputs))
+        found = functional_call(backbone, copies, tuple(inputs))
     backbone.train(training)
-    return watch.found
+    return found
 
 
 class _Draws(TorchFunctionMode):
