@@ -4,7 +4,6 @@ import json
 import signal
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,9 +28,7 @@ from mtl.config.identity import identify
 from mtl.data.inputs import Rows
 from mtl.data.molecules import Molecules
 from mtl.engine import checkpoint
-from mtl.engine.build import assemble
 from mtl.engine.learner import Learner
-from mtl.errors import ConfigError
 from mtl.inspect.microscope import layer_groups
 from mtl.report.protocols import benchmarks
 from mtl.report.runs import load
@@ -506,14 +503,6 @@ def test_what_does_not_fit_is_one_line(cli, words, message):
     result = cli("data=rooms", "data.train_size=16", "data.test_size=8", "logger=none", *words)
     assert result.code == 2 and result.err.count("\n") == 1
     assert message in result.err
-
-
-def test_processes_divide_hard_sharing_only():
-    config, _ = composed(*TINY, "sharing=mmoe")
-    with pytest.raises(
-        ConfigError, match="sharing: MMoE cannot be divided among processes yet; train it without torchrun"
-    ):
-        assemble(config, SimpleNamespace(device=lambda name: name))
 
 
 class Pair(Model):

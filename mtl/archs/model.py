@@ -6,6 +6,7 @@ parameters to its own loss.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
@@ -210,6 +211,11 @@ def _check_features(backbone: nn.Module, features: Any, first: Tensor) -> None:
     if features.dtype != first.dtype and first.is_floating_point() and not mixed:
         given, wanted = (str(t.dtype).removeprefix("torch.") for t in (features, first))
         raise ArchError(f"{name} returned {given} features for {wanted} inputs; convert them to {wanted}")
+
+
+def takes(model: Model, option: str) -> bool:
+    """Whether the model's `forward` has an argument of this name, such as `views` or `run`."""
+    return option in inspect.signature(model.forward).parameters
 
 
 def count_parameters(model: nn.Module) -> int:

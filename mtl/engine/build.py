@@ -19,7 +19,7 @@ from annotated_types import Ge
 from torch import nn
 
 from mtl.archs.check import check_model
-from mtl.archs.model import ArchError, HardSharing, Model, Outputs, count_macs
+from mtl.archs.model import ArchError, HardSharing, Model, Outputs, count_macs, takes
 from mtl.archs.restore import as_before
 from mtl.config import schema
 from mtl.config.source import blame
@@ -34,7 +34,7 @@ from mtl.engine.stopping import check_patience
 from mtl.errors import ConfigError, SetupError, one_line
 from mtl.inspect.microscope import Microscope
 from mtl.losses import Equal, Strategy
-from mtl.losses.hooks import defines, needs_features
+from mtl.losses.hooks import defines, needs_features, reads_features
 from mtl.optim.schedules import Schedule
 from mtl.parallel.processes import Processes
 from mtl.random import seeded, stream
@@ -125,15 +125,33 @@ def assemble(
     with trainer.flags():  # with the run's flags, the trial passes find operations that a deterministic run refuses
         learner = build_learner(config, benchmark, tasks, strategy, trainer, device, switches)
     if processes is not None:
-        # Processes divide the backbone's work, so the model must say what its backbone is.
-        if not isinstance(learner.model, HardSharing):
-            kind, node = type(learner.model).__name__, "arch" if shares_hard(config) else "sharing"
-            raise ConfigError(f"{node}: {kind} cannot be divided among processes yet; train it without torchrun")
-        batch = benchmark.example(2, torch.Generator().manual_seed(0))
-        # Refuse backbones whose random numbers cannot be divided, such as attention with dropout.
-        processes.check(learner.model.backbone, [batch[name].to(device) for name in learner.model.inputs])
-        learner.processes = processes
+        _divide(learner, benchmark, processes)
     return benchmark, learner
+
+
+def _divide(learner: Learner, benchmark: Benchmark, processes: Processes) -> None:
+    """Let several processes share the learner's work.
+
+    Raises:
+        ConfigError: the model cannot be divided among them, or not with this method.
+    """
+    model, strategy, switches = learner.model, learner.strategy, learner.switches
+    if switches.parallel > 1 and learner.combines and not switches.of_features(strategy):
+        raise ConfigError(
+            f"step.parallel={switches.parallel}: torch cannot run a pass for several tasks at once where several "
+            "processes exchange gradients; use step.parallel=1, or train it without torchrun"
+        )
+    # A model is divided at its features, or as a whole. The features of a whole one are not put together.
+    if not takes(model, "run") and (_cuts(strategy, switches) or reads_features(strategy)):
+        name, kind = type(strategy).__name__, type(model).__name__
+        raise ConfigError(
+            f"loss: {name} works on the features between backbone and heads, and several processes divide {kind} as a "
+            "whole; use sharing=hard, or train it without torchrun"
+        )
+    batch = benchmark.example(2, torch.Generator().manual_seed(0))
+    batch = {name: column.to(learner.device) for name, column in batch.items()}
+    processes.check_model(model, learner.trainer.laid_out(batch), [task.name for task in learner.tasks])
+    learner.processes = processes
 
 
 def open_batches(benchmark: Benchmark, learner: Learner) -> tuple[TrainingBatches, dict[str, EvaluationBatches]]:
@@ -384,6 +402,11 @@ def _share(node: Mapping[str, Any], backbone: Any, **supplied: Any) -> Model:
     return model
 
 
+def _cuts(strategy: Strategy, switches: Switches) -> bool:
+    """Whether the step comes between features and heads: it changes what heads see, or takes features' gradients."""
+    return strategy.flat or defines(strategy, "views") or switches.of_features(strategy)
+
+
 def _check_features(model: Model, outputs: Outputs, strategy: Strategy, tasks: list[Task], switches: Switches) -> None:
     """Check that the model has the features that the method needs, such as a vector for each sample.
 
@@ -392,10 +415,10 @@ def _check_features(model: Model, outputs: Outputs, strategy: Strategy, tasks: l
     """
     # Most methods need no features at all.
     name, kind = type(strategy).__name__, type(model.trunk).__name__  # for the messages
-    cut = strategy.flat or defines(strategy, "views") or switches.of_features(strategy)
+    cut = _cuts(strategy, switches)
     if not cut and not needs_features(strategy):
         return
-    if outputs.features is None or (cut and "views" not in inspect.signature(model.forward).parameters):
+    if outputs.features is None or (cut and not takes(model, "views")):
         raise ConfigError(f"loss: {name} works on the features between backbone and heads, and {kind} has none")
     if strategy.flat and outputs.features.ndim != 2:
         shown = ", ".join(map(str, outputs.features.shape[1:]))

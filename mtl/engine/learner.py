@@ -88,7 +88,7 @@ class Learner:
         seed: of the run.
         switches: variations of the step.
         microscope: decides in which steps the gradients are measured.
-        processes: the processes that divide the backbone's work; None if this is the only process.
+        processes: the processes that divide the network's work; None if this is the only process.
     """
 
     trainer: Execution
@@ -293,7 +293,7 @@ class Learner:
     def step(self) -> Step:
         """A new `Step`, which updates this learner's parameters."""
         heads = [list(self.model.own_parameters(task.name)) for task in self.tasks]
-        self.strategy.group = None  # the processes of a run divide the backbone only, so nothing is averaged
+        self.strategy.group = None  # the processes of a run divide the network only, so nothing is averaged
         return Step(
             self.strategy, self.optimizer, list(self.model.shared_parameters()), heads,
             switches=self.switches, model=self.model,
@@ -322,15 +322,17 @@ class Learner:
 
     def predict(self, batch: Batch) -> Outputs:
         """Run the model: each task's prediction in fp32, and the features at the end of the shared part."""
-        # `views` and `run` are passed only if needed, so that a user's own model does not have to accept them.
+        # `views` is passed only if needed, so that a user's own model does not have to accept it.
         options: dict[str, Any] = {}
         if defines(self.strategy, "views") or self.switches.of_features(self.strategy):
             options["views"] = self._views
-        if self.processes is not None:
-            options["run"] = self.processes.forward
         # Only the network runs in bf16. Losses and metrics get fp32 predictions.
         with self.trainer.autocast(self.device):
-            outputs = self.model(self.trainer.laid_out(batch), **options)
+            batch = self.trainer.laid_out(batch)
+            if self.processes is None:
+                outputs = self.model(batch, **options)
+            else:
+                outputs = self.processes.outputs(self.model, batch, [t.name for t in self.tasks], **options)
         found = outputs.predictions
         found = found if isinstance(found, Predictions) else Predictions(found)
         return Outputs(found.each(Tensor.float), outputs.features)

@@ -182,6 +182,13 @@ def needs_features(strategy: Any) -> bool:
     )
 
 
+def reads_features(strategy: Any) -> bool:
+    """Whether a function of the method takes the features, which may be an argument that it can do without."""
+    hooks = ("regulariser", "head_gradients")
+    optional = any(defines(strategy, hook) and signatures.taken(strategy, hook, features=None) for hook in hooks)
+    return optional or needs_features(strategy)
+
+
 def differentiates(strategy: Any) -> bool:
     """Whether the method computes derivatives of the losses itself. Their graph must then be kept."""
     if defines(strategy, "regulariser"):

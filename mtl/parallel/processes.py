@@ -27,10 +27,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mtl.archs.model import Model, Outputs, takes
+from mtl.archs.restore import as_before
 from mtl.config import torchrun
+from mtl.data.columns import Batch
 from mtl.errors import ConfigError, SetupError, Terminated, UserError, one_line
 from mtl.parallel.signals import ENDING, ending
-from mtl.parallel.split_batch import drawing, forward
+from mtl.parallel.split_batch import drawing, forward, obstacle, predictions, reaches_past
 
 TIMEOUT = timedelta(minutes=10)  # of one collective: after this, a process that is alive but stuck ends the run
 GRACE = 5.0  # seconds to wait for the reason after a connection broke
@@ -133,20 +136,51 @@ class Processes:
             raise SetupError(f"trainer.device={name}: {started} {count} CUDA devices; one is needed for each")
         return f"cuda:{self.local_rank}"
 
-    def check(self, backbone: nn.Module, inputs: Sequence[Tensor]) -> None:
-        """Check that the backbone can be trained by several processes.
+    def check_model(self, model: Model, batch: Batch, tasks: Sequence[str]) -> None:
+        """Check that the model can be trained by several processes.
 
         Args:
-            backbone: the backbone.
-            inputs: the inputs of a few samples, on the backbone's device.
+            model: the model.
+            batch: the inputs of a few samples, on the model's device.
+            tasks: names of the tasks.
 
         Raises:
-            ConfigError: the backbone draws random numbers that cannot be divided among processes.
+            ConfigError: it draws random numbers that cannot be divided among processes. Or a prediction cannot be put
+                together from parts.
+        """
+        if takes(model, "run"):
+            self.check(model.trunk, [batch[name] for name in model.inputs])
+            return
+        self.check(model, [batch])
+        with as_before(model), torch.no_grad():
+            found = model.eval()(batch).predictions
+        for task, prediction in zip(tasks, found, strict=True):
+            if (what := obstacle(prediction, len(next(iter(batch.values()))))) is not None:
+                raise ConfigError(
+                    f"arch: the prediction of task {task!r} holds {what}, which several processes cannot put together; "
+                    "train it in a single one, without torchrun"
+                )
+
+    def check(self, backbone: nn.Module, inputs: Sequence[Any]) -> None:
+        """Check that the divided part of a model can be trained by several processes.
+
+        Args:
+            backbone: the divided part: the backbone, or a whole model.
+            inputs: its inputs for a few samples, on its device.
+
+        Raises:
+            ConfigError: it draws random numbers that cannot be divided among processes, or uses parameters that cannot
+                be replaced.
         """
         if (name := drawing(backbone, inputs)) is not None:
             raise ConfigError(
                 f"arch: {name} would draw other random numbers in each process (dropout in attention or in a recurrent "
                 "layer, say); train it in a single one, without torchrun"
+            )
+        if reaches_past(backbone, inputs):
+            raise ConfigError(
+                f"arch: {type(backbone).__name__} uses a parameter that it keeps outside of its modules' attributes, "
+                "such as in a list; several processes would not sum its gradient. Use self.NAME, or nn.ParameterList"
             )
 
     @contextmanager
@@ -194,11 +228,31 @@ class Processes:
 
     # -- training -----------------------------------------------------------------------------------------------------
 
+    def outputs(self, model: Model, batch: Batch, tasks: Sequence[str], **options: Any) -> Outputs:
+        """The model's outputs for all samples. Each process computes a part of them.
+
+        Args:
+            model: divides its backbone among the processes if its `forward` takes `run`; otherwise it is divided as a
+                whole, and has no features.
+            batch: N samples.
+            tasks: names of the tasks.
+            options: arguments of a model that divides its backbone.
+        """
+        if takes(model, "run"):
+            return model(batch, run=self.forward, **options)
+        self._heed()
+        owned = [model.shared_parameters(), *map(model.own_parameters, tasks)]
+        return Outputs(predictions(model, batch, owned, self.rank, self.size, self.sum_))
+
     def forward(self, backbone: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
         """The features (N, …) of all samples. Each process computes a part of them."""
+        self._heed()
+        return forward(backbone, inputs, self.rank, self.size, self.sum_)
+
+    def _heed(self) -> None:
+        """End training if a signal has arrived."""
         if self._signals:
             raise Terminated  # `guard` knows which signal it was
-        return forward(backbone, inputs, self.rank, self.size, self.sum_)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add the tensors of the other processes to `tensor`, in place. The result has the same bits everywhere."""

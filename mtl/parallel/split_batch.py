@@ -2,21 +2,31 @@
 
 All processes hold the same batch. Each one sends its part of the images through the backbone. Then all processes get
 the features of the whole batch. From there on, every process computes the same as a single one would: heads, losses,
-method, optimizer, metrics. So no method has to know about processes. They exchange:
+method, optimizer, metrics. So no method has to know about processes.
 
-- the features: every process fills in its rows (`_Gather`);
-- the gradients of the backbone's parameters: each backward pass sums them with one flat all_reduce, also in a method's
-  look-ahead (`_Replicate`);
+With sharing schemes and other whole models, no single tensor separates the shared part from the heads. There each
+process computes the whole model on its part, and all processes get the predictions of the whole batch.
+
+The processes exchange:
+
+- the features, or the predictions: every process fills in its rows (`_Gather`);
+- the gradients of the divided part's parameters: each backward pass sums them with one flat all_reduce, also in a
+  method's look-ahead (`_Replicate`). In a whole model, there is one for the shared parameters and one for each task's
+  own. So the graph of a task's loss ends at this task's parameters, as in a single process;
 - the statistics of batch norm, in the forward and in the backward pass (`_BatchNorm`);
 - nothing for dropout: each process draws the mask of the whole batch and uses its part.
 
-The price: all processes compute the heads and prepare the whole batch. Both are cheap compared with a backbone. Second
-derivatives stop at the features. For the heads (ConsMTL, Rep-MTL) they are right; for the backbone they are refused.
+The price: all processes prepare the whole batch, and compute what is not divided. Both are cheap compared with a
+backbone. Second derivatives stop at the features. For the heads (ConsMTL, Rep-MTL) they are right; for the backbone
+they are refused. A method that reads features is refused with a whole model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +34,10 @@ from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
+
+from mtl.archs.model import Model
+from mtl.data.columns import Batch
+from mtl.tasks.predictions import each, tensors
 
 Sum = Callable[[Tensor], Tensor]  # an all_reduce in place: adds the other processes' tensors to this one, returns it
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
@@ -43,46 +57,127 @@ def forward(backbone: nn.Module, inputs: Sequence[Tensor], rank: int, size: int,
         gradients are, too.
     """
     total = len(inputs[0])
-    start, stop = (total * r // size for r in (rank, rank + 1))
-    part = tuple(one[start:stop] for one in inputs)
-    with _Part(rank, size, sum_, slice(start, stop), total, backbone.training):
-        if torch.is_grad_enabled():
-            # The backbone runs with copies of its parameters. Their backward function sums the gradients.
-            named = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
-            ours = dict(zip(named, _Replicate.apply(sum_, *named.values()), strict=True))
-            features = functional_call(backbone, ours, part)
-        else:
-            features = backbone(*part)
-    return _Gather.apply(features, sum_, start, total)
+    rows = _rows(total, rank, size)
+    with _Part(rank, size, sum_, rows, total, backbone.training):
+        features = _run(backbone, [backbone.parameters()], tuple(one[rows] for one in inputs), sum_)
+    return _Gather.apply(features, sum_, rows.start, total)
 
 
-def drawing(backbone: nn.Module, inputs: Sequence[Tensor]) -> str | None:
+def predictions(
+    model: Model, batch: Batch, owned: Sequence[Iterable[nn.Parameter]], rank: int, size: int, sum_: Sum
+) -> list[Any]:
+    """Each task's prediction for all samples. This process computes only its own part of the samples.
+
+    Args:
+        model: any model. Its parameters must be the same in all processes.
+        batch: N samples, the same in all processes.
+        owned: the shared parameters, then each task's own.
+        rank, size, sum_: as in `forward`.
+
+    Raises:
+        ValueError: a prediction cannot be put together from parts.
+    """
+    total = len(next(iter(batch.values())))
+    rows = _rows(total, rank, size)
+    part = {name: column[rows] for name, column in batch.items()}
+    with _Part(rank, size, sum_, rows, total, model.training):
+        found = _run(model, owned, (part,), sum_).predictions
+    for one in found:
+        if (what := obstacle(one, rows.stop - rows.start)) is not None:
+            raise ValueError(f"a prediction holds {what}, which several processes cannot put together")
+    return [each(lambda tensor: _Gather.apply(tensor, sum_, rows.start, total), one) for one in found]
+
+
+def obstacle(prediction: Any, rows: int) -> str | None:
+    """What in a prediction for `rows` samples cannot be put together from parts; None if everything can.
+
+    Tensors with a row for each sample can, in any tuples, lists and dicts.
+    """
+    if isinstance(prediction, Tensor):
+        return None if prediction.shape[:1] == (rows,) else f"a tensor {tuple(prediction.shape)} for {rows} samples"
+    if isinstance(prediction, Mapping | tuple | list):
+        parts = prediction.values() if isinstance(prediction, Mapping) else prediction
+        return next((found for part in parts if (found := obstacle(part, rows)) is not None), None)
+    return None if prediction is None else f"an object of class {type(prediction).__name__}"
+
+
+def _rows(total: int, rank: int, size: int) -> slice:
+    """The rows of process `rank`."""
+    return slice(total * rank // size, total * (rank + 1) // size)
+
+
+def _run(module: nn.Module, owned: Sequence[Iterable[nn.Parameter]], inputs: tuple[Any, ...], sum_: Sum) -> Any:
+    """The module's output for these inputs, whose backward pass sums the parameters' gradients over the processes.
+
+    Args:
+        owned: lists of parameters. The gradients of a list are summed together.
+    """
+    if not torch.is_grad_enabled():
+        return module(*inputs)
+    # The module runs with copies of its parameters. Their backward function sums the gradients.
+    named, copies = {name: p for name, p in module.named_parameters() if p.requires_grad}, {}
+    for group in _groups(named, owned):
+        copies |= zip(group, _Replicate.apply(sum_, *(named[name] for name in group)), strict=True)
+    return functional_call(module, copies, inputs)
+
+
+def _groups(named: Mapping[str, nn.Parameter], owned: Sequence[Iterable[nn.Parameter]]) -> list[list[str]]:
+    """The names of the parameters in each list. A parameter in several lists, or in none, is a group of its own."""
+    names = {id(p): name for name, p in named.items()}
+    lists = [dict.fromkeys(names[id(p)] for p in one if id(p) in names) for one in owned]
+    count = Counter(chain.from_iterable(lists))
+    groups = [[name for name in one if count[name] == 1] for one in lists]
+    return [group for group in groups if group] + [[name] for name in named if count[name] != 1]
+
+
+def drawing(backbone: nn.Module, inputs: Sequence[Any]) -> str | None:
     """The name of a function in the backbone whose random numbers cannot be divided among processes, if there is one.
 
     Attention and recurrent layers draw their dropout inside one call, and a user's code may call torch.rand. Each
-    process would then draw for its own part only, and the result would differ from a single process. The function runs
-    one training pass over `inputs`. Parameters, buffers and the random stream stay as they were.
+    process would then draw for its own part only, and the result would differ from a single process. So would dropout
+    of other rows than the samples, such as an image's places. The function runs one training pass over `inputs`.
+    Parameters, buffers and the random stream stay as they were.
     """
-    copies = {name: b.clone() for name, b in backbone.named_buffers()}  # otherwise batch norm's averages would change
-    training, devices = backbone.training, [inputs[0].device] if inputs[0].device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices), _Draws(inputs[0].device) as watch:
-        backbone.train()
-        functional_call(backbone, copies, tuple(inputs))
-    backbone.train(training)
+    first = next(iter(inputs[0].values())) if isinstance(inputs[0], Mapping) else inputs[0]
+    with torch.no_grad(), _Draws(first.device, len(first)) as watch:
+        _tried(backbone, inputs, backbone.named_buffers())  # copies, or batch norm's averages would change
     return watch.found
 
 
-class _Draws(TorchFunctionMode):
-    """Notes the first function, other than dropout, that uses the global random stream."""
+def reaches_past(backbone: nn.Module, inputs: Sequence[Any]) -> bool:
+    """Whether the backbone uses a parameter otherwise than by its registered name, such as from a list that it keeps.
 
-    def __init__(self, device: torch.device):
+    `_run` puts copies in the places of the registered ones only. Such a parameter's gradient would not be summed.
+    """
+    with torch.enable_grad():
+        found = _tried(backbone, inputs, [*backbone.named_parameters(), *backbone.named_buffers()])
+    return any(tensor.requires_grad for tensor in tensors(found))
+
+
+def _tried(backbone: nn.Module, inputs: Sequence[Any], replaced: Iterable[tuple[str, Tensor]]) -> Any:
+    """The output of a training pass, with copies of parameters or buffers. The random stream stays as it was."""
+    first = next(iter(inputs[0].values())) if isinstance(inputs[0], Mapping) else inputs[0]
+    training, devices = backbone.training, [first.device] if first.device.type == "cuda" else []
+    copies = {name: tensor.detach().clone() for name, tensor in replaced}
+    with torch.random.fork_rng(devices):
+        backbone.train()
+        found = functional_call(backbone, copies, tuple(inputs))
+    backbone.train(training)
+    return found
+
+
+class _Draws(TorchFunctionMode):
+    """Notes the first function that draws random numbers, except dropout with a row for each of `rows` samples."""
+
+    def __init__(self, device: torch.device, rows: int):
         super().__init__()
-        self.device, self.found = device, None
+        self.device, self.rows, self.found = device, rows, None
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         before = self._state()
         result = function(*args, **(kwargs or {}))
-        if self.found is None and function not in DROPOUTS and not all(map(torch.equal, before, self._state())):
+        known = function in DROPOUTS and args and len(args[0]) == self.rows
+        if self.found is None and not known and not all(map(torch.equal, before, self._state())):
             self.found = getattr(function, "__name__", str(function))
         return result
 
@@ -94,20 +189,23 @@ class _Draws(TorchFunctionMode):
 class _Replicate(Function):
     """Passes parameters on unchanged. In the backward pass it sums their gradients over the processes.
 
-    All gradients are summed by one flat all_reduce.
+    All gradients are summed by one flat all_reduce. A parameter that the pass does not reach gets none, as in a single
+    process: with a gradient of 0, the optimizer would apply weight decay and momentum to it.
     """
 
     @staticmethod
     def forward(ctx, sum_: Sum, *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.sum_ = sum_
+        ctx.set_materialize_grads(False)
         return tuple(p.view_as(p) for p in parameters)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        flat = ctx.sum_(torch.cat([g.reshape(-1) for g in gradients]))
-        pieces = flat.split([g.numel() for g in gradients])
-        return None, *(piece.view(g.shape) for piece, g in zip(pieces, gradients, strict=True))
+        known = [g for g in gradients if g is not None]
+        flat = ctx.sum_(torch.cat([g.reshape(-1) for g in known]))
+        pieces = iter(flat.split([g.numel() for g in known]))
+        return None, *(None if g is None else next(pieces).view(g.shape) for g in gradients)
 
 
 class _Gather(Function):
@@ -161,7 +259,7 @@ class _Part(TorchFunctionMode):
         return y
 
     def _dropout(self, function, x, p=0.5, training=True, inplace=False):
-        if not training:
+        if not training or p == 0:
             return x
         if len(x) != self.rows.stop - self.rows.start:
             raise ValueError(f"dropout of {len(x)} rows for {self.rows.stop - self.rows.start} images of this process")
