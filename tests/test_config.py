@@ -293,12 +293,13 @@ def test_keys_that_a_file_leaves_out_are_those_of_its_class(cli, tmp_path, monke
 
 
 def test_a_grid_over_options_takes_a_key_that_they_share_and_the_default_lacks(cli):
-    rooms = ("data=rooms", "loss=cagrad,famo", "arch=unet,fcn", "study.plan=true")
-    plan = cli("-m", *rooms, "arch.width=4", "sharing=mtan,hard")
-    assert plan.code == 0 and "8 runs (8 new)" in plan.out, plan.err
-    wrong = cli("-m", *rooms, "arch.widht=4")
+    small = ("data=rooms", "data.train_size=8", "data.test_size=4", "data.height=32", "data.width=32")
+    rooms = ("-m", *small, "study.plan=true")
+    plan = cli(*rooms, "arch=unet,fcn", "arch.width=4")
+    assert plan.code == 0 and "2 runs (2 new)" in plan.out, plan.err
+    wrong = cli(*rooms, "arch=unet,fcn", "arch.widht=4")
     assert wrong.code == 2 and "arch.widht: unknown key" in wrong.err
-    some = cli("-m", *rooms, "loss.gamma=0.1")
+    some = cli(*rooms, "arch=fcn", "loss=cagrad,famo", "loss.gamma=0.1")
     assert some.code == 2 and "loss.gamma: unknown key; allowed: c, rescale" in some.err
 
 

@@ -316,7 +316,7 @@ def test_experts_get_the_gradients_of_all_tasks_and_gates_their_own(build):
     ]
     slopes = torch.autograd.grad(sum(losses), list(learner.model.parameters()))
     learner._set_rate(0, 1)
-    learner.step()(learner.forward(batch), 16, None)
+    learner.step()(learner.forward(batch, learner._groups.units(batch)), 16, None)
     for (name, p), slope in zip(learner.model.named_parameters(), slopes, strict=True):
         torch.testing.assert_close(p.detach(), before[name] - 0.01 * slope, rtol=1e-4, atol=1e-6)
 
