@@ -388,6 +388,14 @@ def test_a_table_of_many_metrics_has_a_row_for_each_in_the_terminal():
     assert [line.split() for line in lines[1:6:2]] == [["metric", "equal", "nash_mtl"], ["n", "3", "3"],
                                                        ["best", "1.5", "2.5*"]]  # fmt: skip
     assert [line.split()[0] for line in lines[4::3]] == names  # each said once
+    # Single tasks have no metric in common, so one column holds them. Two of one task stay apart.
+    alone = [[Entry(f"single, {task}"), Entry("3", 3), *(Entry("7" if i % 13 == k else "–") for i in range(39))]
+             for k, task in enumerate(["depth", "normals"])]  # fmt: skip
+    lines = Table("title", "", header, [*rows, *alone]).fitted(120).split("\n")
+    assert lines[1].split() == ["metric", "equal", "nash_mtl", "single", "tasks"]
+    assert [line.split()[-1] for line in lines[3:7]] == ["3", "7", "7", "–"]
+    lines = Table("title", "", header, [*rows, *alone, alone[0][:2] + [Entry("8")] * 39]).fitted(120).split("\n")
+    assert "single tasks" not in lines[1]
     # More strategies than columns keep their rows. Too many columns of strategies go on below.
     few = Table("title", "", header[:3], [[Entry(f"s{k}"), *row[1:3]] for k in range(9) for row in rows[:1]])
     assert few.fitted(20).split("\n")[4].startswith("s0")

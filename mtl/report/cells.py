@@ -10,9 +10,7 @@ from mtl.report.protocols import Group
 from mtl.report.runs import Run
 from mtl.report.scores import Scores
 from mtl.report.statistics import deviation, mean
-from mtl.report.tables import Entry
-
-NONE = Entry("–")
+from mtl.report.tables import NONE, Entry
 
 
 def count(scores: Scores, group: Group) -> Entry:

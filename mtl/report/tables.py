@@ -40,6 +40,9 @@ class Entry:
         return "*" * self.best + "†" * self.beats
 
 
+NONE = Entry("–")
+
+
 @dataclass
 class Table:
     """Rows of cells under a header.
@@ -83,17 +86,18 @@ class Table:
 
     def _turned(self) -> str:
         """Plain text with a row for each column of this table. A name is not repeated below itself."""
-        marks = [max(len(c.mark) for c in row) for row in self.rows]
+        columns = _together(self.rows)
+        marks = [max(len(c.mark) for c in row) for row in columns]
         rows, before = [], ""
         for i, (above, below) in enumerate(zip(*self._lines(), strict=True)):
             if i:
                 first, second = (above, below) if above else (below, "")
-                cells = [row[i].text + row[i].mark.ljust(n) for row, n in zip(self.rows, marks, strict=True)]
+                cells = [row[i].text + row[i].mark.ljust(n) for row, n in zip(columns, marks, strict=True)]
                 rows.append(["" if first == before else first, second, *cells])
                 before = first
         wide = max(len(row[1]) for row in rows)
         rows = [[row[0], row[1].ljust(wide), *row[2:]] for row in rows]
-        return f"{self.title}\n{table(['metric', '', *(row[0].text for row in self.rows)], rows)}"
+        return f"{self.title}\n{table(['metric', '', *(row[0].text for row in columns)], rows)}"
 
     @property
     def keys(self) -> int:
@@ -167,6 +171,20 @@ class Table:
     def _lines(self) -> tuple[list[str], list[str]]:
         """The header's upper and lower line."""
         return tuple(map(list, zip(*(h.split("\n") if "\n" in h else ("", h) for h in self.header), strict=True)))
+
+
+def _together(rows: list[list[Entry]]) -> list[list[Entry]]:
+    """One row "single tasks" for "single, depth", "single, normals", …, if no two of them share a column."""
+    single = [row for row in rows if row[0].text.startswith("single, ")]
+    if len(single) < 2:
+        return rows
+    joined = [Entry("single tasks")]
+    for cells in zip(*(row[1:] for row in single), strict=True):
+        known = {cell.text: cell for cell in cells if cell.text != NONE.text}
+        if len(known) > 1:
+            return rows
+        joined.append(next(iter(known.values()), NONE))
+    return [*(row for row in rows if row not in single), joined]
 
 
 def _number(value: float | None) -> str:
