@@ -174,7 +174,7 @@ class Table:
 
 
 def _together(rows: list[list[Entry]]) -> list[list[Entry]]:
-    """One row "single tasks" for "single, depth", "single, normals", …, if no two of them share a column."""
+    """One row "single tasks" for "single, fine", "single, coarse", …, if no two of them share a column."""
     single = [row for row in rows if row[0].text.startswith("single, ")]
     if len(single) < 2:
         return rows
