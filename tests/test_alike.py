@@ -442,3 +442,19 @@ def test_a_step_counts_its_labels_once(smoke, monkeypatch):
     monkeypatch.setattr(Learner, "train_epoch", watched)
     assert smoke("loss=pcgrad", "data.label_fraction=0.9").code == 0
     assert found and set(found) == {1.0}
+
+
+def test_a_tasks_own_loss_of_two_arguments_trains():
+    """Training counts the labels itself, but a user's class need not know."""
+
+    class Twice(Classification):
+        def loss(self, prediction, target):
+            return 2 * super().loss(prediction, target)
+
+    batch = {"a": torch.tensor([0, -100, 2]), "b": torch.tensor([1, 1, -100])}
+    predictions = [torch.randn(3, 3), torch.randn(3, 3)]
+    tasks = (Twice("a", 3), Classification("b", 3))
+    expected = [nn.functional.cross_entropy(p, t) for p, t in zip(predictions, batch.values(), strict=True)]
+    groups = Groups(tasks)
+    for found in (groups.losses(predictions, batch), groups.losses(predictions, batch, groups.units(batch))):
+        torch.testing.assert_close(torch.stack(found), torch.stack([2 * expected[0], expected[1]]))

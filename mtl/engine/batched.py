@@ -50,7 +50,7 @@ def jacobian(
             gradients = iter(found)
             for i in live:
                 own[i] = [next(gradients) for _ in heads[i]]
-        half = parallel > 1 and _half(losses)
+        half = _half(losses)
         for start in range(0, len(live) if where else 0, parallel):
             block = live[start : start + parallel]
             retain = keep or block[-1] != live[-1]

@@ -158,9 +158,9 @@ def _jacobian(
     reached = []
     # Losses that are the elements of one vector have one graph, and a pass for one head would go through all heads. So
     # the gradients of all heads come from one pass: the gradient of Σ L for a head is that of its own loss.
-    seeds = _seeds(losses, scale)
-    one = torch.ones_like(losses[0])
-    at_once = _of_all_heads(losses, heads, one if scale is None else one * scale) if seeds else None
+    one = torch.ones_like(losses[0]) if scale is None else torch.ones_like(losses[0]) * scale
+    seeds = _seeds(losses, one)
+    at_once = _of_all_heads(losses, heads, one) if seeds else None
     for i, (loss, head) in enumerate(zip(losses, heads, strict=True)):
         inputs = where if seeds else [*where, *head]
         if not loss.requires_grad or not inputs:  # an absent task: its loss is a constant
@@ -215,8 +215,8 @@ def _dtype(losses: Sequence[Tensor], where: Sequence[Tensor]) -> torch.dtype:
     return dtype
 
 
-def _seeds(losses: Sequence[Tensor], scale: Tensor | float | None) -> list[tuple[Any, Any]]:
-    """For each loss, the outputs and seeds of a backward pass that gives its gradient: 1 (or `scale`) for it, else 0.
+def _seeds(losses: Sequence[Tensor], one: Tensor) -> list[tuple[Any, Any]]:
+    """For each loss, the outputs and seeds of a backward pass that gives its gradient: `one` for it, 0 for others.
 
     Empty if the losses are not the elements of one vector. Custom functions in the graph may add to `.grad`, and then
     each loss needs a pass of its own.
@@ -224,14 +224,13 @@ def _seeds(losses: Sequence[Tensor], scale: Tensor | float | None) -> list[tuple
     vectors = {_vector(loss) for loss in losses}
     if len(losses) == 1 or len(vectors) > 1 or None in vectors or reach.reach(losses[0]).custom:
         return []
-    one, zero = torch.ones_like(losses[0]), torch.zeros_like(losses[0])
-    one = one if scale is None else one * scale
     if (whole := _whole_vector(losses)) is not None:
         # One output rather than T: torch checks each of them, which takes longer than the pass of a small network.
         vector, elements = whole
         rows = (torch.eye(len(vector), dtype=vector.dtype, device=vector.device) * one).unbind()
         return [(vector, rows[i]) for i in elements]
     # The same two tensors for all: the T rows of an identity matrix, cut into numbers, would be T² operations.
+    zero = torch.zeros_like(one)
     return [(losses, (zero,) * i + (one,) + (zero,) * (len(losses) - 1 - i)) for i in range(len(losses))]
 
 

@@ -25,6 +25,7 @@ method waits for the next call if one of its runs failed (divergence is no failu
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import re
 import shlex
@@ -33,14 +34,15 @@ import statistics
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mtl.cli.explain import composed, translate
@@ -111,21 +113,10 @@ class Method:
         Raises:
             ConfigError: the config is wrong.
         """
-        try:
-            config = self._composed()
-            choices, runs = dict(config.hydra.runtime.choices), []
-            OmegaConf.set_struct(config, False)
-            hydra = config.pop("hydra")
-            for rate in rates:
-                for seed in seeds:
-                    config.optimizer.lr, config.seed = rate, seed
-                    plain = with_parts(OmegaConf.to_container(config, resolve=True), hydra)
-                    check(plain)
-                    path = identify(plain, choices).directory(plain["output_root"])
-                    runs.append(Trial(rate, seed, path))
-        except (OmegaConfBaseException, HydraException) as error:
-            raise translate(error) from error
-        return runs
+        return [
+            Trial(rate, seed, identify(plain, choices).directory(plain["output_root"]))
+            for rate, seed, plain, choices in self._configs(itertools.product(rates, seeds))
+        ]
 
     def validates(self) -> bool:
         """Whether there is validation data: held out by `data.val_fraction`, or of the data set's own.
@@ -133,18 +124,27 @@ class Method:
         Raises:
             UserError: the config is wrong, or the data set cannot be loaded.
         """
-        try:
-            config = self._composed()
-            OmegaConf.set_struct(config, False)
-            hydra = config.pop("hydra")
-            plain = with_parts(OmegaConf.to_container(config, resolve=True), hydra)
-            check(plain)
-        except (OmegaConfBaseException, HydraException) as error:
-            raise translate(error) from error
+        ((*_, plain, _),) = self._configs([(1.0, 0)])  # neither the rate nor the seed matters
         return bool(plain["data"].get("val_fraction")) or "val" in build_benchmark(plain["data"]).splits()
 
-    def _composed(self) -> DictConfig:
-        return composed(lambda words: compose("config", words, return_hydra_config=True), fold(self.words))
+    def _configs(self, pairs: Iterable[tuple[float, int]]) -> Iterator[tuple[float, int, dict[str, Any], dict]]:
+        """For each (rate, seed) these two, the checked config, and the options chosen.
+
+        Raises:
+            ConfigError: the config is wrong.
+        """
+        try:
+            config = composed(lambda words: compose("config", words, return_hydra_config=True), fold(self.words))
+            choices = dict(config.hydra.runtime.choices)
+            OmegaConf.set_struct(config, False)
+            hydra = config.pop("hydra")
+            for rate, seed in pairs:
+                config.optimizer.lr, config.seed = rate, seed
+                plain = with_parts(OmegaConf.to_container(config, resolve=True), hydra)
+                check(plain)
+                yield rate, seed, plain, choices
+        except (OmegaConfBaseException, HydraException) as error:
+            raise translate(error) from error
 
     def command(self, runs: Sequence[Trial]) -> list[str]:
         """The arguments of train.py for `runs`, which form a grid."""

@@ -129,17 +129,16 @@ class Task(ABC):
         """() the number of labelled units of a batch, on the device."""
         return self.units(target).sum()
 
-    def loss(self, prediction: Any, target: Any, units: Tensor | None = None) -> Tensor:
+    def loss(self, prediction: Any, target: Any) -> Tensor:
         """() the mean loss over a batch's labelled units; a differentiable 0 if there are none.
-
-        Args:
-            prediction, target: as in `criterion`.
-            units: (N,) `units` of the target, if they are known already.
 
         Raises:
             ValueError: the criterion does not return one loss for each sample.
         """
-        units = self.units(target) if units is None else units
+        return self.mean_loss(prediction, target, self.units(target))
+
+    def mean_loss(self, prediction: Any, target: Any, units: Tensor) -> Tensor:
+        """`loss` of a batch whose samples have `units` (N,): training has counted them already."""
         losses = self.checked_losses(prediction, target, units)
         # The same as losses.sum() / units.sum(), up to rounding. In this form the factor is exactly 1 if each sample
         # has one label, so the result equals losses.mean() bit for bit.
